@@ -1,0 +1,5 @@
+"""`python -m kdacli` is `kda`."""
+
+from kdacli.main import main
+
+main()

@@ -1,0 +1,214 @@
+"""Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from kda_kernels import registry
+from kda_kernels.checks import problem_of
+from kda_kernels.errors import KdaError, UnavailableError
+from kda_kernels.problem import Op, Problem
+from kda_kernels.registry import Kernel
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.dumps import Dump
+from kdacli.dumps.strides import copy_with_strides
+from kdacli.judge import Verdict, judge
+from kdacli.verify.baseline import expect, plain
+from kdacli.verify.blocks import Blocks
+from kdacli.verify.memory import poisoned_memory
+from kdacli.verify.runner import one_line
+
+DUMP = "the dump"  # stands where a kernel's name would, for what the dump recorded
+
+# Seconds for one token and value head at K = V = 128 on one CPU core: plain torch, and Triton's interpreter.
+_TORCH_S = 1e-4
+_INTERPRETER_S = {Op.PREFILL: 5e-3, Op.DECODE: 0.15, Op.GATE: 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One output tensor of one kernel, or of the dump (`source` is `DUMP`), on one call.
+
+    `verdict` compares it with the oracle; `vs_dump` is ||kernel - dump|| / ||dump||, None without anything to compare.
+    """
+
+    call: str
+    source: str
+    verdict: Verdict
+    vs_dump: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRun:
+    """A kernel of the call's op that was not run, and why."""
+
+    call: str
+    kernel: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Comparison:
+    """All results of one call."""
+
+    dump: Dump
+    problem: Problem
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    not_run: list[NotRun] = dataclasses.field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if not row.verdict.passed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done for one call."""
+
+    dump: Dump
+    problem: Problem
+    kernels: list[Kernel]
+    not_run: list[NotRun]
+    asked: bool = False  # the kernels were named: that one of them does not run is an error
+
+
+def plan(dumps: Sequence[Dump], names: Sequence[str] = ()) -> list[Plan]:
+    """Chooses kernels for each call: those named that serve its op, or else all of ours that can run it here.
+
+    Raises:
+        InputError: a kernel is unknown.
+        UnavailableError: a kernel that was asked for cannot run a call of its op, or there is no call of its op; or no
+            kernel at all can run a call.
+    """
+    asked = [registry.get(name) for name in dict.fromkeys(names)]
+    there = {dump.op for dump in dumps}
+    for kernel in asked:
+        if kernel.op not in there:
+            raise UnavailableError(
+                f"{kernel.name} serves the op {kernel.op}: the dump holds {', '.join(sorted(there))}"
+            )
+    return [_plan(dump, problem_of(dump.inputs, dump.op), asked) for dump in dumps]
+
+
+def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel]) -> Plan:
+    chosen, not_run = [], []
+    for kernel in registry.kernels(dump.op):
+        if asked and kernel not in asked:
+            continue
+        reason = _why_not(kernel, problem)
+        if reason and kernel in asked:
+            raise UnavailableError(f"{kernel.name} cannot run {_title(dump, problem)} here: {reason}")
+        if not reason and not kernel.ours and kernel not in asked:
+            reason = f"a peer: --kernel {kernel.name} runs it"
+        if reason:
+            not_run.append(NotRun(dump.call, kernel.name, reason))
+        else:
+            chosen.append(kernel)
+    if not chosen and not asked:
+        reasons = "; ".join(f"{skipped.kernel}: {skipped.reason}" for skipped in not_run)
+        raise UnavailableError(f"no kernel can run {_title(dump, problem)} here: {reasons}")
+    return Plan(dump, problem, chosen, not_run, asked=bool(asked))
+
+
+def _why_not(kernel: Kernel, problem: Problem) -> str | None:
+    try:
+        return kernel.unsupported(problem)
+    except Exception as error:  # a peer's package may fail in any way when it is imported
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _title(dump: Dump, problem: Problem) -> str:
+    return f"{problem.name} ({dump.call})" if dump.call else problem.name
+
+
+def steps(plans: Iterable[Plan]) -> int:
+    """How often `compare` will call `advance`."""
+    return sum(1 + len(job.kernels) for job in plans)
+
+
+def seconds_on_cpu(plans: Iterable[Plan]) -> float:
+    """Roughly how long `compare` takes on a CPU."""
+    seconds = 0.0
+    for job in plans:
+        interpreted = any(kernel.backend == "triton" for kernel in job.kernels)
+        each = _TORCH_S * (2 + len(job.kernels)) + (_INTERPRETER_S[job.problem.op] if interpreted else 0.0)
+        seconds += job.problem.T * job.problem.HV * each
+    return seconds
+
+
+def compare(plans: Iterable[Plan], device: str, advance: Callable[[str], None]) -> Iterator[Comparison]:
+    """Yields the results of each call.
+
+    Args:
+        device: "cuda" or "cpu", where everything runs.
+        advance: called with a label after each step.
+
+    Raises:
+        UnavailableError: a kernel that was asked for refuses the tensors when it is called.
+    """
+    for job in plans:
+        dump, label = job.dump, _title(job.dump, job.problem)
+        inputs = dump.inputs.map(lambda tensor: copy_with_strides(tensor, device))
+        recorded = None
+        if dump.outputs is not None:
+            recorded = Outputs(**{name: tensor.to(device) for name, tensor in dump.outputs.tensors().items()})
+        against = _Against(inputs, dump.op)
+        result = Comparison(dump, job.problem, not_run=list(job.not_run))
+        if recorded is not None:
+            result.rows += [Row(dump.call, DUMP, verdict) for verdict in against.judge(recorded, partial=True)]
+        advance(f"{label}: oracle")
+        for kernel in job.kernels:
+            try:
+                result.rows += _run(kernel, dump, against, recorded)
+            except KdaError as refusal:  # such as a layout of tensors that it does not take
+                if job.asked:
+                    raise UnavailableError(f"{kernel.name} cannot run {label}: {refusal}") from refusal
+                result.not_run.append(NotRun(dump.call, kernel.name, str(refusal)))
+            advance(f"{label}: {kernel.name}")
+        yield result
+
+
+class _Against:
+    """The inputs of a call with what they should give, which is computed once."""
+
+    def __init__(self, inputs: Inputs, op: Op) -> None:
+        self.inputs, self.op = inputs, op
+        self.expected, self.plain = expect(inputs, op), plain(inputs, op)
+
+    def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
+        """`partial`: a missing final_state is no fault (a dump need not hold it)."""
+        wanted = self.inputs.output_final_state and not (partial and outputs.final_state is None)
+        inputs = dataclasses.replace(self.inputs, output_final_state=wanted)
+        return judge(inputs, outputs, op=self.op, expected=self.expected, plain_outputs=self.plain)
+
+
+def _run(kernel: Kernel, dump: Dump, against: _Against, recorded: Outputs | None) -> list[Row]:
+    call = against.inputs.fresh()
+    try:
+        with poisoned_memory():
+            outputs = kernel.run(call)
+            if call.q.is_cuda:
+                torch.cuda.synchronize()
+    except (KdaError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a kernel that raises has failed; what the others make of it is still of interest
+        nan = float("nan")
+        note = f"raised {type(error).__name__}: {one_line(error)}"
+        return [Row(dump.call, kernel.name, Verdict("o", nan, nan, nan, nan, {}, False, note))]
+    if call.state_indices is not None:
+        outputs = dataclasses.replace(outputs, final_state=call.state)
+    verdicts = against.judge(outputs)
+    return [Row(dump.call, kernel.name, v, _difference(v.tensor, against, outputs, recorded)) for v in verdicts]
+
+
+def _difference(tensor: str, against: _Against, outputs: Outputs, recorded: Outputs | None) -> float | None:
+    """||kernel - dump|| / ||dump|| over the tokens, or over the states that sequences use."""
+    field = "final_state" if tensor == "final_state" else "o"
+    ours, theirs = (None if x is None else getattr(x, field) for x in (outputs, recorded))
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    blocks = Blocks.of_state(against.inputs) if field == "final_state" else Blocks.of_tokens(against.inputs)
+    ours, theirs = blocks.rows(ours), blocks.rows(theirs)
+    apart, norm = (ours - theirs).norm().item(), theirs.norm().item()
+    return apart / norm if norm else (float("inf") if apart else 0.0)

@@ -1,0 +1,18 @@
+"""The compiler and the tools that come with Triton's wheel."""
+
+import importlib.util
+from pathlib import Path
+
+from kda_kernels.errors import UnavailableError
+
+
+def require_triton() -> None:
+    """Raises `UnavailableError` where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        raise UnavailableError("triton is not installed: pip install triton")
+
+
+def nvdisasm() -> Path:
+    """NVIDIA's disassembler. The file is not there if Triton was built without it."""
+    spec = importlib.util.find_spec("triton")
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

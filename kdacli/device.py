@@ -1,0 +1,55 @@
+"""Which device a command works on, and how much memory is free there."""
+
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from kda_kernels.errors import UnavailableError
+
+
+def pick_device(name: str = "auto") -> str:
+    """Returns "cuda" or "cpu" for "auto", "cpu" or "cuda".
+
+    When the answer is "cpu", TRITON_INTERPRET=1 is set so that Triton kernels run in Triton's interpreter. Triton reads
+    it when it is imported, so call this before importing any kernel; where Triton is there already, nothing is changed.
+
+    Raises:
+        UnavailableError: cuda is asked for and there is no CUDA GPU.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UnavailableError("no CUDA GPU here: leave --device out or use --device cpu")
+    if name == "cuda" or (name == "auto" and has_gpu):
+        return "cuda"
+    if "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Products of masked pairs may overflow, which is harmless; numpy, which the interpreter computes with, warns of it.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+    return "cpu"
+
+
+def describe(device: str) -> str:
+    """The device as a person would name it: the GPU's name, or "CPU"."""
+    if device != "cuda":
+        return "CPU"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free on `device`; None where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

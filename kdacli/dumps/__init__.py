@@ -1,0 +1,11 @@
+"""Dumps: the tensors of a KDA call in a file, under whatever names an engine gave them.
+
+load.py reads, save.py writes; names.py is the one table of aliases. In between, files.py reads bytes into a tree,
+said.py parses the options it states, shapes.py and infer.py fill in what it leaves out, outputs.py takes what the
+engine computed.
+"""
+
+from kdacli.dumps.load import Dump, load, load_all
+from kdacli.dumps.save import check_path, save
+
+__all__ = ["Dump", "check_path", "load", "load_all", "save"]

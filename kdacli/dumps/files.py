@@ -1,0 +1,114 @@
+"""Reads the two kinds of dump file into one tree of dicts, tensors and plain values, without unpickling any object."""
+
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kda_kernels.errors import InputError
+
+Tree = dict[str, Any]
+
+
+def read(path: Path) -> Any:
+    """The contents of a dump; tensors lie on the CPU and are mapped from the file where the format allows it.
+
+    Raises:
+        InputError: no such file, not a file, empty, of an unknown kind, damaged, or holding pickled objects.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: it should be a dump file ({' or '.join(READERS)})")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a regular file")
+    if reader is None:
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'}: a dump ends in {' or '.join(READERS)}")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty")
+        return reader(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_pt(path: Path) -> Any:
+    _check_zip(path)
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # torch raises whatever the damage leads to: RuntimeError, KeyError, UnpicklingError, ...
+        if name := _forbidden_global(str(error)):
+            raise InputError(f"{path} holds a pickled {name}: a dump may hold tensors and plain values only") from error
+        raise InputError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Finds damage that torch's own reader overlooks or words badly: torch checks no checksum of what it maps."""
+    with path.open("rb") as file:
+        if not file.read(4).startswith(b"PK"):
+            raise InputError(
+                f"{path} is not a zip file as torch.save writes (older formats cannot be mapped: save again)"
+            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise InputError(f"{path} is a zip file but not one that torch.save wrote: it has no data.pkl")
+            archive.read(pickles[0])
+            for info in archive.infolist():
+                archive.open(info).close()  # compares the entry's own header with the directory
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError, ValueError) as error:
+        raise InputError(f"{path} is truncated or damaged: {_first_sentence(error)}") from error
+
+
+def _forbidden_global(message: str) -> str | None:
+    """The class or function that torch refused to unpickle, if that is what its message says."""
+    found = re.search(r"GLOBAL (\S+) was not an allowed global", message) or re.search(
+        r"(?:Unsupported (?:class|global):? |Trying to (?:load|call) unsupported GLOBAL )(\S+)", message
+    )
+    return found.group(1) if found else None
+
+
+def _first_sentence(error: Exception) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    return re.split(r"\n|\. |: please", text.strip(), maxsplit=1)[0][:200].rstrip(".")
+
+
+def _read_safetensors(path: Path) -> Tree:
+    from safetensors import SafetensorError, safe_open
+
+    flat: Tree = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            flat.update({k: v for k, v in (file.metadata() or {}).items() if k != "format"})
+            flat.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    except OSError:
+        raise
+    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
+    return _unflatten(flat, path)
+
+
+def _unflatten(flat: Tree, path: Path) -> Tree:
+    """{"decode.inputs.q": t} -> {"decode": {"inputs": {"q": t}}}; a slash separates as well as a dot."""
+    tree: Tree = {}
+    for name, value in flat.items():
+        *parents, last = re.split(r"[./]", name)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{path}: {name} lies below {parent}, which is a value itself")
+        if isinstance(node.get(last), dict):
+            raise InputError(f"{path}: {name} is a value and has others below it")
+        node[last] = value
+    return tree
+
+
+READERS: dict[str, Callable[[Path], Any]] = {".pt": _read_pt, ".safetensors": _read_safetensors}

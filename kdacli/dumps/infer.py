@@ -1,0 +1,124 @@
+"""Fills in what a dump does not say, where that follows safely from what it holds; else asks for it.
+
+Every assumption is written down in `notes`, which `kda compare` prints.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Op, Options
+from kda_kernels.tensors import Inputs
+from kdacli.dumps.said import Said
+from kdacli.dumps.shapes import Tensors
+
+DECODE_TOKENS = 8  # most tokens a sequence that still count as a decode call (speculative decoding verifies a few)
+_SURE = 32  # values in [0, 1] that make chance unlikely: a logit N(0, 1) lies there with probability 0.34
+
+
+def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str]) -> Inputs:
+    """The call's `Inputs`, shapes not checked yet.
+
+    Raises:
+        InputError: something is neither said nor to be inferred, or contradicts the tensors.
+    """
+    tensors = dict(tensors)
+    gate, lower_bound = _gate(tensors, said, notes)
+    options = Options(
+        gate=gate,
+        lower_bound=lower_bound,
+        beta_is_logit=(logit := _beta_is_logit(tensors["beta"], said, beta_name, notes)),
+        allow_neg_eigval=_neg_eigval(said, logit, notes),
+        qk_l2norm=_qk_l2norm(tensors["q"], tensors["k"], said, notes),
+        scale=said.scale,
+    )
+    wants_state = True if said.output_final_state is None else said.output_final_state
+    v_first = _v_first(tensors, said, notes)
+    return Inputs(**tensors, options=options, state_v_first=v_first, output_final_state=wants_state)
+
+
+def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float | None]:
+    """Which gate, and its bound. Takes A_log and dt_bias out of `tensors` where the call did not use them."""
+    in_kernel = said.use_gate_in_kernel
+    if in_kernel is None:
+        in_kernel = "A_log" in tensors
+        if not in_kernel and bool((tensors["g"] > 0).any()):
+            raise InputError(
+                "g holds positive values, so it is raw, but A_log is missing: add it, or the log decay as g"
+            )
+        gate = "A_log is there, so g is raw" if in_kernel else "A_log is not there, so g is the log decay itself"
+        notes.append(f"use_gate_in_kernel is not said: {gate}")
+    if not in_kernel:
+        if unused := [name for name in ("A_log", "dt_bias") if tensors.pop(name, None) is not None]:
+            notes.append(f"{' and '.join(unused)} not used: the gate is not computed in the kernel")
+        return Gate.NONE, said.lower_bound
+    if said.lower_bound is None:
+        if said.safe_gate:
+            raise InputError("safe_gate is set but lower_bound is missing: it should be negative, such as -5.0")
+        if "A_log" not in tensors:
+            raise InputError("use_gate_in_kernel is set but A_log is missing: only the safe gate works without it")
+        if said.safe_gate is None:
+            notes.append("lower_bound is not said: the gate is -exp(A_log) * softplus(g + dt_bias)")
+    if absent := [name for name in ("A_log", "dt_bias") if name not in tensors]:
+        notes.append(f"{' and '.join(absent)} not there: as zeros")
+    return (Gate.SOFTPLUS if said.lower_bound is None else Gate.SAFE), said.lower_bound
+
+
+def _beta_is_logit(beta: torch.Tensor, said: Said, name: str, notes: list[str]) -> bool:
+    if said.use_beta_sigmoid_in_kernel is not None:
+        return said.use_beta_sigmoid_in_kernel
+    if said.allow_neg_eigval:
+        notes.append("use_beta_sigmoid_in_kernel is not said: allow_neg_eigval is, so beta is a logit")
+        return True
+    if beta.is_floating_point() and bool(((beta < 0) | (beta > 2)).any()):
+        notes.append(f"use_beta_sigmoid_in_kernel is not said: {name} leaves [0, 2], so it is a logit")
+        return True
+    if beta.numel() >= _SURE:
+        notes.append(f"use_beta_sigmoid_in_kernel is not said: {name} lies in [0, 2], so it is beta itself")
+        return False
+    raise InputError(f"use_beta_sigmoid_in_kernel is missing: {name} has too few values to tell logits from betas")
+
+
+def _neg_eigval(said: Said, beta_is_logit: bool, notes: list[str]) -> bool:
+    if said.allow_neg_eigval is None and beta_is_logit:
+        notes.append("allow_neg_eigval is not said: taken as false")
+    return bool(said.allow_neg_eigval)
+
+
+def _qk_l2norm(q: torch.Tensor, k: torch.Tensor, said: Said, notes: list[str]) -> bool:
+    """Models normalise q and k; what is open is whether that had happened before the dump."""
+    if said.use_qk_l2norm_in_kernel is not None:
+        return said.use_qk_l2norm_in_kernel
+    done = _unit(q) and _unit(k)
+    why = "q and k have length 1 already, so it is false" if done else "q and k are not normalised, so it is true"
+    notes.append(f"use_qk_l2norm_in_kernel is not said: {why}")
+    return not done
+
+
+def _unit(x: torch.Tensor) -> bool:
+    """True if every row that is not zero has length 1, to the precision of bf16."""
+    norms = x.float().norm(dim=-1)
+    return bool(((norms - 1).abs() < 0.02).logical_or(norms == 0).all()) and bool((norms > 0).any())
+
+
+def _v_first(tensors: Tensors, said: Said, notes: list[str]) -> bool:
+    state, K, V = tensors.get("state"), tensors["q"].shape[-1], tensors["v"].shape[-1]
+    if said.state_v_first is not None:
+        return said.state_v_first
+    if state is not None and K != V and state.shape[-2:] in ((V, K), (K, V)):
+        v_first = state.shape[-2:] == (V, K)
+        notes.append(f"state_v_first is not said: {str(v_first).lower()} by the shape of the state")
+        return v_first
+    notes.append("state_v_first is not said: taken as true, [.., V, K]")
+    return True
+
+
+def infer_op(seq_lens: Sequence[int], has_state: bool, said: Said, notes: list[str]) -> Op:
+    """decode if every sequence has 1 to 8 tokens and a state comes in, else prefill, unless the dump says."""
+    if said.op is not None:
+        return said.op
+    short = bool(seq_lens) and all(1 <= n <= DECODE_TOKENS for n in seq_lens)
+    op = Op.DECODE if short and has_state else Op.PREFILL
+    notes.append(f"op is not said: {op}, by the lengths of the sequences and whether a state comes in")
+    return op

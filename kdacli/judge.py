@@ -1,0 +1,221 @@
+"""Is a result good enough? Every output tensor against the fp64 token recurrence, with a bound that has a reason.
+
+The bound is not a constant that someone liked. A plain torch implementation that rounds where a kernel of that op must
+round (operands of matrix products, the output, the state) runs on the same inputs, and the kernel may make
+
+    FACTOR * (error of the plain implementation) + one output rounding + a floor for fp32 sums
+
+at three levels, because a norm over a large tensor hides what is wrong in one place: the whole tensor, each (sequence,
+head) block, and each element. What is exactly zero in the reference (padding rows, a state never fed) must be exactly
+zero. NaN, Inf and unwritten elements never pass, and neither does a pool whose unused slots changed by a single bit.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from kda_kernels.problem import Op
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.verify.baseline import expect, plain
+from kdacli.verify.blocks import Blocks
+from kdacli.verify.memory import bits
+
+# Another legal order of the same roundings (other sub-chunks, other reduction trees) makes an error of the same size:
+# three kernels by three houses lie within 1.6x of each other on the same inputs. Twice that is another arithmetic.
+FACTOR = 2.0
+# The largest of many errors scatters more than their norm does.
+ELEMENT_FACTOR = 3.0
+# Partial sums of K products in fp32 wander like a random walk, 2^-24 * sqrt(K) each, and several of them in a row.
+FLOOR = 4 * 2.0**-24
+
+# Half a unit in the last place of 1.0: the most that one rounding changes an element, relative to it. Over a tensor the
+# roundings have an rms of a little under half of that, which is what norms are granted.
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+# What may be lost of any element: numbers under the smallest normal one are flushed to zero, or, in fp16, rounded to
+# a subnormal.
+SMALLEST = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25, torch.float32: 2.0**-126}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the judge says about one output tensor.
+
+    Attributes:
+        tensor: "o", "final_state", or "g_cumsum" (the op `gate`).
+        error, bound: ||out - ref|| / ||ref|| over the tensor, and what it may be.
+        worst, worst_bound: the element furthest over (or nearest to) its own bound, both relative to the rms of its
+            (sequence, head) block of the reference.
+        where: that element, or the first one that is NaN or Inf: sequence, token, head, channel; for a state sequence,
+            head, v, k and, in a pool, slot.
+        passed: at all three levels, finite, zero where it must be, unused slots untouched.
+        note: what is wrong, in words; "" if nothing is.
+    """
+
+    tensor: str
+    error: float
+    bound: float
+    worst: float
+    worst_bound: float
+    where: dict[str, str]
+    passed: bool
+    note: str = ""
+
+
+def judge(
+    inputs: Inputs,
+    outputs: Outputs,
+    *,
+    op: Op | str,
+    expected: Outputs | None = None,
+    plain_outputs: Outputs | None = None,
+) -> list[Verdict]:
+    """Judges each output tensor of one call.
+
+    Args:
+        inputs: as they were before the call; their pool must not be the one that the call updated.
+        outputs: what came out. With a pool, final_state is the pool after the call. final_state is judged when it is
+            there, and must be there when `inputs.output_final_state` is set.
+        op: which reference applies, and which plain implementation sets the bound.
+        expected: `expect(inputs, op)` if it is at hand; computed otherwise.
+        plain_outputs: `plain(inputs, op)` likewise.
+    """
+    expected = expect(inputs, op) if expected is None else expected
+    plain_outputs = plain(inputs, op) if plain_outputs is None else plain_outputs
+    of_tokens = Blocks.of_tokens(inputs)
+    if Op(op) is Op.GATE:
+        return [_judge_tensor("g_cumsum", of_tokens, torch.float32, 1, outputs.o, expected.o, plain_outputs.o)]
+    K = inputs.q.shape[-1]
+    verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_outputs.o)]
+    if outputs.final_state is not None and expected.final_state is not None:
+        verdict = _judge_tensor(
+            "final_state",
+            Blocks.of_state(inputs),
+            torch.float32 if inputs.state is None else inputs.state.dtype,
+            K,
+            outputs.final_state,
+            expected.final_state,
+            plain_outputs.final_state,
+        )
+        verdicts.append(_with_unused_slots(verdict, inputs, outputs.final_state))
+    elif inputs.output_final_state:
+        verdicts.append(_failed("final_state", {}, "missing: the kernel returned none"))
+    return verdicts
+
+
+def _judge_tensor(
+    name: str,
+    blocks: Blocks,
+    dtype: torch.dtype,
+    terms: int,
+    out: torch.Tensor,
+    ref: torch.Tensor,
+    plain_out: torch.Tensor,
+) -> Verdict:
+    """One tensor. `dtype` is what it should be rounded to, `terms` how many products are summed into an element."""
+    if out.shape != ref.shape:
+        return _failed(name, {}, f"shape is {list(out.shape)}: it should be {list(ref.shape)}")
+    out, ref, plain_out = blocks.rows(out), blocks.rows(ref), blocks.rows(plain_out)
+    if not ref.numel():
+        return Verdict(name, 0.0, 0.0, 0.0, 0.0, {}, True)
+    for what, rows in (("the reference is", ref), ("the plain implementation made", plain_out), ("", out)):
+        if (verdict := _not_finite(name, blocks, rows, what)) is not None:
+            return verdict
+    unit, floor, smallest = UNIT_ROUNDOFF[dtype], FLOOR * math.sqrt(terms), SMALLEST[dtype]
+    wrong, plain_wrong = (out - ref).abs_(), (plain_out - ref).abs_()
+
+    # the tensor
+    norm = ref.norm().item()
+    error, plain_error = _ratio(wrong.norm().item(), norm), _ratio(plain_wrong.norm().item(), norm)
+    bound = FACTOR * plain_error + unit / 2 + floor + smallest * math.sqrt(ref.numel()) / norm if norm else 0.0
+
+    # each block: a block whose plain error is small by luck is granted the tensor's
+    count = blocks.sums(torch.ones_like(ref))
+    norms, wrongs, plains = (blocks.sums(x.square()).sqrt() for x in (ref, wrong, plain_wrong))
+    granted = torch.maximum(plains, plain_error * norms)
+    limits = FACTOR * granted + (unit / 2 + floor) * norms + smallest * count.sqrt()
+    limits = torch.where(norms > 0, limits, 0.0)
+
+    # each element, against the largest error of the plain implementation in its block
+    rms = norms / count.clamp(min=1).sqrt()
+    largest = torch.maximum(blocks.maxima(plain_wrong), plain_error * rms)
+    may = blocks.spread(ELEMENT_FACTOR * (largest + floor * rms) + smallest) + unit * ref.abs()
+    may = torch.where(blocks.spread(norms) > 0, may, 0.0)
+    share = torch.where(wrong > 0, wrong / may, 0.0)  # inf where nothing may be wrong
+    at = int(share.argmax())
+    scale = blocks.spread(rms).expand_as(ref).flatten()[at].item()
+    worst, worst_bound = (_ratio(x.flatten()[at].item(), scale) for x in (wrong, may))
+
+    where = blocks.where(at, ref.shape)
+    notes = _notes(error, bound, wrongs, limits, norms, share.flatten()[at].item(), where)
+    return Verdict(name, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))
+
+
+def _notes(
+    error: float,
+    bound: float,
+    wrongs: torch.Tensor,
+    limits: torch.Tensor,
+    norms: torch.Tensor,
+    worst_share: float,
+    where: dict[str, str],
+) -> list[str]:
+    """What is wrong, in words; empty if all three levels hold."""
+    notes = [f"relative error {error:.2e} > {bound:.2e}"] if not error <= bound else []
+    excess = torch.where(wrongs > 0, wrongs / limits, 0.0)
+    if not bool((excess <= 1).all()):
+        block = int(excess.argmax())
+        norm = norms.flatten()[block].item()
+        n, h = divmod(block, norms.shape[1])
+        count = int((excess > 1).sum())
+        notes.append(
+            f"sequence {n}, head {h} should be zero"
+            if norm == 0
+            else f"{count} of {norms.numel()} (sequence, head) blocks are off, most of all sequence {n}, head {h}:"
+            f" {wrongs.flatten()[block].item() / norm:.2e} > {limits.flatten()[block].item() / norm:.2e}"
+        )
+    if not worst_share <= 1:
+        notes.append(f"the element at {said(where)} is off by {worst_share:.3g} times its bound")
+    return notes
+
+
+def _not_finite(name: str, blocks: Blocks, rows: torch.Tensor, what: str) -> Verdict | None:
+    """A failing verdict if `rows` hold NaN or Inf."""
+    finite = rows.isfinite()
+    if bool(finite.all()):
+        return None
+    first = int((~finite).flatten().byte().argmax())
+    where = blocks.where(first, rows.shape)
+    kind = "NaN" if bool(rows.flatten()[first].isnan()) else "Inf"
+    count = int((~finite).sum())
+    lead = f"{what} {kind}" if what else kind
+    return _failed(name, where, f"{lead}, first at {said(where)}; {count} of {rows.numel()} elements are not finite")
+
+
+def _with_unused_slots(verdict: Verdict, inputs: Inputs, pool: torch.Tensor) -> Verdict:
+    """Fails the verdict if a slot that no sequence uses is not bit for bit what it was."""
+    if inputs.state_indices is None:
+        return verdict
+    used = inputs.state_indices.long()
+    unused = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
+    unused[used[used >= 0]] = False
+    changed = bits(pool[unused]).ne(bits(inputs.state[unused])).flatten(1).any(1)
+    if not bool(changed.any()):
+        return verdict
+    slot = int(unused.nonzero()[changed][0])
+    note = "; ".join(filter(None, (verdict.note, f"slot {slot} of the pool was written, and no sequence uses it")))
+    return dataclasses.replace(verdict, passed=False, note=note)
+
+
+def said(where: dict[str, str]) -> str:
+    """sequence 1, token 65, head 0, channel 17."""
+    return ", ".join(f"{name} {value}" for name, value in where.items())
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b, where nothing relative to nothing is 0 and something relative to nothing is infinite."""
+    return a / b if b else (math.inf if a else 0.0)
+
+
+def _failed(name: str, where: dict[str, str], note: str) -> Verdict:
+    return Verdict(name, math.nan, math.nan, math.nan, math.nan, where, False, note)

@@ -1,0 +1,41 @@
+"""The KDA layers of published models, so that `--model kimi-k3 --tp 8` stands for a shape."""
+
+import dataclasses
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One model's KDA layers.
+
+    Attributes:
+        heads: query/key heads, and value heads as many, of the whole model.
+        head_dim: K and V.
+        gate, lower_bound: the gate's activation, as in `kda_kernels.problem.Options`.
+        kda_layers, layers: KDA layers, and layers in all.
+    """
+
+    heads: int
+    head_dim: int
+    gate: Gate
+    lower_bound: float | None
+    kda_layers: int
+    layers: int
+
+    def heads_per_gpu(self, tp: int) -> int:
+        """Heads left on one of `tp` tensor-parallel GPUs. Raises `InputError` unless `tp` divides them."""
+        if tp < 1 or self.heads % tp:
+            raise InputError(f"--tp is {tp}: it should divide the model's {self.heads} heads")
+        return self.heads // tp
+
+
+# Where the less known numbers are written down: Ling-3.0-flash in vLLM's pull request 52364 (32 heads at TP=1) and
+# GLM-5.3-Flash in Megatron-LM's 7054 (34 of 45 layers, bound -5); its 64 heads of 128 in the model's config.
+PRESETS = {
+    "kimi-k3": Preset(96, 128, Gate.SAFE, -5.0, 69, 93),
+    "kimi-linear": Preset(32, 128, Gate.SOFTPLUS, None, 20, 27),
+    "glm-5.3-flash": Preset(64, 128, Gate.SAFE, -5.0, 34, 45),
+    "ling-3.0-flash": Preset(32, 128, Gate.SAFE, -5.0, 35, 42),
+}

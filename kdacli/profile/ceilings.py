@@ -1,0 +1,57 @@
+"""What this GPU's memory can do, measured in the same run as the kernels that are held against it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from kda_kernels.problem import Op
+from kdacli.profile.timing import Budget, Statistics, Timed, interleave
+from kdacli.profile.traffic import gbps
+
+BUFFER_BYTES = 1 << 30
+BUDGET = Budget(seconds=0.2, min_samples=20, max_samples=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Bandwidths in 1e9 bytes a second, bytes read and bytes written counted together.
+
+    Attributes:
+        copy_gbps: of a copy from one large buffer to another.
+        inplace_gbps: of adding a number to a large buffer.
+        least_us: what the smallest kernel costs when it is timed as the others are: no time can be under it.
+    """
+
+    copy_gbps: float
+    inplace_gbps: float
+    least_us: float
+
+    def of(self, op: Op) -> float:
+        """The one that fits an op: decode updates a state in place, prefill and the gate read here and write there."""
+        return self.inplace_gbps if op is Op.DECODE else self.copy_gbps
+
+
+def measure(
+    prepare: Callable[[Callable[[], object]], Timed], *, device: str = "cuda", num_bytes: int = BUFFER_BYTES
+) -> Ceilings:
+    """Times a copy, an in-place update and an update of one element.
+
+    Args:
+        prepare: `GpuTimer.prepare`.
+        device: where the two buffers are made.
+        num_bytes: size of each.
+    """
+    x = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
+    y = torch.empty_like(x)
+    one = x[:1]
+    timed = {
+        "copy": prepare(lambda: y.copy_(x)),
+        "inplace": prepare(lambda: x.add_(1.0)),
+        "least": prepare(lambda: one.add_(1.0)),
+    }
+    samples, failed = interleave(timed, BUDGET)
+    if failed:
+        raise next(iter(failed.values()))
+    median = {name: Statistics.of(s).median_us for name, s in samples.items()}
+    return Ceilings(gbps(2 * x.nbytes, median["copy"]), gbps(2 * x.nbytes, median["inplace"]), median["least"])

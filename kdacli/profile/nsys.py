@@ -1,0 +1,187 @@
+"""Nsight Systems around a `kda profile`: find it, run it, read its summaries."""
+
+import csv
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
+from kdacli.profile.nvtx import SCAFFOLD
+
+TRACE_ENV = "KDA_PROFILE_TRACE"  # set for the process that nsys watches
+# Where installers put it beside PATH; the newest of the first place that has one.
+PLACES = (
+    "/opt/nvidia/nsight-systems/*/bin/nsys",
+    "/opt/nvidia/nsight-systems/*/target-linux-x64/nsys",
+    "/opt/nvidia/nsight-systems-cli/*/target-linux-x64/nsys",
+    "/usr/local/cuda*/bin/nsys",
+    "/opt/nvidia/nsight-compute/*/host/target-linux-x64/nsys",
+)
+HOW_TO_GET = "install Nsight Systems (https://developer.nvidia.com/nsight-systems), or name it with --nsys-path"
+KERNELS, RANGES = "cuda_gpu_kern_sum:nvtx-name:base", "nvtx_gpu_proj_sum"
+_OWN_FLAGS = {"--nsys": 0, "--force": 0, "--stages": 0, "--nsys-path": 1, "--output": 1, "--json": 1}
+_SCAFFOLD = re.compile(rf"^(\w*:)?({'|'.join(SCAFFOLD)})\b")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def find(path: str | None = None, places: Sequence[str] = PLACES) -> str:
+    """The nsys to use: `path` if given, else on PATH, else in one of `places`.
+
+    Raises:
+        InputError: `path` is no program.
+        UnavailableError: there is none.
+    """
+    if path is not None:
+        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+            raise InputError(f"--nsys-path is {path}: it should be the program nsys")
+        return path
+    if found := shutil.which("nsys"):
+        return found
+    for place in places:
+        if found := sorted(glob.glob(place), key=_by_version):
+            return found[-1]
+    raise UnavailableError(f"nsys is not here: {HOW_TO_GET}")
+
+
+def _by_version(path: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", path)]
+
+
+def report_path(output: str | None = None, directory: str = ".") -> Path:
+    """Where the report goes: `output`, or the first free kda-profile-<n>.nsys-rep.
+
+    Raises:
+        InputError: `output` exists, or its directory does not.
+    """
+    if output is None:
+        n = 1
+        while any(Path(directory).glob(f"kda-profile-{n}.*")):  # nsys leaves files of other suffixes beside a report
+            n += 1
+        return Path(directory) / f"kda-profile-{n}.nsys-rep"
+    path = Path(output if output.endswith(".nsys-rep") else output + ".nsys-rep")
+    if path.exists():
+        raise InputError(f"{path} exists: name another --output")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no directory {path.parent}")
+    return path
+
+
+def inner_arguments(words: Sequence[str]) -> list[str]:
+    """The command line without the flags that are for the outer process."""
+    kept, skip = [], 0
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip -= 1
+        elif name in _OWN_FLAGS:
+            skip = 0 if equals else _OWN_FLAGS[name]
+        else:
+            kept.append(word)
+    return kept
+
+
+def command(nsys: str, report: Path, words: Sequence[str]) -> list[str]:
+    """The nsys command that profiles `kda <words>`."""
+    flags = ["-t", "cuda,nvtx", "-s", "none", "--cpuctxsw=none", "--force-overwrite=false"]
+    stem = str(report).removesuffix(".nsys-rep")
+    return [nsys, "profile", *flags, "-o", stem, sys.executable, "-m", "kdacli", *inner_arguments(words)]
+
+
+def environment() -> dict[str, str]:
+    """That of this process, so that the inner one imports the same kda and knows that it is traced."""
+    import kda_kernels
+    import kdacli
+
+    roots = [str(Path(module.__path__[0]).resolve().parent) for module in (kdacli, kda_kernels)]
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, TRACE_ENV: "1", "PYTHONPATH": os.pathsep.join([*roots, *([before] if before else [])])}
+
+
+def profile(nsys: str, report: Path, words: Sequence[str], run: Run = subprocess.run) -> None:
+    """Runs `kda <words>` under nsys; its output goes to stderr, since stdout is for our own report.
+
+    Raises:
+        UnavailableError: this nsys cannot write a report.
+        CheckFailedError: the run inside failed.
+    """
+    done = run(command(nsys, report, words), env=environment(), stdout=sys.stderr, check=False)
+    raw = report.with_suffix(".qdstrm")
+    if not report.exists():
+        if raw.exists():
+            raise UnavailableError(
+                f"{nsys} recorded {raw} but cannot make a report of it: a copy as Nsight Compute has one lacks the "
+                f"importer; {HOW_TO_GET}"
+            )
+        raise CheckFailedError(f"nsys ended with exit code {done.returncode} and wrote no report: its output is above")
+    if done.returncode:
+        raise CheckFailedError(f"the profiled run ended with exit code {done.returncode}: the report is {report}")
+
+
+def stats(nsys: str, report: Path, run: Run = subprocess.run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Kernels (kernel, launches, total_us, median_us) and ranges (range, instances, gpu_us, host_us) of a report.
+
+    Left out is what kda does around the kernels: inputs, warm-up, eviction.
+
+    Raises:
+        CheckFailedError: nsys could not summarise the report.
+    """
+    reports = [word for name in (KERNELS, RANGES) for word in ("--report", name)]
+    done = run(
+        [nsys, "stats", *reports, "--format", "csv", "--output", "-", str(report)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    kernels, ranges = parse_kernels(done.stdout), parse_ranges(done.stdout)
+    if not kernels and not ranges:
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise CheckFailedError(f"nsys stats found neither kernels nor ranges in {report}: {said}")
+    return kernels, ranges
+
+
+def parse_kernels(text: str) -> list[dict[str, Any]]:
+    """The rows of cuda_gpu_kern_sum in nsys' CSV output, times in microseconds."""
+    return [
+        {
+            "kernel": row["Name"],
+            "launches": int(_number(row["Instances"])),
+            "total_us": _number(row["Total Time (ns)"]) / 1e3,
+            "median_us": _number(row["Med (ns)"]) / 1e3,
+        }
+        for row in _table(text, ("Total Time (ns)", "Instances", "Med (ns)", "Name"))
+        if not _SCAFFOLD.match(row["Name"])
+    ]
+
+
+def parse_ranges(text: str) -> list[dict[str, Any]]:
+    """The rows of nvtx_gpu_proj_sum: GPU time under each range, and the time its host code took."""
+    return [
+        {
+            "range": row["Range"].removeprefix(":").removeprefix("kda:"),
+            "instances": int(_number(row["Range Instances"])),
+            "gpu_us": _number(row["Total Proj Time (ns)"]) / 1e3,
+            "host_us": _number(row["Total Range Time (ns)"]) / 1e3,
+        }
+        for row in _table(text, ("Range", "Range Instances", "Total Proj Time (ns)", "Total Range Time (ns)"))
+        if not _SCAFFOLD.match(row["Range"])
+    ]
+
+
+def _table(text: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The first CSV table that has these columns: nsys puts notices between tables and ends each with an empty line."""
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        header = next(csv.reader([line]), [])
+        if set(columns) <= set(header):
+            end = next((j for j in range(i + 1, len(lines)) if not lines[j].strip()), len(lines))
+            rows = [dict(zip(header, values, strict=False)) for values in csv.reader(lines[i + 1 : end])]
+            return [row for row in rows if len(row) == len(header)]
+    return []
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))

@@ -1,0 +1,72 @@
+"""The named sets of cases whose times are recorded, so that two records can be compared row by row."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from kda_kernels.problem import Gate, Op, Options, Problem
+
+SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
+SOFTPLUS = Options(gate=Gate.SOFTPLUS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row group of a record: a name that stays, the problem, and the gate regime of its inputs."""
+
+    name: str
+    problem: Problem
+    gates: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.gates}"
+
+
+# Sequence lengths and heads. K = V = 128, bf16, float32 state in (not zero) and out, safe gate with bound -5, L2 norm
+# and sigmoids in the kernel, packed with cu_seqlens.
+PREFILL_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "P1": ((8192,), 96),
+    "P2": ((8192,), 32),
+    "P3": ((2048,), 12),
+    "P4": ((8192,), 12),
+    "P5": ((1024,) * 8, 96),
+    "P6": ((1300, 547, 2048, 963, 271, 3063), 64),
+    "P7": ((32768,), 16),
+}
+DECODE_HEADS, DECODE_SEQS = (32, 96), (1, 8, 32, 128)
+GATE_HEADS, GATE_TOKENS = (32, 96), 8192
+
+
+def prefill_problems() -> Iterator[tuple[str, Problem]]:
+    for name, (seq_lens, heads) in PREFILL_SHAPES.items():
+        yield name, Problem(Op.PREFILL, seq_lens, heads, heads, options=SAFE)
+
+
+def decode_problems() -> Iterator[tuple[str, Problem]]:
+    """One token a sequence, softplus gate, a float32 pool of twice as many slots, updated in place."""
+    for heads in DECODE_HEADS:
+        for n in DECODE_SEQS:
+            problem = Problem(Op.DECODE, (1,) * n, heads, heads, packed=False, pool_slots=2 * n, options=SOFTPLUS)
+            yield f"D:H={heads},N={n}", problem
+
+
+def gate_problems() -> Iterator[tuple[str, Problem]]:
+    """The gate stage alone: a bf16 gate in, float32 chunk-local sums out."""
+    for heads in GATE_HEADS:
+        problem = Problem(Op.GATE, (GATE_TOKENS,), heads, heads, initial_state=False, final_state=False, options=SAFE)
+        yield f"G:T={GATE_TOKENS},H={heads}", problem
+
+
+# The problems, and the gate regimes where none are asked for. Decode and the gate do the same work for any gate, but
+# there are prefill kernels whose time hangs on it.
+SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, ...]]] = {
+    "prefill": (prefill_problems, ("bench", "init", "weak")),
+    "decode": (decode_problems, ("bench",)),
+    "gate": (gate_problems, ("bench",)),
+}
+
+
+def suite(name: str, gates: Sequence[str] = ()) -> list[Case]:
+    """The cases of a suite: each problem in each gate regime (`gates`, or the suite's own)."""
+    problems, regimes = SUITES[name]
+    return [Case(label, problem, regime) for label, problem in problems() for regime in (gates or regimes)]

@@ -1,0 +1,109 @@
+"""Sampling and its statistics, with no GPU in sight: what is sampled is anything with a `sample()`."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+
+class Timed(Protocol):
+    """A call that is ready to be timed.
+
+    Attributes:
+        mode: "graph" (replay of a CUDA graph) or "eager".
+        note: why it is not the mode that was asked for; None if it is.
+        host_us: what one eager call costs the CPU, in microseconds.
+    """
+
+    mode: str
+    note: str | None
+    host_us: float
+
+    def sample(self) -> float:
+        """Runs it once; returns microseconds of GPU time."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """When to stop sampling.
+
+    Attributes:
+        seconds: wall time to spend on each kernel of a case.
+        min_samples: not fewer, however long they take, until `patience_s` is over.
+        max_samples: not more.
+        patience_s: wall time for each kernel after which `few_samples` will do.
+        few_samples: the least number ever.
+    """
+
+    seconds: float = 0.3
+    min_samples: int = 20
+    max_samples: int = 500
+    patience_s: float = 10.0
+    few_samples: int = 3
+
+    def spent(self, rounds: int, elapsed_s: float, kernels: int) -> bool:
+        """True after enough `rounds`, each of one sample from each of `kernels`."""
+        share = elapsed_s / max(kernels, 1)
+        return (
+            rounds >= self.max_samples
+            or (rounds >= self.min_samples and share >= self.seconds)
+            or (rounds >= self.few_samples and share >= self.patience_s)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of one kernel's samples, in microseconds; the spread is from the 10th to the 90th percentile."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    samples: int
+
+    @property
+    def spread_us(self) -> float:
+        return self.p90_us - self.p10_us
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Statistics":
+        """Raises `ValueError` for no samples, or for one that is no time."""
+        if not samples or not all(math.isfinite(s) and s > 0 for s in samples):
+            raise ValueError(f"samples should be positive times, not {list(samples)[:5]}")
+        ordered = sorted(samples)
+        return cls(statistics.median(ordered), _quantile(ordered, 0.1), _quantile(ordered, 0.9), len(ordered))
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear between neighbours, as numpy's default."""
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def interleave(
+    timed: Mapping[str, Timed], budget: Budget, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Samples all kernels in rounds, one sample of each, so that a drift of the clocks hits all alike.
+
+    Returns:
+        The samples of each kernel in microseconds, and the error of each one that raised, which is then left out.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    failed: dict[str, Exception] = {}
+    start, rounds = clock(), 0
+    while len(failed) < len(timed):
+        for name, call in timed.items():
+            if name in failed:
+                continue
+            try:
+                samples[name].append(call.sample())
+            except Exception as error:  # a peer may raise anything; the others go on
+                failed[name] = error
+        rounds += 1
+        if budget.spent(rounds, clock() - start, len(timed)):
+            break
+    return samples, failed

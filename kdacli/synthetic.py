@@ -1,0 +1,182 @@
+"""Synthetic inputs: from a `Problem`, a gate regime, a kind of keys and a seed to tensors.
+
+Gate regimes (what a time or an error of a KDA kernel depends on, so that both are told with theirs):
+
+| name  | A_log  | dt_bias                                         | raw gate   | what it is                     |
+| ----- | ------ | ----------------------------------------------- | ---------- | ------------------------------ |
+| bench | U(0,1) | U(0,1)                                          | N(0,1)     | forgets within a few tokens    |
+| init  | 0      | softplus^-1(dt), dt log-uniform in [1e-3, 1e-1] | N(0,1)     | FLA's safe-gate layer, as born |
+| weak  | 0      | softplus^-1(dt), dt log-uniform in [1e-5, 1e-3] | 0.1 N(0,1) | long memory                    |
+
+Keys: `random` are N(0,1). `near-collinear` are one direction a head plus 2% noise, normalised, with beta logits
+N(4,1): the triangular matrix of a chunk is then as badly conditioned as serving has seen it.
+
+Each tensor is drawn from a stream of its own, named after it: a seed gives the same q with or without a state.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Options, Problem
+from kda_kernels.tensors import Inputs
+
+LARGE = 1 << 24  # elements
+STATE_STD = 0.1  # between the ~0.05 of one delta update of a random key and the ~1 that a long memory grows to
+COLLINEAR_NOISE = 0.02
+_L2_EPS = 1e-6
+
+
+class Regime(NamedTuple):
+    """How the gate's parameters are drawn: A_log in U(0, A_log_max), dt_bias in U(0,1) or from dt, raw in N(0, std)."""
+
+    A_log_max: float
+    dt: tuple[float, float] | None
+    raw_std: float
+
+
+GATES = {
+    "bench": Regime(1.0, None, 1.0),
+    "init": Regime(0.0, (1e-3, 1e-1), 1.0),
+    "weak": Regime(0.0, (1e-5, 1e-3), 0.1),
+}
+KEYS = ("random", "near-collinear")
+
+
+def elements(problem: Problem) -> int:
+    """Elements of all the tensors of a problem, the state or pool included."""
+    token = 2 * problem.H * problem.K + problem.HV * (problem.K + problem.V + 1)
+    slots = problem.N if problem.pool_slots is None else problem.pool_slots
+    has_state = problem.initial_state or problem.pool_slots is not None
+    return problem.T * token + has_state * slots * problem.HV * problem.K * problem.V
+
+
+def make_inputs(
+    problem: Problem, *, gates: str = "bench", keys: str = "random", seed: int = 0, device: str = "cpu"
+) -> Inputs:
+    """Draws the tensors of `problem`.
+
+    Numbers are drawn on the CPU and copied, so that a seed means the same inputs on every machine; from `LARGE`
+    elements on they are drawn on `device` itself, since a CPU would need minutes, and then they depend on it.
+
+    q, k, v are N(0,1); q and k are normalised beforehand when the kernel will not do it (`qk_l2norm` off). beta logits
+    are N(0,1), values their sigmoids. With `Gate.NONE`, g is the log decay that the regime gives through the softplus
+    gate, or through the safe gate when a lower_bound is promised. The state is 0.1 N(0,1), in a pool zero without
+    `initial_state`. The slots of a pool are permuted, those that no sequence uses are NaN, and the padding rows are
+    scattered over the batch.
+
+    Raises:
+        InputError: `gates` or `keys` is no known name.
+    """
+    if gates not in GATES:
+        raise InputError(f"gates is {gates}: it should be one of {', '.join(GATES)}")
+    if keys not in KEYS:
+        raise InputError(f"keys is {keys}: it should be one of {', '.join(KEYS)}")
+    draw = _Draw(seed, device, on_device=elements(problem) >= LARGE)
+    B, T = (1, problem.T) if problem.packed else (problem.N, problem.T // max(problem.N, 1))
+    options, dtype = problem.options, getattr(torch, problem.dtype)
+    q = draw.normal("q", (B, T, problem.H, problem.K))
+    k = _keys(draw, keys, (B, T, problem.H, problem.K))
+    if not options.qk_l2norm:
+        q, k = _normalise(q), _normalise(k)
+    beta = draw.normal("beta", (B, T, problem.HV)).add_(4.0 if keys == "near-collinear" else 0.0)
+    g, A_log, dt_bias = _gate(draw, GATES[gates], options, (B, T, problem.HV, problem.K))
+    param_dtype = getattr(torch, problem.param_dtype)
+    state, state_indices = _state(draw, problem)
+    return Inputs(
+        q=q.to(dtype),
+        k=k.to(dtype),
+        v=draw.normal("v", (B, T, problem.HV, problem.V)).to(dtype),
+        g=g.to(getattr(torch, problem.g_dtype)),
+        beta=(beta if options.beta_is_logit else beta.sigmoid()).to(getattr(torch, problem.beta_dtype)),
+        options=options,
+        A_log=None if A_log is None else A_log.to(param_dtype),
+        dt_bias=None if dt_bias is None else dt_bias.to(param_dtype),
+        state=state,
+        state_indices=state_indices,
+        cu_seqlens=_cu_seqlens(problem.seq_lens, device) if problem.packed else None,
+        state_v_first=problem.state_v_first,
+        output_final_state=problem.final_state,
+    )
+
+
+class _Draw:
+    """Random float32 tensors; each name has a stream of its own."""
+
+    def __init__(self, seed: int, device: str, on_device: bool) -> None:
+        self.seed, self.device = seed, torch.device(device)
+        self.source = self.device if on_device else torch.device("cpu")
+
+    def _generator(self, name: str) -> torch.Generator:
+        # torch's CPU generator looks at the low 32 bits of a seed only, hence a hash of just as many.
+        digest = hashlib.blake2b(f"{name} {self.seed}".encode(), digest_size=4).digest()
+        return torch.Generator(self.source).manual_seed(int.from_bytes(digest))
+
+    def normal(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator(name), device=self.source).to(self.device)
+
+    def uniform(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return torch.rand(*shape, generator=self._generator(name), device=self.source).to(self.device)
+
+    def permutation(self, name: str, n: int) -> torch.Tensor:
+        return torch.randperm(n, generator=self._generator(name), device=self.source).to(self.device)
+
+
+def _normalise(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _L2_EPS)
+
+
+def _keys(draw: _Draw, kind: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    k = draw.normal("k", shape)
+    if kind == "random":
+        return k
+    return _normalise(k.mul_(COLLINEAR_NOISE).add_(draw.normal("direction", shape[2:])))
+
+
+def _gate(
+    draw: _Draw, regime: Regime, options: Options, shape: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """g, A_log and dt_bias; the latter two None when g is the log decay already."""
+    HV, K = shape[2:]
+    A_log = draw.uniform("A_log", (HV,)) * regime.A_log_max
+    dt_bias = draw.uniform("dt_bias", (HV, K))
+    if regime.dt is not None:
+        low, high = regime.dt
+        dt = low * (high / low) ** dt_bias
+        dt_bias = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+    g = draw.normal("g", shape).mul_(regime.raw_std)
+    if options.gate is not Gate.NONE:
+        return g, A_log, dt_bias
+    x, A = g.add_(dt_bias), A_log.exp()[:, None]
+    if options.lower_bound is None:
+        return torch.nn.functional.softplus(x).mul_(-A), None, None
+    return torch.sigmoid(x.mul_(A)).mul_(options.lower_bound), None, None
+
+
+def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The initial state, or the pool and the slot of each sequence."""
+    rows, columns = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
+    dtype = getattr(torch, problem.state_dtype)
+    if problem.pool_slots is None:
+        if not problem.initial_state:
+            return None, None
+        return draw.normal("state", (problem.N, problem.HV, rows, columns)).mul_(STATE_STD).to(dtype), None
+    indices = draw.permutation("slots", problem.pool_slots)[: problem.N - problem.padding]
+    if torch.equal(indices, torch.arange(len(indices), device=draw.device)):
+        indices = indices.roll(1)  # a kernel that ignores the indices must not pass by luck
+    pool = torch.full((problem.pool_slots, problem.HV, rows, columns), torch.nan, dtype=dtype, device=draw.device)
+    used = draw.normal("state", (len(indices), problem.HV, rows, columns)).mul_(STATE_STD)
+    pool[indices] = used.to(dtype) if problem.initial_state else torch.zeros_like(used, dtype=dtype)
+    state_indices = torch.full((problem.N,), -1, dtype=torch.int32, device=draw.device)
+    live = draw.permutation("padding", problem.N)[problem.padding :].sort().values
+    state_indices[live] = indices.to(torch.int32)
+    return pool, state_indices
+
+
+def _cu_seqlens(seq_lens: Sequence[int], device: str) -> torch.Tensor:
+    """int32 [N + 1]."""
+    ends = torch.tensor([0, *seq_lens], dtype=torch.int64).cumsum(0)
+    return ends.to(device=device, dtype=torch.int32)

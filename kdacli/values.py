@@ -1,0 +1,59 @@
+"""Kinds of values on the command line: counts with a suffix, lists of lengths, dtypes."""
+
+from typing import Any
+
+import click
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class Count(click.ParamType):
+    """A whole number, with 8k for 8192 and 1M for 1048576."""
+
+    name = "count"
+
+    def __init__(self, minimum: int = 1, maximum: int = (1 << 31) - 1) -> None:
+        self.minimum, self.maximum = minimum, maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip().lower()
+        factor = _SUFFIXES.get(text[-1:], 1)
+        digits = text[:-1] if factor > 1 else text
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
+            self.fail(f"{value} is not a number such as 512, 8k or 1M", param, ctx)
+        number = int(digits) * factor
+        if not self.minimum <= number <= self.maximum:
+            self.fail(f"{value} should lie between {self.minimum} and {self.maximum}", param, ctx)
+        return number
+
+
+class Lens(click.ParamType):
+    """Lengths with commas between: 1300,547,0,2k."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        count = Count(minimum=0)
+        return tuple(count.convert(part, param, ctx) for part in value.split(","))
+
+
+class DType(click.ParamType):
+    """bf16, fp16 or fp32, or their long names."""
+
+    def __init__(self, *short: str) -> None:
+        self.short = short or tuple(_DTYPES)
+        self.name = "|".join(self.short)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        long = {name: _DTYPES[name] for name in self.short}
+        name = value.lower().removeprefix("torch.")
+        if name in long.values():
+            return name
+        if name not in long:
+            self.fail(f"{value} is no dtype for it: choose from {', '.join(long)}", param, ctx)
+        return long[name]

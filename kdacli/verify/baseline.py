@@ -1,0 +1,58 @@
+"""What results are measured with: the fp64 reference, and a plain torch implementation in the kernel's precision."""
+
+import dataclasses
+
+import torch
+
+from kda_kernels.checks import check_inputs, seq_lens
+from kda_kernels.problem import CHUNK, Op
+from kda_kernels.reference import oracle, plain_recurrent
+from kda_kernels.reference.gate import log_decay
+from kda_kernels.reference.rounding import OperandDtype
+from kda_kernels.tensors import Inputs, Outputs
+
+
+def expect(inputs: Inputs, op: Op | str) -> Outputs:
+    """The fp64 reference for `op`: o (for the op `gate`: the chunk-local cumsum) and final_state, float64.
+
+    final_state is there whether it was asked for or not; with a pool it is the whole pool after the call. `inputs` are
+    not modified. Raises `InputError` (see `check_inputs`).
+    """
+    if Op(op) is Op.GATE:
+        return Outputs(oracle.gate_cumsum(inputs))
+    return oracle.recurrence(dataclasses.replace(inputs, output_final_state=True))
+
+
+def plain(inputs: Inputs, op: Op | str) -> Outputs:
+    """What a plain implementation makes of `inputs`, rounding where a kernel of `op` must round, and nowhere else.
+
+    decode: the token recurrence in fp32; output and state rounded to their dtypes.
+    prefill: the chunk form in fp32, the operands of its matrix products rounded to what tensor cores take; output and
+        state rounded to their dtypes.
+    gate: the activation and the cumulative sum in fp32.
+    """
+    op = Op(op)
+    if op is Op.GATE:
+        return Outputs(_gate_cumsum_fp32(inputs))
+    inputs = dataclasses.replace(inputs, output_final_state=True)
+    if op is Op.DECODE:
+        return plain_recurrent.run(inputs.fresh())
+    return oracle.chunk_form(inputs, operand_dtype=operand_dtype(inputs.q.dtype))
+
+
+def operand_dtype(dtype: torch.dtype) -> OperandDtype:
+    """What a chunk kernel multiplies in, for activations of `dtype`.
+
+    bf16 for bf16. fp16 activations take tf32 too: intermediate results such as the inverse of a near-singular chunk
+    leave fp16's range, and tf32 has fp16's ten bits of mantissa.
+    """
+    return torch.bfloat16 if dtype is torch.bfloat16 else "tf32"
+
+
+def _gate_cumsum_fp32(inputs: Inputs) -> torch.Tensor:
+    """float32 [B, T, HV, K]."""
+    decay = log_decay(inputs.g, inputs.A_log, inputs.dt_bias, inputs.options, torch.float32)
+    lens = seq_lens(inputs, check_inputs(inputs, values=True))
+    chunks = [min(CHUNK, n - first) for n in lens for first in range(0, n, CHUNK)]
+    pieces = [piece.cumsum(0) for piece in decay.flatten(0, 1).split(chunks)] if chunks else []
+    return torch.cat(pieces).view(decay.shape) if pieces else decay

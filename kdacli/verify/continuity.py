@@ -1,0 +1,61 @@
+"""Prefill, then decode from the same pool, run as if it were one kernel: together they are one long recurrence."""
+
+import dataclasses
+
+import torch
+
+from kda_kernels.checks import check_inputs, seq_lens
+from kda_kernels.problem import Op, Problem
+from kda_kernels.registry import Kernel, kernels
+from kda_kernels.tensors import Inputs, Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillThenDecode:
+    """A prefill kernel, and the decode kernel that goes on from the pool it leaves.
+
+    Attributes:
+        prefill, decode: the two; `decode` None if there is none of that backend.
+        steps: the last so many tokens of each sequence are decoded, one by one.
+    """
+
+    prefill: Kernel
+    decode: Kernel | None
+    steps: int
+
+    @classmethod
+    def of(cls, prefill: Kernel, steps: int) -> "PrefillThenDecode":
+        """With the first decode kernel of the same backend."""
+        return cls(prefill, next((k for k in kernels(Op.DECODE) if k.backend == prefill.backend), None), steps)
+
+    @property
+    def name(self) -> str:
+        """triton-prefill, then triton-decode: "triton-prefill+decode"."""
+        return f"{self.prefill.name}+decode"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why not, as `Kernel.unsupported`."""
+        if self.decode is None:
+            return f"there is no decode kernel of the backend {self.prefill.backend} to go on with"
+        decoding = dataclasses.replace(problem, op=Op.DECODE, seq_lens=(1,) * problem.N)
+        return self.prefill.unsupported(problem) or self.decode.unsupported(decoding)
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """All of `inputs` (packed, with a pool) in steps + 1 calls. o is put together in the order of the tokens."""
+        lens = torch.tensor(seq_lens(inputs, check_inputs(inputs, values=True)), device=inputs.q.device)
+        ends = lens.cumsum(0)
+        starts_ends = zip((ends - lens).tolist(), ends.tolist(), strict=True)
+        rows = torch.cat([torch.arange(start, end - self.steps) for start, end in starts_ends]).to(lens.device)
+        o, call = torch.full_like(inputs.v, torch.nan), self.prefill
+        for step in range(self.steps + 1):
+            part = _tokens(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
+            o[:, rows] = call.run(part).o
+            rows, call = ends - self.steps + step, self.decode
+        return Outputs(o, inputs.state)
+
+
+def _tokens(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
+    """The call for some tokens of a packed batch only; the pool is the same memory."""
+    cu_seqlens = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(inputs.cu_seqlens.dtype)
+    parts = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
+    return dataclasses.replace(inputs, **parts, cu_seqlens=cu_seqlens)

@@ -1,0 +1,239 @@
+"""The public functions.
+
+`chunk_kda`, `fused_recurrent_kda` and `fused_recurrent_kda_fwd` have the names and signatures of FLA 0.6.0, so that an
+import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place.
+
+All of them check their tensors once and then call the Triton kernels directly: nothing is looked up in the registry on
+the way, and nothing else is tried when these kernels cannot run. Everything wrong with an argument is an `InputError`
+(a ValueError). There is no backward: results of tensors that require grad can be used, but not differentiated.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+
+from kda_kernels.boundary import check, check_out, forward_only, options_of
+from kda_kernels.errors import InputError
+from kda_kernels.problem import CHUNK
+from kda_kernels.serving import kda_decode, kda_prefill
+from kda_kernels.tensors import Inputs
+from kda_kernels.triton.decode import decode
+from kda_kernels.triton.prefill import prefill
+
+__all__ = ["chunk_kda", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
+
+SAFE_BOUND = -5.0  # what FLA's safe_gate promises of log decays that come in activated
+FLA_NAMES = {"state": "initial_state", "state_indices": "ssm_state_indices"}
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    cp_context: Any = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Prefill, with FLA's signature.
+
+    Args:
+        q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV, K]; beta: [B, T, HV]. fp32, fp16 or bf16; any strides with a
+            contiguous last dimension. HV is a multiple of H.
+        scale: factor on q; K ** -0.5 if not given.
+        initial_state: fp32 [N, HV, K, V] ([N, HV, V, K] with state_v_first), not modified.
+        output_final_state: return the final state.
+        use_qk_l2norm_in_kernel: normalise q and k.
+        use_gate_in_kernel: g is raw, and becomes -exp(A_log) * softplus(g + dt_bias), or with a lower_bound
+            lower_bound * sigmoid(exp(A_log) * (g + dt_bias)). Otherwise g is the log decay, and A_log, dt_bias and
+            lower_bound are not looked at.
+        use_beta_sigmoid_in_kernel: beta is a logit; allow_neg_eigval: 2 * sigmoid.
+        safe_gate: with use_gate_in_kernel it needs a lower_bound; without, it promises that every g lies in [-5, 0].
+        return_intermediate_states: also return h.
+        state_v_first: states are [.., V, K].
+        cu_seqlens: int32 or int64 [N + 1], for a packed batch with B = 1.
+        disable_recompute, cu_seqlens_cpu, max_num_seqs: accepted; they change nothing here.
+        cp_context, use_graph: not supported; leave them out.
+        **kwargs: A_log, HV elements in any shape; dt_bias [HV * K] or [HV, K]; chunk_size, 32 or 64: the kernels work
+            in chunks of 64 in both cases, which changes no result beyond rounding; transpose_state_layout, the
+            deprecated name of state_v_first.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v; the final state, fp32 in the layout of the initial state, or None; and if
+        asked for h [B, NT, HV, K, V] ([.., V, K] with state_v_first) in the dtype of k, the state at the start of each
+        chunk, NT counting the chunks of all sequences of a packed batch.
+
+    Raises:
+        InputError: an argument is wrong, or not supported.
+        UnavailableError: no GPU, and Triton's interpreter is not on.
+    """
+    state_v_first = _state_v_first(state_v_first, kwargs)
+    for name, value in (("cp_context", cp_context), ("use_graph", use_graph)):
+        if value:
+            raise InputError(f"{name} is given: it is not supported; leave it out")
+    A_log, dt_bias, chunk_size = kwargs.pop("A_log", None), kwargs.pop("dt_bias", None), kwargs.pop("chunk_size", CHUNK)
+    _refuse("chunk_kda", kwargs)
+    if chunk_size not in (32, 64):
+        raise InputError(f"`chunk_size` must be either 32 or 64 for KDA, got {chunk_size}")
+    if return_intermediate_states and chunk_size != CHUNK:
+        raise InputError(f"chunk_size is {chunk_size}: it should be {CHUNK} with return_intermediate_states")
+    if safe_gate and use_gate_in_kernel and lower_bound is None:
+        raise InputError(
+            "lower_bound is missing: safe_gate with use_gate_in_kernel needs a negative number, such as -5.0"
+        )
+    if initial_state is not None and initial_state.dtype != torch.float32:
+        raise InputError(f"initial_state is {initial_state.dtype}: it should be float32")
+    inputs = Inputs(
+        q, k, v, g, beta,
+        options=options_of(
+            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
+            scale, promise=SAFE_BOUND if safe_gate else None,
+        ),
+        A_log=A_log if use_gate_in_kernel else None, dt_bias=dt_bias if use_gate_in_kernel else None,
+        state=initial_state, cu_seqlens=cu_seqlens, state_v_first=state_v_first, output_final_state=output_final_state,
+    )  # fmt: skip
+    check(inputs, FLA_NAMES)
+
+    def run():
+        if not return_intermediate_states:
+            outputs = prefill(inputs)
+            return outputs.o, outputs.final_state
+        outputs, h = prefill(inputs, return_intermediate_states=True)
+        return outputs.o, outputs.final_state, h.mT if state_v_first else h
+
+    return forward_only(run, inputs)
+
+
+def fused_recurrent_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The recurrence token by token, with FLA's signature: for one or a few tokens a sequence.
+
+    Args, Returns, Raises: as `chunk_kda`, except that initial_state may be bf16 too; of the keyword arguments there is
+    transpose_state_layout only.
+    """
+    state_v_first = _state_v_first(state_v_first, kwargs)
+    _refuse("fused_recurrent_kda", kwargs)
+    return fused_recurrent_kda_fwd(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, scale, output_final_state, False, state_v_first, cu_seqlens,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+        lower_bound=lower_bound,
+    )  # fmt: skip
+
+
+def fused_recurrent_kda_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    scale: float | None = None,
+    output_final_state: bool = False,
+    inplace_final_state: bool = True,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    ssm_state_indices: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    out: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The recurrence as vLLM calls it, with FLA's signature.
+
+    Args (where they differ from `fused_recurrent_kda`):
+        initial_state: fp32 or bf16; a pool [P, HV, K, V] when ssm_state_indices is given.
+        inplace_final_state: write the final states over the initial ones, and return that tensor. Needed for a pool.
+        ssm_state_indices: int32 or int64 [N], slots; -1 is padding.
+        num_accepted_tokens: not supported; leave it out.
+        out: [B, T, HV, V] in the dtype of v, where o goes.
+
+    Raises:
+        InputError: an argument is wrong, or not supported.
+        UnavailableError: no GPU, and Triton's interpreter is not on.
+    """
+    _refuse("fused_recurrent_kda_fwd", kwargs)
+    if num_accepted_tokens is not None:
+        raise InputError("num_accepted_tokens is given: it is not supported; leave it out")
+    if inplace_final_state and initial_state is None:
+        raise InputError("initial_state is missing: inplace_final_state writes to it")
+    if ssm_state_indices is not None and not inplace_final_state:
+        raise InputError("inplace_final_state is False: it should be True with ssm_state_indices")
+    inputs = Inputs(
+        q, k, v, g, beta,
+        options=options_of(
+            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
+            scale,
+        ),
+        A_log=A_log if use_gate_in_kernel else None, dt_bias=dt_bias if use_gate_in_kernel else None,
+        state=initial_state, state_indices=ssm_state_indices, cu_seqlens=cu_seqlens, state_v_first=state_v_first,
+        output_final_state=output_final_state,
+    )  # fmt: skip
+    check(inputs, FLA_NAMES)
+    check_out(out, v)
+    if inplace_final_state:
+        written = initial_state if ssm_state_indices is None else None
+        (o,) = forward_only(lambda: (decode(inputs, out, final_state=written).o,), inputs)
+        return o, initial_state
+
+    def run():
+        outputs = decode(inputs, out)
+        return outputs.o, outputs.final_state
+
+    return forward_only(run, inputs)
+
+
+def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
+    """Takes the deprecated name out of `kwargs`."""
+    if "transpose_state_layout" not in kwargs:
+        return state_v_first
+    if state_v_first:
+        raise InputError("transpose_state_layout is given next to state_v_first: leave it out, it is its old name")
+    warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
+    return kwargs.pop("transpose_state_layout")
+
+
+def _refuse(function: str, kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise InputError(f"{next(iter(kwargs))} is not an argument of {function}: leave it out")

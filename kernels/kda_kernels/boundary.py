@@ -1,0 +1,68 @@
+"""What every public function does on its way in: options from switches, checks, and no way back for gradients."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from kda_kernels.checks import check_inputs
+from kda_kernels.errors import InputError, KdaError
+from kda_kernels.problem import Gate, Options
+from kda_kernels.tensors import Inputs
+
+
+@functools.lru_cache
+def options_of(
+    use_gate: bool,
+    lower_bound: float | None,
+    beta_is_logit: bool,
+    allow_neg_eigval: bool,
+    qk_l2norm: bool,
+    scale: float | None,
+    promise: float | None = None,
+) -> Options:
+    """FLA's switches as `Options`. `promise`: the bound of gates that come in activated."""
+    if use_gate:
+        gate = Gate.SOFTPLUS if lower_bound is None else Gate.SAFE
+    else:
+        gate, lower_bound = Gate.NONE, promise
+    return Options(gate, lower_bound, bool(beta_is_logit), bool(allow_neg_eigval), bool(qk_l2norm), scale)
+
+
+def check(inputs: Inputs, names: dict[str, str] | None = None) -> None:
+    """`check_inputs`, with the caller's names for the arguments in its message."""
+    try:
+        check_inputs(inputs)
+    except InputError as error:
+        argument, _, rest = str(error).partition(" ")
+        raise InputError(f"{(names or {}).get(argument, argument)} {rest}") from None
+
+
+def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
+    """A buffer for o, if one is given, must be like v; rows may lie apart. Raises `InputError`."""
+    if out is None:
+        return
+    for what in ("shape", "dtype", "device"):
+        if getattr(out, what) != getattr(v, what):
+            raise InputError(f"out has {what} {getattr(out, what)}: it should be {getattr(v, what)}, as v")
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise InputError(f"out has stride {out.stride(-1)} in its last dimension: it should be 1")
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Runs a function that returns a tuple, and says what is missing when somebody differentiates through it."""
+
+    @staticmethod
+    def forward(ctx, run: Callable[[], tuple], *tensors: torch.Tensor):
+        return run()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise KdaError("kda has no backward: use FLA's function of the same name for training")
+
+
+def forward_only(run: Callable[[], tuple], inputs: Inputs) -> tuple:
+    """`run()`; with results whose backward raises `KdaError` if it was asked to record gradients of `inputs`."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors().values()):
+        return _ForwardOnly.apply(run, *inputs.tensors().values())
+    return run()

@@ -1,0 +1,165 @@
+"""What is to be computed, without the tensors: options of the operation, shapes, dtypes and layouts.
+
+`Options` is what a model fixes (which gate, is beta a logit, ...). `Problem` adds the shapes and dtypes of one call
+and is all that a kernel may look at to say whether it can run. Neither imports torch, so the command line can build,
+print and serialise them in milliseconds.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from kda_kernels.errors import InputError
+
+DTYPES = ("float32", "float16", "bfloat16")
+STATE_DTYPES = ("float32", "bfloat16")
+CHUNK = 64  # tokens a chunk of the prefill pipeline
+
+
+class Op(enum.StrEnum):
+    """The operations a kernel can serve."""
+
+    DECODE = "decode"  # fused recurrent update, meant for one or a few tokens a sequence
+    PREFILL = "prefill"  # chunked form over whole prompts
+    GATE = "gate"  # kda_gate_chunk_cumsum: activation + bias + chunk-local cumsum, the first stage of prefill
+
+
+class Gate(enum.StrEnum):
+    """How the tensor g becomes the log decay (<= 0)."""
+
+    SOFTPLUS = "softplus"  # -exp(A_log) * softplus(g + dt_bias)
+    SAFE = "safe"  # lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+    NONE = "none"  # g is the log decay already
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The model's choices, the same for every call of a layer.
+
+    Attributes:
+        gate: which activation turns g into a log decay.
+        lower_bound: bound of the safe gate (< 0; Kimi K3: -5). Required by, and only for, `Gate.SAFE`. With
+            `Gate.NONE` it may be given as a promise that every g lies in [lower_bound, 0].
+        beta_is_logit: apply sigmoid to beta.
+        allow_neg_eigval: 2 * sigmoid(beta); needs `beta_is_logit`.
+        qk_l2norm: normalise q and k inside the kernel: x * rsqrt(sum x^2 + 1e-6).
+        scale: factor on q; None means K ** -0.5.
+    """
+
+    gate: Gate = Gate.SOFTPLUS
+    lower_bound: float | None = None
+    beta_is_logit: bool = True
+    allow_neg_eigval: bool = False
+    qk_l2norm: bool = True
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gate", Gate(self.gate))
+        if self.gate is Gate.SAFE and self.lower_bound is None:
+            raise InputError("lower_bound is missing: the safe gate needs a negative number, such as -5.0")
+        if self.gate is Gate.SOFTPLUS and self.lower_bound is not None:
+            raise InputError(f"lower_bound is {self.lower_bound}: the softplus gate has none; leave it out")
+        if self.lower_bound is not None and not self.lower_bound < 0:
+            raise InputError(f"lower_bound is {self.lower_bound}: it should be negative, such as -5.0")
+        if self.allow_neg_eigval and not self.beta_is_logit:
+            raise InputError("allow_neg_eigval is set but beta is not a logit: it needs use_beta_sigmoid_in_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call: what a kernel is asked whether it supports.
+
+    Attributes:
+        op: the operation.
+        seq_lens: tokens of each sequence, in order; empty sequences are 0.
+        H, HV: query/key heads and value heads; HV is a multiple of H.
+        K, V: head sizes of keys and values.
+        packed: True: tensors are [1, sum(seq_lens), ...] with cu_seqlens. False: [N, T, ...], all lengths equal.
+        dtype: of q, k, v and the output. g_dtype, beta_dtype, param_dtype (A_log, dt_bias), state_dtype: as named.
+        initial_state: whether a state comes in; final_state: whether it goes out.
+        pool_slots: None for a plain [N, HV, V, K] state that is not modified; else the slots of a state pool that is
+            updated in place through state_indices.
+        padding: how many of the sequences carry state index -1.
+        state_v_first: [.., V, K] (ours) or [.., K, V].
+        options: see `Options`.
+    """
+
+    op: Op
+    seq_lens: tuple[int, ...]
+    H: int
+    HV: int
+    K: int = 128
+    V: int = 128
+    packed: bool = True
+    dtype: str = "bfloat16"
+    g_dtype: str = "bfloat16"
+    beta_dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    state_dtype: str = "float32"
+    initial_state: bool = True
+    final_state: bool = True
+    pool_slots: int | None = None
+    padding: int = 0
+    state_v_first: bool = True
+    options: Options = dataclasses.field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", Op(self.op))
+        object.__setattr__(self, "seq_lens", tuple(int(n) for n in self.seq_lens))
+        for name in ("H", "HV", "K", "V"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: it should be at least 1")
+        if self.HV % self.H:
+            raise InputError(f"HV is {self.HV}: it should be a multiple of H = {self.H}")
+        if any(n < 0 for n in self.seq_lens):
+            raise InputError(f"seq_lens holds {min(self.seq_lens)}: lengths should be 0 or more")
+        if not self.packed and len(set(self.seq_lens)) > 1:
+            raise InputError("seq_lens differ but packed is False: a dense batch needs equal lengths")
+        for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise InputError(f"{name} is {getattr(self, name)}: it should be one of {', '.join(DTYPES)}")
+        if self.state_dtype not in STATE_DTYPES:
+            raise InputError(f"state_dtype is {self.state_dtype}: it should be one of {', '.join(STATE_DTYPES)}")
+        if self.pool_slots is not None and self.pool_slots < self.N - self.padding:
+            raise InputError(f"pool_slots is {self.pool_slots}: {self.N - self.padding} sequences need a slot each")
+
+    @property
+    def N(self) -> int:
+        """Number of sequences."""
+        return len(self.seq_lens)
+
+    @property
+    def T(self) -> int:
+        """Tokens in all sequences together."""
+        return sum(self.seq_lens)
+
+    @property
+    def scale(self) -> float:
+        return self.K**-0.5 if self.options.scale is None else self.options.scale
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: decode H=96 N=32, prefill N=1 T=8192 H=96, ..."""
+        heads = f"H={self.H}" if self.H == self.HV else f"H={self.H} HV={self.HV}"
+        lens = set(self.seq_lens)
+        if lens == {1}:
+            return f"{self.op} {heads} N={self.N}"
+        tokens = f"T={self.N}x{self.seq_lens[0]}" if len(lens) == 1 and self.N > 1 else f"T={self.T}"
+        return f"{self.op} N={self.N} {tokens} {heads}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON; `from_dict` is its inverse."""
+        out = dataclasses.asdict(self)
+        out["op"], out["seq_lens"] = str(self.op), list(self.seq_lens)
+        out["options"]["gate"] = str(self.options.gate)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Problem":
+        """Raises `InputError` for unknown or missing fields."""
+        try:
+            data = dict(data)
+            return cls(**{**data, "options": Options(**data.get("options", {}))})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"not a problem description: {error}") from error

@@ -1,0 +1,113 @@
+"""One call seen by the reference implementations: tokens in rows with the activations applied, and states in and out.
+
+Dense and packed batches, grouped value heads, pools and plain states, V-first and K-first all end here, so that the
+recurrence and the chunk form know one layout only.
+"""
+
+import dataclasses
+from itertools import accumulate
+
+import torch
+
+from kda_kernels.checks import Dims, check_inputs, seq_lens
+from kda_kernels.reference.gate import beta_values, l2norm, log_decay
+from kda_kernels.tensors import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Where one sequence lies: its first row, its number of tokens, and where in the state or pool its state is."""
+
+    start: int
+    length: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The call with every activation applied, in one dtype; R = B * T rows, of which sequences are consecutive pieces.
+
+    Attributes:
+        q, k: [R, HV, K], normalised if asked, q scaled, heads repeated for grouped value heads.
+        v: [R, HV, V]. g: log decays [R, HV, K]. beta: [R, HV].
+        sequences: those that have tokens and are not padding, the longest first.
+    """
+
+    dims: Dims
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    sequences: list[Sequence]
+
+    def index(self, numbers: list[int]) -> torch.Tensor:
+        """`numbers` as an index tensor on the device of the batch."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.q.device)
+
+
+def prepare(inputs: Inputs, dtype: torch.dtype) -> Batch:
+    """Applies the activations of `inputs` in `dtype`. Raises `InputError` (see `check_inputs`)."""
+    dims = check_inputs(inputs, values=True)
+    options, rows, group = inputs.options, dims.B * dims.T, dims.HV // dims.H
+    norm = l2norm if options.qk_l2norm else torch.Tensor.to
+    scale = dims.K**-0.5 if options.scale is None else options.scale
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(rows, dims.H, dims.K).repeat_interleave(group, dim=1)
+
+    return Batch(
+        dims=dims,
+        q=heads(norm(inputs.q, dtype) * scale),
+        k=heads(norm(inputs.k, dtype)),
+        v=inputs.v.to(dtype).reshape(rows, dims.HV, dims.V),
+        g=log_decay(inputs.g, inputs.A_log, inputs.dt_bias, options, dtype).reshape(rows, dims.HV, dims.K),
+        beta=beta_values(inputs.beta, options, dtype).reshape(rows, dims.HV),
+        sequences=_sequences(inputs, dims),
+    )
+
+
+def _sequences(inputs: Inputs, dims: Dims) -> list[Sequence]:
+    lens = seq_lens(inputs, dims)
+    starts = [0, *accumulate(lens)][:-1]
+    slots = range(dims.N) if inputs.state_indices is None else inputs.state_indices.tolist()
+    live = (Sequence(*where) for where in zip(starts, lens, slots, strict=True) if where[1] > 0 and where[2] >= 0)
+    return sorted(live, key=lambda sequence: -sequence.length)
+
+
+def load_states(inputs: Inputs, batch: Batch) -> torch.Tensor:
+    """Initial states of `batch.sequences`, a new tensor [n, HV, V, K] in the dtype of the batch."""
+    dims, n = batch.dims, len(batch.sequences)
+    if inputs.state is None:
+        return batch.q.new_zeros(n, dims.HV, dims.V, dims.K)
+    states = inputs.state[batch.index([s.slot for s in batch.sequences])].to(batch.q.dtype)
+    return states if inputs.state_v_first else states.mT.contiguous()
+
+
+def store_states(
+    inputs: Inputs, batch: Batch, states: torch.Tensor, dtype: torch.dtype | None = None, *, in_place: bool = False
+) -> torch.Tensor | None:
+    """The final states in the layout of `inputs`; a sequence with no tokens keeps the state it had.
+
+    Args:
+        states: [n, HV, V, K] of `batch.sequences`.
+        dtype: of the result; None: that of the state, or fp32 where there is none. A pool written in place keeps its.
+        in_place: write into the pool of `inputs`, if there is one; else into a copy of all of it.
+
+    Returns:
+        None when the final state was not asked for.
+    """
+    dims, pooled = batch.dims, inputs.state_indices is not None
+    if not inputs.output_final_state and not (pooled and in_place):
+        return None
+    if dtype is None:
+        dtype = torch.float32 if inputs.state is None else inputs.state.dtype
+    if inputs.state is None:
+        inner = (dims.V, dims.K) if inputs.state_v_first else (dims.K, dims.V)
+        out = states.new_zeros(dims.N, dims.HV, *inner, dtype=dtype)
+    else:
+        out = inputs.state if pooled and in_place else inputs.state.to(dtype, copy=True)
+    if not inputs.state_v_first:
+        states = states.mT
+    out[batch.index([s.slot for s in batch.sequences])] = states.to(out.dtype)
+    return out if inputs.output_final_state else None

@@ -1,0 +1,26 @@
+"""The kernel `torch-prefill`: the chunk form in plain torch, fp32, wherever torch runs."""
+
+import torch
+
+from kda_kernels.problem import CHUNK, Problem
+from kda_kernels.reference.batch import load_states, prepare, store_states
+from kda_kernels.reference.chunked import chunk_recurrence
+from kda_kernels.reference.rounding import operand_rounding
+from kda_kernels.tensors import Inputs, Outputs
+
+
+def unsupported(problem: Problem | None) -> str | None:
+    """Always None: it runs every problem, slowly."""
+    return None
+
+
+@torch.no_grad()
+def run(inputs: Inputs) -> Outputs:
+    """Arithmetic and operands in fp32; the output rounded to the dtype of v, the state once, to its own.
+
+    A pool is updated in place. Raises `InputError` (see `check_inputs`).
+    """
+    batch = prepare(inputs, torch.float32)
+    states = load_states(inputs, batch)
+    o = chunk_recurrence(batch, states, CHUNK, operand_rounding(torch.float32)).view(inputs.v.shape).to(inputs.v.dtype)
+    return Outputs(o, store_states(inputs, batch, states, in_place=True))

@@ -1,0 +1,25 @@
+"""The kernel `torch-decode`: the token recurrence in plain torch, fp32, wherever torch runs."""
+
+import torch
+
+from kda_kernels.problem import Problem
+from kda_kernels.reference.batch import load_states, prepare, store_states
+from kda_kernels.reference.recurrent import token_recurrence
+from kda_kernels.tensors import Inputs, Outputs
+
+
+def unsupported(problem: Problem | None) -> str | None:
+    """Always None: it runs every problem, slowly."""
+    return None
+
+
+@torch.no_grad()
+def run(inputs: Inputs) -> Outputs:
+    """Arithmetic in fp32; the output rounded to the dtype of v, the state once, to its own (fp32 without one).
+
+    A pool is updated in place. Raises `InputError` (see `check_inputs`).
+    """
+    batch = prepare(inputs, torch.float32)
+    states = load_states(inputs, batch)
+    o = token_recurrence(batch, states).view(inputs.v.shape).to(inputs.v.dtype)
+    return Outputs(o, store_states(inputs, batch, states, in_place=True))

@@ -1,0 +1,32 @@
+"""Rounding of matmul operands, as tensor cores demand it: the error no kernel in that precision can avoid."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+OperandDtype = torch.dtype | Literal["tf32"]
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+_TF32_DROPPED_BITS = 13  # fp32 has 23 bits of mantissa, tf32 10
+
+
+def operand_rounding(operand_dtype: OperandDtype | None) -> Rounding:
+    """A function that rounds a tensor to what an operand of `operand_dtype` can hold and keeps the tensor's own dtype.
+
+    None and torch.float32: no rounding. "tf32": 10 bits of mantissa with the exponent range of fp32.
+    """
+    if operand_dtype is None or operand_dtype is torch.float32:
+        return lambda x: x
+    if operand_dtype == "tf32":
+        return round_to_tf32
+    return lambda x: x.to(operand_dtype).to(x.dtype)
+
+
+def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounds fp32 to 10 bits of mantissa, to nearest, ties to even. Inf and NaN stay."""
+    bits = x.contiguous().view(torch.int32)
+    half = (1 << (_TF32_DROPPED_BITS - 1)) - 1
+    last = (bits >> _TF32_DROPPED_BITS) & 1
+    rounded = (bits + half + last) & -(1 << _TF32_DROPPED_BITS)
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)

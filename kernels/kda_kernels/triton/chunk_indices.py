@@ -1,0 +1,52 @@
+"""Which chunk is whose: one table, prepared once a batch and passed to every stage of the prefill."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kda_kernels.problem import CHUNK
+from kda_kernels.triton.runtime import require_device
+
+
+def max_chunks(total_tokens: int, num_seqs: int, chunk_size: int = CHUNK) -> int:
+    """Upper bound of sum(ceil(len / chunk_size)), known without reading the lengths.
+
+    floor(start / chunk_size) + n is at least the number of chunks before sequence n, so it also serves as the slot of
+    that sequence's first chunk in a workspace of this size: no prefix sum is needed on the device.
+    """
+    return total_tokens // chunk_size + num_seqs
+
+
+@triton.jit
+def chunk_indices_kernel(cu_seqlens, out, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows from the first slot of sequence n up to that of the next, one program a sequence."""
+    n = tl.program_id(0)
+    start = tl.load(cu_seqlens + n).to(tl.int64)
+    end = tl.load(cu_seqlens + n + 1).to(tl.int64)
+    slot = start // C + n
+    slots = end // C + n + 1 - slot
+    chunks = tl.cdiv(end - start, C)
+    for first in range(0, slots, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        known = chunk < chunks
+        tl.store(out + 2 * (slot + chunk), tl.where(known, n, -1), mask=chunk < slots)
+        tl.store(out + 2 * (slot + chunk) + 1, tl.where(known, chunk, -1), mask=chunk < slots)
+
+
+def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_size: int = CHUNK) -> torch.Tensor:
+    """The (sequence, chunk within the sequence) of every chunk, on the device: one launch, no host synchronisation.
+
+    Args:
+        cu_seqlens: int32 or int64 [N + 1], cumulative lengths.
+        total_tokens: T, the length of the packed tensors.
+        chunk_size: tokens a chunk.
+
+    Returns:
+        int32 [T // chunk_size + N, 2], chunks in order; rows that no chunk needs hold -1, and kernels leave at once there.
+    """
+    require_device(cu_seqlens)
+    N = len(cu_seqlens) - 1
+    out = torch.empty((max_chunks(total_tokens, N, chunk_size), 2), dtype=torch.int32, device=cu_seqlens.device)
+    if N:
+        chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=256, num_warps=2)
+    return out

@@ -1,0 +1,106 @@
+"""Device functions that every Triton kernel here shares: the gate, the norm, and the constants they need.
+
+The formulas are those of `kda_kernels.reference.gate`; both are checked against each other by the tests.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_kernels.problem import Gate
+from kda_kernels.triton.runtime import interpreted
+
+# How the gate is told to a kernel: a constexpr int, since Triton specialises on those.
+GATE_NONE, GATE_SOFTPLUS, GATE_SAFE = 0, 1, 2
+GATE_CODES = {Gate.NONE: GATE_NONE, Gate.SOFTPLUS: GATE_SOFTPLUS, Gate.SAFE: GATE_SAFE}
+
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x.to(DTYPE), rounded to nearest even. Triton's interpreter cuts bf16 off instead, so there its bits are rounded."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b + acc with fp32 sums. Triton's interpreter multiplies the bits of bf16 operands, so there they are widened."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def split(x):
+    """x in fp32 as the sum of two bf16."""
+    hi = cast(x, tl.bfloat16)
+    return hi, cast(x - hi.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def exp2(x):
+    """2**x, fp32, 2 ulp; results under 2**-126 are 0. One instruction: tl.exp2 spends three more on denormals."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, fp32, 1 ulp."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), fp32."""
+    return reciprocal(1.0 + exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + exp(-|x|)), fp32: no overflow, and full relative precision where the result is small."""
+    e = exp2(tl.abs(x) * -1.4426950408889634)
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3 - e * (0.25 - e * 0.2))))  # 1 + e would round a small e away
+    return tl.maximum(x, 0.0) + tl.where(e < 0.03125, series, tl.log(1.0 + e))
+
+
+@triton.jit
+def log2_decay(raw, A, bias, lower_bound, GATE: tl.constexpr):
+    """log2 of the decay, fp32, <= 0. `A` is exp(A_log), a scalar or a row as `bias`; all arguments broadcast together."""
+    if GATE == 1:
+        g = (A * -1.4426950408889634) * softplus(raw + bias)
+    elif GATE == 2:
+        # factors on A and the bound, which are few, instead of on every gate
+        A = A * -1.4426950408889634
+        g = (lower_bound * 1.4426950408889634) * reciprocal(1.0 + exp2(raw * A + bias * A))
+    else:
+        g = raw * 1.4426950408889634
+    return g
+
+
+@triton.jit
+def log_decay(raw, A, bias, lower_bound, GATE: tl.constexpr):
+    """The log decay (natural log, <= 0) of raw gates, fp32: see `log2_decay`."""
+    if GATE == 0:
+        return raw
+    return log2_decay(raw, A, bias, lower_bound, GATE) * 0.6931471805599453
+
+
+@triton.jit
+def beta_value(raw, IS_LOGIT: tl.constexpr, NEG_EIGVAL: tl.constexpr):
+    """beta in fp32 from its logit or its value."""
+    b = raw.to(tl.float32)
+    if IS_LOGIT:
+        b = sigmoid(b)
+        if NEG_EIGVAL:
+            b = b * 2.0
+    return b

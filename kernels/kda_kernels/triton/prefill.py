@@ -1,0 +1,283 @@
+"""The fused prefill. Host half: workspace, configuration, launches.
+
+Three kernels: `chunk_factors` (or `chunk_factors_bounded` where the gate is known to be bounded, in half the time), then
+`chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and sums happen inside the first. The stage
+`kda_gate_chunk_cumsum` of `gate.py` is there for others; as a pass of its own it would add 225 us to 1.6 ms at P1.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from kda_kernels.checks import Dims, check_inputs
+from kda_kernels.errors import InputError
+from kda_kernels.problem import CHUNK, Gate, Options, Problem
+from kda_kernels.ranges import stage
+from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton.chunk_chain import chunk_chain_kernel
+from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
+from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
+from kda_kernels.triton.chunk_indices import max_chunks, prepare_chunk_indices
+from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
+from kda_kernels.triton.common import GATE_CODES
+from kda_kernels.triton.runtime import multiprocessors, register_limit, require_device, shared_memory, unsupported_here
+from kda_kernels.triton.variant import Variant
+
+MAX_HEAD = 256
+MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
+MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Tuning choices. Figures behind them: kernels/README.md.
+
+    Attributes:
+        BV: value channels a program of the chain. Narrow slices fill the GPU when there are few heads; wide ones reread
+            qg, kg and kd less often when there are many.
+        chain_warps, chain_stages: of the chain: 3 stages where they fit into shared memory.
+        KB, factor_warps: of both factor kernels: channels in registers at a time, and warps. More than 64 channels, or
+            fewer registers, spill, and a spill costs more here than programs that are not resident.
+        inverse_registers: a limit that lets 15 of its warps share a SM instead of 11.
+    """
+
+    BV: int = 64
+    chain_warps: int = 4
+    chain_stages: int = 3
+    KB: int = 64
+    factor_warps: int = 4
+    inverse_registers: int = 128
+
+    @classmethod
+    def choose(cls, dims: Dims, itemsize: int = 2, sms: int = 132, shared: int = 232448) -> "PrefillConfig":
+        """From the shape, the bytes of an operand, the multiprocessors and the shared memory of a program."""
+        chains = dims.N * dims.HV
+        widest = max(16, min(64, triton.next_power_of_2(dims.V)))
+        BV = widest
+        while BV > 16 and chains * triton.cdiv(dims.V, BV) < 0.7 * sms:
+            BV //= 2
+        for stages in (3, 2, 1):
+            for width in (BV, BV // 2):
+                if width >= 16 and chain_shared_bytes(dims.K, width, stages, itemsize) <= shared:
+                    return cls(BV=width, chain_stages=stages)
+        return cls(BV=16, chain_stages=1)
+
+
+def chain_shared_bytes(K: int, BV: int, stages: int, itemsize: int) -> int:
+    """Shared memory of `chunk_chain`, as Triton 3.6 lays it out on sm_90a."""
+    BK, C = max(16, triton.next_power_of_2(K)), CHUNK
+    operands = stages * (3 * C * BK + 2 * C * C) * itemsize
+    return operands + min(stages, 2) * (C * BV * itemsize + (BK + C) * 4) + BK * BV * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """What one kernel hands to the next, [HV, slots, ...]."""
+
+    qg: torch.Tensor
+    kg: torch.Tensor
+    kd: torch.Tensor
+    L: torch.Tensor
+    Z: torch.Tensor
+    Aqk: torch.Tensor
+    decay: torch.Tensor
+    rate: torch.Tensor
+
+    @classmethod
+    def allocate(cls, dims: Dims, slots: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
+        BK = max(16, triton.next_power_of_2(dims.K))
+
+        def new(*shape, dtype=dtype):
+            return torch.empty((dims.HV, slots, *shape), dtype=dtype, device=device)
+
+        wide = {name: new(CHUNK, BK) for name in ("qg", "kg", "kd")}
+        square = {name: new(CHUNK, CHUNK) for name in ("Z", "Aqk")}
+        f32 = torch.float32
+        return cls(**wide, **square, L=new(CHUNK, CHUNK, dtype=f32), decay=new(BK, dtype=f32), rate=new(CHUNK, dtype=f32))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in dataclasses.fields(self))
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the matrix products: bf16 for bf16 tensors; fp32 (as tf32) for fp16, whose range the states could leave."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def bounded(options: Options) -> bool:
+    """Whether decays over half a chunk may be split at its middle: yes for a lower_bound of -5, the models' own."""
+    return options.lower_bound is not None and -options.lower_bound * CHUNK / 4 <= MAX_EXPONENT
+
+
+def prefill(
+    inputs: Inputs,
+    *,
+    chunk_indices: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_intermediate_states: bool = False,
+    config: PrefillConfig | None = None,
+) -> Outputs | tuple[Outputs, torch.Tensor]:
+    """Runs a checked problem.
+
+    Args:
+        inputs: see `Inputs`; call `checks.check_inputs` on it first.
+        chunk_indices: from `prepare_chunk_indices(cu_seqlens, T)`; made here if not given (engines make it once a batch
+            and pass it to every layer).
+        out: [B, T, HV, V] in the dtype of v.
+        return_intermediate_states: also return the state at the start of each chunk, [B, NT, HV, K, V] in the dtype of
+            k (NT over all sequences for packed batches; this reads cu_seqlens on the host).
+        config: tuning choices; None lets `PrefillConfig.choose` decide.
+
+    Returns:
+        Outputs, with the pool itself as final_state when there is one; and h if asked for.
+    """
+    require_device(inputs.q)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    for name in ("q", "k", "v", "g"):
+        if (stride := getattr(inputs, name).stride(1)) >= MAX_TOKEN_STRIDE:
+            raise InputError(f"{name} has stride {stride} between tokens: it should be under {MAX_TOKEN_STRIDE}")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+    dims = Dims(B, T, N, H, HV, K, V)
+    if config is None:
+        itemsize = operand_dtype(q.dtype).itemsize
+        config = PrefillConfig.choose(dims, itemsize, multiprocessors(q.device), shared_memory(q.device))
+    if inputs.cu_seqlens is None:
+        slots = N * triton.cdiv(T, CHUNK)
+    else:
+        slots = max_chunks(T, N)
+        if chunk_indices is None:
+            chunk_indices = prepare_chunk_indices(inputs.cu_seqlens, T)
+    o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device) if out is None else out
+    h0, ht = inputs.state, _final_state(inputs, dims)
+    vk = (3, 2) if inputs.state_v_first else (2, 3)  # positions of the K and V dimensions in a state
+    h = torch.empty((slots, HV, K, V), dtype=k.dtype, device=k.device) if return_intermediate_states else None
+    work = Workspace.allocate(dims, slots, operand_dtype(q.dtype), q.device)
+    BK = work.qg.shape[-1]
+    chunks = (HV, slots if chunk_indices is None else chunk_indices.shape[0])
+    if slots:
+        _factors(inputs, work, chunks, slots, chunk_indices, config)
+        with stage("chunk_inverse"):
+            chunk_inverse_kernel[chunks](
+                work.L, work.Z, chunk_indices, inputs.cu_seqlens, slots, C=CHUNK, num_warps=1,
+                **register_limit(config.inverse_registers),
+            )  # fmt: skip
+    if N:
+        with stage("chain"):
+            chunk_chain_kernel[(triton.cdiv(V, config.BV), N * HV)](
+                v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, o, h0, ht, h,
+                inputs.state_indices, inputs.cu_seqlens,
+                T, slots, *v.stride()[:3], *o.stride()[:3], *_strides(h0, vk), *_strides(ht, vk),
+                HV=HV, K=K, V=V, BK=BK, BV=config.BV, C=CHUNK, STAGES=config.chain_stages,
+                num_warps=config.chain_warps,
+            )  # fmt: skip
+    outputs = Outputs(o, ht if inputs.output_final_state else None)
+    return (outputs, _in_order(h, inputs.cu_seqlens, B)) if return_intermediate_states else outputs
+
+
+def _factors(
+    inputs: Inputs,
+    work: Workspace,
+    grid: tuple[int, int],
+    slots: int,
+    chunk_indices: torch.Tensor | None,
+    config: PrefillConfig,
+) -> None:
+    """Fills the workspace, except Z, by the way that the gate allows."""
+    q, k, g, beta, options = inputs.q, inputs.k, inputs.g, inputs.beta, inputs.options
+    T, H, K = q.shape[1:]
+    HV = g.shape[2]
+    scale = K**-0.5 if options.scale is None else options.scale
+    lower_bound = 0.0 if options.lower_bound is None else options.lower_bound
+    out = (work.qg, work.kg, work.kd, work.L, work.Aqk, work.decay, work.rate)
+    seqs = (inputs.cu_seqlens, chunk_indices)
+    flags = {
+        "HV": HV, "GROUP": HV // H, "K": K, "BK": work.qg.shape[-1], "C": CHUNK, "L2NORM": options.qk_l2norm,
+        "BETA_LOGIT": options.beta_is_logit, "NEG_EIGVAL": options.allow_neg_eigval, "GATE": GATE_CODES[options.gate],
+        "KB": min(config.KB, work.qg.shape[-1]), "num_warps": config.factor_warps, "num_stages": 1,
+    }  # fmt: skip
+    tensors = (q, k, g, beta, inputs.A_log, inputs.dt_bias, *out)
+    numbers = (lower_bound, scale, T, slots, *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *beta.stride())
+    with stage("chunk_factors"):
+        if bounded(options):
+            scratch = torch.empty_like(work.qg, dtype=torch.float32)
+            chunk_factors_bounded_kernel[grid](*tensors, scratch, *seqs, *numbers, **flags)
+        else:
+            chunk_factors_kernel[grid](*tensors, chunk_sums(q.device), *seqs, *numbers, **flags)
+
+
+def _final_state(inputs: Inputs, dims: Dims) -> torch.Tensor | None:
+    if inputs.state_indices is not None:
+        return inputs.state
+    if not inputs.output_final_state:
+        return None
+    last = (dims.V, dims.K) if inputs.state_v_first else (dims.K, dims.V)
+    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
+    return torch.empty((dims.N, dims.HV, *last), dtype=dtype, device=inputs.q.device)
+
+
+def _strides(state: torch.Tensor | None, vk: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(sequence or slot, head, K, V) strides."""
+    return (0, 0, 0, 0) if state is None else (*state.stride()[:2], state.stride(vk[0]), state.stride(vk[1]))
+
+
+def _in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.Tensor:
+    """Workspace slots -> [B, NT, HV, K, V] without the gaps that ragged sequences leave."""
+    if cu_seqlens is None:
+        return h.view(B, -1, *h.shape[1:])
+    ends = cu_seqlens.tolist()
+    slots = [
+        first // CHUNK + n + chunk
+        for n, (first, last) in enumerate(zip(ends, ends[1:], strict=False))
+        for chunk in range(triton.cdiv(last - first, CHUNK))
+    ]
+    return h[slots].unsqueeze(0)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    if problem is not None and max(problem.K, problem.V) > MAX_HEAD:
+        return f"head size is {max(problem.K, problem.V)}: at most {MAX_HEAD}"
+    return unsupported_here()
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
+    check_inputs(inputs)
+    return prefill(inputs)
+
+
+def variants() -> Iterator[Variant]:
+    """What `kda compile` builds: bf16, K = V = 128, 32 heads, packed, a pool in place; each gate, both slice widths."""
+    factors = dict.fromkeys(("q", "k", "g", "beta", "qg", "kg", "kd", "Aqk"), "*bf16")
+    factors |= dict.fromkeys(("A_log", "dt_bias", "L", "decay", "rate"), "*fp32")
+    factors |= dict.fromkeys(("cu_seqlens", "chunk_indices"), "*i32") | dict.fromkeys(("scale", "lower_bound"), "fp32")
+    factors |= {f"{x}_{d}": "i64" if d == "b" else "i32" for x in "qkgb" for d in "bth"}
+    sizes = {"T": "i32", "slots": "i32", "HV": 32, "K": 128, "BK": 128, "C": CHUNK}
+    config = PrefillConfig()
+    factors |= sizes | {"GROUP": 1, "KB": config.KB, "L2NORM": True, "BETA_LOGIT": True, "NEG_EIGVAL": False}
+    factors |= {"num_warps": config.factor_warps, "num_stages": 1}
+    safe, softplus = GATE_CODES[Gate.SAFE], GATE_CODES[Gate.SOFTPLUS]
+    yield Variant.of(chunk_factors_bounded_kernel, name="factors bounded", **factors, G="*fp32", GATE=safe)
+    yield Variant.of(chunk_factors_kernel, name="factors softplus", **factors, sums="*bf16", GATE=softplus)
+    yield Variant.of(
+        chunk_inverse_kernel,
+        name="inverse",
+        L="*fp32", Z="*bf16", chunk_indices="*i32", cu_seqlens="*i32", slots="i32", C=CHUNK, num_warps=1,
+        maxnreg=config.inverse_registers,
+    )  # fmt: skip
+    chain = dict.fromkeys(("v", "qg", "kg", "kd", "Z", "Aqk", "o"), "*bf16")
+    chain |= dict.fromkeys(("decay", "rate", "h0", "ht"), "*fp32")
+    chain |= dict.fromkeys(("state_indices", "cu_seqlens"), "*i32")
+    chain |= {f"{x}_{d}": "i64" if d == "b" else "i32" for x in "vo" for d in "bth"}
+    chain |= {f"{x}_{d}": "i64" if d == "n" else "i32" for x in ("h0", "ht") for d in "nhv"} | {"h0_k": 1, "ht_k": 1}
+    for BV in (64, 32):
+        yield Variant.of(
+            chunk_chain_kernel,
+            name=f"chain BV={BV}",
+            **chain, **sizes, h=None, V=128, BV=BV, STAGES=config.chain_stages, num_warps=config.chain_warps,
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""Can Triton run here, and on what: a GPU, or its interpreter on the CPU."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from kda_kernels.errors import UnavailableError
+
+MIN_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores
+
+
+def interpreted() -> bool:
+    """True when Triton was told to interpret its kernels on the CPU (the variable is read at its import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported_here() -> str | None:
+    """Why no Triton kernel can run on this machine, and what to do about it; None if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA GPU: set TRITON_INTERPRET=1 before Python starts to run it, slowly, on the CPU"
+    if torch.version.cuda and (have := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
+        return f"the GPU is sm_{have[0]}{have[1]}: sm_80 or newer is needed"
+    return None
+
+
+def require_device(tensor: torch.Tensor) -> None:
+    """Raises `UnavailableError` unless Triton can work on `tensor` where it lies."""
+    if tensor.is_cuda or interpreted():
+        return
+    raise UnavailableError(
+        f"the tensors lie on {tensor.device}: move them to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
+    )
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The launch option for at most so many registers a thread, where the compiler has it (NVIDIA's)."""
+    return {} if registers is None or interpreted() or torch.version.cuda is None else {"maxnreg": registers}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 1 for the interpreter on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have: H100 232448, RTX 4090 101376. The interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376)

@@ -1,0 +1,301 @@
+"""Every check of a call's tensors, by the message a user reads, and the views that have to pass."""
+
+import dataclasses
+import re
+import timeit
+
+import pytest
+import torch
+
+from kda_kernels.checks import Dims, check_gate, check_inputs, problem_of
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Op, Options
+from kda_kernels.tensors import Inputs
+
+H, HV, K, V, T, P = 2, 4, 8, 6, 12, 5
+INT = torch.int32
+
+
+def packed(**changes) -> Inputs:
+    """Three sequences of 5, 0 and 7 tokens with a pool of five slots."""
+    inputs = Inputs(
+        q=torch.randn(1, T, H, K),
+        k=torch.randn(1, T, H, K),
+        v=torch.randn(1, T, HV, V),
+        g=torch.randn(1, T, HV, K),
+        beta=torch.randn(1, T, HV),
+        options=Options(),
+        A_log=torch.randn(HV),
+        dt_bias=torch.randn(HV * K),
+        state=torch.randn(P, HV, V, K),
+        state_indices=torch.tensor([3, 0, -1], dtype=INT),
+        cu_seqlens=torch.tensor([0, 5, 5, 12], dtype=INT),
+    )
+    return dataclasses.replace(inputs, **changes)
+
+
+def dense(**changes) -> Inputs:
+    """Three sequences of four tokens with a plain state."""
+    whole = packed()
+    rows = {name: getattr(whole, name).unflatten(1, (3, 4))[0] for name in ("q", "k", "v", "g", "beta")}
+    plain = {"cu_seqlens": None, "state_indices": None, "state": torch.randn(3, HV, V, K)}
+    return dataclasses.replace(whole, **{**rows, **plain, **changes})
+
+
+def refused(inputs: Inputs, message: str, values: bool | None = None) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_inputs(inputs, values=values)
+
+
+def test_dims():
+    assert check_inputs(packed()) == Dims(B=1, T=T, N=3, H=H, HV=HV, K=K, V=V)
+    assert check_inputs(dense()) == Dims(B=3, T=4, N=3, H=H, HV=HV, K=K, V=V)
+
+
+# --- shapes, dtypes, devices ---------------------------------------------------------------------------------------
+
+SHAPES = [
+    ({"q": torch.zeros(T, H, K)}, "q has shape [12, 2, 8]: it should be [B, T, H, K]"),
+    ({"k": torch.zeros(1, T, H, 4)}, "k has shape [1, 12, 2, 4]: it should be [B, T, H, K] = [1, 12, 2, 8], as q"),
+    ({"v": torch.zeros(1, 11, HV, V)}, "v has shape [1, 11, 4, 6]: it should be [B, T, HV, V] = [1, 12, HV, V], as q"),
+    ({"v": torch.zeros(1, T, V)}, "v has shape [1, 12, 6]: it should be [B, T, HV, V]"),
+    ({"g": torch.zeros(1, T, H, K)}, "g has shape [1, 12, 2, 8]: it should be [B, T, HV, K] = [1, 12, 4, 8]"),
+    ({"beta": torch.zeros(1, T, H)}, "beta has shape [1, 12, 2]: it should be [B, T, HV] = [1, 12, 4], from v"),
+    ({"A_log": torch.zeros(H)}, "A_log has shape [2]: it should be [HV] = [4]"),
+    ({"dt_bias": torch.zeros(HV)}, "dt_bias has shape [4]: it should be [HV * K] = [32] or [HV, K] = [4, 8]"),
+    ({"state": torch.zeros(P, HV, K, V)}, "state has shape [5, 4, 8, 6]: it should be [P, HV, V, K] = [P, 4, 6, 8]"),
+    ({"state_v_first": False}, "state has shape [5, 4, 6, 8]: it should be [P, HV, K, V] = [P, 4, 8, 6]"),
+    (
+        {"state_indices": None},
+        "state has shape [5, 4, 6, 8]: it should be [N, HV, V, K] = [3, 4, 6, 8], one for each sequence",
+    ),
+    (
+        {"state_indices": torch.zeros(2, dtype=INT)},
+        "state_indices has shape [2]: it should be [N] = [3], one slot for each sequence",
+    ),
+    ({"state_indices": torch.zeros(3, 1, dtype=INT)}, "state_indices has shape [3, 1]: it should be of one dimension"),
+    ({"cu_seqlens": torch.zeros(2, 2, dtype=INT)}, "cu_seqlens has shape [2, 2]: it should be of one dimension"),
+    ({"cu_seqlens": torch.zeros(0, dtype=INT)}, "cu_seqlens is empty: it should hold N + 1 offsets, at least a 0"),
+    ({"state": None}, "state_indices is given without a state: it should come with a state pool"),
+    ({"A_log": None}, "A_log is missing: it should be [HV] = [4] for the softplus gate"),
+    ({"options": Options(Gate.NONE)}, "A_log is given but the gate is none: it should be left out"),
+    ({"options": Options(Gate.NONE), "A_log": None}, "dt_bias is given but the gate is none: it should be left out"),
+]
+DTYPES = [
+    ({"q": torch.zeros(1, T, H, K).double()}, "q is float64: it should be bfloat16 or float16 or float32"),
+    ({"k": torch.zeros(1, T, H, K).bfloat16()}, "k is bfloat16: it should be float32, as q"),
+    ({"v": torch.zeros(1, T, HV, V).half()}, "v is float16: it should be float32, as q"),
+    ({"g": torch.zeros(1, T, HV, K).long()}, "g is int64: it should be bfloat16 or float16 or float32"),
+    ({"beta": torch.zeros(1, T, HV).bool()}, "beta is bool: it should be bfloat16 or float16 or float32"),
+    ({"A_log": torch.zeros(HV).double()}, "A_log is float64: it should be bfloat16 or float16 or float32"),
+    ({"dt_bias": torch.zeros(HV, K).int()}, "dt_bias is int32: it should be bfloat16 or float16 or float32"),
+    ({"state": torch.zeros(P, HV, V, K).half()}, "state is float16: it should be bfloat16 or float32"),
+    ({"state_indices": torch.zeros(3)}, "state_indices is float32: it should be int32 or int64"),
+    ({"cu_seqlens": torch.zeros(4).short()}, "cu_seqlens is int16: it should be int32 or int64"),
+    ({"v": [1.0]}, "v is of type list: it should be a torch.Tensor"),
+    ({"g": torch.zeros(1, T, HV, K).to_sparse()}, "g has layout torch.sparse_coo: it should be an ordinary (strided)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SHAPES + DTYPES, ids=lambda x: x if isinstance(x, str) else "")
+def test_shapes_and_dtypes(changes, message):
+    refused(packed(**changes), message)
+
+
+def test_head_counts_and_sizes():
+    def sizes(H=1, HV=1, K=1, V=1):
+        rows = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (HV, K), "beta": (HV,)}
+        tensors = {name: torch.zeros(1, T, *shape) for name, shape in rows.items()}
+        return packed(**tensors, A_log=torch.zeros(HV), dt_bias=None, state=None, state_indices=None)
+
+    refused(sizes(H=2, HV=3), "v has 3 heads: it should have a multiple of the 2 heads of q")
+    refused(sizes(HV=0), "v has 0 heads: it should have a multiple of the 1 heads of q")
+    refused(sizes(H=0), "q has 0 heads: it should have at least 1")
+    refused(sizes(K=257), "q has head size K = 257: it should be 1 to 256")
+    refused(sizes(V=0), "v has head size V = 0: it should be 1 to 256")
+    assert check_inputs(sizes(K=256, V=1))[3:] == (1, 1, 256, 1)
+
+
+def test_packed_needs_one_row():
+    refused(
+        dense(cu_seqlens=torch.tensor([0, 4], dtype=INT)),
+        "q has batch size 3: it should be 1 with cu_seqlens, all tokens in one row",
+    )
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Inputs) if f.name in packed().tensors()])
+def test_devices(name):
+    inputs = packed()
+    moved = dataclasses.replace(inputs, **{name: getattr(inputs, name).to("meta")})
+    if name == "q":
+        refused(moved, "k is on cpu: it should be on meta, as q", values=False)
+    else:
+        refused(moved, f"{name} is on meta: it should be on cpu, as q")
+
+
+# --- strides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g"])
+def test_last_dimension_must_be_contiguous(name):
+    t = getattr(packed(), name)
+    spread = torch.empty(*t.shape, 2)[..., 0]
+    refused(packed(**{name: spread}), f"{name} has stride 2 in its last dimension: it should be 1")
+
+
+@pytest.mark.parametrize("name", ["A_log", "dt_bias", "cu_seqlens", "state_indices"])
+def test_small_vectors_must_be_contiguous(name):
+    t = getattr(packed(), name)
+    spread = torch.stack([t, t], -1)[:, 0]
+    refused(packed(**{name: spread}), f"{name} has strides [2]: it should be contiguous; call .contiguous() on it")
+
+
+def test_strided_views_that_work():
+    row = torch.randn(1, T, 2 * H * K + HV * V + HV * K + HV + 3)
+    q, k, v, g, beta, _ = row.split([H * K, H * K, HV * V, HV * K, HV, 3], -1)
+    views = {
+        "q": q.unflatten(-1, (H, K)),
+        "k": k.unflatten(-1, (H, K)),
+        "v": v.unflatten(-1, (HV, V)),
+        "g": g.unflatten(-1, (HV, K)),
+        "beta": beta,
+    }
+    assert check_inputs(packed(**views)).T == T
+    assert check_inputs(packed(q=torch.randn(1, 1, H, K).expand(1, T, H, K))).T == T
+    assert check_inputs(packed(q=torch.randn(1, H, T, K).transpose(1, 2))).T == T
+    assert check_inputs(packed(beta=torch.randn(1, HV, T).transpose(1, 2))).T == T
+    assert check_inputs(packed(A_log=torch.randn(1, 1, HV, 1), dt_bias=torch.randn(HV, K))).T == T
+
+
+def test_pool_strides():
+    size = HV * V * K
+    gaps = torch.randn(P, size + 7)[:, :size].view(P, HV, V, K)
+    assert check_inputs(packed(state=gaps)).N == 3
+    assert check_inputs(packed(state=torch.randn(P, 2, HV, V, K)[:, 1])).N == 3
+    inner = "its last three dimensions should be contiguous; only the stride between slots is free"
+    refused(packed(state=torch.randn(P, HV, K, V).mT), f"state has strides [192, 48, 1, 6]: {inner}")
+    refused(packed(state=torch.randn(P, 2 * HV, V, K)[:, ::2]), f"state has strides [384, 96, 8, 1]: {inner}")
+    shared = f"it should be at least HV * V * K = {size}, so that no two slots of the pool share memory"
+    refused(packed(state=torch.randn(1, HV, V, K).expand(P, -1, -1, -1)), f"state has stride 0 between slots: {shared}")
+    half = torch.randn(P * size).as_strided((P, HV, V, K), (size // 2, V * K, K, 1))
+    refused(packed(state=half), f"state has stride {size // 2} between slots: {shared}")
+
+
+def test_a_plain_state_is_only_read_so_its_rows_may_share_memory():
+    assert check_inputs(dense(state=torch.randn(1, HV, V, K).expand(3, -1, -1, -1))).N == 3
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+VALUES = [
+    ("cu_seqlens", [1, 5, 5, 12], "cu_seqlens starts at 1: it should start at 0"),
+    ("cu_seqlens", [0, 9, 5, 12], "cu_seqlens falls from 9 to 5 (at position 2): it should never decrease"),
+    ("cu_seqlens", [0, 5, 5, 11], "cu_seqlens ends at 11: it should end at T = 12, the number of tokens"),
+    ("cu_seqlens", [0, 5, 5, 13], "cu_seqlens ends at 13: it should end at T = 12, the number of tokens"),
+    (
+        "state_indices",
+        [1, 0, 7],
+        "state_indices holds 7 (at position 2): it should be -1 or a slot of the pool, 0 to 4",
+    ),
+    (
+        "state_indices",
+        [-2, 0, 1],
+        "state_indices holds -2 (at position 0): it should be -1 or a slot of the pool, 0 to",
+    ),
+    ("state_indices", [1, 0, 1], "state_indices holds 1 twice (at positions 0 and 2): each slot should belong to one"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("name", "held", "message"), VALUES)
+def test_values(name, held, message, dtype):
+    wrong = packed(**{name: torch.tensor(held, dtype=dtype)})
+    refused(wrong, message)
+    refused(wrong, message, values=True)
+    assert check_inputs(wrong, values=False).N == 3
+
+
+def test_padding_may_repeat_and_a_pool_may_be_empty():
+    none = torch.full((3,), -1, dtype=torch.int64)
+    assert check_inputs(packed(state_indices=none)).N == 3
+    no_slots = torch.zeros(0, HV, V, K)
+    assert check_inputs(packed(state_indices=none, state=no_slots)).N == 3
+    refused(packed(state=no_slots), "state_indices holds 3 (at position 0): it should be -1 or a slot of the pool, of ")
+
+
+@pytest.mark.gpu
+def test_values_on_a_gpu_are_read_on_request_only(monkeypatch):
+    wrong = packed(state_indices=torch.tensor([1, 0, 7], dtype=INT)).to("cuda")
+    monkeypatch.delenv("KDA_CHECK_VALUES", raising=False)
+    assert check_inputs(wrong).N == 3
+    refused(wrong, "state_indices holds 7", values=True)
+    monkeypatch.setenv("KDA_CHECK_VALUES", "1")
+    refused(wrong, "state_indices holds 7")
+
+
+def test_shape_checks_are_cheap():
+    """They run on every eager call: about 10 us, and no torch operation, which would cost a multiple of that."""
+    inputs = packed()
+    assert min(timeit.repeat(lambda: check_inputs(inputs, values=False), number=200, repeat=20)) / 200 < 40e-6
+
+
+# --- check_gate ----------------------------------------------------------------------------------------------------
+
+GATES = [
+    ({"lower_bound": None, "gate": Gate.SAFE}, "lower_bound is None: it should be negative, such as -5.0"),
+    ({"lower_bound": 5.0, "gate": Gate.SAFE}, "lower_bound is 5.0: it should be negative, such as -5.0"),
+    ({"g": torch.zeros(T, HV, K)}, "g has shape [12, 4, 8]: it should be [B, T, HV, K]"),
+    ({"g": torch.zeros(1, T, HV, 257)}, "g has shape [1, 12, 4, 257]: it should be [B, T, HV, K] with at least 1 head"),
+    ({"g": torch.zeros(1, T, HV, K).double()}, "g is float64: it should be bfloat16 or float16 or float32"),
+    ({"g": torch.zeros(1, T, K, HV).mT}, "g has stride 4 in its last dimension: it should be 1"),
+    ({"A_log": None}, "A_log is missing: it should be [HV] = [4] for the softplus gate"),
+    ({"A_log": torch.zeros(HV, device="meta")}, "A_log is on meta: it should be on cpu, as g"),
+    ({"dt_bias": torch.zeros(3)}, "dt_bias has shape [3]: it should be [HV * K] = [32] or [HV, K] = [4, 8]"),
+    ({"gate": Gate.NONE}, "A_log is given but the gate is none: it should be left out"),
+    ({"g": torch.zeros(2, T, HV, K)}, "g has batch size 2: it should be 1 with cu_seqlens"),
+    ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens ends at 5: it should end at T = 12, the number of tokens"),
+    ({"out": torch.zeros(1, T, HV, K).half()}, "out is float16: it should be float32"),
+    ({"out": torch.zeros(1, T, HV, 4)}, "out has shape [1, 12, 4, 4]: it should be [1, 12, 4, 8], as g"),
+    ({"out": torch.zeros(1, HV, T, K).transpose(1, 2)}, "out has strides [384, 8, 96, 1]: it should be contiguous"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), GATES, ids=lambda x: x if isinstance(x, str) else "")
+def test_check_gate(changes, message):
+    inputs = packed()
+    good = {name: getattr(inputs, name) for name in ("g", "A_log", "dt_bias", "cu_seqlens")}
+    good |= {"gate": Gate.SOFTPLUS, "out": torch.zeros(1, T, HV, K)}
+    check_gate(**good)
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_gate(**{**good, **changes})
+
+
+def test_check_gate_of_log_decays_and_without_parameters():
+    check_gate(torch.zeros(2, T, HV, K), None, None, gate=Gate.NONE)
+    check_gate(torch.zeros(2, T, HV, K), None, None, gate=Gate.SAFE, lower_bound=-5.0)
+
+
+# --- problem_of ----------------------------------------------------------------------------------------------------
+
+
+def test_problem_of_packed():
+    problem = problem_of(packed(g=torch.zeros(1, T, HV, K).bfloat16()), Op.PREFILL)
+    assert problem.op is Op.PREFILL
+    assert (problem.seq_lens, problem.packed, problem.N) == ((5, 0, 7), True, 3)
+    assert (problem.H, problem.HV, problem.K, problem.V) == (H, HV, K, V)
+    assert (problem.dtype, problem.g_dtype, problem.state_dtype) == ("float32", "bfloat16", "float32")
+    assert (problem.pool_slots, problem.padding, problem.initial_state) == (P, 1, True)
+
+
+def test_problem_of_dense():
+    inputs = dense(A_log=None, dt_bias=torch.zeros(HV, K).half(), options=Options(Gate.SAFE, lower_bound=-5.0))
+    problem = problem_of(dataclasses.replace(inputs, state=None, output_final_state=False), Op.DECODE)
+    assert (problem.seq_lens, problem.packed) == ((4, 4, 4), False)
+    assert (problem.param_dtype, problem.pool_slots, problem.padding) == ("float16", None, 0)
+    assert (problem.initial_state, problem.final_state) == (False, False)
+    assert problem.options == inputs.options
+
+
+def test_problem_of_checks_values_first():
+    with pytest.raises(InputError, match="cu_seqlens ends at 11"):
+        problem_of(packed(cu_seqlens=torch.tensor([0, 5, 5, 11])), Op.PREFILL)

@@ -1,0 +1,169 @@
+"""`kda compile`: real compilations by Triton and ptxas, with no GPU, in processes of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kda_kernels.errors import InputError
+from kdacli.compile import arch, pool, sass, toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+GATE_VARIANTS = 3  # one for each activation
+
+
+def python(*words: str) -> subprocess.CompletedProcess:
+    """Runs this Python with the checkout on its path, and with whatever conftest said to Triton."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300)
+
+
+def kda(*words: str) -> subprocess.CompletedProcess:
+    return python("-m", "kdacli", *words)
+
+
+def test_gate_kernel_compiles_for_two_architectures():
+    """Even where this process interprets Triton's kernels, `kda compile` compiles them."""
+    done = kda("compile", "--kernel", "triton-gate", "--arch", "sm_90a", "--arch", "sm_80", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    rows = report["rows"]
+    assert report["schema"] == "kda.compile/1"
+    assert [row["arch"] for row in rows] == ["sm_80", "sm_90a"] * GATE_VARIANTS
+    for row in rows:
+        assert 16 <= row["registers"] <= 255
+        assert row["spill_bytes"] == row["spill_store_bytes"] + row["spill_load_bytes"]
+        assert row["binary_bytes"] > 1000
+        assert 0 < row["compile_s"] < 300
+        assert row["sass"]["instructions"] > 50
+        assert row["sass"]["LDG"] > 0
+        assert row["sass"]["STG"] > 0
+        assert row["sass"]["HGMMA"] + row["sass"]["HMMA"] == 0, "the gate is no matrix product"
+        assert "safe" not in row["variant"] or row["sass"]["MUFU"] > 0, "a sigmoid needs exp"
+    assert "triton-gate" in done.stderr, "the table goes to stderr when JSON goes to stdout"
+
+
+def compile_first_gate_variant(cache: Path, number: int) -> dict:
+    """The row that a worker returns; what it compiled stays in `cache`."""
+    code = (
+        "import json, sys\n"
+        "from kdacli.compile import worker\n"
+        "worker.start(sys.argv[1])\n"
+        "module = 'kda_kernels.triton.gate'\n"
+        "print(json.dumps(worker.compile_variant(module, worker.variant_names(module)[0], int(sys.argv[2]))))\n"
+    )
+    done = python("-c", code, str(cache), str(number))
+    assert done.returncode == 0
+    return json.loads(done.stdout)
+
+
+def test_registers_agree_with_cuobjdump(tmp_path):
+    """The log of ptxas against the resource table inside the binary, read by another tool."""
+    row = compile_first_gate_variant(tmp_path, 80)
+    (cubin,) = tmp_path.rglob("*.cubin")
+    assert row["binary_bytes"] == cubin.stat().st_size
+    tool = toolchain.nvdisasm().with_name("cuobjdump")
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert row["registers"] == int(re.search(r"REG:(\d+)", usage)[1])
+    assert row["stack_bytes"] == int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def test_a_compilers_refusal_is_a_row(tmp_path):
+    """ptxas knows no sm_33: its one line comes back, not a traceback."""
+    row = compile_first_gate_variant(tmp_path, 33)
+    assert set(row) == {"error"}
+    assert "sm_33" in row["error"]
+    assert "\n" not in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arch", "sm_91"], "arch is sm_91"),
+        (["--arch", "hopper"], "arch is hopper"),
+        (["--arch", "sm_80a"], "arch is sm_80a"),
+        (["--kernel", "no-such"], "no-such"),
+        (["--kernel", "torch-decode"], "nothing to compile"),
+        (["--jobs", "0"], "--jobs"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_2(words, said):
+    done = kda("compile", *words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_failed_compilation_exits_1(monkeypatch):
+    """Exit code and lines of a report in which a variant was refused."""
+    from click.testing import CliRunner
+
+    from kdacli.main import cli
+
+    refused = {"kernel": "k", "variant": "v", "arch": "sm_90a", "error": "ptxas fatal   : no"}
+    monkeypatch.setattr(pool, "plan", lambda *_: [])
+    monkeypatch.setattr(pool, "compile_targets", lambda *_: [refused])
+    done = CliRunner().invoke(cli, ["compile", "--arch", "sm_90a"])
+    assert done.exit_code == 1
+    assert "k v sm_90a: ptxas fatal   : no" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "number"), [("sm_90a", "sm_90a", 90), ("90", "sm_90a", 90), ("sm_86", "sm_86", 86)]
+)
+def test_arch_names(given, name, number):
+    found = arch.parse(given)
+    assert (found.name, found.number) == (name, number)
+
+
+@pytest.mark.parametrize("given", ["", "sm_", "sm_090x", "compute_90", "sm_33", "-1"])
+def test_arch_names_refused(given):
+    with pytest.raises(InputError, match="it should be one of sm_80"):
+        arch.parse(given)
+
+
+def test_shared_memory_that_no_block_can_have():
+    ada = arch.parse("sm_89")
+    assert ada.why_no_launch(99 * 1024) is None
+    assert "needs 101377 bytes" in ada.why_no_launch(99 * 1024 + 1)
+
+
+def test_counts_of_a_disassembly():
+    text = """
+        .headerflags    @"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R12, desc[UR10][R22.64] ;
+        /*0020*/              @P1  LDG.E.64 R8, desc[UR10][R22.64+0x800] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
+        /*0040*/                   STS.128 [R22+UR8], R12 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], !UPT ;
+        /*0070*/             @!UP0 UTMALDG.2D [UR8], [UR4] ;
+        /*0080*/                   STL [R1+0x4], R12 ;
+        /*1090*/                   EXIT ;
+    """
+    counts = sass.count(text)
+    assert counts.pop("instructions") == 10
+    assert {name: n for name, n in counts.items() if n} == {
+        "LDG": 2, "LDG.128": 1, "LDGSTS": 1, "STS": 1, "STS.128": 1, "BAR": 1, "HGMMA": 1, "UTMALDG": 1, "STL": 1,
+    }  # fmt: skip
+
+
+def test_resources_of_a_ptxas_log():
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_70'
+    4232 bytes stack frame, 5084 bytes spill stores, 9052 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 4232 bytes cumulative stack size, 392 bytes cmem[0]"""
+    assert sass.resources(log) == {
+        "registers": 32,
+        "stack_bytes": 4232,
+        "spill_bytes": 14136,
+        "spill_store_bytes": 5084,
+        "spill_load_bytes": 9052,
+    }
+    with pytest.raises(ValueError, match="registers"):
+        sass.resources("ptxas info : 0 bytes gmem")

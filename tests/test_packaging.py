@@ -1,0 +1,147 @@
+"""What gets installed, and the set-up script."""
+
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "kdacli", "kernels")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built by the backend that pyproject.toml names, as pip would, from a copy without leftovers."""
+    have = importlib.metadata.version("setuptools")
+    if Version(have) < Version("77"):
+        pytest.skip(f"setuptools is {have}: 77 or newer is needed to build")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, tree)
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, str(tree)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = tree.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    return email.message_from_bytes(read(wheel, ".dist-info/METADATA"))
+
+
+def read(wheel: Path, suffix: str) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(suffix)]
+        return archive.read(name)
+
+
+def test_only_our_two_packages_are_installed(wheel):
+    """Hugging Face's package has the import name `kernels`: ours must not be installed over it."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"kdacli", "kda_kernels"}
+
+
+def test_every_module_is_in_the_wheel(wheel):
+    sources = {
+        str(file.relative_to(root))
+        for root, package in ((ROOT, "kdacli"), (ROOT / "kernels", "kda_kernels"))
+        for file in (root / package).rglob("*.py")
+    }
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == sources
+
+
+def test_the_wheel_runs_without_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from kdacli.main import main; main()"
+    words = [sys.executable, "-I", "-c", code, str(tmp_path), "--version"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "kda 0.1.0\n"), done.stderr
+
+
+def test_metadata(wheel, metadata):
+    assert metadata["Name"] == "kdacli"
+    assert metadata["Version"] == "0.1.0"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Summary"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert re.search(r"^kda = kdacli\.main:main$", read(wheel, "entry_points.txt").decode(), re.MULTILINE)
+
+
+def test_dependencies_are_open_ranges(metadata):
+    """They live beside an SGLang or vLLM release, which pins its own torch: at least, never exactly or at most."""
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert {"torch", "triton", "numpy", "click", "rich", "nvtx", "safetensors"} <= {r.name for r in requirements}
+    assert {spec.operator for r in requirements for spec in r.specifier} == {">="}
+    beside = {"torch": ["2.14.0", "2.14.1"], "triton": ["3.8.0"], "nvidia-cutlass-dsl": ["4.8.0"], "nvtx": ["0.2.15"]}
+    for requirement in requirements:
+        assert all(requirement.specifier.contains(version) for version in beside.get(requirement.name, []))
+
+
+def test_constraints_pin_every_dependency_within_its_range(metadata):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        assert requirement.specifier.contains(pins.pop(requirement.name)), requirement
+    assert not pins, "nothing is pinned that is not a dependency"
+
+
+def test_version_is_in_the_changelog():
+    import kdacli
+
+    assert f"## [{kdacli.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def dev(*words: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, str(ROOT / "dev.py"), *words], env=env, capture_output=True, text=True)
+
+
+def test_dev_without_venv_runs_kda_as_it_is(tmp_path):
+    done = dev("--no-venv", "kda", "--version")
+    assert (done.returncode, done.stdout) == (0, "kda 0.1.0\n"), done.stderr
+
+
+def test_dev_passes_exit_codes_on():
+    done = dev("--no-venv", "kda", "verfy")
+    assert done.returncode == 2
+    assert "verify" in done.stderr
+
+
+def test_dev_refuses_what_it_does_not_know():
+    assert dev("--no-venv", "install").returncode == 2
+
+
+def test_ci_runs_the_test_command():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "exec python3 dev.py test"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_readmes_example_runs():
+    """As printed, except that it runs where the tests do, with one head."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = example.replace("H, K, V, slots = 12,", "H, K, V, slots = 1,")
+    if not torch.cuda.is_available():
+        example = example.replace('"cuda"', '"cpu"')
+    example += "assert o.shape == (2, 1, H, V) and o.isfinite().all() and pool[slot.long()].count_nonzero() > 0\n"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", example], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
