@@ -66,7 +66,12 @@ def gpu() -> dict[str, Any] | None:
 
 
 def commit() -> dict[str, Any] | None:
-    """Commit of the checkout that kda runs from, and whether it has changes; None when kda is installed."""
+    """Commit of the checkout that kda runs from, and whether it has changes.
+
+    For an installed kda, or a copy without its history, the environment variable KDA_COMMIT may name it; else None.
+    """
+    if named := os.environ.get("KDA_COMMIT"):
+        return {"id": named, "dirty": None}
     here = Path(__file__).resolve()
     if _run("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
         return None  # not a checkout, or one of something else that merely contains this installation

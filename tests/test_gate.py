@@ -1,0 +1,82 @@
+"""The gate stages and the chunk table against plain fp64 torch and plain Python."""
+
+import itertools
+
+import pytest
+import torch
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Options
+from kda_kernels.reference.oracle import gate_cumsum
+from kda_kernels.tensors import Inputs
+from kda_kernels.triton import gate, gate_unfused
+from kda_kernels.triton.chunk_indices import prepare_chunk_indices
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENS = [0, 1, 15, 16, 17, 63, 64, 65, 130]
+
+
+def make(options: Options, lens=LENS, HV=2, K=48, dtype=torch.bfloat16, scale=1.0) -> Inputs:
+    gen = torch.Generator().manual_seed(3)
+    T = sum(lens)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen)
+
+    raw = options.gate is not Gate.NONE
+    g = normal(1, T, HV, K) * scale
+    return Inputs(
+        q=normal(1, T, HV, K).to(dtype), k=normal(1, T, HV, K).to(dtype), v=normal(1, T, HV, K).to(dtype),
+        g=(g if raw else -g.abs()).to(dtype), beta=normal(1, T, HV), options=options,
+        A_log=normal(HV) if raw else None, dt_bias=normal(HV * K) if raw else None,
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lens)]),
+    ).to(DEVICE)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [Options(), Options(Gate.SAFE, -5.0), Options(Gate.NONE)], ids=lambda o: str(o.gate))
+@pytest.mark.parametrize("module", [gate, gate_unfused], ids=["fused", "unfused"])
+def test_chunk_cumsum_is_the_reference(options, module):
+    inputs = make(options)
+    if module.unsupported() is None and not (module is gate_unfused and options.gate is Gate.NONE):
+        expected = gate_cumsum(inputs)
+        torch.testing.assert_close(module.run(inputs).o.double(), expected, rtol=1e-5, atol=2e-5)
+    else:
+        assert options.gate is Gate.NONE and module is gate_unfused
+
+
+@pytest.mark.parametrize("value", [-60.0, -20.0, -5.0, 0.0, 30.0, 88.0, 1e4])
+def test_softplus_keeps_relative_precision_and_never_overflows(value):
+    """A weak gate is a tiny softplus; a strong one must not become inf."""
+    g = torch.full((1, 1, 1, 16), value, device=DEVICE)
+    got = gate.kda_gate(g, torch.zeros(1, device=DEVICE)).double()
+    expected = -torch.logaddexp(g.double(), torch.zeros((), dtype=torch.float64, device=DEVICE))
+    # exp's argument is rounded: 2^-24 of up to 60
+    torch.testing.assert_close(got, expected, rtol=60 * 2**-24 + 1e-6, atol=0)
+
+
+def test_scale_chunk_size_and_row_strides():
+    g = torch.randn(2, 70, 3, 40, device=DEVICE)[..., :32]  # rows of 40, of which 32 are ours
+    got = gate.chunk_local_cumsum(g, scale=2.0, chunk_size=32)
+    expected = torch.cat([part.cumsum(1) for part in g.split(32, dim=1)], 1) * 2
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_arguments_are_named():
+    g = torch.randn(1, 8, 2, 16, device=DEVICE)
+    with pytest.raises(InputError, match="A_log"):
+        gate.kda_gate_chunk_cumsum(g, torch.zeros(3, device=DEVICE))
+    with pytest.raises(InputError, match="lower_bound"):
+        gate.kda_gate_chunk_cumsum(g, torch.zeros(2, device=DEVICE), lower_bound=5.0)
+    with pytest.raises(InputError, match="out"):
+        gate.chunk_local_cumsum(g, out=torch.empty(1, 8, 2, 16, dtype=torch.bfloat16, device=DEVICE))
+
+
+@pytest.mark.parametrize("lens", [LENS, [0, 0], [64, 64], [1] * 100, [1000], [0, 300, 0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_chunk_indices_name_every_chunk_once(lens, dtype):
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lens)], dtype=dtype, device=DEVICE)
+    table = prepare_chunk_indices(cu_seqlens, sum(lens)).tolist()
+    expected = [[n, c] for n, length in enumerate(lens) for c in range((length + 63) // 64)]
+    assert [row for row in table if row[0] >= 0] == expected
+    assert all(row == [-1, -1] for row in table if row[0] < 0)
+    assert len(table) == sum(lens) // 64 + len(lens)

@@ -1,0 +1,186 @@
+"""The Triton prefill against the fp64 token recurrence (in Triton's interpreter where there is no GPU).
+
+`kda verify` covers the option space; here is what it does not: the unusual shapes, the pieces, and the ways of calling.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from kda_kernels.checks import Dims
+from kda_kernels.errors import InputError
+from kda_kernels.problem import CHUNK, Gate, Options
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.tensors import Inputs
+from kda_kernels.triton.chunk_factors import chunk_sums
+from kda_kernels.triton.chunk_indices import prepare_chunk_indices
+from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
+from kda_kernels.triton.prefill import PrefillConfig, bounded, chain_shared_bytes, prefill
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAFE = Options(Gate.SAFE, -5.0)
+BOUND = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-3}  # tf32 products for the last two
+
+
+def make(lens, H=1, HV=None, K=32, V=32, options=SAFE, dtype=torch.bfloat16, seed=0) -> Inputs:
+    gen = torch.Generator().manual_seed(seed)
+    HV, T, N = HV or H, sum(lens), len(lens)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen)
+
+    raw = options.gate is not Gate.NONE
+    g = normal(1, T, HV, K)
+    return Inputs(
+        q=normal(1, T, H, K).to(dtype), k=normal(1, T, H, K).to(dtype), v=normal(1, T, HV, V).to(dtype),
+        g=(g if raw else -g.abs()).to(dtype), beta=normal(1, T, HV).to(dtype), options=options,
+        A_log=normal(HV) if raw else None, dt_bias=normal(HV * K) if raw else None, state=normal(N, HV, V, K),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32),
+    ).to(DEVICE)  # fmt: skip
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def check(inputs: Inputs) -> None:
+    got, expected = prefill(inputs), recurrence(inputs)
+    assert error(got.o, expected.o) < BOUND[inputs.q.dtype]
+    assert error(got.final_state, expected.final_state) < BOUND[inputs.q.dtype]
+
+
+@pytest.mark.parametrize("options", [SAFE, Options(), Options(Gate.SAFE, -20.0), Options(Gate.NONE)], ids=str)
+def test_lengths_around_every_edge(options):
+    check(make([0, 1, 15, 16, 17, 63, 64, 65], options=options))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(("K", "V"), [(60, 100), (16, 8), (200, 40)])
+def test_head_sizes_and_dtypes(K, V, dtype):
+    check(make([70], K=K, V=V, dtype=dtype))
+
+
+def test_two_value_heads_a_key_head():
+    check(make([70, 3], H=2, HV=4))
+
+
+@pytest.mark.parametrize("strong", [-1e4, float("-inf")])
+def test_gates_that_forget_everything_next_to_gates_of_one(strong):
+    """Nothing may cancel behind a strong gate: the tokens after it decay by their own gates alone."""
+    inputs = make([130], options=Options(Gate.NONE))
+    g = torch.zeros_like(inputs.g)
+    g[:, ::7] = strong
+    g[:, 3::7, :, ::2] = -1e-3
+    check(dataclasses.replace(inputs, g=g))
+
+
+def test_near_collinear_keys():
+    """The inverse must stay exact where the triangular matrix is nearly all ones (a Neumann series fails here)."""
+    inputs = make([128], K=64, V=64)
+    one = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    k = (one + 0.02 * inputs.k.float()).to(torch.bfloat16)
+    weak = dataclasses.replace(inputs, k=k, beta=inputs.beta + 4, g=inputs.g * 0.1 - 8, A_log=inputs.A_log * 0)
+    got, expected = prefill(weak), recurrence(weak)
+    assert error(got.o, expected.o) < 2e-2
+    assert error(got.final_state, expected.final_state) < 2e-2
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_inverse_of_a_matrix_of_ones(size):
+    """(I + L)^-1 for L all ones (and twos: negative eigenvalues): entries stay small, intermediate powers do not."""
+    L = torch.full((1, 1, CHUNK, CHUNK), size, device=DEVICE).tril(-1)
+    Z = torch.full_like(L, float("nan"))
+    chunk_inverse_kernel[(1, 1)](L, Z, None, None, 1, C=CHUNK, num_warps=1)
+    expected = torch.linalg.inv(torch.eye(CHUNK, dtype=torch.float64) + L[0, 0].cpu().double()).tril(-1)
+    written = torch.arange(CHUNK)[:, None] // 16 >= torch.arange(CHUNK)[None, :] // 16
+    got = Z[0, 0].cpu().double()
+    assert (got - expected)[written].abs().max() < 2e-3
+    assert got[~written].isnan().all(), "blocks above the diagonal are nobody's: they stay untouched"
+
+
+def test_chunk_sums_say_which_tokens_lie_between():
+    """Each level of halving separates each pair of tokens exactly once, and its two factors add up to their decay."""
+    sums = chunk_sums(torch.device("cpu")).double()
+    step = torch.rand(CHUNK, generator=torch.Generator().manual_seed(0)).double()
+    G = step.cumsum(0)
+    torch.testing.assert_close(sums[0] @ step, G)
+    torch.testing.assert_close(sums[1] @ step, G[-1] - G)
+    pairs = torch.zeros(CHUNK, CHUNK)
+    for level, size in enumerate((64, 32, 16, 8, 4, 2)):
+        part = sums[2 + level] @ step
+        for i, j in itertools.product(range(CHUNK), repeat=2):
+            if i // size == j // size and i % size >= size // 2 > j % size:
+                pairs[i, j] += 1
+                assert abs(part[i] + part[j] - (G[i] - G[j])) < 1e-12
+    assert torch.equal(pairs, torch.ones(CHUNK, CHUNK).tril(-1))
+
+
+def test_state_at_the_start_of_each_chunk():
+    inputs = make([130, 0, 64, 3], H=2, K=16, V=24)
+    _, h = prefill(inputs, return_intermediate_states=True)
+    assert h.shape == (1, 3 + 0 + 1 + 1, 2, 16, 24)
+    starts = [(0, 0), (0, 64), (0, 128), (2, 0), (3, 0)]
+    first = inputs.cu_seqlens.tolist()
+    for chunk, (n, begin) in enumerate(starts):
+        at = slice(first[n], first[n] + begin)
+        part = Inputs(
+            inputs.q[:, at], inputs.k[:, at], inputs.v[:, at], inputs.g[:, at], inputs.beta[:, at], inputs.options,
+            inputs.A_log, inputs.dt_bias, inputs.state[n : n + 1],
+        )  # fmt: skip
+        expected = recurrence(part).final_state if begin else inputs.state[n : n + 1].double()
+        assert error(h[0, chunk], expected[0].mT) < 8e-3
+
+
+def test_prepared_table_and_given_output():
+    inputs = make([70, 5])
+    table = prepare_chunk_indices(inputs.cu_seqlens, 75)
+    out = torch.full((1, 75, 1, 32), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    got = prefill(inputs, chunk_indices=table, out=out)
+    assert got.o is out
+    assert torch.equal(out, prefill(inputs).o)
+
+
+def test_no_state_in_and_none_out():
+    inputs = dataclasses.replace(make([70]), state=None, output_final_state=False)
+    got = prefill(inputs)
+    assert got.final_state is None
+    assert error(got.o, recurrence(inputs).o) < 8e-3
+
+
+def test_token_stride_too_large_for_the_kernels_is_refused():
+    inputs = make([2])
+    far = torch.zeros(2**25 + 32, dtype=torch.bfloat16, device=DEVICE).as_strided((1, 2, 1, 32), (1, 2**25, 32, 1))
+    with pytest.raises(InputError, match="q has stride 33554432"):
+        prefill(dataclasses.replace(inputs, q=far))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("K", [32, 64, 128, 256])
+@pytest.mark.parametrize("shared", [232448, 166912, 101376])
+def test_configuration_fits_the_gpu_where_anything_does(K, itemsize, shared):
+    config = PrefillConfig.choose(Dims(1, 8192, 1, 96, 96, K, K), itemsize, 132, shared)
+    smallest = chain_shared_bytes(K, 16, 1, itemsize)
+    assert chain_shared_bytes(K, config.BV, config.chain_stages, itemsize) <= max(shared, smallest)
+
+
+def test_the_models_bound_takes_the_fast_path():
+    assert bounded(SAFE)
+    assert bounded(Options(Gate.NONE, -5.0))
+    assert not bounded(Options(Gate.SAFE, -5.1))
+    assert not bounded(Options())
+
+
+@pytest.mark.gpu
+def test_bitwise_repeatable_and_capturable():
+    inputs = make([300, 70, 0, 64], H=4, K=128, V=128)
+    expected = prefill(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = prefill(inputs)
+    for _ in range(3):
+        got.o.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got.o, expected.o)
+        assert torch.equal(got.final_state, expected.final_state)
