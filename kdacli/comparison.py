@@ -96,7 +96,7 @@ def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel]) -> Plan:
     for kernel in registry.kernels(dump.op):
         if asked and kernel not in asked:
             continue
-        reason = _why_not(kernel, problem)
+        reason = kernel.unsupported(problem)
         if reason and kernel in asked:
             raise UnavailableError(f"{kernel.name} cannot run {_title(dump, problem)} here: {reason}")
         if not reason and not kernel.ours and kernel not in asked:
@@ -109,13 +109,6 @@ def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel]) -> Plan:
         reasons = "; ".join(f"{skipped.kernel}: {skipped.reason}" for skipped in not_run)
         raise UnavailableError(f"no kernel can run {_title(dump, problem)} here: {reasons}")
     return Plan(dump, problem, chosen, not_run, asked=bool(asked))
-
-
-def _why_not(kernel: Kernel, problem: Problem) -> str | None:
-    try:
-        return kernel.unsupported(problem)
-    except Exception as error:  # a peer's package may fail in any way when it is imported
-        return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _title(dump: Dump, problem: Problem) -> str:

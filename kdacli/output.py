@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 100  # columns when the output is not a terminal
 MIN_WIDTH = 80  # a narrower terminal wraps our lines itself, so that no digit is cut off
 PROGRESS_DELAY_S = 2.0
+_SHORT = 16  # characters of a name that is kept whole
 _NUMBER = re.compile(r"[-+]?\.?\d")
 
 
@@ -42,7 +43,7 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     """A rich table, to be printed with `console().print`.
 
     Cells are text as it is (no markup); None becomes "-"; use `good`, `bad` and `dim` for colour. A column that holds
-    only numbers is right-aligned and never broken, the others fold where the console is narrow.
+    only numbers is right-aligned and never broken, nor is one of short names; the others fold where the console is narrow.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -57,6 +58,8 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
         if column and all(c == "-" or _NUMBER.match(c) for c in column):
             width = max(len(c) for c in (name, *column))
             out.add_column(Text(name), justify="right", no_wrap=True, min_width=width)
+        elif column and all(c.isprintable() and " " not in c and len(c) <= _SHORT for c in column):
+            out.add_column(Text(name), no_wrap=True, min_width=max(len(c) for c in column))
         else:
             out.add_column(Text(name), overflow="fold")
     for row in cells:

@@ -218,10 +218,10 @@ def test_json_on_stdout_stands_alone():
 
 def test_files_are_kept_unless_forced(tmp_path):
     file = tmp_path / "mine.json"
-    file.write_text("mine")
-    for option in ("--json", "--save"):
-        assert_one_line(kda(*RUN, *SMALL, option, str(file)), 2, "--force")
-        assert file.read_text() == "mine"
+    for option, kept in (("--json", file), ("--save", tmp_path / "mine.pt")):
+        kept.write_text("mine")
+        assert_one_line(kda(*RUN, *SMALL, option, str(kept)), 2, "--force")
+        assert kept.read_text() == "mine"
     assert kda(*RUN, *SMALL, "--json", str(file), "--force").exit_code == 0
     assert json.loads(file.read_text())["schema"] == "kda.run/1"
 

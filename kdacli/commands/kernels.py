@@ -60,7 +60,7 @@ def survey(params: options.Params, device: str) -> list[dict[str, Any]]:
 
 
 def _row(kernel: Kernel, problem: Problem | None, device: str) -> dict[str, Any]:
-    reason = why_not(kernel, problem)
+    reason = kernel.unsupported(problem)
     interpreted = device == "cpu" and kernel.backend == "triton"
     return {
         "kernel": kernel.name,
@@ -72,11 +72,3 @@ def _row(kernel: Kernel, problem: Problem | None, device: str) -> dict[str, Any]
         "summary": kernel.summary,
         "problem": problem.name if problem else None,
     }
-
-
-def why_not(kernel: Kernel, problem: Problem | None = None) -> str | None:
-    """Why `kernel` cannot run `problem` (None: anything at all) here; a module that cannot be imported is a reason."""
-    try:
-        return kernel.unsupported(problem)
-    except Exception as error:  # a peer's package may fail in any way when it is imported
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"

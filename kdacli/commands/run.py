@@ -43,7 +43,10 @@ def command(
     from kdacli.provenance import collect
 
     check_dest(json_dest, force)
-    check_dest(save, force)
+    if save:
+        from kdacli import dumps
+
+        dumps.check_path(save, force)
     kernel = registry.get(kernel_name) if kernel_name else None
     device = pick_device(device)
     problem, inputs, _, label = options.inputs_from(params, device, kernel.op if kernel else Op.PREFILL)
@@ -52,8 +55,6 @@ def command(
         outputs = run_kernel(kernel, inputs)
     rows = [describe_tensor(name, t, note) for name, t, note in parts(inputs, outputs)]
     if save:
-        from kdacli import dumps
-
         meta = {"kernel": kernel.name, "device": describe(device), "label": label}
         dumps.save(save, inputs, outputs, op=problem.op, meta=meta, force=force)
     if json_dest:

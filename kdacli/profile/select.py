@@ -22,7 +22,7 @@ def candidates(ops: Iterable[Op], names: Sequence[str] = (), peers: bool = True)
 
 def split(kernels: Sequence[Kernel], problem: Problem) -> tuple[list[Kernel], dict[str, str]]:
     """Those that can run `problem` here, and the reason of each one that cannot."""
-    reasons = {kernel.name: _why_not(kernel, problem) for kernel in kernels}
+    reasons = {kernel.name: kernel.unsupported(problem) for kernel in kernels}
     return [k for k in kernels if reasons[k.name] is None], {n: why for n, why in reasons.items() if why is not None}
 
 
@@ -35,10 +35,3 @@ def require_runnable(cases: Sequence[Case], kernels: Sequence[Kernel]) -> None:
             return
         reasons |= why
     raise UnavailableError("no kernel can run here: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
-
-
-def _why_not(kernel: Kernel, problem: Problem) -> str | None:
-    try:
-        return kernel.unsupported(problem)
-    except Exception as error:  # a peer's package may fail in any way when it is imported
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -25,12 +25,12 @@ def select_kernels(names: Sequence[str] = (), op: Op | None = None) -> tuple[lis
         for kernel in chosen:
             if op is not None and kernel.op is not op:
                 raise InputError(f"{kernel.name} is given with --op {op}: it serves {kernel.op}; leave one out")
-            if (reason := why_not(kernel)) is not None:
+            if (reason := kernel.unsupported()) is not None:
                 raise UnavailableError(f"{kernel.name} cannot run here: {reason}")
         return chosen, []
     chosen, others = [], []
     for kernel in registry.kernels(op):
-        reason = why_not(kernel)
+        reason = kernel.unsupported()
         if reason is None and not kernel.ours:
             reason = f"a peer: --kernel {kernel.name} checks it"
         if reason is None:
@@ -58,11 +58,3 @@ def select_cases(names: Sequence[str], kernels: Sequence[Kernel], device: str) -
         if table[name].problem.op not in {kernel.op for kernel in kernels}:
             raise InputError(f"case {name} is of the op {table[name].problem.op}: no kernel chosen serves it")
     return [table[name] for name in dict.fromkeys(names)]
-
-
-def why_not(kernel: Kernel) -> str | None:
-    """Why `kernel` can run nothing here; None if it can run something."""
-    try:
-        return kernel.unsupported()
-    except Exception as error:  # a peer's package may fail in any way when it is imported
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"

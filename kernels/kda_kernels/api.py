@@ -218,7 +218,10 @@ def fused_recurrent_kda_fwd(
         return o, initial_state
 
     def run():
-        outputs = decode(inputs, out)
+        final = None
+        if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
+            final = torch.empty_like(initial_state, dtype=torch.float32)  # as FLA: not the state's own dtype
+        outputs = decode(inputs, out, final_state=final)
         return outputs.o, outputs.final_state
 
     return forward_only(run, inputs)

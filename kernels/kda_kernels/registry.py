@@ -42,10 +42,16 @@ class Kernel:
     ours: bool = True
 
     def unsupported(self, problem: Problem | None = None) -> str | None:
-        """Why this kernel cannot run `problem` here (None: it can)."""
+        """Why this kernel cannot run `problem` here, or nothing at all if that is None; None if it can.
+
+        A module that cannot be imported is a reason like any other: a peer's package may fail in any way at its import.
+        """
         if problem is not None and problem.op is not self.op:
             return f"serves the op {self.op}, not {problem.op}"
-        return importlib.import_module(self.module).unsupported(problem)
+        try:
+            return importlib.import_module(self.module).unsupported(problem)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
     def run(self, inputs: "Inputs") -> "Outputs":
         return importlib.import_module(self.module).run(inputs)
@@ -96,8 +102,8 @@ _T = "kda_kernels.triton"
 for _kernel in (
     # cute-decode, cute-prefill: their place is kda_kernels/cute, and they come before the Triton kernels here
     Kernel("triton-decode", Op.DECODE, "triton", f"{_T}.decode", "fused recurrent update, in place"),
-    Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "two kernels: chunk factors, then the chain"),
-    Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "activation, bias and chunk-local cumsum in one kernel"),
+    Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "chunk factors, their inverse, then the chain"),
+    Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
     Kernel("torch-decode", Op.DECODE, "torch", "kda_kernels.reference.plain_recurrent", "plain torch, float32"),
     Kernel("torch-prefill", Op.PREFILL, "torch", "kda_kernels.reference.plain_chunk", "plain torch, chunked"),

@@ -37,9 +37,7 @@ class Inputs:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by name."""
         return {
-            f.name: value
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
+            f.name: value for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
 
     def map(self, fn) -> "Inputs":
@@ -64,8 +62,8 @@ class Outputs:
     """What a kernel returns.
 
     o: [B, T, HV, V] in the dtype of v. For the op `gate`: the chunk-local cumsum, float32 [B, T, HV, K].
-    final_state: [N, HV, V, K] ([N, HV, K, V] unless state_v_first) in the dtype of the incoming state, fp32 if there was
-        none; the pool itself when there is one; None if not asked for.
+    final_state: [N, HV, V, K] ([N, HV, K, V] unless state_v_first) in the dtype of the incoming state, fp32 if there
+        was none; the pool itself when there is one; None if not asked for.
     """
 
     o: torch.Tensor

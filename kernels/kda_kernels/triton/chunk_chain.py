@@ -1,4 +1,4 @@
-"""Second kernel of the prefill: the recurrence over chunks and the output, in one pass, the state never leaving registers.
+"""Last kernel of the prefill: the recurrence over chunks and the output in one pass, the state always in registers.
 
 A program owns BV value channels of one head of one sequence. For each chunk, with S [K, BV] in fp32:
 
@@ -14,7 +14,7 @@ products close to the exact result. Reads 1024 + 256 bytes a token and head (bf1
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import cast, dot
+from kda_kernels.triton.common import cast, dot, operand
 
 
 @triton.jit(do_not_specialize=["T", "slots"])
@@ -70,7 +70,7 @@ def chunk_chain_kernel(
     v += i_b * v_b + i_hv * v_h
     o += i_b * o_b + i_hv * o_h
     if i_s < 0:  # padding: neither read nor written, and its output rows are zero
-        for i_t in range(0, tl.cdiv(length, C)):
+        for i_t in range(tl.cdiv(length, C)):
             p_o = o + (first + i_t * C) * o_t + row[:, None] * o_t + rv[None, :]
             zero = tl.zeros([C, BV], o.dtype.element_ty)
             tl.store(p_o, zero, mask=(i_t * C + row < length)[:, None] & ok_v[None, :])
@@ -97,12 +97,12 @@ def chunk_chain_kernel(
         if h is not None:
             p_h = h + ((slot0 + i_t) * HV + i_hv) * (K * V) + rk[:, None] * V + rv[None, :]
             tl.store(p_h, cast(S, h.dtype.element_ty), mask=ok_s)
-        Sd = cast(S, DOT)
+        Sd = operand(S, DOT)
         known = dot(tl.load(kg + this * (C * BK) + wide), Sd)
         out = dot(tl.load(qg + this * (C * BK) + wide), Sd)  # here, since Sd's shared memory is then free for r
         r = b_beta[:, None] * (b_v.to(tl.float32) - known)
         b_Z = tl.load(Z + this * (C * C) + square, mask=needed, other=0.0)
-        new = cast(dot(b_Z, cast(r, DOT), r), DOT)
+        new = operand(dot(b_Z, operand(r, DOT), r), DOT)
         b_A = tl.load(Aqk + this * (C * C) + square, mask=needed, other=0.0)
         out = dot(b_A, new, out)
         S *= tl.load(decay + this * BK + rk)[:, None]

@@ -10,8 +10,8 @@ Raw gates go in: activation, bias and cumulative sums happen on the way, so the 
 Reads 768 bytes a token and head (bf16, K = 128) and writes 1152.
 
 No overflow and no division by a decay: exp(G_i - G_j), i >= j, is split at a reference token r between j and i into
-exp(G_i - G_r) exp(G_r - G_j), both <= 1. Halving the chunk again and again (32, 16, ..., 1) gives every pair exactly one
-level that separates it. A bounded gate needs only one: `chunk_factors_bounded`.
+exp(G_i - G_r) exp(G_r - G_j), both <= 1. Halving the chunk again and again (32, 16, ..., 1) gives every pair exactly
+one level that separates it. A bounded gate needs only one: `chunk_factors_bounded`.
 
 All those sums of log decays are linear in the decays of the tokens, so tensor cores make them, from constant matrices
 (`chunk_sums`): a scan or a reduction would cost shuffles and selects for every token and each of the references.
@@ -24,10 +24,12 @@ import triton
 import triton.language as tl
 
 from kda_kernels.problem import CHUNK
-from kda_kernels.triton.common import beta_value, cast, dot, exp2, log2_decay, split
+from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand, split
 
 # 2 ** -150 is 0 in fp32: a stronger gate forgets no more than everything, and its sum would cost the others precision.
 FORGET_ALL = tl.constexpr(-150.0)
+
+
 @functools.lru_cache(maxsize=16)
 def chunk_sums(device: torch.device) -> torch.Tensor:
     """The constant matrices bf16 [8, C, C]: row i of each says which tokens' log decays make up a decay seen from i.
@@ -51,8 +53,8 @@ def chunk_sums(device: torch.device) -> torch.Tensor:
 def decays(sums, which: tl.constexpr, hi, lo, C: tl.constexpr):
     """sums[which] @ (hi + lo): log2 of decays between tokens, from the log2 decays of each.
 
-    Two bf16 halves keep 16 bits of each log decay, and one that a sum leaves out contributes an exact 0: nothing cancels
-    behind a strong gate.
+    Two bf16 halves keep 16 bits of each log decay, and one that a sum leaves out contributes an exact 0: nothing
+    cancels behind a strong gate.
     """
     row = tl.arange(0, C)
     weights = tl.load(sums + which * (C * C) + row[:, None] * C + row[None, :])
@@ -62,9 +64,9 @@ def decays(sums, which: tl.constexpr, hi, lo, C: tl.constexpr):
 @triton.jit
 def pair_products(kk, qk, k_rows, q_rows, k_columns, pair, DOT: tl.constexpr):
     """kk and qk with the products of the masked pairs added."""
-    columns = tl.trans(cast(k_columns, DOT))
-    kk += tl.where(pair, dot(cast(k_rows, DOT), columns), 0.0)
-    qk += tl.where(pair, dot(cast(q_rows, DOT), columns), 0.0)
+    columns = tl.trans(operand(k_columns, DOT))
+    kk += tl.where(pair, dot(operand(k_rows, DOT), columns), 0.0)
+    qk += tl.where(pair, dot(operand(q_rows, DOT), columns), 0.0)
     return kk, qk
 
 
@@ -184,10 +186,10 @@ def chunk_factors_kernel(
         diagonal += tl.sum(b_q * b_k, 1)
 
         since = exp2(decays(sums, 0, hi, lo, C))
-        tl.store(qg + wide, cast(b_q * since, DOT))
-        tl.store(kg + wide, cast(b_k * since, DOT))
+        tl.store(qg + wide, operand(b_q * since, DOT))
+        tl.store(kg + wide, operand(b_k * since, DOT))
         until = exp2(decays(sums, 1, hi, lo, C))
-        tl.store(kd + wide, cast(b_k * until, DOT))
+        tl.store(kd + wide, operand(b_k * until, DOT))
         tl.store(decay + col, exp2(tl.sum(step, 0)))
         for level in tl.static_range(0, 6):
             e = exp2(decays(sums, 7 - level, hi, lo, C))
@@ -199,7 +201,7 @@ def chunk_factors_kernel(
     # nothing reads the 16 x 16 blocks above the diagonal
     square = row[:, None] * C + row[None, :]
     needed = row[:, None] // 16 >= row[None, :] // 16
-    tl.store(Aqk + square, cast(tl.where(below == 0, diagonal[:, None], qk), DOT), mask=needed)
+    tl.store(Aqk + square, operand(tl.where(below == 0, diagonal[:, None], qk), DOT), mask=needed)
     b_beta = beta_value(tl.load(beta + row * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
     tl.store(rate + row, b_beta)
     tl.store(L + square, tl.where(below > 0, kk * b_beta[:, None], 0.0), mask=needed)

@@ -1,25 +1,36 @@
 """`chunk_factors` for bounded gates: half the work, where |lower_bound| * 16 <= 80 (the models' -5 is).
 
-Same results. Tokens of one half chunk meet at its middle: exp(G_i - G_r) stays within e^80 there, which bf16 and fp32 hold
-(products of pairs above the diagonal may be inf; they are never used). Tokens of different halves meet at the middle of
-the chunk, where both factors are <= 1.
+Same results. Tokens of one half chunk meet at its middle: exp(G_i - G_r) stays within e^80 there, which bf16 and fp32
+hold, times a key of up to 6000 where keys are not normalised (products of pairs above the diagonal may be inf; they are
+never used). Tokens of different halves meet at the middle of the chunk, where both factors are <= 1.
 
-The cumulative gates G go through a scratch buffer that a program writes and reads back from the cache: with the rows 15,
-31, 47 and 63 of G at hand every decay is one subtraction, and the tiles come in the layout of k and q. In registers a scan
-of the 64 x 128 tile took more instructions than all the rest.
+The cumulative gates G go through a scratch buffer that a program writes and reads back from the cache: with the rows
+15, 31, 47 and 63 of G at hand every decay is one subtraction, and the tiles come in the layout of k and q. In registers
+a scan of the 64 x 128 tile took more instructions than all the rest.
 """
 
 import triton
 import triton.language as tl
 
 from kda_kernels.triton.chunk_factors import inverse_norm, load_tile
-from kda_kernels.triton.common import beta_value, cast, dot, exp2, log2_decay
+from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand
 
 
 @triton.jit
 def scan_gates(
-    g, A_log, dt_bias, G, lower_bound, left, i_hv, g_t, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr
-):  # fmt: skip
+    g,
+    A_log,
+    dt_bias,
+    G,
+    lower_bound,
+    left,
+    i_hv,
+    g_t,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    GATE: tl.constexpr,
+):
     """Writes G [C, BK]: log2 of the decays, summed down the chunk. Each warp walks down a quarter of the tokens."""
     STEPS: tl.constexpr = C // 4
     quarter = tl.arange(0, 4)[:, None]
@@ -159,13 +170,13 @@ def chunk_factors_bounded_kernel(
         tl.store(decay + col, exp2(G_last))
         b_G = load_sums(G, col, BK, C)
         b_k = load_tile(k, k_t, col, here, K) * k_norm[:, None]
-        tl.store(kg + wide, cast(b_k * exp2(b_G), DOT))
-        tl.store(kd + wide, cast(b_k * exp2(G_last[None, :] - b_G), DOT))
+        tl.store(kg + wide, operand(b_k * exp2(b_G), DOT))
+        tl.store(kd + wide, operand(b_k * exp2(G_last[None, :] - b_G), DOT))
         x = b_G - middle_of_half(G, early, col, BK, C)
-        near = near + (tl.trans(cast(b_k * exp2(-x), DOT)),)
-        kk = dot(cast(b_k * exp2(x), DOT), near[i_k // KB], kk)
+        near = near + (tl.trans(operand(b_k * exp2(-x), DOT)),)
+        kk = dot(operand(b_k * exp2(x), DOT), near[i_k // KB], kk)
         x = b_G - load_row(G, C // 2 - 1, col, BK)[None, :]
-        k_far = cast(b_k * exp2(tl.where(early, -x, x)), DOT)
+        k_far = operand(b_k * exp2(tl.where(early, -x, x)), DOT)
         far = far + (tl.trans(k_far),)
         kk_far = dot(k_far, far[i_k // KB], kk_far)
     b_beta = beta_value(tl.load(beta + row * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
@@ -184,13 +195,13 @@ def chunk_factors_bounded_kernel(
         wide = row[:, None] * BK + col[None, :]
         b_G = load_sums(G, col, BK, C)
         b_q = load_tile(q, q_t, col, here, K) * q_norm[:, None]
-        tl.store(qg + wide, cast(b_q * exp2(b_G), DOT))
+        tl.store(qg + wide, operand(b_q * exp2(b_G), DOT))
         # the diagonal has no decay: in fp32, since under a strong gate it is most of the output
         diagonal += tl.sum(b_q * load_tile(k, k_t, col, here, K), 1)
         x = b_G - middle_of_half(G, early, col, BK, C)
-        qk = dot(cast(b_q * exp2(x), DOT), near[i_k // KB], qk)
+        qk = dot(operand(b_q * exp2(x), DOT), near[i_k // KB], qk)
         x = b_G - load_row(G, C // 2 - 1, col, BK)[None, :]
-        qk_far = dot(cast(b_q * exp2(tl.where(early, -x, x)), DOT), far[i_k // KB], qk_far)
+        qk_far = dot(operand(b_q * exp2(tl.where(early, -x, x)), DOT), far[i_k // KB], qk_far)
     qk = tl.where(below > 0, tl.where(inside, qk, qk_far), 0.0)
     qk = tl.where(below == 0, (diagonal * k_norm)[:, None], qk)
-    tl.store(Aqk + square, cast(qk, DOT), mask=needed)
+    tl.store(Aqk + square, operand(qk, DOT), mask=needed)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.problem import CHUNK
-from kda_kernels.triton.runtime import require_device
+from kda_kernels.triton.runtime import on_device, require_device
 
 
 def max_chunks(total_tokens: int, num_seqs: int, chunk_size: int = CHUNK) -> int:
@@ -42,11 +42,12 @@ def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_siz
         chunk_size: tokens a chunk.
 
     Returns:
-        int32 [T // chunk_size + N, 2], chunks in order; rows that no chunk needs hold -1, and kernels leave at once there.
+        int32 [T // chunk_size + N, 2], chunks in order; rows that no chunk needs hold -1: there, kernels leave at once.
     """
     require_device(cu_seqlens)
     N = len(cu_seqlens) - 1
     out = torch.empty((max_chunks(total_tokens, N, chunk_size), 2), dtype=torch.int32, device=cu_seqlens.device)
     if N:
-        chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=256, num_warps=2)
+        with on_device(cu_seqlens):
+            chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=256, num_warps=2)
     return out

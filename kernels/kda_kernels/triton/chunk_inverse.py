@@ -1,8 +1,8 @@
 """Second kernel of the prefill: Z, the part below the diagonal of the inverse of I + L, one warp a chunk and head.
 
-Exact block substitution, never a Neumann series: the inverse of [[P, 0], [R, S]] is [[P', 0], [-S' R P', S']], applied to
-blocks of 1, 2, 4 and 8, then across the four 16 x 16 blocks of a row. Products are as exact as fp32 operands cut to 16
-bits make them. A kernel of its own, since here every product fits one warp: no barriers, and an eighth of the
+Exact block substitution, never a Neumann series: the inverse of [[P, 0], [R, S]] is [[P', 0], [-S' R P', S']], applied
+to blocks of 1, 2, 4 and 8, then across the four 16 x 16 blocks of a row. Products are as exact as fp32 operands cut to
+16 bits make them. A kernel of its own, since here every product fits one warp: no barriers, and an eighth of the
 instructions that 64 x 64 tiles spread over four warps took. Only blocks on and below the
 diagonal are read (160 bytes a token and head) and written (80).
 """
@@ -10,7 +10,7 @@ diagonal are read (160 bytes a token and head) and written (80).
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import cast, dot, split
+from kda_kernels.triton.common import dot, operand, split
 
 B = tl.constexpr(16)
 
@@ -45,7 +45,7 @@ def load_block(L, i: tl.constexpr, j: tl.constexpr):
 @triton.jit
 def store_block(Z, i: tl.constexpr, j: tl.constexpr, x):
     r = tl.arange(0, B)
-    tl.store(Z + (r + i * B)[:, None] * (4 * B) + (r + j * B)[None, :], cast(x, Z.dtype.element_ty))
+    tl.store(Z + (r + i * B)[:, None] * (4 * B) + (r + j * B)[None, :], operand(x, Z.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["slots"])

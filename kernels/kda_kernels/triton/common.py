@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x.to(DTYPE), rounded to nearest even. Triton's interpreter cuts bf16 off instead, so there its bits are rounded."""
+    """x.to(DTYPE), rounded to nearest even. Triton's interpreter cuts bf16 off; there the bits are rounded first."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.int32, bitcast=True)
@@ -28,8 +28,17 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def operand(x, DOT: tl.constexpr):
+    """x as the operand of a matrix product in DOT: bf16, or fp32 rounded to tf32, which tensor cores would cut off."""
+    if DOT == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return cast(x, DOT)
+
+
+@triton.jit
 def dot(a, b, acc=None):
-    """a @ b + acc with fp32 sums. Triton's interpreter multiplies the bits of bf16 operands, so there they are widened."""
+    """a @ b + acc with fp32 sums. Triton's interpreter multiplies the bits of bf16 operands; there they are widened."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -75,7 +84,7 @@ def softplus(x):
 
 @triton.jit
 def log2_decay(raw, A, bias, lower_bound, GATE: tl.constexpr):
-    """log2 of the decay, fp32, <= 0. `A` is exp(A_log), a scalar or a row as `bias`; all arguments broadcast together."""
+    """log2 of the decay, fp32, <= 0. `A` is exp(A_log), a scalar or a row like `bias`; all arguments broadcast."""
     if GATE == 1:
         g = (A * -1.4426950408889634) * softplus(raw + bias)
     elif GATE == 2:

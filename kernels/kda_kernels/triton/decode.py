@@ -17,7 +17,7 @@ from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import NOT_SPECIALISED, decode_kernel
-from kda_kernels.triton.runtime import multiprocessors, require_device, unsupported_here
+from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
 from kda_kernels.triton.variant import Variant
 
 MAX_HEAD = 256
@@ -93,7 +93,7 @@ def decode(
     grid = triton.cdiv(V, config.BV) * HV * N
     if not grid:
         return Outputs(o, ht if inputs.output_final_state else None)
-    with stage("decode"):
+    with stage("decode"), on_device(q):
         decode_kernel[(grid,)](
             q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, inputs.state_indices, inputs.cu_seqlens,
             K**-0.5 if options.scale is None else options.scale,

@@ -18,7 +18,7 @@ from kda_kernels.problem import CHUNK, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.common import GATE_CODES, log_decay
-from kda_kernels.triton.runtime import require_device, unsupported_here
+from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
 from kda_kernels.triton.variant import Variant
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
@@ -114,11 +114,12 @@ def launch_gate(
     if out.numel() == 0 or chunks == 0:
         return out
     grid = (triton.cdiv(HV * K, BLOCK), chunks)
-    gate_cumsum_kernel[grid](
-        g, A_log, dt_bias, out, cu_seqlens, chunk_indices,
-        0.0 if lower_bound is None else lower_bound, 1.0 if scale is None else scale, T, *g.stride()[:3],
-        HV=HV, K=K, C=chunk_size, BLOCK=BLOCK, UNROLL=UNROLL, GATE=GATE_CODES[gate], CUMSUM=cumsum, num_warps=4,
-    )  # fmt: skip
+    with on_device(g):
+        gate_cumsum_kernel[grid](
+            g, A_log, dt_bias, out, cu_seqlens, chunk_indices,
+            0.0 if lower_bound is None else lower_bound, 1.0 if scale is None else scale, T, *g.stride()[:3],
+            HV=HV, K=K, C=chunk_size, BLOCK=BLOCK, UNROLL=UNROLL, GATE=GATE_CODES[gate], CUMSUM=cumsum, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -1,7 +1,7 @@
 """The fused prefill. Host half: workspace, configuration, launches.
 
-Three kernels: `chunk_factors` (or `chunk_factors_bounded` where the gate is known to be bounded, in half the time), then
-`chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and sums happen inside the first. The stage
+Three kernels: `chunk_factors` (or `chunk_factors_bounded` where the gate is known to be bounded, in half the time),
+then `chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and sums happen inside the first. The stage
 `kda_gate_chunk_cumsum` of `gate.py` is there for others; as a pass of its own it would add 225 us to 1.6 ms at P1.
 """
 
@@ -22,7 +22,14 @@ from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kerne
 from kda_kernels.triton.chunk_indices import max_chunks, prepare_chunk_indices
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
-from kda_kernels.triton.runtime import multiprocessors, register_limit, require_device, shared_memory, unsupported_here
+from kda_kernels.triton.runtime import (
+    multiprocessors,
+    on_device,
+    register_limit,
+    require_device,
+    shared_memory,
+    unsupported_here,
+)
 from kda_kernels.triton.variant import Variant
 
 MAX_HEAD = 256
@@ -94,8 +101,8 @@ class Workspace:
 
         wide = {name: new(CHUNK, BK) for name in ("qg", "kg", "kd")}
         square = {name: new(CHUNK, CHUNK) for name in ("Z", "Aqk")}
-        f32 = torch.float32
-        return cls(**wide, **square, L=new(CHUNK, CHUNK, dtype=f32), decay=new(BK, dtype=f32), rate=new(CHUNK, dtype=f32))
+        exact = {"L": (CHUNK, CHUNK), "decay": (BK,), "rate": (CHUNK,)}
+        return cls(**wide, **square, **{name: new(*shape, dtype=torch.float32) for name, shape in exact.items()})
 
     @property
     def nbytes(self) -> int:
@@ -161,13 +168,13 @@ def prefill(
     chunks = (HV, slots if chunk_indices is None else chunk_indices.shape[0])
     if slots:
         _factors(inputs, work, chunks, slots, chunk_indices, config)
-        with stage("chunk_inverse"):
+        with stage("chunk_inverse"), on_device(q):
             chunk_inverse_kernel[chunks](
                 work.L, work.Z, chunk_indices, inputs.cu_seqlens, slots, C=CHUNK, num_warps=1,
                 **register_limit(config.inverse_registers),
             )  # fmt: skip
     if N:
-        with stage("chain"):
+        with stage("chain"), on_device(q):
             chunk_chain_kernel[(triton.cdiv(V, config.BV), N * HV)](
                 v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, o, h0, ht, h,
                 inputs.state_indices, inputs.cu_seqlens,
@@ -202,7 +209,7 @@ def _factors(
     }  # fmt: skip
     tensors = (q, k, g, beta, inputs.A_log, inputs.dt_bias, *out)
     numbers = (lower_bound, scale, T, slots, *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *beta.stride())
-    with stage("chunk_factors"):
+    with stage("chunk_factors"), on_device(q):
         if bounded(options):
             scratch = torch.empty_like(work.qg, dtype=torch.float32)
             chunk_factors_bounded_kernel[grid](*tensors, scratch, *seqs, *numbers, **flags)

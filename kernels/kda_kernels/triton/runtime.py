@@ -1,8 +1,10 @@
 """Can Triton run here, and on what: a GPU, or its interpreter on the CPU."""
 
+import contextlib
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -36,6 +38,13 @@ def require_device(tensor: torch.Tensor) -> None:
     raise UnavailableError(
         f"the tensors lie on {tensor.device}: move them to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
     )
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches there, wherever the pointers lead."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def register_limit(registers: int | None) -> dict[str, int]:
