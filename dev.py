@@ -17,17 +17,14 @@ import argparse
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import urllib.request
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "kda-setup"
-TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # 0.2 GB instead of the 3 GB of the CUDA build
 
 
 def main() -> int:
@@ -67,7 +64,8 @@ def set_up() -> str:
     install = [*pip, "install", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
     install += [] if sys.stderr.isatty() else ["--quiet"]
     # stdout belongs to the command that comes after, which may print JSON there
-    subprocess.run([*install, *torch_index(), "torch"], check=True, stdout=sys.stderr)
+    # torch by itself first: then nothing that follows can choose another one
+    subprocess.run([*install, "torch"], check=True, stdout=sys.stderr)
     subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True, stdout=sys.stderr)
     STAMP.write_text(wanted)
     return str(python)
@@ -77,17 +75,6 @@ def fingerprint() -> str:
     """Changes whenever what is to be installed does."""
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def torch_index() -> list[str]:
-    """Where pip finds the CPU build of torch, if this machine has no NVIDIA GPU and can reach that index."""
-    if shutil.which("nvidia-smi"):
-        return []
-    try:
-        urllib.request.urlopen(f"{TORCH_CPU_WHEELS}/torch/", timeout=10).close()
-    except OSError:
-        return []
-    return ["--extra-index-url", TORCH_CPU_WHEELS]
 
 
 def test(python: str, env: dict[str, str], args: list[str]) -> int:
