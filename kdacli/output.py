@@ -24,6 +24,7 @@ PLAIN_WIDTH = 100  # columns when the output is not a terminal
 MIN_WIDTH = 80  # a narrower terminal wraps our lines itself, so that no digit is cut off
 PROGRESS_DELAY_S = 2.0
 _SHORT = 16  # characters of a name that is kept whole
+_FOLDED = 10  # columns that folded text should have at least
 _NUMBER = re.compile(r"[-+]?\.?\d")
 
 
@@ -43,7 +44,8 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     """A rich table, to be printed with `console().print`.
 
     Cells are text as it is (no markup); None becomes "-"; use `good`, `bad` and `dim` for colour. A column that holds
-    only numbers is right-aligned and never broken, nor is one of short names; the others fold where the console is narrow.
+    only numbers is right-aligned and never broken, nor is one of short names where the console is wide enough; others
+    fold.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -53,13 +55,17 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     out = Table(
         title=Text(title) if title else None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
     )
-    for i, name in enumerate(columns):
-        column = [row[i].plain for row in cells]
-        if column and all(c == "-" or _NUMBER.match(c) for c in column):
-            width = max(len(c) for c in (name, *column))
+    texts = [[row[i].plain for row in cells] for i in range(len(columns))]
+    widths = [max(map(len, (name, *column))) for name, column in zip(columns, texts, strict=True)]
+    numeric = [bool(column) and all(c == "-" or _NUMBER.match(c) for c in column) for column in texts]
+    named = [all(" " not in c and len(c) <= _SHORT for c in column) for column in texts]
+    least = [w if n or keep else _FOLDED for w, n, keep in zip(widths, numeric, named, strict=True)]
+    room = sum(least) + 3 * len(columns) <= console().width
+    for name, width, number, short in zip(columns, widths, numeric, named, strict=True):
+        if number:
             out.add_column(Text(name), justify="right", no_wrap=True, min_width=width)
-        elif column and all(c.isprintable() and " " not in c and len(c) <= _SHORT for c in column):
-            out.add_column(Text(name), no_wrap=True, min_width=max(len(c) for c in column))
+        elif short and room:
+            out.add_column(Text(name), no_wrap=True, min_width=width)
         else:
             out.add_column(Text(name), overflow="fold")
     for row in cells:

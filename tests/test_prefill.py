@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from kda_kernels.api import chunk_kda_fwd
 from kda_kernels.checks import Dims
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Gate, Options
@@ -184,3 +185,29 @@ def test_bitwise_repeatable_and_capturable():
         graph.replay()
         assert torch.equal(got.o, expected.o)
         assert torch.equal(got.final_state, expected.final_state)
+
+
+def test_chunk_kda_fwd_takes_the_gate_as_activated_without_a_log():
+    inputs = make([70, 5], options=Options(Gate.NONE), seed=4)
+    given = {"beta": inputs.beta, "initial_state": inputs.state, "cu_seqlens": inputs.cu_seqlens, "scale": 0.2}
+    flags = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    expected = recurrence(dataclasses.replace(inputs, options=Options(Gate.NONE, scale=0.2)))
+    g = inputs.g.clamp(min=-5)
+    for bound in (None, -5.0):  # both ways of making the factors
+        o, final = chunk_kda_fwd(inputs.q, inputs.k, inputs.v, g, lower_bound=bound, **given, **flags)
+        assert error(o, expected.o) < 8e-3
+        assert error(final, expected.final_state) < 8e-3
+
+
+def test_wrong_tables_of_chunks_are_refused_by_name():
+    inputs = make([70, 5])
+    args = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+    gate = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, "lower_bound": -5.0}
+    for table, message in (
+        (torch.zeros(3, 3, dtype=torch.int32), r"chunk_indices has shape \[3, 3\]"),
+        (torch.zeros(3, 2), "chunk_indices is torch.float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chunk_kda_fwd(*args, **gate, cu_seqlens=inputs.cu_seqlens, chunk_indices=table.to(DEVICE))
+    with pytest.raises(InputError, match="without cu_seqlens"):
+        chunk_kda_fwd(*args, **gate, chunk_indices=torch.zeros(3, 2, dtype=torch.int32, device=DEVICE))

@@ -4,6 +4,7 @@ import importlib
 
 _EXPORTS = {
     "chunk_kda": "kda_kernels.api",
+    "chunk_kda_fwd": "kda_kernels.api",
     "fused_recurrent_kda": "kda_kernels.api",
     "fused_recurrent_kda_fwd": "kda_kernels.api",
     "kda_decode": "kda_kernels.api",

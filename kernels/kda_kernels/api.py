@@ -1,7 +1,8 @@
 """The public functions.
 
 `chunk_kda`, `fused_recurrent_kda` and `fused_recurrent_kda_fwd` have the names and signatures of FLA 0.6.0, so that an
-import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place.
+import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place;
+`chunk_kda_fwd` is the pipeline behind the prefills, with every switch.
 
 All of them check their tensors once and then call the Triton kernels directly: nothing is looked up in the registry on
 the way, and nothing else is tried when these kernels cannot run. Everything wrong with an argument is an `InputError`
@@ -16,12 +17,12 @@ import torch
 from kda_kernels.boundary import check, check_out, forward_only, options_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
-from kda_kernels.serving import kda_decode, kda_prefill
+from kda_kernels.serving import chunk_kda_fwd, kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs
 from kda_kernels.triton.decode import decode
 from kda_kernels.triton.prefill import prefill
 
-__all__ = ["chunk_kda", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
+__all__ = ["chunk_kda", "chunk_kda_fwd", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
 
 SAFE_BOUND = -5.0  # what FLA's safe_gate promises of log decays that come in activated
 FLA_NAMES = {"state": "initial_state", "state_indices": "ssm_state_indices"}

@@ -49,6 +49,24 @@ def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
         raise InputError(f"out has stride {out.stride(-1)} in its last dimension: it should be 1")
 
 
+def check_chunk_indices(chunk_indices: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
+    """A table of chunks, if one is given, must look like one of `prepare_chunk_indices`. Raises `InputError`."""
+    if chunk_indices is None:
+        return
+    if cu_seqlens is None:
+        raise InputError("chunk_indices is given without cu_seqlens: a dense batch needs no table")
+    if chunk_indices.ndim != 2 or chunk_indices.shape[1] != 2 or not chunk_indices.is_contiguous():
+        raise InputError(
+            f"chunk_indices has shape {list(chunk_indices.shape)}: it should be [chunks, 2], contiguous, as "
+            "prepare_chunk_indices makes it"
+        )
+    if chunk_indices.dtype not in (torch.int32, torch.int64) or chunk_indices.device != cu_seqlens.device:
+        raise InputError(
+            f"chunk_indices is {chunk_indices.dtype} on {chunk_indices.device}: it should be int32 or int64 on "
+            f"{cu_seqlens.device}, as cu_seqlens"
+        )
+
+
 class _ForwardOnly(torch.autograd.Function):
     """Runs a function that returns a tuple, and says what is missing when somebody differentiates through it."""
 

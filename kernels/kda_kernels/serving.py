@@ -1,8 +1,11 @@
-"""The serving forms: a V-first state pool, updated in place. For engines; `api` is where they are imported from."""
+"""The serving forms: a V-first state pool, updated in place; and `chunk_kda_fwd`, the prefill with every switch.
+
+For engines; `api` is where they are imported from.
+"""
 
 import torch
 
-from kda_kernels.boundary import check, check_out, forward_only, options_of
+from kda_kernels.boundary import check, check_chunk_indices, check_out, forward_only, options_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate
 from kda_kernels.tensors import Inputs
@@ -86,7 +89,66 @@ def kda_prefill(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
     inputs = _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out)
+    check_chunk_indices(chunk_indices, cu_seqlens)
     return forward_only(lambda: (prefill(inputs, chunk_indices=chunk_indices, out=out).o,), inputs)[0]
+
+
+def chunk_kda_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    output_final_state: bool = True,
+    state_v_first: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_indices: torch.Tensor | None = None,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The chunk pipeline behind `chunk_kda` and `kda_prefill`.
+
+    Args:
+        A_log: given, g is raw, and the pipeline activates and sums it; not given, g is the log decay already and is
+            only summed, and a lower_bound is then a promise that every g lies in [lower_bound, 0], which allows the
+            faster of two ways.
+        initial_state: [N, HV, V, K] ([N, HV, K, V] without state_v_first), fp32 or bf16, not modified; with
+            state_indices a pool [P, ..] that is updated in place.
+        chunk_indices: from `prepare_chunk_indices`; made here if not given. The others: as in `kda_prefill`.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of v, and the final state (the pool, if there is one) or None.
+
+    Raises:
+        InputError: an argument is wrong.
+        UnavailableError: no GPU, and Triton's interpreter is not on.
+    """
+    raw = A_log is not None
+    options = options_of(
+        raw, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, lower_bound
+    )
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias if raw else None, initial_state, state_indices, cu_seqlens,
+        state_v_first, output_final_state,
+    )  # fmt: skip
+    check(inputs, {"state": "initial_state"})
+    check_out(out, v)
+    check_chunk_indices(chunk_indices, cu_seqlens)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+        outputs = prefill(inputs, chunk_indices=chunk_indices, out=out)
+        return outputs.o, outputs.final_state
+
+    return forward_only(run, inputs)
 
 
 def _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out) -> Inputs:

@@ -104,10 +104,6 @@ class Workspace:
         exact = {"L": (CHUNK, CHUNK), "decay": (BK,), "rate": (CHUNK,)}
         return cls(**wide, **square, **{name: new(*shape, dtype=torch.float32) for name, shape in exact.items()})
 
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in dataclasses.fields(self))
-
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the matrix products: bf16 for bf16 tensors; fp32 (as tf32) for fp16, whose range the states could leave."""
