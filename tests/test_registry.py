@@ -7,6 +7,7 @@ import pytest
 from kda_kernels import registry
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
+from kda_kernels.triton import gate, gate_unfused
 
 PROBLEM = Problem(Op.PREFILL, (70,), H=1, HV=1, K=32, V=32)
 
@@ -22,9 +23,11 @@ def test_choose_takes_the_first_of_ours_that_can():
     assert registry.choose(PROBLEM).name == "triton-prefill"
 
 
-def test_choose_says_why_none_can():
-    with pytest.raises(UnavailableError, match="triton-prefill: head size is 512"):
-        registry.choose(Problem(Op.PREFILL, (70,), H=1, HV=1, K=512))
+def test_choose_says_why_none_can(monkeypatch):
+    for module in (gate, gate_unfused):
+        monkeypatch.setattr(module, "unsupported_here", lambda: "the GPU is on holiday")
+    with pytest.raises(UnavailableError, match="triton-gate: the GPU is on holiday; triton-gate-unfused: "):
+        registry.choose(Problem(Op.GATE, (70,), H=1, HV=1))
 
 
 def test_unknown_and_taken_names():

@@ -12,13 +12,13 @@ import torch
 import triton
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.problem import Gate, Problem
+from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
-from kda_kernels.triton.decode_kernel import NOT_SPECIALISED, decode_kernel
+from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
-from kda_kernels.triton.variant import Variant
+from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
 
 MAX_HEAD = 256
 
@@ -128,24 +128,41 @@ def run(inputs: Inputs) -> Outputs:
     return decode(inputs)
 
 
-def variants() -> Iterator[Variant]:
-    """What `kda compile` builds: bf16, K = V = 128, 32 heads, one token a sequence, a pool in place."""
-    cases = (
-        ("softplus", Gate.SOFTPLUS, "*fp32", True),
-        ("safe", Gate.SAFE, "*fp32", True),
-        ("softplus bf16-state", Gate.SOFTPLUS, "*bf16", True),
-        ("softplus packed", Gate.SOFTPLUS, "*fp32", False),
-    )
-    config = DecodeConfig()
-    strides = {f"stride_{x}_{d}": "i32" for x in ("q", "k", "v", "g", "beta", "o") for d in "sth"}
-    for name, gate, state, dense in cases:
-        yield Variant.of(
-            decode_kernel,
-            name=name,
-            **dict.fromkeys(("q", "k", "v", "g", "beta", "o"), "*bf16"), A_log="*fp32", dt_bias="*fp32",
-            h0=state, ht=state, state_indices="*i32", cu_seqlens=None if dense else "*i32",
-            scale="fp32", lower_bound="fp32", T="i32", **strides, stride_h0_n="i64", stride_ht_n="i64",
-            H=32, HV=32, K=128, V=128, BK=128, BV=config.BV, STATE_V_FIRST=True,
-            GATE=GATE_CODES[gate], BETA_LOGIT=True, NEG_EIGVAL=False, L2NORM=True,
-            num_warps=config.num_warps, num_stages=1, odd=NOT_SPECIALISED,
-        )  # fmt: skip
+def variants(problem: Problem | None = None) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernel for `problem`.
+
+    Without one: bf16, K = V = 128, 32 sequences of 32 heads, one token each, a pool in place.
+    """
+    if problem is not None:
+        yield _variant(str(problem.options.gate), problem)
+        return
+    usual = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
+    yield _variant("softplus", usual)
+    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)))
+    yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"))
+    yield _variant("softplus packed", dataclasses.replace(usual, packed=True))
+
+
+def _variant(name: str, problem: Problem) -> Variant:
+    H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
+    config = DecodeConfig.choose(problem.N * HV, K, V, problem.state_v_first)
+    B, T = batch(problem)
+    shapes = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (HV, K), "beta": (HV, 1), "o": (HV, V)}
+    letters, rows = ("th", (T,)) if problem.packed else ("sth", (B, T))
+    lengths = strides(**{f"stride_{x}_{letters}": (*rows, *shape) for x, shape in shapes.items()})
+    if problem.packed:  # a sequence starts so many tokens on
+        lengths |= {f"stride_{x}_s": lengths[f"stride_{x}_t"] for x in shapes}
+    states = state_pointers(problem)
+    slot = {f"stride_{x}_n": 0 if state is None else HV * K * V for x, state in states.items()}
+    params = None if options.gate is Gate.NONE else pointer(problem.param_dtype)
+    return Variant.of(
+        decode_kernel,
+        name=name,
+        **dict.fromkeys(("q", "k", "v", "o"), pointer(problem.dtype)),
+        g=pointer(problem.g_dtype), beta=pointer(problem.beta_dtype), A_log=params, dt_bias=params, **states,
+        state_indices=None if problem.pool_slots is None else "*i32", cu_seqlens="*i32" if problem.packed else None,
+        scale="fp32", lower_bound="fp32", T=T, **lengths, **slot,
+        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=config.BV, STATE_V_FIRST=problem.state_v_first,
+        GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit, NEG_EIGVAL=options.allow_neg_eigval,
+        L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip

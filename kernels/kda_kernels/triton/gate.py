@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 
 from kda_kernels.checks import check_gate, check_inputs
-from kda_kernels.problem import CHUNK, Gate, Problem
+from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.common import GATE_CODES, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
-from kda_kernels.triton.variant import Variant
+from kda_kernels.triton.variant import Variant, batch, pointer, strides
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
 UNROLL = 8  # tokens whose loads are in flight together
@@ -198,15 +198,22 @@ def run(inputs: Inputs) -> Outputs:
     return Outputs(kda_gate_chunk_cumsum(inputs.g, inputs.A_log, inputs.dt_bias, lower_bound=lower_bound, **kwargs))
 
 
-def variants() -> Iterator[Variant]:
-    """What `kda compile` builds: both activations and the plain sum, bf16 gates, 32 heads of 128."""
-    for gate in Gate:
-        params = gate is not Gate.NONE
-        yield Variant.of(
-            gate_cumsum_kernel,
-            name=f"{gate} gate",
-            g="*bf16", A_log="*fp32" if params else None, dt_bias="*fp32" if params else None, out="*fp32",
-            cu_seqlens="*i32", chunk_indices="*i32", lower_bound="fp32", scale="fp32", T="i32",
-            stride_b="i64", stride_t="i32", stride_h="i32",
-            HV=32, K=128, C=CHUNK, BLOCK=BLOCK, UNROLL=UNROLL, GATE=GATE_CODES[gate], CUMSUM=True, num_warps=4,
-        )  # fmt: skip
+def variants(problem: Problem | None = None) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernel for `problem`, or both activations and the plain sum, 32 heads of 128."""
+    options = (Options(gate=gate, lower_bound=-5.0 if gate is Gate.SAFE else None) for gate in Gate)
+    usual = (Problem(Op.GATE, (8192,), H=32, HV=32, options=chosen) for chosen in options)
+    return map(_variant, usual if problem is None else (problem,))
+
+
+def _variant(problem: Problem) -> Variant:
+    gate, HV, K = problem.options.gate, problem.HV, problem.K
+    B, T = batch(problem)
+    params = None if gate is Gate.NONE else pointer(problem.param_dtype)
+    index = "*i32" if problem.packed else None
+    return Variant.of(
+        gate_cumsum_kernel,
+        name=f"{gate} gate",
+        g=pointer(problem.g_dtype), A_log=params, dt_bias=params, out="*fp32", cu_seqlens=index, chunk_indices=index,
+        lower_bound="fp32", scale="fp32", T=T, **strides(stride_bth=(B, T, HV, K)),
+        HV=HV, K=K, C=CHUNK, BLOCK=BLOCK, UNROLL=UNROLL, GATE=GATE_CODES[gate], CUMSUM=True, num_warps=4,
+    )  # fmt: skip

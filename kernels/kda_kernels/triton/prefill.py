@@ -13,7 +13,7 @@ import triton
 
 from kda_kernels.checks import Dims, check_inputs
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, Gate, Options, Problem
+from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_chain import chunk_chain_kernel
@@ -30,7 +30,7 @@ from kda_kernels.triton.runtime import (
     shared_memory,
     unsupported_here,
 )
-from kda_kernels.triton.variant import Variant
+from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
 
 MAX_HEAD = 256
 MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
@@ -254,33 +254,57 @@ def run(inputs: Inputs) -> Outputs:
     return prefill(inputs)
 
 
-def variants() -> Iterator[Variant]:
-    """What `kda compile` builds: bf16, K = V = 128, 32 heads, packed, a pool in place; each gate, both slice widths."""
-    factors = dict.fromkeys(("q", "k", "g", "beta", "qg", "kg", "kd", "Aqk"), "*bf16")
-    factors |= dict.fromkeys(("A_log", "dt_bias", "L", "decay", "rate"), "*fp32")
-    factors |= dict.fromkeys(("cu_seqlens", "chunk_indices"), "*i32") | dict.fromkeys(("scale", "lower_bound"), "fp32")
-    factors |= {f"{x}_{d}": "i64" if d == "b" else "i32" for x in "qkgb" for d in "bth"}
-    sizes = {"T": "i32", "slots": "i32", "HV": 32, "K": 128, "BK": 128, "C": CHUNK}
-    config = PrefillConfig()
-    factors |= sizes | {"GROUP": 1, "KB": config.KB, "L2NORM": True, "BETA_LOGIT": True, "NEG_EIGVAL": False}
-    factors |= {"num_warps": config.factor_warps, "num_stages": 1}
-    safe, softplus = GATE_CODES[Gate.SAFE], GATE_CODES[Gate.SOFTPLUS]
-    yield Variant.of(chunk_factors_bounded_kernel, name="factors bounded", **factors, G="*fp32", GATE=safe)
-    yield Variant.of(chunk_factors_kernel, name="factors softplus", **factors, sums="*bf16", GATE=softplus)
+def variants(problem: Problem | None = None) -> Iterator[Variant]:
+    """What `kda compile` builds: the three kernels for `problem` (its table of chunks comes from the caller).
+
+    Without one: bf16, K = V = 128, 32 heads, packed, a pool in place; each factor kernel, both slice widths.
+    """
+    usual = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
+    bounded_gate = dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0))
+    one_prompt = dataclasses.replace(usual, seq_lens=(8192,))
+    found = [v for p in ([bounded_gate, one_prompt] if problem is None else [problem]) for v in _variants(p)]
+    return iter({variant.name: variant for variant in found}.values())
+
+
+def _variants(problem: Problem) -> Iterator[Variant]:
+    H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
+    B, T = batch(problem)
+    matmul = operand_dtype(getattr(torch, problem.dtype))
+    config = PrefillConfig.choose(Dims(B, T, problem.N, H, HV, K, V), matmul.itemsize)
+    BK = max(16, triton.next_power_of_2(K))
+    slots = max_chunks(T, problem.N) if problem.packed else B * triton.cdiv(T, CHUNK)
+    index = "*i32" if problem.packed else None
+    work = dict.fromkeys(("qg", "kg", "kd", "Z", "Aqk"), pointer(str(matmul).removeprefix("torch.")))
+    work |= dict.fromkeys(("L", "decay", "rate"), "*fp32")
+    shared = work | {"cu_seqlens": index, "T": T, "slots": slots, "HV": HV, "K": K, "BK": BK, "C": CHUNK}
+
+    dtype, params = pointer(problem.dtype), None if options.gate is Gate.NONE else pointer(problem.param_dtype)
+    kernel, scratch = chunk_factors_kernel, {"sums": "*bf16"}
+    if bounded(options):
+        kernel, scratch = chunk_factors_bounded_kernel, {"G": "*fp32"}
+    yield Variant.of(
+        kernel,
+        name=f"factors {'bounded' if bounded(options) else options.gate}",
+        **shared, **scratch, q=dtype, k=dtype, g=pointer(problem.g_dtype), beta=pointer(problem.beta_dtype),
+        A_log=params, dt_bias=params, chunk_indices=index, lower_bound="fp32", scale="fp32",
+        **strides(q_bth=(B, T, H, K), k_bth=(B, T, H, K), g_bth=(B, T, HV, K), b_bth=(B, T, HV)),
+        GROUP=HV // H, KB=min(config.KB, BK), GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
+        NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.factor_warps, num_stages=1,
+    )  # fmt: skip
     yield Variant.of(
         chunk_inverse_kernel,
         name="inverse",
-        L="*fp32", Z="*bf16", chunk_indices="*i32", cu_seqlens="*i32", slots="i32", C=CHUNK, num_warps=1,
-        maxnreg=config.inverse_registers,
+        **shared, chunk_indices=index, num_warps=1, maxnreg=config.inverse_registers,
     )  # fmt: skip
-    chain = dict.fromkeys(("v", "qg", "kg", "kd", "Z", "Aqk", "o"), "*bf16")
-    chain |= dict.fromkeys(("decay", "rate", "h0", "ht"), "*fp32")
-    chain |= dict.fromkeys(("state_indices", "cu_seqlens"), "*i32")
-    chain |= {f"{x}_{d}": "i64" if d == "b" else "i32" for x in "vo" for d in "bth"}
-    chain |= {f"{x}_{d}": "i64" if d == "n" else "i32" for x in ("h0", "ht") for d in "nhv"} | {"h0_k": 1, "ht_k": 1}
-    for BV in (64, 32):
-        yield Variant.of(
-            chunk_chain_kernel,
-            name=f"chain BV={BV}",
-            **chain, **sizes, h=None, V=128, BV=BV, STAGES=config.chain_stages, num_warps=config.chain_warps,
-        )  # fmt: skip
+    states = state_pointers(problem)
+    letters, last = ("nhvk", (V, K)) if problem.state_v_first else ("nhkv", (K, V))
+    steps = strides(**{f"{x}_{letters}": (problem.N, HV, *last) for x in states})
+    steps |= {f"{x}_{d}": 0 for x, state in states.items() if state is None for d in letters}
+    yield Variant.of(
+        chunk_chain_kernel,
+        name=f"chain BV={config.BV}",
+        **shared, **states, **steps, v=dtype, o=dtype, h=None,
+        state_indices=None if problem.pool_slots is None else "*i32",
+        **strides(v_bth=(B, T, HV, V), o_bth=(B, T, HV, V)),
+        V=V, BV=config.BV, STAGES=config.chain_stages, num_warps=config.chain_warps,
+    )  # fmt: skip
