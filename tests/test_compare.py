@@ -103,7 +103,8 @@ class TestGoodDump:
         assert {row["kernel"] for row in result["rows"]} == {None, "torch-prefill"}
         assert result["calls"][0]["not_run"] == []
 
-    def test_table_and_notes(self, tmp_path):
+    def test_table_and_notes(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "100")
         inputs, outputs = recorded(PREFILL)
         torch.save(
             {"inputs": inputs.tensors(), "options": {"lower_bound": -5.0}, "outputs": outputs.tensors()},

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.compile import arch, pool, sass, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +48,90 @@ def test_gate_kernel_compiles_for_two_architectures():
     assert "triton-gate" in done.stderr, "the table goes to stderr when JSON goes to stdout"
 
 
+def test_the_usual_variants_are_as_many_as_ever():
+    code = (
+        "from kda_kernels import registry\n"
+        "from kdacli.compile import worker\n"
+        "print([len(worker.variant_names(kernel)) for kernel in registry.kernels() if kernel.backend == 'triton'])\n"
+    )
+    done = python("-c", code)
+    assert done.stdout.strip() == f"[4, 5, {GATE_VARIANTS}, 0]", done.stderr  # decode, prefill, gate, unfused
+
+
+def test_a_problem_is_compiled_as_it_would_be_launched():
+    """fp16 activations, two value heads a query head, K = 64, all kernels."""
+    shape = ["-H", "4", "--v-heads", "8", "--head-dim", "64", "--v-head-dim", "32", "--dtype", "fp16", "-T", "200"]
+    done = kda("compile", *shape, "--gate", "softplus", "--arch", "sm_90a", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["kernel"], row["variant"]) for row in rows] == [
+        ("triton-decode", "softplus"),
+        ("triton-prefill", "factors softplus"),
+        ("triton-prefill", "inverse"),
+        ("triton-prefill", "chain BV=16"),
+        ("triton-gate", "softplus gate"),
+    ]
+    for row in rows:
+        problem = Problem.from_dict(row["problem"])
+        assert (problem.dtype, problem.g_dtype, problem.state_dtype) == ("float16", "float16", "float32")
+        assert (problem.H, problem.HV, problem.K, problem.V) == (4, 8, 64, 32)
+        assert problem.op == row["kernel"].removeprefix("triton-")
+        assert row["registers"] > 0
+        assert row["arch"] == "sm_90a"
+    assert "H=4 HV=8 K=64 V=32 float16" in " ".join(done.stderr.split())
+
+
+def test_a_dump_is_compiled_as_its_problem(tmp_path):
+    from kdacli import dumps
+    from kdacli.synthetic import make_inputs
+
+    problem = Problem(Op.GATE, (70, 3), H=2, HV=2, K=48, V=48, options=Options(gate=Gate.SAFE, lower_bound=-5.0))
+    dumps.save(tmp_path / "dump.pt", make_inputs(problem), op=Op.GATE)
+    done = kda("compile", "--dump", str(tmp_path / "dump.pt"), "--arch", "sm_80", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["kernel"], row["variant"]) == ("triton-gate", "safe gate")
+    assert Problem.from_dict(row["problem"]) == problem
+
+
+SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
+ODD = {"H": 2, "HV": 6, "K": 60, "V": 20, "g_dtype": "float32", "beta_dtype": "float16", "param_dtype": "bfloat16"}
+SHAPES = (
+    {"seq_lens": (70, 1), "H": 4, "HV": 4, "pool_slots": 4, "padding": 1, "options": SAFE},
+    {"seq_lens": (65, 65), "packed": False, **ODD, "state_dtype": "bfloat16",
+     "options": Options(allow_neg_eigval=True)},
+    {"seq_lens": (5,) * 3, "packed": False, **ODD, "initial_state": False, "state_v_first": False},
+    {"seq_lens": (130, 3), "H": 1, "HV": 1, "K": 8, "V": 16, "dtype": "float16", "state_v_first": False,
+     "final_state": False, "options": Options(gate=Gate.SAFE, lower_bound=-20.0, qk_l2norm=False)},
+    {"seq_lens": (1,), "packed": False, "H": 1, "HV": 1, "initial_state": False, "final_state": False,
+     "options": Options(gate=Gate.NONE, lower_bound=-1.0, beta_is_logit=False)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", list(Op))
+def test_variants_are_what_a_launch_specialises(op, monkeypatch):
+    """Types, constants, and which numbers are multiples of 16, against Triton's own binder of arguments."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problems = [json.dumps(Problem(op=op, **shape).to_dict()) for shape in SHAPES]
+    done = python(str(ROOT / "tests" / "record_launches.py"), f"triton-{op}", *problems)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == len(SHAPES)
+    for one in found:
+        assert len(one["launched"]) == (3 if op is Op.PREFILL else 1)
+        assert one["offered"] == one["launched"]
+
+
 def compile_first_gate_variant(cache: Path, number: int) -> dict:
     """The row that a worker returns; what it compiled stays in `cache`."""
     code = (
         "import json, sys\n"
+        "from kda_kernels import registry\n"
         "from kdacli.compile import worker\n"
         "worker.start(sys.argv[1])\n"
-        "module = 'kda_kernels.triton.gate'\n"
-        "print(json.dumps(worker.compile_variant(module, worker.variant_names(module)[0], int(sys.argv[2]))))\n"
+        "kernel = registry.get('triton-gate')\n"
+        "name = worker.variant_names(kernel)[0]\n"
+        "print(json.dumps(worker.compile_variant(kernel, None, name, int(sys.argv[2]))))\n"
     )
     done = python("-c", code, str(cache), str(number))
     assert done.returncode == 0
@@ -89,6 +166,14 @@ def test_a_compilers_refusal_is_a_row(tmp_path):
         (["--kernel", "no-such"], "no-such"),
         (["--kernel", "torch-decode"], "nothing to compile"),
         (["--jobs", "0"], "--jobs"),
+        (["--op", "decode", "--kernel", "triton-gate"], "kernel triton-gate serves the op gate, not decode"),
+        (["--model", "kimi-k3", "-H", "8"], "--heads is given with --model"),
+        (["--tp", "8"], "--tp is given without --model"),
+        (["--gate", "softplus", "--lower-bound", "-5"], "the softplus gate has none"),
+        (["--call", "a"], "--call is given without --dump"),
+        (["--dump", "no-such.pt", "--dtype", "fp16"], "--dtype is given with --dump"),
+        (["--kernel", "torch-decode", "-H", "8"], "nothing to compile"),
+        (["--head-dim", "512"], "head size is 512"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_2(words, said):

@@ -5,7 +5,10 @@ from typing import Any
 
 import click
 
-from kda_kernels.errors import CheckFailedError
+from kda_kernels import registry
+from kda_kernels.errors import CheckFailedError, InputError
+from kda_kernels.problem import Op, Problem
+from kda_kernels.registry import Kernel
 from kdacli import options, output
 
 RESOURCES = ("variant", "arch", "regs", "spill", "shared", "warps", "cubin", "s")
@@ -13,8 +16,9 @@ SASS = ("variant", "arch", "MMA", "LDG.128", "STG.128", "LDS", "STS", "local", "
 MMA = ("HGMMA", "HMMA", "UTCHMMA")
 
 
-@click.command("compile")
+@click.command("compile", cls=options.SectionedCommand)
 @options.kernel_option
+@options.problem_options
 @click.option(
     "--arch", "arch_names", multiple=True, metavar="NAME", help="An architecture, such as sm_90a; may be repeated."
 )
@@ -29,10 +33,13 @@ def command(
     show_sass: bool,
     json_dest: str | None,
     force: bool,
+    **params: Any,
 ) -> None:
     """Compile kernels ahead of time and print what came out.
 
-    No GPU is needed. Every kernel has a few named variants: the specialisations that the library launches most.
+    No GPU is needed. With a shape, a model or a dump, each kernel is built as that problem would build it on a GPU of
+    132 multiprocessors. With no flags, each has a few named variants: the specialisations that the library launches
+    most.
 
     Registers and spills (bytes stored plus loaded) are those of a thread, as ptxas counts them; shared memory is that
     of a block, and red where no block of that architecture has so much; s is the time to compile, without any cache.
@@ -46,15 +53,18 @@ def command(
       kda compile                                    every Triton kernel, for the GPU here (without one: sm_90a)
       kda compile --arch sm_80 --arch sm_100a        for two architectures
       kda compile --kernel triton-decode --sass      one kernel, with instruction counts
+      kda compile --model kimi-k3 --tp 8             as Kimi K3's heads on one of 8 GPUs build them
+      kda compile --op prefill --dtype fp16 -H 8 --v-heads 16 --head-dim 64
     """
     from kdacli.compile import arch, pool, toolchain
 
     output.check_dest(json_dest, force)
     toolchain.require_triton()
     archs = sorted({arch.parse(name) for name in arch_names}) or [arch.here()]
+    wanted = choose(kernels, params)
     with pool.workers(jobs) as processes:
         with output.progress("loading kernels"):
-            targets = pool.plan(processes, kernels, archs)
+            targets = pool.plan(processes, wanted, archs, bool(kernels))
         with output.progress("compiling", len(targets)) as advance:
             rows = pool.compile_targets(processes, targets, advance)
     show(rows, show_sass, stderr=json_dest == "-")
@@ -67,12 +77,33 @@ def command(
         raise CheckFailedError(f"{len(failed)} of {len(rows)} did not compile")
 
 
+def choose(names: tuple[str, ...], params: options.Params) -> list[tuple[Kernel, Problem | None]]:
+    """The kernels named (none: all Triton kernels of ours) that serve the op, and what the flags ask of each.
+
+    The problem is None where no flag says anything of one.
+
+    Raises:
+        InputError: a kernel is unknown or serves another op, or flags contradict each other.
+    """
+    from_dump = params["dump"] or params["call"]
+    dumped = options.inputs_from(params, "cpu")[0] if from_dump else None
+    op = dumped.op if dumped else params["op"]
+    ours = [k for k in registry.kernels(op and Op(op)) if k.ours and k.backend == "triton"]
+    kernels = [registry.get(name) for name in names] or ours
+    for kernel in kernels:
+        if op and kernel.op != op:
+            raise InputError(f"kernel {kernel.name} serves the op {kernel.op}, not {op}: choose another kernel or --op")
+    described = bool(options.given(params)) and not dumped
+    return [(k, options.problem_from(params, default_op=k.op) if described else dumped) for k in kernels]
+
+
 def show(rows: list[dict[str, Any]], with_sass: bool, stderr: bool = False) -> None:
     """Prints the tables of each kernel, and under them a line for everything that went wrong."""
     console = output.console(stderr)
     for kernel, group in itertools.groupby(rows, lambda row: row["kernel"]):
         mine = list(group)
-        console.print(output.table(f"{kernel} (sizes in bytes)", RESOURCES, [_resources(row) for row in mine]))
+        title = f"{kernel}{_problem(mine[0])} (sizes in bytes)"
+        console.print(output.table(title, RESOURCES, [_resources(row) for row in mine]))
         if with_sass:
             counted = [_sass(row) for row in mine if row.get("sass")]
             console.print(output.table(f"{kernel}, SASS instructions", SASS, counted))
@@ -80,6 +111,15 @@ def show(rows: list[dict[str, Any]], with_sass: bool, stderr: bool = False) -> N
         for what in ("error", "note", "sass_error"):
             if what in row:
                 output.say(f"{row['kernel']} {row['variant']} {row['arch']}: {row[what]}", stderr=stderr)
+
+
+def _problem(row: dict[str, Any]) -> str:
+    """For a title: what was compiled for, as far as a kernel depends on it most."""
+    if not row.get("problem"):
+        return ""
+    problem = Problem.from_dict(row["problem"])
+    layout = "packed" if problem.packed else "dense"
+    return f", {problem.name} K={problem.K} V={problem.V} {problem.dtype} {layout}, {problem.options.gate} gate"
 
 
 def _resources(row: dict[str, Any]) -> list[object]:

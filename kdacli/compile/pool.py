@@ -9,8 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
-from kda_kernels import registry
 from kda_kernels.errors import InputError
+from kda_kernels.problem import Problem
 from kda_kernels.registry import Kernel
 from kdacli.compile import worker
 from kdacli.compile.arch import Arch
@@ -20,6 +20,7 @@ class Target(NamedTuple):
     """One thing to compile."""
 
     kernel: Kernel
+    problem: Problem | None
     variant: str
     arch: Arch
 
@@ -39,32 +40,34 @@ def workers(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def plan(pool: ProcessPoolExecutor, names: Sequence[str], archs: Sequence[Arch]) -> list[Target]:
-    """Every variant of the kernels named (none: of all Triton kernels of ours) for every architecture.
+def plan(
+    pool: ProcessPoolExecutor, wanted: Sequence[tuple[Kernel, Problem | None]], archs: Sequence[Arch], named: bool
+) -> list[Target]:
+    """What each kernel launches for its problem (None: its usual variants), for every architecture.
 
     Raises:
-        InputError: a kernel is unknown, or has nothing to compile.
+        InputError: a kernel cannot run its problem on any machine, or has nothing to compile though it was `named`.
     """
-    ours = [k for k in registry.kernels() if k.ours and k.backend == "triton"]
-    chosen = [registry.get(name) for name in names] or ours
-    found = list(pool.map(worker.variant_names, [kernel.module for kernel in chosen]))
-    for kernel, variants in zip(chosen, found, strict=True):
-        if names and not variants:
+    targets = []
+    names = pool.map(worker.variant_names, *zip(*wanted, strict=True))
+    for (kernel, problem), variants in zip(wanted, names, strict=True):
+        if named and not variants:
             raise InputError(f"kernel {kernel.name} has nothing to compile: its backend is {kernel.backend}")
-    return [Target(k, variant, arch) for k, vs in zip(chosen, found, strict=True) for variant in vs for arch in archs]
+        targets += [Target(kernel, problem, variant, arch) for variant in variants for arch in archs]
+    return targets
 
 
 def compile_targets(
     pool: ProcessPoolExecutor, targets: Sequence[Target], done: Callable[[str], None] = lambda label: None
 ) -> list[dict[str, Any]]:
-    """One row for each target, in their order: kernel, variant, arch, and what `worker.compile_variant` returns.
+    """One row for each target, in order: kernel, problem, variant, arch, and what `worker.compile_variant` returns.
 
     A row whose binary compiled but wants more shared memory than a block has there holds a `note`.
 
     Args:
         done: called with the kernel's name whenever a target is through.
     """
-    futures = {pool.submit(worker.compile_variant, t.kernel.module, t.variant, t.arch.number): t for t in targets}
+    futures = {pool.submit(worker.compile_variant, t.kernel, t.problem, t.variant, t.arch.number): t for t in targets}
     for future in as_completed(futures):
         done(futures[future].kernel.name)
     return [_row(target, _result(future)) for future, target in futures.items()]
@@ -78,7 +81,13 @@ def _result(future: Future) -> dict[str, Any]:
 
 
 def _row(target: Target, result: dict[str, Any]) -> dict[str, Any]:
-    row = {"kernel": target.kernel.name, "variant": target.variant, "arch": target.arch.name, **result}
+    row = {
+        "kernel": target.kernel.name,
+        "problem": target.problem and target.problem.to_dict(),
+        "variant": target.variant,
+        "arch": target.arch.name,
+        **result,
+    }
     if note := target.arch.why_no_launch(result.get("shared_bytes", 0)):
         row["note"] = note
     return row

@@ -12,6 +12,9 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Problem
+from kda_kernels.registry import Kernel
 from kdacli.compile import sass, toolchain
 
 if TYPE_CHECKING:
@@ -28,13 +31,21 @@ def start(cache: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def variant_names(module: str) -> list[str]:
-    """The variants that a kernel's module offers; empty if it has nothing to compile."""
-    return [variant.name for variant in _variants(module)]
+def variant_names(kernel: Kernel, problem: Problem | None = None) -> list[str]:
+    """What the kernel launches for `problem`, or its usual variants; empty if it has nothing to compile.
+
+    Raises:
+        InputError: the kernel cannot run `problem`, wherever it is.
+    """
+    names = [variant.name for variant in _variants(kernel, problem)]
+    reason = problem and kernel.unsupported(problem)
+    if names and reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
+        raise InputError(f"kernel {kernel.name} cannot run {problem.name}: {reason}")
+    return names
 
 
-def compile_variant(module: str, name: str, number: int) -> dict[str, Any]:
-    """Compiles one variant for one architecture.
+def compile_variant(kernel: Kernel, problem: Problem | None, name: str, number: int) -> dict[str, Any]:
+    """Compiles one of `variant_names` for one architecture.
 
     Returns:
         registers, stack_bytes, spill_bytes, spill_store_bytes, spill_load_bytes (a thread), shared_bytes (a block),
@@ -42,7 +53,7 @@ def compile_variant(module: str, name: str, number: int) -> dict[str, Any]:
         or fails, `sass` is None and `sass_error` says why. Where the compiler refuses, nothing but `error`: its reason
         in one line.
     """
-    variant = next(v for v in _variants(module) if v.name == name)
+    variant = next(v for v in _variants(kernel, problem) if v.name == name)
     log = io.StringIO()  # Triton prints the log of ptxas
     began = time.perf_counter()
     try:
@@ -63,8 +74,9 @@ def compile_variant(module: str, name: str, number: int) -> dict[str, Any]:
     }
 
 
-def _variants(module: str) -> list["Variant"]:
-    return list(getattr(importlib.import_module(module), "variants", list)())
+def _variants(kernel: Kernel, problem: Problem | None) -> list["Variant"]:
+    module = importlib.import_module(kernel.module)
+    return list(module.variants(problem)) if hasattr(module, "variants") else []
 
 
 def _compile(variant: "Variant", number: int) -> Any:

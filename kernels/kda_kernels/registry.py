@@ -29,7 +29,8 @@ class Kernel:
             `unsupported(problem) -> str | None`  the reason why this machine cannot run this problem with it
                 (`problem` None: can it run anything here?), or None for yes;
             `run(inputs) -> Outputs`  the kernel itself; a pool in `inputs.state` is updated in place;
-            optionally `variants()`, used by `kda compile`.
+            optionally `variants(problem=None) -> Iterator[Variant]`, used by `kda compile`: what it launches for a
+                problem, or its usual specialisations.
         summary: one line for `kda kernels`.
         ours: False for peers.
     """

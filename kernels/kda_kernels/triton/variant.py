@@ -60,8 +60,8 @@ class Variant:
     ) -> "Variant":
         """What a launch with these arguments builds: every parameter of `fn` by name.
 
-        A pointer or a float is given as its Triton type (a pointer is taken as a multiple of 16, as torch allocates), an
-        integer as its value: as in a launch, a 1 is built in, and a multiple of 16 is known as one, unless `fn` says
+        A pointer or a float is given as its Triton type (pointers are multiples of 16, as torch allocates), an integer
+        as its value: as in a launch, a 1 is built in, and a multiple of 16 is known as one, unless `fn` says
         `do_not_specialize`. Everything else is a constexpr's value, or None.
         """
         fixed = getattr(fn, "do_not_specialize", ())  # the interpreter's functions specialise nothing
@@ -97,8 +97,8 @@ def batch(problem: Problem) -> tuple[int, int]:
 def strides(**shapes: tuple[int, ...]) -> dict[str, int]:
     """Strides of contiguous tensors under the names of the parameters they are passed as.
 
-    A key is a prefix and a letter for each dimension whose stride is passed, from the first on: q_bth=(B, T, H, K) gives
-    q_b, q_t and q_h. The last dimension is contiguous.
+    A key is a prefix and a letter for each dimension whose stride is passed, from the first on: q_bth=(B, T, H, K)
+    gives q_b, q_t and q_h.
     """
     out = {}
     for name, shape in shapes.items():
