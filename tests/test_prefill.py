@@ -18,7 +18,8 @@ from kda_kernels.tensors import Inputs
 from kda_kernels.triton.chunk_factors import chunk_sums
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
-from kda_kernels.triton.prefill import PrefillConfig, bounded, chain_shared_bytes, prefill
+from kda_kernels.triton.prefill import bounded, prefill
+from kda_kernels.triton.prefill_config import PrefillConfig, chain_shared_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAFE = Options(Gate.SAFE, -5.0)

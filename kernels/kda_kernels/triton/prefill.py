@@ -1,4 +1,4 @@
-"""The fused prefill. Host half: workspace, configuration, launches.
+"""The fused prefill. Host half: workspace and launches.
 
 Three kernels: `chunk_factors` (or `chunk_factors_bounded` where the gate is known to be bounded, in half the time),
 then `chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and sums happen inside the first. The stage
@@ -22,6 +22,7 @@ from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kerne
 from kda_kernels.triton.chunk_indices import max_chunks, prepare_chunk_indices
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
+from kda_kernels.triton.prefill_config import PrefillConfig
 from kda_kernels.triton.runtime import (
     multiprocessors,
     on_device,
@@ -35,48 +36,6 @@ from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, 
 MAX_HEAD = 256
 MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
 MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """Tuning choices. Figures behind them: kernels/README.md.
-
-    Attributes:
-        BV: value channels a program of the chain. Narrow slices fill the GPU when there are few heads; wide ones reread
-            qg, kg and kd less often when there are many.
-        chain_warps, chain_stages: of the chain: 3 stages where they fit into shared memory.
-        KB, factor_warps: of both factor kernels: channels in registers at a time, and warps. More than 64 channels, or
-            fewer registers, spill, and a spill costs more here than programs that are not resident.
-        inverse_registers: a limit that lets 15 of its warps share a SM instead of 11.
-    """
-
-    BV: int = 64
-    chain_warps: int = 4
-    chain_stages: int = 3
-    KB: int = 64
-    factor_warps: int = 4
-    inverse_registers: int = 128
-
-    @classmethod
-    def choose(cls, dims: Dims, itemsize: int = 2, sms: int = 132, shared: int = 232448) -> "PrefillConfig":
-        """From the shape, the bytes of an operand, the multiprocessors and the shared memory of a program."""
-        chains = dims.N * dims.HV
-        widest = max(16, min(64, triton.next_power_of_2(dims.V)))
-        BV = widest
-        while BV > 16 and chains * triton.cdiv(dims.V, BV) < 0.7 * sms:
-            BV //= 2
-        for stages in (3, 2, 1):
-            for width in (BV, BV // 2):
-                if width >= 16 and chain_shared_bytes(dims.K, width, stages, itemsize) <= shared:
-                    return cls(BV=width, chain_stages=stages)
-        return cls(BV=16, chain_stages=1)
-
-
-def chain_shared_bytes(K: int, BV: int, stages: int, itemsize: int) -> int:
-    """Shared memory of `chunk_chain`, as Triton 3.6 lays it out on sm_90a."""
-    BK, C = max(16, triton.next_power_of_2(K)), CHUNK
-    operands = stages * (3 * C * BK + 2 * C * C) * itemsize
-    return operands + min(stages, 2) * (C * BV * itemsize + (BK + C) * 4) + BK * BV * itemsize
 
 
 @dataclasses.dataclass(frozen=True)
