@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 100  # columns when the output is not a terminal
 MIN_WIDTH = 80  # a narrower terminal wraps our lines itself, so that no digit is cut off
 PROGRESS_DELAY_S = 2.0
-_SHORT = 16  # characters of a name that is kept whole
+_NAME = 26  # characters of a name that is kept whole
 _FOLDED = 10  # columns that folded text should have at least
 _NUMBER = re.compile(r"[-+]?\.?\d")
 
@@ -44,8 +44,8 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     """A rich table, to be printed with `console().print`.
 
     Cells are text as it is (no markup); None becomes "-"; use `good`, `bad` and `dim` for colour. A column that holds
-    only numbers is right-aligned and never broken, nor is one of short names where the console is wide enough; others
-    fold.
+    only numbers is right-aligned and never broken, nor is one of names where the console is wide enough, from the left;
+    others fold.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -58,14 +58,13 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     texts = [[row[i].plain for row in cells] for i in range(len(columns))]
     widths = [max(map(len, (name, *column))) for name, column in zip(columns, texts, strict=True)]
     numeric = [bool(column) and all(c == "-" or _NUMBER.match(c) for c in column) for column in texts]
-    named = [all(" " not in c and len(c) <= _SHORT for c in column) for column in texts]
-    least = [w if n or keep else _FOLDED for w, n, keep in zip(widths, numeric, named, strict=True)]
-    room = sum(least) + 3 * len(columns) <= console().width
-    for name, width, number, short in zip(columns, widths, numeric, named, strict=True):
-        if number:
-            out.add_column(Text(name), justify="right", no_wrap=True, min_width=width)
-        elif short and room:
-            out.add_column(Text(name), no_wrap=True, min_width=width)
+    named = [all(" " not in c and len(c) <= _NAME for c in column) for column in texts]
+    least = [w if n else min(w, _FOLDED) for w, n in zip(widths, numeric, strict=True)]
+    total, room = sum(least) + 3 * len(columns), console().width
+    for name, width, folded, number, names in zip(columns, widths, least, numeric, named, strict=True):
+        if number or (names and total + width - folded <= room):
+            total += width - folded
+            out.add_column(Text(name), justify="right" if number else "left", no_wrap=True, min_width=width)
         else:
             out.add_column(Text(name), overflow="fold")
     for row in cells:
