@@ -7,7 +7,7 @@ import pytest
 from kda_kernels import registry
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
-from kda_kernels.triton import gate, gate_unfused
+from kda_kernels.triton import gate, gate_unfused, runtime
 
 PROBLEM = Problem(Op.PREFILL, (70,), H=1, HV=1, K=32, V=32)
 
@@ -43,3 +43,15 @@ def test_a_package_that_breaks_at_its_import_is_a_reason(tmp_path, monkeypatch):
     kernel = registry.Kernel("broken", Op.PREFILL, "peer", "broken_peer", "a peer", ours=False)
     assert kernel.unsupported(PROBLEM) == "RuntimeError: its package is broken"
     assert "broken_peer" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.4.6", False)]
+)
+def test_an_interpreter_that_cannot_work_with_this_numpy_says_so(triton, numpy, fails, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(runtime, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    runtime._interpreter_fails.cache_clear()
+    assert ("numpy<2.4" in (runtime.unsupported_here() or "")) == fails
+    monkeypatch.undo()
+    runtime._interpreter_fails.cache_clear()

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 
 import torch
 
@@ -23,11 +24,20 @@ def unsupported_here() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if interpreted():
-        return None
+        return _interpreter_fails()
     if not torch.cuda.is_available():
         return "no CUDA GPU: set TRITON_INTERPRET=1 before Python starts to run it, slowly, on the CPU"
     if torch.version.cuda and (have := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
         return f"the GPU is sm_{have[0]}{have[1]}: sm_80 or newer is needed"
+    return None
+
+
+@functools.cache
+def _interpreter_fails() -> str | None:
+    """Triton's interpreter before 3.7 converts arrays of one element in a way that NumPy 2.4 took away."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "Triton before 3.7 cannot interpret with NumPy 2.4 or newer: pip install 'numpy<2.4' or 'triton>=3.7'"
     return None
 
 
