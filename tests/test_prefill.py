@@ -200,7 +200,7 @@ def test_chunk_kda_fwd_takes_the_gate_as_activated_without_a_log():
         assert error(final, expected.final_state) < 8e-3
 
 
-def test_wrong_tables_of_chunks_are_refused_by_name():
+def test_wrong_arguments_of_chunk_kda_fwd_are_refused_by_name():
     inputs = make([70, 5])
     args = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
     gate = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, "lower_bound": -5.0}
@@ -210,5 +210,7 @@ def test_wrong_tables_of_chunks_are_refused_by_name():
     ):
         with pytest.raises(InputError, match=message):
             chunk_kda_fwd(*args, **gate, cu_seqlens=inputs.cu_seqlens, chunk_indices=table.to(DEVICE))
+    with pytest.raises(InputError, match="dt_bias is given but the gate is none"):
+        chunk_kda_fwd(*args, dt_bias=inputs.dt_bias, cu_seqlens=inputs.cu_seqlens)
     with pytest.raises(InputError, match="without cu_seqlens"):
         chunk_kda_fwd(*args, **gate, chunk_indices=torch.zeros(3, 2, dtype=torch.int32, device=DEVICE))

@@ -50,7 +50,8 @@ def test_a_package_that_breaks_at_its_import_is_a_reason(tmp_path, monkeypatch):
 )
 def test_an_interpreter_that_cannot_work_with_this_numpy_says_so(triton, numpy, fails, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(runtime, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
     runtime._interpreter_fails.cache_clear()
     assert ("numpy<2.4" in (runtime.unsupported_here() or "")) == fails
     monkeypatch.undo()

@@ -121,6 +121,7 @@ def chunk_kda_fwd(
         A_log: given, g is raw, and the pipeline activates and sums it; not given, g is the log decay already and is
             only summed, and a lower_bound is then a promise that every g lies in [lower_bound, 0], which allows the
             faster of two ways.
+        dt_bias: only with A_log.
         initial_state: [N, HV, V, K] ([N, HV, K, V] without state_v_first), fp32 or bf16, not modified; with
             state_indices a pool [P, ..] that is updated in place.
         chunk_indices: from `prepare_chunk_indices`; made here if not given. The others: as in `kda_prefill`.
@@ -137,7 +138,7 @@ def chunk_kda_fwd(
         raw, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, lower_bound
     )
     inputs = Inputs(
-        q, k, v, g, beta, options, A_log, dt_bias if raw else None, initial_state, state_indices, cu_seqlens,
+        q, k, v, g, beta, options, A_log, dt_bias, initial_state, state_indices, cu_seqlens,
         state_v_first, output_final_state,
     )  # fmt: skip
     check(inputs, {"state": "initial_state"})

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 
 import torch
 
@@ -35,8 +34,11 @@ def unsupported_here() -> str | None:
 @functools.cache
 def _interpreter_fails() -> str | None:
     """Triton's interpreter before 3.7 converts arrays of one element in a way that NumPy 2.4 took away."""
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton < (3, 7) and numpy >= (2, 4):
+    import numpy
+    import triton
+
+    found = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
+    if found[0] < (3, 7) and found[1] >= (2, 4):
         return "Triton before 3.7 cannot interpret with NumPy 2.4 or newer: pip install 'numpy<2.4' or 'triton>=3.7'"
     return None
 
