@@ -81,7 +81,13 @@ force_option = click.option("--force", is_flag=True, help="Overwrite files.")
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: a GPU if there is one."
 )
-kernel_option = click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="A kernel; may be repeated.")
+kernel_option = click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    metavar="NAME",
+    help="A kernel, or your own: path.py:function, package.module:function. May be repeated.",
+)
 
 
 def problem_options(command: Callable) -> Callable:

@@ -31,7 +31,7 @@ def test_choose_says_why_none_can(monkeypatch):
 
 
 def test_unknown_and_taken_names():
-    with pytest.raises(InputError, match="kernel nonsense is unknown: there are triton-decode"):
+    with pytest.raises(InputError, match="kernel nonsense is unknown: there are cute-decode, triton-decode"):
         registry.get("nonsense")
     with pytest.raises(InputError, match="registered already"):
         registry.register(registry.get("triton-decode"))

@@ -49,6 +49,23 @@ def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
         raise InputError(f"out has stride {out.stride(-1)} in its last dimension: it should be 1")
 
 
+def check_token_states(token_states: torch.Tensor | None, inputs: Inputs) -> None:
+    """A buffer for the states after each token must have room for them, contiguous from HV on. Raises `InputError`."""
+    if token_states is None:
+        return
+    B, T, HV, V = inputs.v.shape
+    K = inputs.q.shape[3]
+    shape = (B, T, HV, V, K) if inputs.state_v_first else (B, T, HV, K, V)
+    if token_states.shape != shape:
+        raise InputError(f"token_states has shape {list(token_states.shape)}: it should be {list(shape)}")
+    if token_states.dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"token_states is {token_states.dtype}: it should be float32 or bfloat16")
+    if token_states.device != inputs.q.device:
+        raise InputError(f"token_states is on {token_states.device}: it should be on {inputs.q.device}, as q")
+    if not token_states[:1, :1].is_contiguous():
+        raise InputError(f"token_states has strides {list(token_states.stride())}: it should be contiguous from HV on")
+
+
 def check_chunk_indices(chunk_indices: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
     """A table of chunks, if one is given, must look like one of `prepare_chunk_indices`. Raises `InputError`."""
     if chunk_indices is None:

@@ -19,6 +19,11 @@ def stage(name: str) -> AbstractContextManager:
     return _NOTHING if _opener is None else _opener(name)
 
 
+def enabled() -> bool:
+    """Whether stages do anything."""
+    return _opener is not None
+
+
 def enable(opener: Opener) -> None:
     """From now on, in every thread, `stage(name)` is `opener(name)`."""
     global _opener

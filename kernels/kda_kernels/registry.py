@@ -100,16 +100,27 @@ def choose(problem: Problem) -> Kernel:
 
 
 _T = "kda_kernels.triton"
+_P = "kda_kernels.peers"
 for _kernel in (
-    # cute-decode, cute-prefill: their place is kda_kernels/cute, and they come before the Triton kernels here
+    Kernel("cute-decode", Op.DECODE, "cute", "kda_kernels.cute.decode", "fused recurrent update, in place, sm_90a"),
     Kernel("triton-decode", Op.DECODE, "triton", f"{_T}.decode", "fused recurrent update, in place"),
     Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "chunk factors, their inverse, then the chain"),
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
     Kernel("torch-decode", Op.DECODE, "torch", "kda_kernels.reference.plain_recurrent", "plain torch, float32"),
     Kernel("torch-prefill", Op.PREFILL, "torch", "kda_kernels.reference.plain_chunk", "plain torch, chunked"),
-    Kernel("fla-decode", Op.DECODE, "fla", "kda_kernels.peers.fla_decode", "FLA's fused_recurrent_kda_fwd", False),
-    Kernel("fla-prefill", Op.PREFILL, "fla", "kda_kernels.peers.fla_prefill", "FLA's chunk_kda", False),
-    Kernel("fla-gate", Op.GATE, "fla", "kda_kernels.peers.fla_gate", "FLA's kda_gate_chunk_cumsum", False),
+    Kernel("fla-decode", Op.DECODE, "fla", f"{_P}.fla_decode", "FLA's fused_recurrent_kda_fwd", False),
+    Kernel("fla-prefill", Op.PREFILL, "fla", f"{_P}.fla_prefill", "FLA's chunk_kda", False),
+    Kernel("fla-gate", Op.GATE, "fla", f"{_P}.fla_gate", "FLA's kda_gate_chunk_cumsum", False),
+    Kernel("flashkda-prefill", Op.PREFILL, "flashkda", f"{_P}.flashkda_prefill", "FlashKDA, as vLLM ships it", False),
+    Kernel("cudnn-prefill", Op.PREFILL, "cudnn", f"{_P}.cudnn_prefill", "cuDNN frontend's kda_hopper_cuda", False),
+    Kernel("sglang-decode", Op.DECODE, "sglang", f"{_P}.sglang_decode", "SGLang's CuTe DSL decode", False),
+    Kernel("cula-decode", Op.DECODE, "cula", f"{_P}.cula_decode", "cuLA's CuTe DSL decode", False),
+    Kernel(
+        "flashinfer-decode", Op.DECODE, "flashinfer", f"{_P}.flashinfer_decode", "FlashInfer's recurrent_kda", False
+    ),
+    Kernel(
+        "flashinfer-prefill", Op.PREFILL, "flashinfer", f"{_P}.flashinfer_prefill", "FlashInfer's recurrent_kda", False
+    ),
 ):
     register(_kernel)

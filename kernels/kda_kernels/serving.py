@@ -5,11 +5,18 @@ For engines; `api` is where they are imported from.
 
 import torch
 
-from kda_kernels.boundary import check, check_chunk_indices, check_out, forward_only, options_of
+from kda_kernels import dispatch
+from kda_kernels.boundary import (
+    check,
+    check_chunk_indices,
+    check_out,
+    check_token_states,
+    forward_only,
+    options_of,
+)
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate
 from kda_kernels.tensors import Inputs
-from kda_kernels.triton.decode import decode
 from kda_kernels.triton.prefill import prefill
 
 
@@ -32,6 +39,8 @@ def kda_decode(
     allow_neg_eigval: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    token_states: torch.Tensor | None = None,
+    kernel: str | None = None,
 ) -> torch.Tensor:
     """One or a few tokens of each sequence, on a state pool that is updated in place.
 
@@ -42,20 +51,36 @@ def kda_decode(
         state_indices: int32 or int64 [N], the slot of each sequence, none twice; -1 is padding: nothing is read or
             written, and its rows of o are zero.
         A_log [HV], dt_bias [HV * K] or [HV, K], lower_bound, use_..., allow_neg_eigval, scale: as in `chunk_kda`.
-        out: [B, T, HV, V] in the dtype of v, where o goes.
+        out: [B, T, HV, V] in the dtype of v, where o goes; nothing is allocated then.
+        token_states: [B, T, HV, V, K], fp32 or bf16, contiguous from HV on: the state after each token goes there too
+            (to go back to the last accepted one of a draft); nothing is written for padding.
+        kernel: "cute-decode" or "triton-decode"; by default `kda_kernels.dispatch.decode_kernel` says which.
 
     Returns:
         o [B, T, HV, V].
 
     Raises:
         InputError: an argument is wrong.
-        UnavailableError: no GPU, and Triton's interpreter is not on.
+        UnavailableError: no GPU, and Triton's interpreter is not on; or `kernel` cannot run here.
     """
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    inputs = _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out)
-    return forward_only(lambda: (decode(inputs, out).o,), inputs)[0]
+    raw = options.gate is not Gate.NONE
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log if raw else None, dt_bias if raw else None, state, state_indices, cu_seqlens
+    )  # fmt: skip
+    _require_pool(inputs)
+    chosen = dispatch.decode_kernel(inputs) if kernel is None else kernel
+    if chosen != dispatch.CUTE or dispatch.CHECK_VALUES:  # the CuTe function checks shapes, strides and dtypes itself
+        check(inputs)
+        check_out(out, v)
+        check_token_states(token_states, inputs)
+
+    def run() -> tuple[torch.Tensor]:
+        return (dispatch.decode(inputs, out, token_states=token_states, kernel=chosen).o,)
+
+    return forward_only(run, inputs)[0]
 
 
 def kda_prefill(
@@ -154,13 +179,17 @@ def chunk_kda_fwd(
 
 def _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out) -> Inputs:
     """Checked inputs of a serving form."""
-    for name, value in (("state", state), ("state_indices", state_indices)):
-        if value is None:
-            raise InputError(f"{name} is missing: it should be a tensor")
     raw = options.gate is not Gate.NONE
     inputs = Inputs(
         q, k, v, g, beta, options, A_log if raw else None, dt_bias if raw else None, state, state_indices, cu_seqlens
     )  # fmt: skip
+    _require_pool(inputs)
     check(inputs)
     check_out(out, v)
     return inputs
+
+
+def _require_pool(inputs: Inputs) -> None:
+    for name, value in (("state", inputs.state), ("state_indices", inputs.state_indices)):
+        if value is None:
+            raise InputError(f"{name} is missing: it should be a tensor")

@@ -6,6 +6,9 @@ import triton.language as tl
 
 from kda_kernels.problem import CHUNK
 from kda_kernels.triton.runtime import on_device, require_device
+from kda_kernels.triton.variant import Variant
+
+BLOCK, WARPS = 256, 2  # chunks a step, of one program a sequence
 
 
 def max_chunks(total_tokens: int, num_seqs: int, chunk_size: int = CHUNK) -> int:
@@ -49,5 +52,12 @@ def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_siz
     out = torch.empty((max_chunks(total_tokens, N, chunk_size), 2), dtype=torch.int32, device=cu_seqlens.device)
     if N:
         with on_device(cu_seqlens):
-            chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=256, num_warps=2)
+            chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=BLOCK, num_warps=WARPS)
     return out
+
+
+def variant() -> Variant:
+    """What `kda compile` builds: the kernel as every packed batch with int32 cu_seqlens launches it."""
+    return Variant.of(
+        chunk_indices_kernel, name="chunk indices", cu_seqlens="*i32", out="*i32", C=CHUNK, BLOCK=BLOCK, num_warps=WARPS
+    )

@@ -19,6 +19,7 @@ from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
 from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
+from kda_kernels.variant import H100, Gpu
 
 MAX_HEAD = 256
 
@@ -55,6 +56,7 @@ def decode(
     config: DecodeConfig | None = None,
     *,
     final_state: torch.Tensor | None = None,
+    token_states: torch.Tensor | None = None,
 ) -> Outputs:
     """Runs a checked problem: any number of tokens a sequence, though it is meant for one or a few.
 
@@ -65,6 +67,8 @@ def decode(
         config: tuning choices; None lets `DecodeConfig.choose` decide.
         final_state: without a pool, where the final states go, shaped like a plain state, in fp32 or bf16; it may be
             `inputs.state` itself. None: a new tensor in the dtype of the state if `inputs.output_final_state`.
+        token_states: [B, T, HV, V, K] ([.., K, V] for a K-first state) in fp32 or bf16, contiguous from HV on: the
+            state after each token goes there too; nothing is written for padding.
 
     Returns:
         Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token.
@@ -95,13 +99,14 @@ def decode(
         return Outputs(o, ht if inputs.output_final_state else None)
     with stage("decode"), on_device(q):
         decode_kernel[(grid,)](
-            q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, inputs.state_indices, inputs.cu_seqlens,
-            K**-0.5 if options.scale is None else options.scale,
+            q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, token_states, inputs.state_indices,
+            inputs.cu_seqlens, K**-0.5 if options.scale is None else options.scale,
             0.0 if options.lower_bound is None else options.lower_bound,
             T,
             *_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed),
             *_strides(beta, packed), *_strides(o, packed),
             0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
+            *((0, 0) if token_states is None else _strides(token_states, packed)[:2]),
             H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=config.BV,
             STATE_V_FIRST=inputs.state_v_first, GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
             NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
@@ -128,24 +133,24 @@ def run(inputs: Inputs) -> Outputs:
     return decode(inputs)
 
 
-def variants(problem: Problem | None = None) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernel for `problem`.
+def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernel for `problem` as a launch on `gpu` specialises it.
 
     Without one: bf16, K = V = 128, 32 sequences of 32 heads, one token each, a pool in place.
     """
     if problem is not None:
-        yield _variant(str(problem.options.gate), problem)
+        yield _variant(str(problem.options.gate), problem, gpu)
         return
     usual = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
-    yield _variant("softplus", usual)
-    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)))
-    yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"))
-    yield _variant("softplus packed", dataclasses.replace(usual, packed=True))
+    yield _variant("softplus", usual, gpu)
+    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)), gpu)
+    yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"), gpu)
+    yield _variant("softplus packed", dataclasses.replace(usual, packed=True), gpu)
 
 
-def _variant(name: str, problem: Problem) -> Variant:
+def _variant(name: str, problem: Problem, gpu: Gpu) -> Variant:
     H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
-    config = DecodeConfig.choose(problem.N * HV, K, V, problem.state_v_first)
+    config = DecodeConfig.choose(problem.N * HV, K, V, problem.state_v_first, gpu.sms)
     B, T = batch(problem)
     shapes = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (HV, K), "beta": (HV, 1), "o": (HV, V)}
     letters, rows = ("th", (T,)) if problem.packed else ("sth", (B, T))
@@ -160,6 +165,7 @@ def _variant(name: str, problem: Problem) -> Variant:
         name=name,
         **dict.fromkeys(("q", "k", "v", "o"), pointer(problem.dtype)),
         g=pointer(problem.g_dtype), beta=pointer(problem.beta_dtype), A_log=params, dt_bias=params, **states,
+        token_states=None, stride_ts_s=0, stride_ts_t=0,
         state_indices=None if problem.pool_slots is None else "*i32", cu_seqlens="*i32" if problem.packed else None,
         scale="fp32", lower_bound="fp32", T=T, **lengths, **slot,
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=config.BV, STATE_V_FIRST=problem.state_v_first,

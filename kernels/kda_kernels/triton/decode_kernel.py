@@ -60,6 +60,7 @@ def decode_kernel(
     o,  # [B, T, HV, V]
     h0,  # [P or N, HV, V, K] or [.., K, V]; None: zeros
     ht,  # like h0, which it may be; None: not wanted
+    token_states,  # [B, T, HV, V, K] or [.., K, V]; None: not wanted
     state_indices,  # [N] or None
     cu_seqlens,  # [N + 1], or None for a dense batch
     scale,
@@ -85,6 +86,8 @@ def decode_kernel(
     stride_o_h,
     stride_h0_n,  # n: from slot to slot; within a slot the state is contiguous
     stride_ht_n,
+    stride_ts_s,
+    stride_ts_t,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -174,6 +177,9 @@ def decode_kernel(
         tl.store(p_o, cast(b_o, p_o.dtype.element_ty), mask=m_v)
         p_o += stride_o_t
         b_h += b_u[:, None] * b_k[None, :]
+        if token_states is not None:
+            p_ts = token_states + first * stride_ts_s + tl.cast(t, tl.int64) * stride_ts_t + o_h
+            tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=m_h)
 
     if ht is not None:
         p_ht = ht + slot * stride_ht_n + o_h

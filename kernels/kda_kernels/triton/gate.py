@@ -17,9 +17,11 @@ from kda_kernels.checks import check_gate, check_inputs
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
+from kda_kernels.triton.chunk_indices import variant as chunk_indices_variant
 from kda_kernels.triton.common import GATE_CODES, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
 from kda_kernels.triton.variant import Variant, batch, pointer, strides
+from kda_kernels.variant import H100, Gpu
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
 UNROLL = 8  # tokens whose loads are in flight together
@@ -198,11 +200,17 @@ def run(inputs: Inputs) -> Outputs:
     return Outputs(kda_gate_chunk_cumsum(inputs.g, inputs.A_log, inputs.dt_bias, lower_bound=lower_bound, **kwargs))
 
 
-def variants(problem: Problem | None = None) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernel for `problem`, or both activations and the plain sum, 32 heads of 128."""
+def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernels for `problem`, or both activations and the plain sum, 32 heads of 128.
+
+    Nothing depends on `gpu`.
+    """
     options = (Options(gate=gate, lower_bound=-5.0 if gate is Gate.SAFE else None) for gate in Gate)
-    usual = (Problem(Op.GATE, (8192,), H=32, HV=32, options=chosen) for chosen in options)
-    return map(_variant, usual if problem is None else (problem,))
+    usual = [Problem(Op.GATE, (8192,), H=32, HV=32, options=chosen) for chosen in options]
+    problems = usual if problem is None else [problem]
+    if any(p.packed for p in problems):
+        yield chunk_indices_variant()
+    yield from map(_variant, problems)
 
 
 def _variant(problem: Problem) -> Variant:

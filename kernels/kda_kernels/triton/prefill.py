@@ -20,6 +20,7 @@ from kda_kernels.triton.chunk_chain import chunk_chain_kernel
 from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
 from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
 from kda_kernels.triton.chunk_indices import max_chunks, prepare_chunk_indices
+from kda_kernels.triton.chunk_indices import variant as chunk_indices_variant
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.prefill_config import PrefillConfig
@@ -32,6 +33,7 @@ from kda_kernels.triton.runtime import (
     unsupported_here,
 )
 from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
+from kda_kernels.variant import H100, Gpu
 
 MAX_HEAD = 256
 MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
@@ -213,23 +215,23 @@ def run(inputs: Inputs) -> Outputs:
     return prefill(inputs)
 
 
-def variants(problem: Problem | None = None) -> Iterator[Variant]:
-    """What `kda compile` builds: the three kernels for `problem` (its table of chunks comes from the caller).
+def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernels for `problem` as launches on `gpu` specialise them, in their order.
 
     Without one: bf16, K = V = 128, 32 heads, packed, a pool in place; each factor kernel, both slice widths.
     """
     usual = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
     bounded_gate = dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0))
     one_prompt = dataclasses.replace(usual, seq_lens=(8192,))
-    found = [v for p in ([bounded_gate, one_prompt] if problem is None else [problem]) for v in _variants(p)]
+    found = [v for p in ([bounded_gate, one_prompt] if problem is None else [problem]) for v in _variants(p, gpu)]
     return iter({variant.name: variant for variant in found}.values())
 
 
-def _variants(problem: Problem) -> Iterator[Variant]:
+def _variants(problem: Problem, gpu: Gpu) -> Iterator[Variant]:
     H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
     B, T = batch(problem)
     matmul = operand_dtype(getattr(torch, problem.dtype))
-    config = PrefillConfig.choose(Dims(B, T, problem.N, H, HV, K, V), matmul.itemsize)
+    config = PrefillConfig.choose(Dims(B, T, problem.N, H, HV, K, V), matmul.itemsize, gpu.sms, gpu.shared)
     BK = max(16, triton.next_power_of_2(K))
     slots = max_chunks(T, problem.N) if problem.packed else B * triton.cdiv(T, CHUNK)
     index = "*i32" if problem.packed else None
@@ -237,6 +239,8 @@ def _variants(problem: Problem) -> Iterator[Variant]:
     work |= dict.fromkeys(("L", "decay", "rate"), "*fp32")
     shared = work | {"cu_seqlens": index, "T": T, "slots": slots, "HV": HV, "K": K, "BK": BK, "C": CHUNK}
 
+    if problem.packed:
+        yield chunk_indices_variant()
     dtype, params = pointer(problem.dtype), None if options.gate is Gate.NONE else pointer(problem.param_dtype)
     kernel, scratch = chunk_factors_kernel, {"sums": "*bf16"}
     if bounded(options):

@@ -1,0 +1,290 @@
+"""The fused recurrent update in CuTe DSL, for Hopper and newer. Host half; `decode_kernel` is the device half.
+
+Floor: the states of all sequences read and written once, 2 * N * HV * K * V elements. H=96, N=32, fp32: 403 MB, 133 us
+at 3.0 TB/s.
+
+A call looks its compiled function up by dtypes, heads and options and hands it the tensors. That function (TVM-FFI's
+entry, in C) checks every dtype, shape, stride, alignment and device before it launches, so nothing is checked twice;
+only when it refuses are the tensors looked at in Python, to say in our words what is wrong.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kda_kernels import ranges
+from kda_kernels.checks import check_inputs
+from kda_kernels.cute.cache import CACHE
+from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
+from kda_kernels.cute.runtime import architecture, unsupported_here
+from kda_kernels.cute.variant import CuteVariant
+from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton.runtime import multiprocessors
+from kda_kernels.variant import H100, Gpu
+
+MAX_HEAD = 256
+
+# What the last call was like, its function and its last two arguments. One tuple, so that threads read it whole.
+_last: tuple[tuple | None, Any, float, float] = (None, None, 0.0, 0.0)
+
+
+def decode(
+    inputs: Inputs,
+    out: torch.Tensor | None = None,
+    config: DecodeConfig | None = None,
+    *,
+    final_state: torch.Tensor | None = None,
+    token_states: torch.Tensor | None = None,
+) -> Outputs:
+    """Runs a problem: any number of tokens a sequence, though it is meant for 1 to 8.
+
+    Args:
+        inputs: see `Inputs`. Tokens may have any strides with a contiguous last dimension; nothing is copied. The
+            state: V-first, each slot contiguous and 16-byte aligned. A pool is updated in place, and only in the slots
+            of sequences with tokens.
+        out: [B, T, HV, V] in the dtype of v, last dimension contiguous; made here if not given.
+        config: tuning choices; None lets `DecodeConfig.choose` decide.
+        final_state: without a pool, where the final states go, [N, HV, V, K] in fp32 or bf16; it may be `inputs.state`
+            itself. None: a new tensor in the dtype of the state if `inputs.output_final_state`.
+        token_states: [B, T, HV, V, K] in fp32 or bf16, contiguous from HV on, 16-byte aligned: the state after each
+            token goes there too; nothing is written for padding.
+
+    Returns:
+        Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token.
+
+    Raises:
+        InputError: a tensor is not as it should be.
+    """
+    v, h0, indices = inputs.v, inputs.state, inputs.state_indices
+    o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    ht = None
+    if indices is None:
+        ht = _new_state(inputs) if final_state is None and inputs.output_final_state else final_state
+    launch(inputs, o, ht, token_states, config)
+    return Outputs(o, (h0 if indices is not None else ht) if inputs.output_final_state else None)
+
+
+def launch(
+    inputs: Inputs,
+    o: torch.Tensor,
+    ht: torch.Tensor | None = None,
+    token_states: torch.Tensor | None = None,
+    config: DecodeConfig | None = None,
+) -> None:
+    """`decode` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
+    global _last
+    q, options, bias, indices, offsets = (
+        inputs.q, inputs.options, inputs.dt_bias, inputs.state_indices, inputs.cu_seqlens
+    )  # fmt: skip
+    if bias is not None and bias.ndim != 1:
+        bias = bias.reshape(-1)
+    # Three things that the compiled function cannot see: which way round a square state lies, two sizes that differ by
+    # one, and a batch of nothing, for which there is no grid.
+    if not inputs.state_v_first and (inputs.state is not None or ht is not None):
+        raise InputError("cute-decode: the state is K-first: this kernel's is V-first")
+    if offsets is not None and indices is not None and indices.shape[0] != offsets.shape[0] - 1:
+        raise InputError(f"state_indices has shape {list(indices.shape)}: it should be [{offsets.shape[0] - 1}]")
+    tensors = (q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.A_log, bias, o, inputs.state, ht, indices, offsets)
+    # A call like the one before takes the same function: what is not compared here the function checks itself.
+    like = (options, q.shape, q.device)
+    last, function, scale, bound = _last
+    if last == like and config is None:
+        try:
+            return _call(function, *tensors, token_states, scale, bound)
+        except (TypeError, ValueError):
+            pass  # other dtypes, say
+    scale, bound = q.shape[-1] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0
+    if not q.shape[0] * q.shape[1]:
+        check_inputs(inputs)
+        return _hand_on(inputs.state, ht)
+    function = _function(inputs, ht, token_states, config)
+    try:
+        _call(function, *tensors, token_states, scale, bound)
+    except (TypeError, ValueError) as error:
+        _explain(inputs, error)
+    if config is None:
+        _last = (like, function, scale, bound)
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> None:
+    if ranges.enabled():
+        with ranges.stage("decode"):
+            function(*arguments)
+    else:  # a context manager that does nothing costs a third of a microsecond
+        function(*arguments)
+
+
+def _function(
+    inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig | None
+) -> Callable[..., Any]:
+    """The compiled function for these tensors."""
+    B, T, H, K = inputs.q.shape
+    HV, V = inputs.v.shape[2:]
+    N = B if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    if config is None:
+        narrow = K % 64 == 0 and all(x is None or x.element_size() == 2 for x in (inputs.state, ht, token_states))
+        config = DecodeConfig.choose(N * HV, K, V, narrow, multiprocessors(inputs.q.device))
+    parts = (
+        inputs.q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, inputs.state_indices,
+        inputs.cu_seqlens, token_states,
+    )  # fmt: skip
+    one_token = inputs.cu_seqlens is None and T == 1
+    dtypes = tuple(None if x is None else x.dtype for x in parts)
+    key = ("decode", inputs.options, config, H, HV, K, V, one_token, inputs.q.device, dtypes)
+    return CACHE.get(key) or _make(key, inputs, ht, token_states, config)
+
+
+def _new_state(inputs: Inputs) -> torch.Tensor:
+    q, v = inputs.q, inputs.v
+    N = q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
+    return torch.empty((N, v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
+
+
+def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
+    """No token in the whole batch: a state that is not in place goes out as it came in."""
+    if ht is not None:
+        ht.zero_() if h0 is None else ht.copy_(h0)
+
+
+def _explain(inputs: Inputs, error: Exception) -> None:
+    """What the compiled function refused, in the words of `check_inputs` where that refuses it too.
+
+    Raises:
+        InputError: always.
+    """
+    check_inputs(inputs)
+    if (reason := unsupported_tensors(inputs)) is not None:
+        raise InputError(f"cute-decode: {reason}") from None
+    raise InputError(f"cute-decode: {' '.join(str(error).split())}") from None
+
+
+def _make(
+    key: tuple, inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig
+) -> Any:
+    """Compiles, or loads, the function for these tensors; this is where they are first checked."""
+    check_inputs(inputs)
+    if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3])) is not None:
+        raise InputError(f"cute-decode: {reason}")
+    if (reason := unsupported_here(inputs.q.device)) is not None:
+        raise UnavailableError(f"cute-decode: {reason}")
+    spec, arch = spec_of(inputs, ht, token_states, config), architecture(inputs.q.device)
+    return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
+
+
+def spec_of(
+    inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig
+) -> DecodeSpec:
+    """What the kernel has to be compiled for."""
+
+    def name(x: torch.Tensor | None) -> str | None:
+        return None if x is None else str(x.dtype).removeprefix("torch.")
+
+    options = inputs.options
+    return DecodeSpec(
+        H=inputs.q.shape[2], HV=inputs.v.shape[2], K=inputs.q.shape[3], V=inputs.v.shape[3], gate=options.gate,
+        beta_is_logit=options.beta_is_logit, allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm,
+        dtype=name(inputs.q), g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log),
+        dt_bias=name(inputs.dt_bias), h0=name(inputs.state), ht=name(ht), index=name(inputs.state_indices),
+        offsets=name(inputs.cu_seqlens), token_states=name(token_states),
+        one_token=inputs.cu_seqlens is None and inputs.q.shape[1] == 1, config=config,
+    )  # fmt: skip
+
+
+def label(spec: DecodeSpec, arch: str) -> str:
+    return f"decode {arch} {spec}"
+
+
+def build(spec: DecodeSpec, arch: str, options: str = "") -> Any:
+    """Compiles; needs the DSL, and no GPU. See `decode_build.compile_decode`."""
+    from kda_kernels.cute.decode_build import compile_decode
+
+    return compile_decode(spec, arch, options)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    if problem is not None and (reason := _unsupported_problem(problem)) is not None:
+        return reason
+    return unsupported_here()
+
+
+def _unsupported_problem(problem: Problem) -> str | None:
+    if not problem.state_v_first and (problem.initial_state or problem.final_state):
+        return "the state is K-first: this kernel's is V-first"
+    return unsupported_shape(problem.K, problem.V)
+
+
+def unsupported_shape(K: int, V: int) -> str | None:
+    """Why this kernel has no state of V x K; None if it has."""
+    if K % 32 or V % 16 or not (K <= MAX_HEAD and V <= MAX_HEAD):
+        return f"K is {K} and V is {V}: K should be a multiple of 32, V of 16, and neither over {MAX_HEAD}"
+    return None
+
+
+def unsupported_tensors(inputs: Inputs) -> str | None:
+    """Why this kernel cannot run these checked tensors although it could run their problem; None if it can."""
+    if not inputs.state_v_first and (inputs.state is not None or inputs.output_final_state):
+        return "the state is K-first: this kernel's is V-first"
+    state = inputs.state
+    if state is not None and (state.data_ptr() % 16 or state.stride(0) * state.element_size() % 16):
+        return "a slot of the state is not 16-byte aligned"
+    return None
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
+    check_inputs(inputs)
+    if (reason := unsupported_tensors(inputs)) is not None:
+        raise InputError(f"cute-decode: {reason}")
+    return decode(inputs)
+
+
+def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[CuteVariant]:
+    """What `kda compile` builds: the kernel for `problem` as a launch on `gpu` specialises it.
+
+    Without one: bf16, K = V = 128, 32 heads, one token each, a pool in place; the schedules of many and of few.
+    """
+    if problem is not None:
+        yield _variant(str(problem.options.gate), problem, gpu)
+        return
+    usual = Problem(Op.DECODE, (1,) * 128, H=32, HV=32, packed=False, pool_slots=256)
+    yield _variant("softplus", usual, gpu)
+    yield _variant("softplus few", dataclasses.replace(usual, seq_lens=(1,), pool_slots=2), gpu)
+    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)), gpu)
+    yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"), gpu)
+    yield _variant("softplus packed", dataclasses.replace(usual, packed=True), gpu)
+
+
+def _variant(name: str, problem: Problem, gpu: Gpu) -> CuteVariant:
+    spec = _problem_spec(problem, gpu)
+    return CuteVariant(
+        name,
+        lambda arch, options: build(spec, arch, options),
+        lambda arch: label(spec, arch),
+        num_warps=spec.config.threads // 32,
+        shared_bytes=spec.shared_bytes,
+    )
+
+
+def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
+    """As `spec_of`, from a problem alone: int32 indices, parameters of one dtype."""
+    options = problem.options
+    params = None if options.gate is Gate.NONE else problem.param_dtype
+    pooled = problem.pool_slots is not None
+    state = problem.state_dtype if pooled or problem.initial_state else None
+    out = None if pooled or not problem.final_state else state or "float32"
+    narrow = problem.K % 64 == 0 and {state, out} <= {"bfloat16", None}
+    return DecodeSpec(
+        H=problem.H, HV=problem.HV, K=problem.K, V=problem.V, gate=options.gate, beta_is_logit=options.beta_is_logit,
+        allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
+        g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=state,
+        ht=out, index="int32" if pooled else None,
+        offsets="int32" if problem.packed else None, token_states=None,
+        one_token=not problem.packed and set(problem.seq_lens) == {1},
+        config=DecodeConfig.choose(problem.N * problem.HV, problem.K, problem.V, narrow, gpu.sms),
+    )  # fmt: skip

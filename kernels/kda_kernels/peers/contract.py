@@ -1,0 +1,127 @@
+"""What a peer declares to support, as data; and the first thing about a problem that it does not.
+
+Each adapter holds one `Contract`, written down from the peer's own documentation, checks and compile-time types. What
+is refused here never runs, so whatever does run and comes out wrong is the peer's error.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from kda_kernels.problem import DTYPES, STATE_DTYPES, Gate, Problem
+
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contract:
+    """One kernel's declared support.
+
+    Attributes:
+        dtypes, g_dtypes, beta_dtypes, param_dtypes, state_dtypes: names as in `Problem`, after what its adapter
+            converts without loss.
+        K: sizes of a key head. V_multiple: V is a multiple of it; square: V = K as well.
+        grouped_heads: HV may exceed H.
+        gates: activations it has. least_bound: the lowest lower_bound.
+        beta_values: takes beta activated, too. neg_eigval: has 2 * sigmoid.
+        l2norm: values of the option that it has. any_scale: else K ** -0.5 only.
+        k_first: takes [.., K, V] states, too.
+        one_token: every sequence has exactly one token.
+        plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
+        padding: takes index -1.
+        why: reasons to print in place of the plain ones: (field, reason).
+    """
+
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    g_dtypes: tuple[str, ...] = ("bfloat16",)
+    beta_dtypes: tuple[str, ...] = ("bfloat16",)
+    param_dtypes: tuple[str, ...] = DTYPES
+    state_dtypes: tuple[str, ...] = STATE_DTYPES
+    K: tuple[int, ...] = (128,)
+    V_multiple: int = 1
+    square: bool = False
+    grouped_heads: bool = True
+    gates: tuple[Gate, ...] = tuple(Gate)
+    least_bound: float | None = None
+    beta_values: bool = False
+    neg_eigval: bool = False
+    l2norm: tuple[bool, ...] = (True,)
+    any_scale: bool = True
+    k_first: bool = False
+    one_token: bool = False
+    plain_state: bool = True
+    pool: bool = True
+    padding: bool = False
+    why: tuple[tuple[str, str], ...] = ()
+
+    def refusal(self, problem: Problem) -> str | None:
+        """The first thing about `problem` that the kernel does not declare to support; None if there is none."""
+        return next(self._refusals(problem), None)
+
+    def _refusals(self, problem: Problem) -> Iterator[str]:
+        yield from self._dtypes(problem)
+        yield from self._shapes(problem)
+        yield from self._options(problem)
+        yield from self._state(problem)
+
+    def _dtypes(self, problem: Problem) -> Iterator[str]:
+        raw = problem.options.gate is not Gate.NONE
+        for field, tensors, have in (
+            ("dtypes", "q, k and v are", problem.dtype),
+            ("g_dtypes", "g is", problem.g_dtype),
+            ("beta_dtypes", "beta is", problem.beta_dtype),
+            *((("param_dtypes", "A_log and dt_bias are", problem.param_dtype),) if raw else ()),
+        ):
+            if have not in (takes := getattr(self, field)):
+                yield self._because(field, f"{tensors} {_SHORT[have]}: it takes {_names(takes)}")
+
+    def _shapes(self, problem: Problem) -> Iterator[str]:
+        if problem.K not in self.K:
+            yield f"K is {problem.K}: it takes {' or '.join(map(str, self.K))}"
+        if self.square and problem.V != problem.K:
+            yield f"V is {problem.V}: it takes V = K only"
+        if problem.V % self.V_multiple:
+            yield f"V is {problem.V}: it takes multiples of {self.V_multiple}"
+        if problem.HV != problem.H and not self.grouped_heads:
+            yield self._because("grouped_heads", "it has no grouped heads: HV should be H")
+        if problem.T == 0:
+            yield "there are no tokens"
+        if self.one_token and set(problem.seq_lens) != {1}:
+            yield "it takes exactly one token a sequence"
+
+    def _options(self, problem: Problem) -> Iterator[str]:
+        options = problem.options
+        if options.gate not in self.gates:
+            yield f"the gate is {options.gate}: it has {' or '.join(self.gates)} only"
+        elif options.gate is Gate.SAFE and self.least_bound is not None and options.lower_bound < self.least_bound:
+            yield f"lower_bound is {options.lower_bound}: it takes {self.least_bound} or more"
+        if not options.beta_is_logit and not self.beta_values:
+            yield "it takes beta as a logit only"
+        if options.allow_neg_eigval and not self.neg_eigval:
+            yield self._because("neg_eigval", "it has no allow_neg_eigval")
+        if options.qk_l2norm not in self.l2norm:
+            yield "it always normalises q and k" if not options.qk_l2norm else "it does not normalise q and k"
+        if not self.any_scale and problem.scale != problem.K**-0.5:
+            yield f"scale is {problem.scale}: it has K ** -0.5 built in"
+
+    def _state(self, problem: Problem) -> Iterator[str]:
+        pooled = problem.pool_slots is not None
+        stateful = pooled or problem.initial_state or problem.final_state
+        if stateful and not problem.state_v_first and not self.k_first:
+            yield "it takes V-first states only"
+        # without an incoming state the final one is asked for in fp32
+        dtype = problem.state_dtype if pooled or problem.initial_state else "float32"
+        if stateful and dtype not in self.state_dtypes:
+            yield f"the state is {_SHORT[dtype]}: it takes {_names(self.state_dtypes)}"
+        if pooled and not self.pool:
+            yield "it has no state pool"
+        if not pooled and not self.plain_state:
+            yield "it updates a state pool in place, and nothing else"
+        if problem.padding and not self.padding:
+            yield self._because("padding", "it has no padding rows (index -1)")
+
+    def _because(self, field: str, plain: str) -> str:
+        return dict(self.why).get(field, plain)
+
+
+def _names(dtypes: tuple[str, ...]) -> str:
+    return " or ".join(_SHORT[name] for name in dtypes)

@@ -1,0 +1,90 @@
+"""cuDNN frontend's Hopper prefill, the engine `kda_hopper_cuda` of `cudnn.linear_attention.kimi_delta_attention`.
+
+Written against nvidia-cudnn-frontend 1.32.0. The engine is named in every call, so that no other one stands in for it.
+It compiles with NVRTC when it first runs.
+"""
+
+import importlib
+import importlib.util
+
+import torch
+
+from kda_kernels.checks import check_inputs
+from kda_kernels.peers import here
+from kda_kernels.peers.contract import Contract
+from kda_kernels.peers.given import gate_parameters, offsets
+from kda_kernels.problem import DTYPES, Gate, Problem
+from kda_kernels.tensors import Inputs, Outputs
+
+ENGINE = "kda_hopper_cuda"
+OP = "cudnn.linear_attention.ops"
+
+# From the engine's check_support and the op's docstring. Gates and beta in 16 bits it converts to fp32 itself, which is
+# part of its time.
+CONTRACT = Contract(
+    g_dtypes=DTYPES,
+    beta_dtypes=("float32", "bfloat16"),
+    square=True,
+    gates=(Gate.SAFE, Gate.NONE),
+    beta_values=True,
+    l2norm=(True, False),
+    why=(
+        ("neg_eigval", "it declines allow_neg_eigval: where it drops a forgotten state it counts on beta < 1"),
+        ("padding", "the Hopper engine has no padding: index -1 would gather the last slot of the pool"),
+    ),
+)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    return (
+        (CONTRACT.refusal(problem) if problem is not None else None)
+        or here.missing_package(("cudnn",), "pip install 'nvidia-cudnn-frontend>=1.32'")
+        or here.wrong_gpu("the engine kda_hopper_cuda", (9,), "Hopper (sm_90)")
+        or here.not_loadable((OP,))
+        or _no_engine()
+    )
+
+
+def _no_engine() -> str | None:
+    """Why the engine would decline whatever it is asked: not there, or nothing to compile with (its own question)."""
+    if importlib.util.find_spec("cudnn.linear_attention.hopper.cuda_engine") is None:
+        return f"cudnn has no {ENGINE}: nvidia-cudnn-frontend 1.32 or newer is needed"
+    try:
+        importlib.import_module("cudnn.linear_attention.cake.compiler").cuda_include_dirs()
+    except Exception as error:
+        return f"cudnn finds no NVRTC or no CUDA headers: {' '.join(str(error).split())}"
+    return None
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Runs the op on checked inputs.
+
+    It takes packed tokens: a dense batch is passed as one with equal lengths. Strided tokens the engine packs itself.
+    It knows no state pool: the slots are gathered before the call and the final states scattered back after it, two
+    copies of the states that are part of what is timed, as an engine has to make them too.
+    """
+    op = here.load((OP,)).kimi_delta_attention
+    check_inputs(inputs)
+    options, pool, indices = inputs.options, inputs.state, inputs.state_indices
+    pooled, safe = indices is not None, options.gate is Gate.SAFE
+    A_log, dt_bias = gate_parameters(inputs) if safe else (None, None)
+    with torch.no_grad(), torch.cuda.device_of(inputs.q):
+        o, final = op(
+            *(x.flatten(0, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)),
+            offsets(inputs),
+            scale=options.scale,
+            initial_state=pool[indices] if pooled else pool,
+            output_final_state=pooled or inputs.output_final_state,
+            use_qk_l2norm_in_kernel=options.qk_l2norm,
+            use_beta_sigmoid_in_kernel=options.beta_is_logit,
+            safe_gate=safe,
+            gate_lower_bound=options.lower_bound if safe else None,
+            a_log=A_log,
+            dt_bias=dt_bias,
+            plan_name=ENGINE,
+        )
+        if pooled:
+            pool[indices] = final
+            final = pool
+    return Outputs(o.view(inputs.v.shape), final if inputs.output_final_state else None)

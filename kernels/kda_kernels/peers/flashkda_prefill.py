@@ -1,0 +1,121 @@
+"""FlashKDA's prefill as vLLM ships it: `torch.ops._flashkda_C.fwd`, CUTLASS, chunks of 16 tokens.
+
+The library is vLLM's `_flashkda_C.abi3.so` (written against 0.33.0): found in an installed vllm, which is not imported
+for it, or where the environment variable KDA_FLASHKDA_LIB says.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from kda_kernels.checks import check_inputs
+from kda_kernels.errors import UnavailableError
+from kda_kernels.peers import here
+from kda_kernels.peers.contract import Contract
+from kda_kernels.peers.given import gate_parameters
+from kda_kernels.problem import Gate, Problem
+from kda_kernels.tensors import Inputs, Outputs
+
+LIBRARY = "KDA_FLASHKDA_LIB"
+
+# From FlashKDA's README ("Kernel API") and the checks in csrc/flash_kda.cpp. A_log and dt_bias go in as fp32, which
+# narrower ones become without loss.
+CONTRACT = Contract(
+    square=True,
+    grouped_heads=False,
+    gates=(Gate.SAFE,),
+    least_bound=-5.0,
+    why=(("padding", "FlashKDA has no padding: vLLM takes the padding rows out of the batch before it"),),
+)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    return (
+        (CONTRACT.refusal(problem) if problem is not None else None)
+        or _no_library()
+        or here.wrong_gpu("FlashKDA", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
+        or _not_loadable()
+    )
+
+
+def _no_library() -> str | None:
+    said = os.environ.get(LIBRARY)
+    if said:
+        return None if Path(said).is_file() else f"{LIBRARY} is {said}: there is no such file"
+    if (
+        reason := here.missing_package(("vllm",), f"pip install vllm, or set {LIBRARY} to its _flashkda_C.abi3.so")
+    ) is not None:
+        return reason
+    return None if _library() else f"vllm has no _flashkda_C: 0.33.0 or newer is needed, or set {LIBRARY}"
+
+
+def _library() -> str | None:
+    """The file to load."""
+    if said := os.environ.get(LIBRARY):
+        return said
+    spec = importlib.util.find_spec("vllm")
+    folders = spec.submodule_search_locations or () if spec else ()
+    return next((str(file) for folder in folders for file in sorted(Path(folder).glob("_flashkda_C*.so"))), None)
+
+
+def _not_loadable() -> str | None:
+    try:
+        _load(_library())
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _load(library: str):
+    """The operators of the library."""
+    try:
+        torch.ops.load_library(library)
+        return torch.ops._flashkda_C.fwd, torch.ops._flashkda_C.get_workspace_size
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(f"{library} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Runs the kernel on checked inputs, as vLLM's layer does.
+
+    Strided q, k, v and g are copied first, for the kernel takes them as contiguous. It knows no state pool: the slots
+    are gathered before the call and the final states scattered back after it, two copies of the states that are part
+    of what is timed, as an engine has to make them too.
+    """
+    fwd, get_workspace_size = _load(_library())
+    check_inputs(inputs)
+    q, cu_seqlens, options = inputs.q, inputs.cu_seqlens, inputs.options
+    pool, indices = inputs.state, inputs.state_indices
+    B, T, H, K = q.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    with torch.no_grad(), torch.cuda.device_of(q):
+        A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
+        initial = pool if indices is None else pool[indices]
+        final = None
+        if initial is not None and (indices is not None or inputs.output_final_state):
+            final = torch.empty_like(initial, memory_format=torch.contiguous_format)
+        elif inputs.output_final_state:
+            final = torch.empty(N, H, K, K, dtype=torch.float32, device=q.device)
+        o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=q.device)
+        fwd(
+            *(x.contiguous() for x in (q, inputs.k, inputs.v, inputs.g)),
+            inputs.beta,
+            K**-0.5 if options.scale is None else options.scale,
+            o,
+            torch.empty(get_workspace_size(B * T, H, N), dtype=torch.uint8, device=q.device),
+            A_log,
+            dt_bias,
+            options.lower_bound,
+            None if initial is None else initial.contiguous(),
+            final,
+            cu_seqlens,
+        )
+        if indices is not None:
+            pool[indices] = final
+            final = pool
+    return Outputs(o, final if inputs.output_final_state else None)

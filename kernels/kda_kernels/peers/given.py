@@ -1,0 +1,76 @@
+"""A call's tensors as a peer wants them: parameters of another type, offsets of a dense batch, aligned addresses.
+
+An engine prepares such things once, when it loads a model or plans a batch, so they are remembered here from call to
+call and do not count in a kernel's time. Nothing is remembered while a CUDA graph is being captured: that memory is the
+graph's.
+"""
+
+import functools
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kda_kernels.errors import InputError
+from kda_kernels.tensors import Inputs
+
+_converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> {dtype: (its version, converted)}
+
+
+def parameter(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`, converted once for as long as it lives and is not modified."""
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.is_inference() or _capturing(tensor):
+        return tensor.to(dtype)
+    known = _converted.setdefault(tensor, {})
+    version, value = known.get(dtype, (None, None))
+    if version != tensor._version:
+        value = tensor.to(dtype)
+        known[dtype] = (tensor._version, value)
+    return value
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def gate_parameters(
+    inputs: Inputs, A_log: torch.dtype | None = None, dt_bias: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A_log [HV] and dt_bias [HV, K] of a raw gate in the types named, or in their own.
+
+    Raises:
+        InputError: the call has none.
+    """
+    for name in ("A_log", "dt_bias"):
+        if getattr(inputs, name) is None:
+            raise InputError(f"{name} is missing: this kernel should be given A_log and dt_bias")
+    HV, K = inputs.v.shape[2], inputs.q.shape[3]
+    return (
+        parameter(inputs.A_log, A_log or inputs.A_log.dtype).view(HV),
+        parameter(inputs.dt_bias, dt_bias or inputs.dt_bias.dtype).view(HV, K),
+    )
+
+
+def offsets(inputs: Inputs) -> torch.Tensor:
+    """cu_seqlens, of a dense batch too: int32 [B + 1], 0, T, 2T, ..."""
+    if inputs.cu_seqlens is not None:
+        return inputs.cu_seqlens
+    B, T = inputs.q.shape[:2]
+    make = _offsets.__wrapped__ if _capturing(inputs.q) else _offsets
+    return make(B, T, inputs.q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(B: int, T: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+
+
+def require_aligned(inputs: Inputs, size: int = 16) -> None:
+    """Raises `InputError` where a tensor that a kernel reads in place does not start at a multiple of `size` bytes.
+
+    The peers that ask for this copy strided tokens, so of them only contiguous ones matter; a pool they never copy.
+    """
+    for name, tensor in inputs.tensors().items():
+        if (tensor.is_contiguous() or name == "state") and tensor.data_ptr() % size:
+            raise InputError(f"{name} is not aligned: its address should be a multiple of {size} bytes for this kernel")

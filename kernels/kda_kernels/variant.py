@@ -1,0 +1,70 @@
+"""What `kda compile` asks of a kernel: named variants, each of which builds itself for an architecture without a GPU.
+
+A kernel's module may have `variants(problem=None, gpu=H100) -> Iterator[Variant]`: what it launches for `problem` on
+`gpu`, or its usual specialisations. `gpu` may be left out where nothing depends on it. Triton's variants are
+`kda_kernels.triton.variant.Variant`; anything else with the attributes of the protocol below will do.
+"""
+
+import dataclasses
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What tuning choices may look at.
+
+    Attributes:
+        sms: multiprocessors (AMD: compute units).
+        shared: bytes of shared memory that one block may have.
+    """
+
+    sms: int
+    shared: int
+
+
+H100 = Gpu(sms=132, shared=232448)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a compiler made of one variant.
+
+    Attributes:
+        cubin: the binary; for an AMD architecture the code object (hsaco).
+        shared_bytes: shared memory a block, static and dynamic together.
+        num_warps: of a block.
+        ptx: as ptxas got it, where there is any.
+        ir: text by file name extension, what came before that: {"ttir": .., "ttgir": .., "llir": ..} or {"mlir": ..}.
+        log: what `ptxas -v` said. None: registers are then read from the binary.
+        compile_s: seconds that the compiler took; None if it took none, or does not say.
+        cached: whether it lay in the cache that launches use.
+        tensor_memory: columns of tensor memory a block allocates (sm_100).
+    """
+
+    cubin: bytes
+    shared_bytes: int
+    num_warps: int
+    ptx: str | None = None
+    ir: dict[str, str] = dataclasses.field(default_factory=dict)
+    log: str | None = None
+    compile_s: float | None = None
+    cached: bool = False
+    tensor_memory: int = 0
+
+
+class Variant(Protocol):
+    """One specialisation of a kernel, as a launch would build it."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its module."""
+
+    def build(self, arch: str) -> Built:
+        """Compiles it for an architecture as `kda compile` names it (sm_90a, gfx942), or takes it from the cache.
+
+        What it builds lies afterwards where a launch of the same looks first.
+
+        Raises:
+            UnavailableError: the kernel is not meant for that architecture, or a package is missing.
+            Exception: the compiler's own, when it refuses; its last line becomes the answer.
+        """
