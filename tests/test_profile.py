@@ -17,12 +17,12 @@ from kda_kernels import ranges, registry
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.commands.profile import command
-from kdacli.profile import ceilings, nsys, nvtx, report, select
+from kdacli.profile import ceilings, inner, ncu, noise, nsys, nvtx, report, select, watch
 from kdacli.profile.cases import cases_from
 from kdacli.profile.ceilings import Ceilings
 from kdacli.profile.gpu_timer import Evictor, GpuTimer, first_line, host_us
 from kdacli.profile.measure import Method, measure_case
-from kdacli.profile.record import records, require_complete
+from kdacli.profile.record import Saver, records, require_complete
 from kdacli.profile.stages import Event, StageProfiler, summarise
 from kdacli.profile.suites import Case, suite
 from kdacli.profile.timing import Budget, Statistics, interleave
@@ -30,7 +30,7 @@ from kdacli.profile.trace import CALLS, trace
 from kdacli.profile.traffic import floor_us, flops, gbps, traffic
 from kdacli.synthetic import make_inputs
 
-CEILINGS = Ceilings(copy_gbps=2440.0, inplace_gbps=3020.0, least_us=2.0)
+CEILINGS = Ceilings(copy_gbps=2440.0, inplace_gbps=3020.0, least_us=2.0, tensor_tflops=800.0)
 
 
 def problems(name):
@@ -118,6 +118,11 @@ def test_suites_are_the_published_shapes():
     assert {p.options.gate for p in decode.values()} == {Gate.SOFTPLUS}
     assert all(p.pool_slots >= p.N and set(p.seq_lens) == {1} for p in decode.values())
     assert [(p.T, p.H) for p in problems("gate").values()] == [(8192, 32), (8192, 96)]
+    half = problems("decode-bf16")
+    assert {p.state_dtype for p in half.values()} == {"bfloat16"}
+    assert list(half) == [f"{name},bf16" for name in decode]
+    for p, q in zip(decode.values(), half.values(), strict=True):
+        assert traffic(q).state == traffic(p).state / 2
 
 
 def test_suite_in_each_gate_regime():
@@ -138,6 +143,14 @@ def test_a_case_for_each_regime_asked_for():
     assert cases[0].problem.op is Op.PREFILL
 
 
+def test_decode_alone_is_its_suite():
+    cases, _ = cases_from(parsed("--op", "decode", "--gates", "weak"))
+    assert [(c.name, c.gates) for c in cases] == [(name, "weak") for name in problems("decode")]
+    (case,), _ = cases_from(parsed("--op", "decode", "-H", "4", "--state-dtype", "bf16"))
+    assert case.name == "H=4 N=32 bf16 state"
+    assert (case.problem.H, case.problem.N) == (4, 32)
+
+
 def test_a_kernel_decides_the_op():
     cases, _ = cases_from(parsed("--kernel", "triton-decode"))
     assert [(c.problem.op, c.problem.N, c.gates) for c in cases] == [(Op.DECODE, 32, "bench")]
@@ -147,6 +160,8 @@ def test_a_kernel_decides_the_op():
     "words",
     [
         ("--suite", "prefill", "-H", "4"),
+        ("--suite", "decode-bf16", "--op", "prefill"),
+        ("--sweep", "N=1..4", "--stages"),
         ("--suite", "prefill", "--op", "decode"),
         ("--suite", "prefill", "--dump", "x.pt"),
         ("--kernel", "nope"),
@@ -163,8 +178,8 @@ def test_wrong_use_is_named(words):
 
 
 def test_without_a_gpu_it_says_so():
-    env = nsys.environment() | {"CUDA_VISIBLE_DEVICES": ""}
-    del env[nsys.TRACE_ENV]
+    env = inner.environment("nsys") | {"CUDA_VISIBLE_DEVICES": ""}
+    del env[inner.TRACE_ENV]
     words = [sys.executable, "-m", "kdacli", "profile", "--suite", "decode"]
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
     assert (done.returncode, done.stdout) == (3, "")
@@ -182,6 +197,8 @@ class FakeKernel:
     reason: str | None = None
     error: str | None = None
     op: Op = Op.PREFILL
+    ours: bool = True
+    backend: str = "fake"
 
     def unsupported(self, problem):
         return self.reason
@@ -268,7 +285,7 @@ def test_statistics():
     assert stats.median_us == statistics.median(samples) == 50.5
     assert (stats.p10_us, stats.p90_us) == (pytest.approx(10.9), pytest.approx(90.1))
     assert stats.spread_us == pytest.approx(79.2)
-    assert Statistics.of([7.0]) == Statistics(7.0, 7.0, 7.0, 1)
+    assert Statistics.of([7.0]) == Statistics(7.0, 7.0, 7.0, 6.984, 7.016, 1)  # the clock's tick is 0.032 us
     for wrong in ([], [1.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match="positive times"):
             Statistics.of(wrong)
@@ -291,9 +308,9 @@ class FakeTimer:
 
 
 def test_ceilings_count_bytes_read_and_written():
-    """1 MB read and 1 MB written in 100 us: 20 GB/s."""
-    found = ceilings.measure(FakeTimer(us=100.0).prepare, device="cpu", num_bytes=1_000_000)
-    assert found == Ceilings(pytest.approx(20.0), pytest.approx(20.0), 100.0)
+    """1 MB read and 1 MB written in 100 us: 20 GB/s; a product of 100 x 100 matrices: 0.02 TFLOP/s."""
+    found = ceilings.measure(FakeTimer(us=100.0).prepare, device="cpu", num_bytes=1_000_000, matrix=100)
+    assert found == Ceilings(pytest.approx(20.0), pytest.approx(20.0), 100.0, pytest.approx(0.02))
     assert CEILINGS.of(Op.DECODE) == 3020.0
     assert CEILINGS.of(Op.PREFILL) == CEILINGS.of(Op.GATE) == 2440.0
 
@@ -319,6 +336,8 @@ def test_a_row_holds_what_its_times_say():
     assert row["gbps"] == pytest.approx(row["bytes"] / 4e-6 / 1e9)
     assert row["share"] == pytest.approx(row["gbps"] / 2440.0)
     assert row["floor_us"] == pytest.approx(row["share"] * 4.0)
+    assert row["tflops"] == pytest.approx(flops(SMALL) / 4e-6 / 1e12)
+    assert row["tensor_share"] == pytest.approx(row["tflops"] / 800.0)
     assert row["tokens_per_ms"] == pytest.approx(64 / 0.004)
     assert Problem.from_dict(row["problem"]) == SMALL
 
@@ -375,9 +394,9 @@ def test_the_record_grows_case_by_case():
     steps = [json.loads(json.dumps(r)) for r in records(cases, load_small, kernels, method(), lambda: {"seed": 1})]
     assert [(len(r["rows"]), r["complete"]) for r in steps] == [(1, False), (2, True)]
     last = steps[-1]
-    assert last["schema"] == "kda.profile/1"
+    assert last["schema"] == "kda.profile/2"
     assert last["provenance"] == {"seed": 1}
-    assert last["ceilings"] == {"copy_gbps": 2440.0, "inplace_gbps": 3020.0, "least_us": 2.0}
+    assert last["ceilings"] == {"copy_gbps": 2440.0, "inplace_gbps": 3020.0, "least_us": 2.0, "tensor_tflops": 800.0}
     require_complete(last, ["ours"])
     with pytest.raises(UnavailableError, match="old cannot run: no GPU"):
         require_complete(last, ["ours", "old"])
@@ -389,7 +408,7 @@ def rendered(tables):
     out = console()
     out.file = io.StringIO()
     for table in tables:
-        out.print(table)
+        out.print(table[0] if isinstance(table, tuple) else table)
     return out.file.getvalue()
 
 
@@ -402,9 +421,9 @@ def test_tables_fit_and_compare_with_the_first_kernel(monkeypatch):
     text = rendered(report.tables(record["rows"]))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
-    assert sum("triton-gate-unfused" in line for line in lines) == 2  # no row was folded
-    assert "2.33x" in text
-    assert "30.86x" in text
+    assert sum("triton-gate-unfused" in line for line in lines) == 4  # in both tables, and no row was folded
+    assert "0.43x" in text  # 40 / 93.4: as fast as
+    assert "0.03x" in text
     assert text.count("failed") == 2
     notes = report.notes(record["rows"], [{"kernel": "k", "case": "c", "gates": "g", "reason": "no GPU"}] * 2)
     assert "bad failed at P1 weak: RuntimeError: boom" in notes
@@ -413,7 +432,7 @@ def test_tables_fit_and_compare_with_the_first_kernel(monkeypatch):
 
 
 def test_the_footer_says_how():
-    row = {"samples": 20, "cache": "cold"}
+    row = {"samples": 20, "cache": "cold", "case": "P1", "gates": "bench"}
     gpu = {"name": "H100", "driver": "580", "sm_clock_mhz": 1980.0, "sm_clock_max_mhz": 1980.0}
     record = {
         "rows": [row, row | {"samples": 99}],
@@ -488,6 +507,7 @@ def test_the_traced_run_shows_stages_of_the_measured_calls_only(monkeypatch):
     @dataclasses.dataclass
     class Range:
         name: str
+        payload: object
 
         def __enter__(self):
             opened.append(self.name)
@@ -555,17 +575,17 @@ def test_nsys_tables_show_both():
 
 def test_the_inner_run_gets_the_same_problem():
     words = ["profile", "--nsys", "-H", "4", "--json", "a.json", "--output=r", "--nsys-path", "x", "--gates", "weak"]
-    assert nsys.inner_arguments(words) == ["profile", "-H", "4", "--gates", "weak"]
+    assert inner.arguments(words) == ["profile", "-H", "4", "--gates", "weak"]
 
 
 def test_a_report_gets_a_name_that_is_free(tmp_path):
-    assert nsys.report_path(None, tmp_path).name == "kda-profile-1.nsys-rep"
+    assert inner.report_path(".nsys-rep", None, tmp_path).name == "kda-profile-1.nsys-rep"
     (tmp_path / "kda-profile-1.qdstrm").touch()
-    assert nsys.report_path(None, tmp_path).name == "kda-profile-2.nsys-rep"
-    assert nsys.report_path(str(tmp_path / "mine")).name == "mine.nsys-rep"
+    assert inner.report_path(".nsys-rep", None, tmp_path).name == "kda-profile-2.nsys-rep"
+    assert inner.report_path(".nsys-rep", str(tmp_path / "mine")).name == "mine.nsys-rep"
     (tmp_path / "mine.nsys-rep").touch()
     with pytest.raises(InputError, match="exists"):
-        nsys.report_path(str(tmp_path / "mine"))
+        inner.report_path(".nsys-rep", str(tmp_path / "mine"))
 
 
 def test_nsys_is_found_or_told_of(tmp_path, monkeypatch):
@@ -797,7 +817,7 @@ def test_the_command_prints_and_records(fake_machine, tmp_path, capsys):
     words = ["-T", "64", "-H", "1", "--head-dim", "16", "--seconds", "0", "--gates", "init", "--gates", "weak"]
     command.main([*words, "--json", str(dest)], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "2.00x" in said
+    assert "0.50x" in said
     assert "cold" in said
     record = json.loads(dest.read_text())
     assert [(r["gates"], r["kernel"], r["median_us"]) for r in record["rows"]] == [
@@ -815,14 +835,66 @@ def test_json_alone_on_stdout(fake_machine, capsys):
     command.main(words, standalone_mode=False)
     said = capsys.readouterr()
     assert [r["cache"] for r in json.loads(said.out)["rows"]] == ["warm", "warm"]
-    assert "2.00x" in said.err
+    assert "0.50x" in said.err
     assert fake_machine == [{"cold": False, "graph": False}]
+
+
+def test_what_a_dump_and_a_layer_add(fake_machine, tmp_path, capsys, monkeypatch):
+    from kdacli.dumps import save
+
+    inputs = make_inputs(Problem(Op.PREFILL, (64,), 1, 1, K=16, V=16, options=Options(Gate.SAFE, -5.0)))
+    save(tmp_path / "d.pt", inputs)
+    monkeypatch.setattr("kda_kernels.tensors.Inputs.to", lambda self, device: self)
+    dest = tmp_path / "r.json"
+    command.main(["--dump", str(tmp_path / "d.pt"), "--seconds", "0", "--json", str(dest)], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "the dump's gates" in said
+    assert "Half-life of the 16 channels" in said
+    assert sum(json.loads(dest.read_text())["half_lives"]["counts"]) == 16
+    words = ["--layer", "kimi-k3", "--tp", "96", "-T", "64", "--op", "prefill", "--seconds", "0", "--json", str(dest)]
+    command.main([*words, "--force"], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kimi-k3, TP 96, 69 KDA layers, prefill of 64 tokens" in said
+    assert json.loads(dest.read_text())["layer"]["rows"][0]["ms"] == pytest.approx(0.69)
+
+
+def test_a_baseline_ends_with_1_on_a_regression(fake_machine, tmp_path, capsys):
+    dest = tmp_path / "r.json"
+    words = ["-T", "64", "-H", "1", "--head-dim", "16", "--seconds", "0"]
+    command.main([*words, "--json", str(dest)], standalone_mode=False)
+    command.main([*words, "--baseline", str(dest)], standalone_mode=False)
+    assert "2 timings: 2 same." in capsys.readouterr().out
+    record = json.loads(dest.read_text())
+    for row in record["rows"]:
+        for key in ("median_us", "low_us", "high_us"):
+            row[key] /= 2 if row["kernel"] == "ours" else 1
+    dest.write_text(json.dumps(record))
+    with pytest.raises(CheckFailedError, match="1 of 2 timings regressed: ours"):
+        command.main([*words, "--baseline", str(dest)], standalone_mode=False)
+    assert "+100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cost", "written"), [(0.0, [0, 3, 6, 8]), (1.0, [0, 8])], ids=["quick", "slow"])
+def test_a_growing_record_is_written_now_and_then(cost, written):
+    """A case every two seconds: every third record where writing costs nothing, fewer where it takes a second."""
+    now, found = [10.0], []
+
+    def write(record, force):
+        found.append((record["n"], force))
+        now[0] += cost
+
+    save = Saver(write, False, lambda: now[0])
+    for n in range(9):
+        save({"n": n, "complete": n == 8})
+        now[0] += 2.0
+    assert found == [(n, n > 0) for n in written]
 
 
 @pytest.mark.gpu
 def test_gpu_times_agree_with_the_bandwidth():
     """A copy of 256 MB takes as long as the ceiling says, cold or warm, by graph or eagerly."""
     found = ceilings.measure(GpuTimer().prepare, num_bytes=1 << 29)
+    assert 20 < found.tensor_tflops < 10_000
     assert 200 < found.copy_gbps < 20_000
     assert 200 < found.inplace_gbps < 20_000
     x = torch.zeros(1 << 26, device="cuda")
@@ -888,6 +960,81 @@ def test_gpu_profile_end_to_end(tmp_path):
         assert (row["kernel"], row["mode"], row["cache"], row["gates"]) == (name, "graph", "cold", "init")
         assert row["median_us"] > 0
         assert row["stages"]
+
+
+@pytest.mark.gpu
+def test_gpu_clocks_are_read():
+    read, why = watch.nvml_reader()
+    if read is None:
+        assert "nvidia-ml-py" in why
+        pytest.skip(why)
+    x = torch.ones(1 << 26, device="cuda")
+    with watch.Watch(read, 0.01)() as readings:
+        for _ in range(200):
+            x.mul_(1.0)
+        torch.cuda.synchronize()
+    found = watch.summary(readings)
+    assert found["sm_mhz"][0] > 100
+    assert found["readings"] >= 1
+
+
+@pytest.mark.gpu
+def test_gpu_the_same_kernel_twice_is_no_difference():
+    """Two names for one call: what their ratio says must be that the noise supports none, or one under 2%."""
+    x = torch.zeros(1 << 24, device="cuda")
+    timer = GpuTimer()
+    timed = {name: timer.prepare(lambda: x.add_(1.0)) for name in ("a", "b")}
+    samples, _ = interleave(timed, Budget(seconds=0.2))
+    found = noise.ratio(samples["a"], samples["b"])
+    assert not found.supported(0.02)
+    assert found.high - found.low < 0.05
+
+
+@pytest.mark.gpu
+def test_gpu_sweep_end_to_end(tmp_path):
+    dest, picture = tmp_path / "s.json", tmp_path / "s.svg"
+    words = ["--kernel", "triton-decode", "--sweep", "N=1..32", "-H", "8", "--seconds", "0.02", "--json", str(dest)]
+    done = click.testing.CliRunner().invoke(command, [*words, "--plot", str(picture)], catch_exceptions=False)
+    assert done.exit_code == 0
+    record = json.loads(dest.read_text())
+    assert [row["point"]["N"] for row in record["rows"]] == [1, 2, 4, 8, 16, 32]
+    (one,) = record["sweep"]
+    assert one["line"]["slope"] > 0
+    assert picture.exists()
+
+
+@pytest.mark.gpu
+def test_gpu_a_timeline_has_the_cuda_kernels(tmp_path):
+    path = tmp_path / "t.json"
+    words = ["--kernel", "triton-decode", "-N", "4", "-H", "4", "--seconds", "0.02", "--trace", str(path)]
+    done = click.testing.CliRunner().invoke(command, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert sum(event.get("name") == "triton-decode" and event.get("cat") == "user_annotation" for event in events) == 5
+
+
+@pytest.mark.gpu
+def test_gpu_nsight_compute_end_to_end(tmp_path):
+    """A real ncu, where there is one: our kernels and nothing of what is around them, with the main metrics."""
+    try:
+        ncu.find()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    dest = tmp_path / "n.json"
+    words = [sys.executable, "-m", "kdacli", "profile", "--ncu", "--kernel", "triton-decode", "-N", "64", "-H", "32"]
+    words += ["--output", str(tmp_path / "n"), "--json", str(dest)]
+    env = inner.environment("")
+    del env[inner.TRACE_ENV]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(dest.read_text())["ncu"]["launches"]
+    assert launches
+    for key in ("us", "dram", "l2", "sm", "occupancy", "registers", "bank_conflicts", "local_bytes", "read_bytes"):
+        assert all(row[key] is not None for row in launches), key
+    assert all(row["stalls"] for row in launches)
+    if "read as CSV" not in done.stdout:
+        assert {row["kernel"] for row in launches} == {"triton-decode"}
 
 
 def test_the_registry_offers_what_the_suites_need():

@@ -1,38 +1,54 @@
 """`kda profile`: times kernels on a GPU."""
 
-import functools
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.errors import InputError
 from kdacli import options
-from kdacli.profile import nsys
-from kdacli.profile.suites import SUITES, Case
-
-if TYPE_CHECKING:
-    from kda_kernels.registry import Kernel
-    from kdacli.profile.cases import Load
-    from kdacli.profile.record import Record
+from kdacli.presets import PRESETS
+from kdacli.profile import axes, inner
+from kdacli.profile.suites import SUITES
 
 SECONDS = click.FloatRange(min=0, max=60)
+
+
+class Axis(click.ParamType):
+    """T=1k..1M and the like; see `axes.parse`."""
+
+    name = "axis"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> axes.Axis:
+        return value if isinstance(value, axes.Axis) else axes.parse(value)
 
 
 @click.command("profile", cls=options.SectionedCommand)
 @options.kernel_option
 @click.option("--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named set of shapes instead of one.")
+@click.option(
+    "--sweep", type=Axis(), multiple=True, metavar="AXIS", help="T=1k..1M, N=1..256 (doubling; :1 for every), H=12,96."
+)
+@click.option("--bump", type=click.FloatRange(min=0), metavar="%", help="Exit 1 where a sweep's point sticks out more.")
+@click.option(
+    "--layer", type=click.Choice(list(PRESETS)), help="What all KDA layers of a model cost; with --tp, -T, -N."
+)
 @click.option("--no-peers", is_flag=True, help="Only our kernels: a peer may tune for minutes at a new shape.")
 @click.option("--warm", is_flag=True, help="Leave the L2 cache as the call before left it.")
 @click.option("--eager", is_flag=True, help="Time the call, launch overhead included, not a CUDA graph of it.")
 @click.option("--seconds", type=SECONDS, default=0.3, show_default=True, metavar="S", help="To sample each kernel.")
 @click.option("--stages", is_flag=True, help="Also list the CUDA kernels inside each call.")
+@click.option("--baseline", metavar="FILE", help="Compare with a recording (of --json); exit 1 on a regression.")
+@click.option("--from", "source", metavar="FILE", help="Show a recording instead of timing; needs no GPU.")
+@click.option("--plot", metavar="FILE", help="Draw a sweep's times, or the roofline: .png, .svg or .pdf.")
+@click.option("--trace", "trace_dest", metavar="FILE", help="Write a timeline of some calls for Perfetto.")
 @click.option("--nsys", "with_nsys", is_flag=True, help="Run under Nsight Systems; print its kernels and NVTX ranges.")
 @click.option("--nsys-path", metavar="FILE", help="The program nsys, where it is not found by itself.")
-@click.option("--output", "nsys_output", metavar="FILE", help="Report of --nsys. Default: kda-profile-<n>.nsys-rep.")
+@click.option("--ncu", "with_ncu", is_flag=True, help="Run under Nsight Compute; print what limits each CUDA kernel.")
+@click.option("--ncu-path", metavar="FILE", help="The program ncu, where it is not found by itself.")
+@click.option("--output", "tool_output", metavar="FILE", help="Report of --nsys or --ncu. Default: kda-profile-<n>.")
 @options.problem_options
 @options.json_option
 @options.force_option
@@ -43,37 +59,37 @@ def command(ctx: click.Context, /, **params: Any) -> None:
     A time is the median GPU time of one call as the replay of a CUDA graph, with the L2 cache emptied (by reads) before
     it. Beside it stand the bytes that must move at least, as GB/s and as a share of what this GPU's memory did in the
     same run: a copy for prefill and the gate, an in-place update for decode. All kernels of a case get the same tensors
-    and take turns, so that drifting clocks hit all alike.
+    and take turns, so that drifting clocks hit all alike; the first is timed twice, to see by how much a repetition
+    differs. A ratio that the noise does not support is marked with a "?".
 
-    By default our kernels and the installed peers of one op are timed: a prefill of T=8192, H=96 or a decode batch of
-    32. --gates may be repeated: how strong the gates are decides the time of some kernels.
+    By default our kernels and the installed peers of one op are timed: a prefill of T=8192, H=96, or with --op decode
+    the shapes of --suite decode. --gates may be repeated: how strong the gates are decides the time of some kernels.
 
     \b
     Examples:
       kda profile --gates bench --gates init --gates weak      one prefill shape in each gate regime
       kda profile --op decode -N 128 -H 32 --gate softplus     decode, against the in-place ceiling
       kda profile --suite prefill --json prefill.json          the named shapes P1 to P7
+      kda profile --suite prefill --baseline prefill.json      what has changed since, beyond the noise
+      kda profile --op decode --sweep N=1..256:1 --sweep H=12,96 --seconds 0.02 --bump 5
+      kda profile --layer kimi-k3 --tp 8 -T 32k -N 64          ms of all KDA layers, for a prefill and a decode step
       kda profile --dump dump.pt --stages                      a live engine's tensors, CUDA kernel by CUDA kernel
-      kda profile --nsys --kernel triton-prefill               a report to open in Nsight Systems
+      kda profile --ncu --kernel triton-prefill                DRAM, L2, tensor cores, stalls, spills of each launch
+      kda profile --from prefill.json --plot roofline.svg      a recording, on a machine with no GPU
     """
     from kdacli.output import check_dest
-    from kdacli.profile.cases import cases_from
-    from kdacli.profile.select import candidates
 
-    check_dest(params["json_dest"], params["force"])
-    if (params["nsys_path"] or params["nsys_output"]) and not params["with_nsys"]:
-        raise InputError("--nsys-path and --output are for --nsys, which is not given")
-    cases, load = cases_from(params)
-    kernels = candidates([case.problem.op for case in cases], params["kernels"], not params["no_peers"])
-    program = nsys.find(params["nsys_path"]) if params["with_nsys"] else None
-    report = nsys.report_path(params["nsys_output"]) if params["with_nsys"] else None
-    _require_gpu(cases, kernels)
-    if program is not None:
-        _under_nsys(program, report, ctx.meta.get("kdacli.args") or sys.argv[1:], params)
-    elif nsys.TRACE_ENV in os.environ:
-        _traced(cases, load, kernels)
+    for dest in ("json_dest", "plot", "trace_dest"):
+        check_dest(params[dest], params["force"])
+    _check_tools(params)
+    if params["plot"]:
+        from kdacli.profile import plot
+
+        plot.require(params["plot"])
+    if params["source"]:
+        _from_recording(params)
     else:
-        _timed(cases, load, kernels, params)
+        _measured(ctx, params)
 
 
 # The shared --gates takes one regime; this command's may be repeated.
@@ -85,82 +101,64 @@ command.params = [
 ]
 
 
-def _require_gpu(cases: Sequence[Case], kernels: "Sequence[Kernel]") -> None:
-    """Raises `UnavailableError` where nothing could be timed."""
-    import torch
-
-    from kdacli.profile.select import require_runnable
-
-    if not torch.cuda.is_available():
-        raise UnavailableError("kda profile needs a CUDA GPU and there is none: kda verify and kda compare do without")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UnavailableError("TRITON_INTERPRET=1 is set, so Triton would interpret its kernels: unset it")
-    require_runnable(cases, kernels)
-
-
-def _timed(cases: Sequence[Case], load: "Load", kernels: "Sequence[Kernel]", params: dict[str, Any]) -> None:
-    from kdacli.output import progress, write_json
-    from kdacli.profile import ceilings
-    from kdacli.profile.gpu_timer import GpuTimer
-    from kdacli.profile.measure import Method
-    from kdacli.profile.record import records, require_complete
-    from kdacli.profile.stages import StageProfiler
-    from kdacli.profile.timing import Budget
-    from kdacli.provenance import collect
-
-    timer = GpuTimer(cold=not params["warm"], graph=not params["eager"])
-    stages = StageProfiler(timer.evict) if params["stages"] else None
-    method = Method(timer, ceilings.measure(timer.prepare), Budget(params["seconds"]), stages)
-    dest, force, record = params["json_dest"], params["force"], {}
-    with progress("profile", total=len(cases)) as advance:
-        for record in records(cases, load, kernels, method, functools.partial(collect, params["seed"] or 0)):
-            advance()
-            if dest not in (None, "-"):
-                write_json(record, dest, force)
-                force = True  # the file is ours now
-    _show(record, dest)
-    if dest == "-":
-        write_json(record, dest)
-    require_complete(record, params["kernels"])
+def _check_tools(params: dict[str, Any]) -> None:
+    """Raises `InputError` for flags of a profiler that is not asked for, and for two profilers at once."""
+    tools = [name for name in ("nsys", "ncu") if params[f"with_{name}"]]
+    if len(tools) == 2:
+        raise InputError("--nsys is given with --ncu: one profiler at a time")
+    for name in ("nsys", "ncu"):
+        if params[f"{name}_path"] and name not in tools:
+            raise InputError(f"--{name}-path is for --{name}, which is not given")
+    if params["tool_output"] and not tools:
+        raise InputError("--output is for --nsys or --ncu, and neither is given")
+    for name in ("plot", "trace_dest", "baseline", "source"):
+        if tools and params[name]:
+            flag = {"trace_dest": "trace", "source": "from"}.get(name, name)
+            raise InputError(f"--{flag} is given with --{tools[0]}, which times nothing: leave one out")
+    for name in ("stages", "trace_dest"):
+        if params["sweep"] and params[name]:
+            raise InputError(f"--{name.removesuffix('_dest')} is given with --sweep: look into one shape at a time")
+    if params["bump"] is not None and not (params["sweep"] or params["source"]):
+        raise InputError("--bump is for --sweep, which is not given")
 
 
-def _show(record: "Record", dest: str | None) -> None:
-    from kdacli.output import console
-    from kdacli.profile import report
+def _from_recording(params: dict[str, Any]) -> None:
+    """Shows, draws and compares what was recorded before."""
+    from kdacli.profile import baseline, run
 
-    out, rows = console(stderr=dest == "-"), record["rows"]
-    for table in (*report.tables(rows), *report.stage_tables(rows)):
-        out.print(table)
-    for line in (*report.notes(rows, record["refused"]), *report.footer(record)):
-        out.print(line, markup=False)
-
-
-def _traced(cases: Sequence[Case], load: "Load", kernels: "Sequence[Kernel]") -> None:
-    """The inner process of --nsys."""
-    import torch
-
-    from kdacli.profile.gpu_timer import Evictor
-    from kdacli.profile.trace import trace
-
-    trace(cases, load, kernels, Evictor(), torch.cuda.synchronize)
+    for name in ("kernels", "suite_name", "sweep", "layer", "dump", "op", "stages", "trace_dest", "json_dest"):
+        if params[name]:
+            flag = {"kernels": "kernel", "suite_name": "suite", "trace_dest": "trace", "json_dest": "json"}
+            raise InputError(f"--{flag.get(name, name)} is given with --from, which times nothing: leave one out")
+    if flags := options.given({**params, "gates": params["gates"] or None}):
+        raise InputError(f"{flags[0]} is given with --from, which times nothing: leave one out")
+    before = baseline.read(params["baseline"]) if params["baseline"] else None
+    run.finish(baseline.read(params["source"]), params, before)
 
 
-def _under_nsys(program: str, path: Path, words: Sequence[str], params: dict[str, Any]) -> None:
-    """Runs this command again under nsys and prints its summaries."""
-    from kdacli.output import console, write_json
-    from kdacli.profile import report
-    from kdacli.profile.record import SCHEMA
-    from kdacli.provenance import collect
+def _measured(ctx: click.Context, params: dict[str, Any]) -> None:
+    from kdacli.profile import baseline, run, select
+    from kdacli.profile.cases import cases_from
 
-    nsys.profile(program, path, words)
-    kernels, ranges = nsys.stats(program, path)
-    dest = params["json_dest"]
-    out = console(stderr=dest == "-")
-    for table in report.nsys_tables(kernels, ranges):
-        out.print(table)
-    out.print("Eager calls, the L2 cache emptied before each.", markup=False)
-    out.print(f"Open it with: nsys-ui {path}", markup=False, soft_wrap=True)
-    if dest is not None:
-        found = {"report": path.name, "kernels": kernels, "ranges": ranges}
-        record = {"schema": SCHEMA, "provenance": collect(params["seed"] or 0), "nsys": found, "rows": []}
-        write_json(record, dest, params["force"])
+    before = baseline.read(params["baseline"]) if params["baseline"] else None
+    cases, load = cases_from(params)
+    kernels = select.candidates([case.problem.op for case in cases], params["kernels"], not params["no_peers"])
+    words = ctx.meta.get("kdacli.args") or sys.argv[1:]
+    watched = _profiler(params)
+    run.require_gpu(cases, kernels)
+    if watched is not None:
+        run.under_profiler(*watched, words, params)
+    elif inner.TRACE_ENV in os.environ:
+        run.traced(cases, load, kernels)
+    else:
+        run.timed(cases, load, kernels, params, before)
+
+
+def _profiler(params: dict[str, Any]) -> tuple[str, str, Path] | None:
+    """Which profiler is asked for, its program, and its report's path."""
+    from kdacli.profile import ncu, nsys
+
+    for name, tool in (("nsys", nsys), ("ncu", ncu)):
+        if params[f"with_{name}"]:
+            return name, tool.find(params[f"{name}_path"]), inner.report_path(tool.SUFFIX, params["tool_output"])
+    return None

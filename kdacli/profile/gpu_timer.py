@@ -1,9 +1,6 @@
 """GPU time of one call: CUDA events around a graph replay, with the L2 cache emptied before it.
 
-No library that we may depend on measures this: triton.testing.do_bench_cudagraph never empties the cache, do_bench
-empties it by writing (its dirty lines are then written back during the measurement) and has no graphs, NVBench's Python
-package is no part of a serving environment, and torch.utils.benchmark times the host. Hence torch.cuda.Event and
-torch.cuda.CUDAGraph here.
+Why no library does this for us is in TIMING.md beside this file.
 """
 
 import statistics

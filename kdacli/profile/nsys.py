@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
+from kdacli.profile import inner
 from kdacli.profile.nvtx import SCAFFOLD
 
-TRACE_ENV = "KDA_PROFILE_TRACE"  # set for the process that nsys watches
+SUFFIX = ".nsys-rep"
 # Where installers put it beside PATH; the newest of the first place that has one.
 PLACES = (
     "/opt/nvidia/nsight-systems/*/bin/nsys",
@@ -25,7 +26,6 @@ PLACES = (
 )
 HOW_TO_GET = "install Nsight Systems (https://developer.nvidia.com/nsight-systems), or name it with --nsys-path"
 KERNELS, RANGES = "cuda_gpu_kern_sum:nvtx-name:base", "nvtx_gpu_proj_sum"
-_OWN_FLAGS = {"--nsys": 0, "--force": 0, "--stages": 0, "--nsys-path": 1, "--output": 1, "--json": 1}
 _SCAFFOLD = re.compile(rf"^(\w*:)?({'|'.join(SCAFFOLD)})\b")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -44,63 +44,15 @@ def find(path: str | None = None, places: Sequence[str] = PLACES) -> str:
     if found := shutil.which("nsys"):
         return found
     for place in places:
-        if found := sorted(glob.glob(place), key=_by_version):
+        if found := sorted(glob.glob(place), key=inner.by_version):
             return found[-1]
     raise UnavailableError(f"nsys is not here: {HOW_TO_GET}")
-
-
-def _by_version(path: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", path)]
-
-
-def report_path(output: str | None = None, directory: str = ".") -> Path:
-    """Where the report goes: `output`, or the first free kda-profile-<n>.nsys-rep.
-
-    Raises:
-        InputError: `output` exists, or its directory does not.
-    """
-    if output is None:
-        n = 1
-        while any(Path(directory).glob(f"kda-profile-{n}.*")):  # nsys leaves files of other suffixes beside a report
-            n += 1
-        return Path(directory) / f"kda-profile-{n}.nsys-rep"
-    path = Path(output if output.endswith(".nsys-rep") else output + ".nsys-rep")
-    if path.exists():
-        raise InputError(f"{path} exists: name another --output")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no directory {path.parent}")
-    return path
-
-
-def inner_arguments(words: Sequence[str]) -> list[str]:
-    """The command line without the flags that are for the outer process."""
-    kept, skip = [], 0
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if skip:
-            skip -= 1
-        elif name in _OWN_FLAGS:
-            skip = 0 if equals else _OWN_FLAGS[name]
-        else:
-            kept.append(word)
-    return kept
 
 
 def command(nsys: str, report: Path, words: Sequence[str]) -> list[str]:
     """The nsys command that profiles `kda <words>`."""
     flags = ["-t", "cuda,nvtx", "-s", "none", "--cpuctxsw=none", "--force-overwrite=false"]
-    stem = str(report).removesuffix(".nsys-rep")
-    return [nsys, "profile", *flags, "-o", stem, sys.executable, "-m", "kdacli", *inner_arguments(words)]
-
-
-def environment() -> dict[str, str]:
-    """That of this process, so that the inner one imports the same kda and knows that it is traced."""
-    import kda_kernels
-    import kdacli
-
-    roots = [str(Path(module.__path__[0]).resolve().parent) for module in (kdacli, kda_kernels)]
-    before = os.environ.get("PYTHONPATH")
-    return {**os.environ, TRACE_ENV: "1", "PYTHONPATH": os.pathsep.join([*roots, *([before] if before else [])])}
+    return [nsys, "profile", *flags, "-o", str(report).removesuffix(SUFFIX), *inner.command(words)]
 
 
 def profile(nsys: str, report: Path, words: Sequence[str], run: Run = subprocess.run) -> None:
@@ -110,7 +62,7 @@ def profile(nsys: str, report: Path, words: Sequence[str], run: Run = subprocess
         UnavailableError: this nsys cannot write a report.
         CheckFailedError: the run inside failed.
     """
-    done = run(command(nsys, report, words), env=environment(), stdout=sys.stderr, check=False)
+    done = run(command(nsys, report, words), env=inner.environment("nsys"), stdout=sys.stderr, check=False)
     raw = report.with_suffix(".qdstrm")
     if not report.exists():
         if raw.exists():

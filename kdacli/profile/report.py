@@ -1,48 +1,152 @@
 """Rows as tables for people. Knows the rows' keys, nothing of where they came from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdacli import output
+from kdacli.profile.columns import fitting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("case", "gates", "kernel", "us", "spread", "GB/s", "ceiling", "vs first", "mode")
 _LONGEST_NAME = 60
+_SPARE = ("samples", "TFLOP/s", "host us", "GB/s", "95%", "spread")
+Row = Mapping[str, Any]
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> "Iterator[Table]":
-    """One table of times for each op."""
+def tables(rows: Sequence[Row]) -> "Iterator[tuple[Table, list[str]]]":
+    """For each op its times, and the columns there was no room for.
+
+    With several gate regimes: a table of times with a column a regime, and one of how they compare.
+    """
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
-        yield output.table(op, COLUMNS, list(_lines(mine)))
+        regimes = list(dict.fromkeys(row["gates"] for row in mine))
+        if len(regimes) == 1:
+            yield _one_regime(f"{op}, {gates_named(regimes[0])}{_method(mine)}", mine)
+        else:
+            yield _times(f"{op}: us in each gate regime{_method(mine)}", mine, regimes)
+            if _compared(mine):
+                yield _speeds(f"{op}: speed against {_reference(mine, long=True)}", mine, regimes)
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[list[object]]:
-    first: dict[tuple[str, str], dict[str, Any]] = {}  # the first kernel of each case that has a time
-    before = None
+def timed(row: Row) -> bool:
+    return "error" not in row
+
+
+def _compared(rows: Sequence[Row]) -> bool:
+    """Whether anything is held against anything else: a recording of version 1 has no intervals, so it is not."""
+    return any(row.get("vs") and row["vs"]["supported"] is not None for row in rows)
+
+
+def gates_named(regime: str) -> str:
+    return "the dump's gates" if regime == "dump" else f"{regime} gates"
+
+
+def _method(rows: Sequence[Row]) -> str:
+    """How the times were taken, where all were taken alike."""
+    ways = {(row["mode"], row["cache"]) for row in rows if timed(row)}
+    if len(ways) != 1:
+        return ""
+    mode, cache = ways.pop()
+    return f", {'CUDA graph' if mode == 'graph' else 'eager calls'}, L2 {cache}"
+
+
+def _reference(rows: Sequence[Row], long: bool = False) -> str:
+    if any(row["vs"]["best_peer"] for row in rows if row.get("vs")):
+        return "the best peer" if long else "vs best peer"
+    return "the first kernel" if long else "vs first"
+
+
+def _one_regime(title: str, rows: Sequence[Row]) -> "tuple[Table, list[str]]":
+    columns = ["case", "kernel", "us", "95%", "spread", "samples", "host us", "TFLOP/s", "GB/s", "ceiling"]
+    last = [_reference(rows)] if _compared(rows) else []
+    last += [] if _method(rows) else ["mode"]
+    lines, before = [], None
     for row in rows:
-        case = (row["case"], row["gates"])
-        shown = ("", "") if case == before else case
+        case = "" if row["case"] == before else row["case"]
+        before = row["case"]
+        cells = _cells(row) if timed(row) else dict.fromkeys([*columns, *last]) | {"us": output.bad("failed")}
+        lines.append([case, row["kernel"], *(cells[name] for name in [*columns[2:], *last])])
+    return fitting(title, [*columns, *last], lines, _SPARE)
+
+
+def _cells(row: Row) -> dict[str, object]:
+    """By column."""
+    return {
+        "us": output.fmt_us(row["median_us"]),
+        "95%": _interval(row),
+        "spread": f"{row['spread_us'] / row['median_us']:.1%}",
+        "samples": row["samples"],
+        "host us": output.fmt_us(row["host_us"]),
+        "TFLOP/s": f"{row['tflops']:.3g}" if row["tflops"] else None,
+        "GB/s": f"{row['gbps']:.0f}",
+        "ceiling": f"{row['share']:.0%}",
+        "vs best peer": speedup(row),
+        "vs first": speedup(row),
+        "mode": f"{row['mode']}, {row['cache']}",
+    }
+
+
+def _interval(row: Row) -> str | None:
+    """Half the median's confidence interval, in percent of it."""
+    if "low_us" not in row:
+        return None
+    return f"{(row['high_us'] - row['low_us']) / 2 / row['median_us']:.1%}"
+
+
+def speedup(row: Row) -> object:
+    """1.88x ±0.3%, dim and with a ? where the noise does not support a difference; None for the reference itself."""
+    vs = row.get("vs")
+    if not vs or vs["supported"] is None:
+        return None
+    text = f"{vs['speedup']:.2f}x ±{(vs['high'] - vs['low']) / 2 / vs['speedup']:.1%}"
+    return f"{text}  " if vs["supported"] else output.dim(f"{text} ?")
+
+
+def _by_regime(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(case, kernel) -> regime -> row."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["kernel"]), {})[row["gates"]] = row
+    return found
+
+
+def _times(title: str, rows: Sequence[Row], regimes: Sequence[str]) -> "tuple[Table, list[str]]":
+    columns = ["case", "kernel", *regimes, "95%", "spread", "samples", "host us", "ceiling"]
+    lines, before = [], None
+    for (case, kernel), by in _by_regime(rows).items():
+        good = [row for row in by.values() if timed(row)]
+        cells = [_time(by.get(regime)) for regime in regimes]
+        worst: list[object] = [None] * 5
+        if good:
+            widths = [float(i.rstrip("%")) for row in good if (i := _interval(row))]
+            worst = [
+                f"{max(widths):.1f}%" if widths else None,
+                f"{max(row['spread_us'] / row['median_us'] for row in good):.1%}",
+                min(row["samples"] for row in good),
+                output.fmt_us(max(row["host_us"] for row in good)),
+                f"{min(row['share'] for row in good):.0%}",
+            ]
+        lines.append(["" if case == before else case, kernel, *cells, *worst])
         before = case
-        if "error" in row:
-            yield [*shown, row["kernel"], output.bad("failed"), None, None, None, None, None]
-            continue
-        reference = first.setdefault(case, row)
-        yield [
-            *shown,
-            row["kernel"],
-            output.fmt_us(row["median_us"]),
-            f"{row['spread_us'] / row['median_us']:.1%}",
-            f"{row['gbps']:.0f}",
-            f"{row['share']:.0%}",
-            f"{row['median_us'] / reference['median_us']:.2f}x",
-            row["mode"],
-        ]
+    return fitting(title, columns, lines, _SPARE)
 
 
-def notes(rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]]) -> list[str]:
+def _time(row: Row | None) -> object:
+    return None if row is None else output.fmt_us(row["median_us"]) if timed(row) else output.bad("failed")
+
+
+def _speeds(title: str, rows: Sequence[Row], regimes: Sequence[str]) -> "tuple[Table, list[str]]":
+    lines, before = [], None
+    for (case, kernel), by in _by_regime(rows).items():
+        cells = [speedup(by[regime]) if regime in by and timed(by[regime]) else None for regime in regimes]
+        lines.append(["" if case == before else case, kernel, *cells])
+        before = case
+    return fitting(title, ["case", "kernel", *regimes], lines)
+
+
+def notes(rows: Sequence[Row], refused: Sequence[dict[str, Any]]) -> list[str]:
     """What the tables cannot hold: errors, why a time is not a graph's, and kernels that cannot run."""
     lines = [f"{r['kernel']} failed at {r['case']} {r['gates']}: {r['error']}" for r in rows if "error" in r]
     lines += [f"{r['kernel']} is timed eagerly: {r['note']}" for r in rows if r.get("note")]
@@ -50,22 +154,52 @@ def notes(rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]]) -> 
     return list(dict.fromkeys(lines))
 
 
-def footer(record: dict[str, Any]) -> list[str]:
-    """On what, against what and how it was measured."""
-    timed = [row for row in record["rows"] if "error" not in row]
+def footer(record: dict[str, Any], left_out: Sequence[str] = ()) -> list[str]:
+    """On what, against what and how it was measured.
+
+    Args:
+        record: as `record.records` makes it.
+        left_out: columns that the terminal was too narrow for.
+    """
+    good = [row for row in record["rows"] if timed(row)]
     gpu, ceilings = record["provenance"].get("gpu"), record["ceilings"]
     lines = [_gpu_line(gpu)] if gpu else []
+    lines += [line for line in (_clocks_line(good), record.get("not_watched")) if line]
     lines.append(
-        f"Ceilings measured now: copy {ceilings['copy_gbps']:.0f} GB/s (prefill and gate), in place "
-        f"{ceilings['inplace_gbps']:.0f} GB/s (decode); the least any kernel takes: {ceilings['least_us']:.1f} us."
+        f"Ceilings measured in the same run: copy {ceilings['copy_gbps']:.0f} GB/s (prefill and gate), in place "
+        f"{ceilings['inplace_gbps']:.0f} GB/s (decode); {_product(ceilings)}the least any kernel takes: "
+        f"{ceilings['least_us']:.1f} us."
     )
-    if timed:
-        counts = sorted(row["samples"] for row in timed)
+    if good:
+        counts = sorted(row["samples"] for row in good)
         many = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+        caches = " and ".join(dict.fromkeys(row["cache"] for row in good))
         lines.append(
-            f"Median of {many} samples, L2 {timed[0]['cache']}; spread: 10th to 90th percentile. "
-            "GB/s: bytes that must move once."
+            f"us: median of {many} samples, L2 {caches}. 95%: how far off it may be. Spread: 10th to 90th percentile. "
+            "Host: CPU time of an eager call. GB/s: bytes that must move once; ceiling: their share of it."
         )
+        lines += _comparison_lines(good)
+    return lines + left_out_lines(left_out)
+
+
+def left_out_lines(names: Sequence[str]) -> list[str]:
+    """Names the columns that the terminal was too narrow for, if any."""
+    named = ", ".join(dict.fromkeys(names))
+    return [f"No room for: {named} (a wider terminal or --json has them)."] if named else []
+
+
+def _product(ceilings: Mapping[str, float]) -> str:
+    """Version 1 of a record did not measure it."""
+    return f"bf16 products {ceilings['tensor_tflops']:.0f} TFLOP/s; " if "tensor_tflops" in ceilings else ""
+
+
+def _comparison_lines(rows: Sequence[Row]) -> list[str]:
+    if not _compared(rows):
+        return []
+    lines = ["vs: how many times as fast, 2x is half the time; ?: the noise does not support a difference."]
+    repeats = [row["repeat"] for row in rows if row.get("repeat") is not None]
+    if repeats:
+        lines[0] += f" The same kernel timed twice differed by up to {max(repeats):.1%}."
     return lines
 
 
@@ -78,7 +212,25 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
     return line + "."
 
 
-def stage_tables(rows: Sequence[dict[str, Any]]) -> "Iterator[Table]":
+def _clocks_line(rows: Sequence[Row]) -> str | None:
+    """The clocks seen while timing, over all cases."""
+    seen = {(row["case"], row["gates"]): row["clocks"] for row in rows if row.get("clocks")}
+    if not seen:
+        return None
+    parts = []
+    for title, key in (("SM", "sm_mhz"), ("memory", "memory_mhz")):
+        low, high = min(c[key][0] for c in seen.values()), max(c[key][2] for c in seen.values())
+        parts.append(f"{title} {low:.0f} MHz" if low == high else f"{title} {low:.0f} to {high:.0f} MHz")
+    power, heat = max(c["power_w"] for c in seen.values()), max(c["temperature_c"] for c in seen.values())
+    line = f"While timing: {', '.join(parts)}, up to {power:.0f} W and {heat:.0f} C; "
+    reasons = sorted({reason for c in seen.values() for reason in c["throttle"]})
+    if not reasons:
+        return line + "nothing throttled."
+    slowed = sum(bool(c["throttle"]) for c in seen.values())
+    return line + f"throttled in {slowed} of {len(seen)} cases: {', '.join(reasons)}."
+
+
+def stage_tables(rows: Sequence[Row]) -> "Iterator[Table]":
     """One table for each row that has stages; times are of one eager call."""
     for row in rows:
         if "stages" not in row:
@@ -90,6 +242,23 @@ def stage_tables(rows: Sequence[dict[str, Any]]) -> "Iterator[Table]":
         ]
         title = f"{row['kernel']} at {row['case']} {row['gates']}: {output.fmt_us(total)} us in kernels"
         yield output.table(title, ("stage", "CUDA kernel", "launches", "us", "share"), lines)
+
+
+def layer_tables(layer: Mapping[str, Any]) -> "Iterator[Table]":
+    """What KDA costs a model, an op a table."""
+    for op in dict.fromkeys(row["op"] for row in layer["rows"]):
+        rows = [row for row in layer["rows"] if row["op"] == op]
+        tokens = rows[0]["tokens"]
+        what = f"prefill of {tokens} tokens" if op == "prefill" else f"decode step of {tokens} sequences"
+        title = f"{layer['model']}, TP {layer['tp']}, {layer['kda_layers']} KDA layers, {what}"
+        lines = [
+            [
+                r["gates"], r["kernel"], output.fmt_us(r["layer_us"]), f"{r['ms']:.2f}",
+                f"{(r['high_ms'] - r['low_ms']) / 2:.2f}", f"{r['tokens_per_ms']:.1f}",
+            ]
+            for r in rows
+        ]  # fmt: skip
+        yield output.table(title, ("gates", "kernel", "us a layer", "ms", "± ms", "tokens/ms"), lines)
 
 
 def nsys_tables(kernels: Sequence[dict[str, Any]], ranges: Sequence[dict[str, Any]]) -> "Iterator[Table]":

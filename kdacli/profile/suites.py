@@ -11,11 +11,18 @@ SOFTPLUS = Options(gate=Gate.SOFTPLUS)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row group of a record: a name that stays, the problem, and the gate regime of its inputs."""
+    """One row group of a record.
+
+    Attributes:
+        name: stays from record to record.
+        gates: the regime of the inputs, or "dump".
+        point: where in a sweep it lies, as (axis, value) pairs, the first axis first.
+    """
 
     name: str
     problem: Problem
     gates: str
+    point: tuple[tuple[str, int], ...] = ()
 
     @property
     def label(self) -> str:
@@ -50,6 +57,12 @@ def decode_problems() -> Iterator[tuple[str, Problem]]:
             yield f"D:H={heads},N={n}", problem
 
 
+def decode_bf16_problems() -> Iterator[tuple[str, Problem]]:
+    """The same with a bfloat16 pool."""
+    for name, problem in decode_problems():
+        yield f"{name},bf16", dataclasses.replace(problem, state_dtype="bfloat16")
+
+
 def gate_problems() -> Iterator[tuple[str, Problem]]:
     """The gate stage alone: a bf16 gate in, float32 chunk-local sums out."""
     for heads in GATE_HEADS:
@@ -62,6 +75,7 @@ def gate_problems() -> Iterator[tuple[str, Problem]]:
 SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, ...]]] = {
     "prefill": (prefill_problems, ("bench", "init", "weak")),
     "decode": (decode_problems, ("bench",)),
+    "decode-bf16": (decode_bf16_problems, ("bench",)),
     "gate": (gate_problems, ("bench",)),
 }
 

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+Z95 = 1.96  # standard deviations that hold 95% of a normal distribution
+TICK_US = 0.032  # an H100's event clock moves in steps of it: no interval is narrower
+
 
 class Timed(Protocol):
     """A call that is ready to be timed.
@@ -56,11 +59,19 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of one kernel's samples, in microseconds; the spread is from the 10th to the 90th percentile."""
+    """Of one kernel's samples, in microseconds.
+
+    Attributes:
+        median_us, p10_us, p90_us: percentiles.
+        low_us, high_us: 95% confidence interval of the median, from order statistics: no distribution is assumed.
+        samples: how many.
+    """
 
     median_us: float
     p10_us: float
     p90_us: float
+    low_us: float
+    high_us: float
     samples: int
 
     @property
@@ -73,7 +84,14 @@ class Statistics:
         if not samples or not all(math.isfinite(s) and s > 0 for s in samples):
             raise ValueError(f"samples should be positive times, not {list(samples)[:5]}")
         ordered = sorted(samples)
-        return cls(statistics.median(ordered), _quantile(ordered, 0.1), _quantile(ordered, 0.9), len(ordered))
+        n = len(ordered)
+        # The number of samples under the true median is binomial (n, 1/2): its 95% range, as ranks.
+        reach = Z95 * math.sqrt(n) / 2
+        low, high = ordered[max(0, math.floor(n / 2 - reach))], ordered[min(n - 1, math.ceil(n / 2 + reach) - 1)]
+        return cls(
+            statistics.median(ordered), _quantile(ordered, 0.1), _quantile(ordered, 0.9),
+            low - TICK_US / 2, high + TICK_US / 2, n,
+        )  # fmt: skip
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

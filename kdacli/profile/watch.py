@@ -1,0 +1,104 @@
+"""What the GPU's clocks did while it was timed: NVML asked ten times a second, from a thread of its own."""
+
+import contextlib
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+INTERVAL_S = 0.1
+# nvml.h, nvmlClocksEventReason*: those that slow a GPU down. Not among them: idle (0x1) and clocks that were set (0x2).
+REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+}
+Reading = dict[str, float]
+
+
+def reasons(mask: int) -> list[str]:
+    """The names of what slows the GPU down, from NVML's bits."""
+    return [name for bit, name in REASONS.items() if mask & bit]
+
+
+class Watch:
+    """Reads the clocks in the background between `start` and `stop`.
+
+    Attributes:
+        read: one reading of sm_mhz, memory_mhz, power_w, temperature_c and throttle (NVML's bits).
+    """
+
+    def __init__(self, read: Callable[[], Reading], interval_s: float = INTERVAL_S) -> None:
+        self.read, self.interval_s = read, interval_s
+        self.readings: list[Reading] = []
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[list[Reading]]:
+        """Yields the list that readings are put into: one at least, since the last is taken at the end."""
+        readings: list[Reading] = []
+        done = threading.Event()
+
+        def loop() -> None:
+            while not done.wait(self.interval_s):
+                readings.append(self.read())
+
+        thread = threading.Thread(target=loop, name="kda-clocks", daemon=True)
+        thread.start()
+        try:
+            yield readings
+        finally:
+            done.set()
+            thread.join()
+            readings.append(self.read())
+
+
+def summary(readings: list[Reading]) -> dict[str, Any] | None:
+    """sm_mhz and memory_mhz as [least, median, most], the highest power_w and temperature_c, throttle, readings.
+
+    `throttle` names what slowed the GPU down in any reading. None for no readings.
+    """
+    if not readings:
+        return None
+    found: dict[str, Any] = {}
+    for key in ("sm_mhz", "memory_mhz"):
+        values = [r[key] for r in readings]
+        found[key] = [min(values), statistics.median(values), max(values)]
+    for key in ("power_w", "temperature_c"):
+        found[key] = max(r[key] for r in readings)
+    mask = 0
+    for r in readings:
+        mask |= int(r["throttle"])
+    return found | {"throttle": reasons(mask), "readings": len(readings)}
+
+
+def nvml_reader() -> tuple[Callable[[], Reading] | None, str | None]:
+    """What reads the clocks of torch's current GPU, or None and why it cannot be read."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "clocks were not watched: pip install nvidia-ml-py"
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties("cuda").uuid).removeprefix("GPU-")
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        events = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+        events = events or pynvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
+
+        def read() -> Reading:
+            return {
+                "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
+                "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)),
+                "power_w": pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+                "temperature_c": float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+                "throttle": float(events(gpu)),
+            }
+
+        read()
+    except (pynvml.NVMLError, AttributeError) as error:
+        return None, f"clocks were not watched: NVML says {error}"
+    return read, None
