@@ -26,7 +26,8 @@ class Entry(NamedTuple):
 COMMANDS = {
     "run": Entry("Work", "kdacli.commands.run", "Run one kernel and say what came out of it."),
     "verify": Entry("Work", "kdacli.commands.verify", "Check kernels against the fp64 oracle, case by case."),
-    "compare": Entry("Work", "kdacli.commands.compare", "Run kernels on a dump and compare with what it recorded."),
+    "capture": Entry("Work", "kdacli.commands.capture", "Run a program and write dumps of its KDA calls."),
+    "compare": Entry("Work", "kdacli.commands.compare", "Run kernels on a dump, or compare two dumps."),
     "profile": Entry("Work", "kdacli.commands.profile", "Time kernels on a GPU: us, GB/s, share of the ceiling."),
     "compile": Entry("Work", "kdacli.commands.compile", "Compile kernels, with no GPU too: registers, spills, sizes."),
     "kernels": Entry("Look", "kdacli.commands.kernels", "List the kernels, and say which can run here and why not."),

@@ -14,7 +14,21 @@ import click
 
 import kdacli
 
-PACKAGES = ("torch", "triton", "nvidia-cutlass-dsl", "flash-linear-attention", "fla-core", "nvtx", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+    "flash-linear-attention",
+    "fla-core",
+    "nvidia-cudnn-frontend",
+    "vllm",
+    "sglang",
+    "flashinfer-python",
+    "nvtx",
+    "nvidia-ml-py",
+    "numpy",
+)
 _TIMEOUT_S = 5
 
 

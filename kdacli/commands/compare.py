@@ -1,40 +1,59 @@
-"""`kda compare`: kernels on the tensors of a dump, against the oracle and against what the dump recorded."""
+"""`kda compare`: kernels on the tensors of a dump, or two dumps, against the oracle and against each other."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kda_kernels.errors import CheckFailedError
+from kda_kernels.errors import CheckFailedError, InputError
 from kdacli import options
 
 if TYPE_CHECKING:
     from kdacli.comparison import Comparison, Row
+    from kdacli.comparison.pair import Pair
+    from kdacli.dumps import Dump
 
-_SHORT = {"sequence": "seq", "token": "tok", "head": "h", "channel": "ch"}
+WIDE = 96  # columns from which on the table says where the worst element is
+_NARROW = (0, 1, 2, 3, 6, 7)
 SLOW_S = 20.0  # from here on the time is told beforehand
 
 
 @click.command("compare")
-@click.argument("dump", metavar="DUMP")
+@click.argument("dump", metavar="A")
+@click.argument("other", metavar="[B]", required=False)
 @click.option(
     "--call", "calls", multiple=True, metavar="NAME", help="Of several calls in the dump, this one; repeatable."
 )
 @options.kernel_option
+@click.option("--detail", is_flag=True, help="Say of each kernel where and how it differs from what A recorded.")
+@click.option("--plot", metavar="FILE", help="Draw the differences: .png, .svg or .pdf.")
 @options.device_option
 @options.json_option
 @options.force_option
 def command(
-    dump: str, calls: tuple[str, ...], kernels: tuple[str, ...], device: str, json_dest: str | None, force: bool
+    dump: str,
+    other: str | None,
+    calls: tuple[str, ...],
+    kernels: tuple[str, ...],
+    detail: bool,
+    plot: str | None,
+    device: str,
+    json_dest: str | None,
+    force: bool,
 ) -> None:
-    """Run kernels on the inputs of DUMP and compare the results.
+    """Run kernels on the inputs of dump A, or compare the outputs of dumps A and B.
 
-    DUMP is a .pt or .safetensors file with the tensors of one or several KDA calls, under the names of any engine (q,
-    query, ...; g, a, raw_g, ...; h0, ssm_state, ...), flat or in sections inputs, outputs, options and meta. What it
-    does not say is inferred where that is safe, and printed. Nothing in it is ever unpickled, and it is not modified.
+    A dump is a .pt or .safetensors file with the tensors of one or several KDA calls, under the names of any engine (q,
+    query, ...; g, a, raw_g, ...; h0, ssm_state, ...), flat or in sections inputs, outputs, options and meta; or a
+    folder of `kda capture` or of SGLang's dumper. What it does not say is inferred where that is safe, and printed.
+    Nothing in it is ever unpickled, it is not modified, and it may be larger than memory.
 
     Each result, that of the dump included, is judged against the fp64 token recurrence; the bound is twice the error
     that a plain implementation makes on the same inputs, plus one rounding. "vs dump" is how far a kernel is from what
     the dump recorded. Without --kernel, all of ours run that can; the others are listed with the reason.
+
+    Of two dumps the calls of the same name are compared: how large the difference is, also in steps of the dtype
+    (ULPs), where it begins, and whether it grows along the sequence. Since both are judged too, the verdict tells
+    "different but equally close to the truth" from "wrong". Exit 1 if one is wrong, however close they are.
 
     On a CPU, Triton kernels run in Triton's interpreter and take about half a second for 100 tokens of one head: for a
     large dump, choose calls with --call or kernels with --kernel torch-prefill, or use a machine with a GPU.
@@ -44,10 +63,37 @@ def command(
       kda compare dump.pt
       kda compare dump.safetensors --kernel triton-decode --json report.json
       kda compare serving.pt --call prefill --device cpu
+      kda compare before/ after/ --plot difference.png
+      kda compare dump.pt --kernel mine.py:prefill --detail
     """
+    if plot:
+        from kdacli.comparison.plot import require
+        from kdacli.output import check_dest
+
+        check_dest(plot, force)
+        require(plot)
+    if other is not None:
+        if kernels:
+            raise InputError("--kernel is given with two dumps, whose outputs are compared: leave it or B out")
+        _two_dumps(dump, other, calls, plot, device, json_dest, force)
+    else:
+        _one_dump(dump, calls, kernels, detail, plot, device, json_dest, force)
+
+
+def _one_dump(
+    dump: str,
+    calls: tuple[str, ...],
+    kernels: tuple[str, ...],
+    detail: bool,
+    plot: str | None,
+    device: str,
+    json_dest: str | None,
+    force: bool,
+) -> None:
+    """Kernels on the inputs of a dump."""
     from kdacli.device import describe, pick_device
     from kdacli.dumps import load_all
-    from kdacli.output import check_dest, progress, say, write_json
+    from kdacli.output import check_dest, progress, write_json
     from kdacli.provenance import collect
 
     check_dest(json_dest, force)
@@ -57,11 +103,13 @@ def command(
 
     plans = comparison.plan(dumps, kernels)
     if (seconds := comparison.seconds_on_cpu(plans)) > SLOW_S and device == "cpu":
-        say(f"about {_duration(seconds)} on this CPU (--call and --kernel choose less)", stderr=True)
+        _tell_time(seconds, "--call and --kernel choose less")
     results = []
     with progress("comparing", comparison.steps(plans)) as advance:
-        for result in comparison.compare(plans, device, advance):
+        for result in comparison.compare(plans, device, advance, detail=detail or bool(plot)):
             results.append(result)
+    if plot:
+        _plot([(r.call, r.source, r.difference) for result in results for r in result.rows if r.difference], plot)
     if json_dest:
         rows = [_json_row(result, row) for result in results for row in result.rows]
         report = {
@@ -74,12 +122,103 @@ def command(
         }
         write_json(report, json_dest, force)
     if json_dest != "-":
-        _print(dump, describe(device), results)
+        _print(dump, describe(device), results, detail)
     if failed := [row for result in results for row in result.failed]:
         raise CheckFailedError(_failure(failed))
 
 
-def _print(dump: str, device: str, results: "list[Comparison]") -> None:
+def _two_dumps(
+    a: str, b: str, calls: tuple[str, ...], plot: str | None, device: str, json_dest: str | None, force: bool
+) -> None:
+    """The outputs of two dumps."""
+    from kdacli.comparison import report
+    from kdacli.comparison.pair import compare_pairs, match
+    from kdacli.device import describe, pick_device
+    from kdacli.dumps import load_all
+    from kdacli.output import check_dest, progress, write_json
+    from kdacli.provenance import collect
+
+    check_dest(json_dest, force)
+    first = load_all(a, calls)
+    pairs, alone = match(first, load_all(b, calls, like=first))
+    device = pick_device(device)
+    if (seconds := _oracle_seconds(pairs)) > SLOW_S and device == "cpu":
+        _tell_time(seconds, "--call chooses less")
+    with progress("comparing", len(pairs)) as advance:
+        results = list(compare_pairs(pairs, device, advance))
+    if plot:
+        _plot([(pair.name, "", row.difference) for pair in results for row in pair.rows], plot)
+    if json_dest:
+        found = {
+            "schema": "kda.compare-dumps/1",
+            "provenance": collect(),
+            "a": a,
+            "b": b,
+            "device": describe(device),
+            "calls": [report.pair_json(pair) for pair in results],
+            "unmatched": alone,
+            "rows": [report.pair_row_json(pair, row) for pair in results for row in pair.rows],
+        }
+        write_json(found, json_dest, force)
+    if json_dest != "-":
+        _print_pairs(a, b, results, alone)
+    if wrong := [(pair, row) for pair in results for row in pair.rows if row.wrong]:
+        pair, row = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        call = f" in call {pair.name}" if pair.name else ""
+        raise CheckFailedError(f"{row.difference.tensor}{call}: {row.words}{more}")
+
+
+def _oracle_seconds(pairs: "list[tuple[Dump, Dump]]") -> float:
+    """Roughly how long judging takes on a CPU."""
+    from kda_kernels.checks import problem_of
+    from kdacli.comparison.kernels import Plan, seconds_on_cpu
+
+    return seconds_on_cpu(Plan(dump, problem_of(dump.inputs, dump.op), [], []) for dump, _ in pairs)
+
+
+def _tell_time(seconds: float, hint: str) -> None:
+    from kdacli.output import say
+
+    say(f"about {_duration(seconds)} on this CPU ({hint})", stderr=True)
+
+
+def _plot(found: list, path: str) -> None:
+    from kdacli.comparison.plot import draw
+
+    if not found:
+        raise InputError("--plot has nothing to draw: the dump holds no outputs to compare with")
+    draw([(" ".join(filter(None, (call, source, d.tensor))), d) for call, source, d in found], path)
+
+
+def _print_pairs(a: str, b: str, results: "list[Pair]", alone: list[str]) -> None:
+    from kdacli.comparison import report
+    from kdacli.comparison.heat import KEY
+    from kdacli.output import bad, console, dim, good, say, table
+
+    out = console()
+    for pair in results:
+        say(f"A  {a}\nB  {b}")
+        call = f"call {pair.name}: " if pair.name else ""
+        out.print(f"{call}{pair.problem.name}; {report.inputs_line(pair)}", markup=False)
+        out.print(table(None, report.COLUMNS, [report.cells(row) for row in pair.rows]))
+        for row in pair.rows:
+            style = bad if row.wrong else good
+            out.print(style(f"{row.difference.tensor}: {row.words}"))
+            bound = max(row.a.bound, row.b.bound)
+            for line in report.lines(row.difference, bound, out.width - 3):
+                out.print(f"   {line}", markup=False, highlight=False, soft_wrap=True)
+        if any(row.difference.different for row in pair.rows):
+            out.print(f"   map: {KEY}", markup=False, soft_wrap=True)
+        for note in pair.notes:
+            out.print(dim(f"note: {note}"), soft_wrap=True)
+        say("")
+    for line in alone:
+        out.print(dim(f"not compared: {line}"), soft_wrap=True)
+
+
+def _print(dump: str, device: str, results: "list[Comparison]", detail: bool) -> None:
+    from kdacli.comparison import report
     from kdacli.output import bad, console, dim, fmt_sci, good, say, table
 
     for result in results:
@@ -92,7 +231,7 @@ def _print(dump: str, device: str, results: "list[Comparison]") -> None:
                 fmt_sci(v.error),
                 fmt_sci(v.bound),
                 fmt_sci(v.worst, 1),
-                " ".join(f"{_SHORT.get(name, name)}{value}" for name, value in v.where.items()),
+                report.at(v.where),
                 fmt_sci(row.vs_dump),
                 good("ok") if v.passed else bad("FAIL"),
             )
@@ -100,9 +239,15 @@ def _print(dump: str, device: str, results: "list[Comparison]") -> None:
             for v in [row.verdict]
         ]
         columns = ("result of", "tensor", "error", "bound", "worst", "at", "vs dump", "")
+        if console().width < WIDE:
+            say(title)  # a table folds its title to its own width
+            title, columns, *cells = None, *([row[i] for i in _NARROW] for row in (columns, *cells))
         console().print(table(title, columns, cells))
         for row in result.failed:
             console().print(bad(f"FAIL {row.source}, {row.verdict.tensor}: {row.verdict.note}"), soft_wrap=True)
+        for row in result.rows if detail else ():
+            if row.difference is not None:
+                _print_detail(row)
         for skipped in result.not_run:
             console().print(dim(f"not run: {skipped.kernel}: {skipped.reason}"), soft_wrap=True)
         for note in [*result.dump.notes, *(["the dump holds no outputs"] if result.dump.outputs is None else [])]:
@@ -110,6 +255,24 @@ def _print(dump: str, device: str, results: "list[Comparison]") -> None:
         say("")
     if not any(result.failed for result in results):
         say(f"{sum(len(result.rows) for result in results)} results within their bounds")
+
+
+def _print_detail(row: "Row") -> None:
+    from kdacli.comparison import report
+    from kdacli.comparison.heat import KEY
+    from kdacli.output import console
+
+    out, d = console(), row.difference
+    size = (
+        f"max abs {d.max_abs:.2e}, rms {d.rms:.2e}, 1 - cosine {1 - d.cosine:.1e}"
+        if d.different
+        else "bit for bit the same"
+    )
+    out.print(f"{row.source} (A) and the dump (B), {d.tensor}: {size}", markup=False, soft_wrap=True)
+    for line in report.lines(d, row.verdict.bound, out.width - 3):
+        out.print(f"   {line}", markup=False, highlight=False, soft_wrap=True)
+    if d.different:
+        out.print(f"   map: {KEY}", markup=False, soft_wrap=True)
 
 
 def _failure(failed: "list[Row]") -> str:
@@ -135,7 +298,7 @@ def _json_call(result: "Comparison") -> dict[str, Any]:
 
 def _json_row(result: "Comparison", row: "Row") -> dict[str, Any]:
     """A row of the report; `kernel` is null for what the dump recorded."""
-    from kdacli.comparison import DUMP
+    from kdacli.comparison import DUMP, report
 
     v = row.verdict
     return {
@@ -152,6 +315,7 @@ def _json_row(result: "Comparison", row: "Row") -> dict[str, Any]:
         "vs_dump": row.vs_dump,
         "passed": v.passed,
         "note": v.note,
+        "difference": None if row.difference is None else report.difference_json(row.difference),
     }
 
 

@@ -1,6 +1,5 @@
-"""`kda compile`: what the compiler makes of the Triton kernels, for one or several architectures, with no GPU."""
+"""`kda compile`: what the compilers make of the kernels, for one or several architectures, with no GPU."""
 
-import itertools
 from typing import Any
 
 import click
@@ -11,147 +10,143 @@ from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli import options, output
 
-RESOURCES = ("variant", "arch", "regs", "spill", "shared", "warps", "cubin", "s")
-SASS = ("variant", "arch", "MMA", "LDG.128", "STG.128", "LDS", "STS", "local", "BAR")
-MMA = ("HGMMA", "HMMA", "UTCHMMA")
-
 
 @click.command("compile", cls=options.SectionedCommand)
 @options.kernel_option
 @options.problem_options
 @click.option(
-    "--arch", "arch_names", multiple=True, metavar="NAME", help="An architecture, such as sm_90a; may be repeated."
+    "--arch",
+    "arch_names",
+    multiple=True,
+    metavar="NAME",
+    help="sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120a, gfx942; may be repeated. Default: the GPU's here, or sm_90a.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile. Default: one a core.")
-@click.option("--sass", "show_sass", is_flag=True, help="Count SASS instructions too (JSON always has them).")
+@click.option("--variant", "patterns", multiple=True, metavar="NAME", help="A variant, or a pattern; may be repeated.")
+@click.option("--sms", type=click.IntRange(min=1), metavar="COUNT", help="Multiprocessors that launches are tuned for.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="COUNT", help="Processes. Default: one a core.")
+@click.option("--no-cache", is_flag=True, help="Compile everything anew, and leave the cache of launches alone.")
+@click.option("--sass", "show_sass", is_flag=True, help="Count instructions too (JSON always has them).")
+@click.option("--emit", metavar="DIR", help="Write PTX, cubin, SASS, TTIR, TTGIR, LLIR or MLIR of each into DIR.")
+@click.option("--baseline", metavar="FILE", help="Show what differs from an earlier --json FILE.")
+@click.option("--strict", is_flag=True, help="Exit 1 if a kernel spills more, or lost a wide access.")
 @options.json_option
 @options.force_option
 def command(
     kernels: tuple[str, ...],
     arch_names: tuple[str, ...],
+    patterns: tuple[str, ...],
+    sms: int | None,
     jobs: int | None,
+    no_cache: bool,
     show_sass: bool,
+    emit: str | None,
+    baseline: str | None,
+    strict: bool,
     json_dest: str | None,
     force: bool,
     **params: Any,
 ) -> None:
     """Compile kernels ahead of time and print what came out.
 
-    No GPU is needed. With a shape, a model or a dump, each kernel is built as that problem would build it on a GPU of
-    132 multiprocessors. With no flags, each has a few named variants: the specialisations that the library launches
-    most.
+    No GPU is needed. With a shape, a model or a dump, each kernel is built as a launch of that problem would build it,
+    and lands in the cache where that launch looks: the same triton and kda on a server find it there, in the same
+    folder (TRITON_CACHE_DIR; Triton keeps absolute paths). With no flags, each kernel has a few named variants: the
+    specialisations that the library launches most. Tuning choices depend on the number of multiprocessors: they are
+    those of this machine's GPU, of a common one of the architecture (JSON says which), or --sms.
 
     Registers and spills (bytes stored plus loaded) are those of a thread, as ptxas counts them; shared memory is that
-    of a block, and red where no block of that architecture has so much; s is the time to compile, without any cache.
+    of a block in bytes, and red where no block of that architecture has so much. "per SM" is how many blocks are
+    resident on a multiprocessor at a time, and what keeps it from being more. s is the time to compile, - where it lay
+    in the cache.
 
-    With --sass: MMA is HGMMA, HMMA and UTCHMMA together; LDG.128 is how many of the loads from global memory move 16
-    bytes a thread, of how many, and STG.128 the same for stores; local is LDL and STL, where spilled registers go.
-    These count instructions in the binary: a loop's body once. The exit code is 1 if anything did not compile.
+    With --sass: MMA counts instructions of the tensor cores; async is TMA, bulk and cp.async copies; LDG.128 is how
+    many of the loads from global memory move 16 bytes a thread, of how many, STG.128 the same for stores, smem.128 for
+    shared memory; local is LDL and STL, where spilled registers go; BAR is barriers. These count instructions in the
+    binary: a loop's body once.
+
+    A kernel of your own (--kernel path.py:function) is called on tensors of zeros, up to its launches: each Triton
+    kernel that it would launch is compiled, an autotuned one in every configuration. A kernel in another language needs
+    an attribute `variants` of the function.
+
+    The exit code is 1 if anything did not compile. --strict, with --baseline, adds: a kernel spills more, has wide
+    accesses that became narrower, or is gone.
 
     \b
     Examples:
-      kda compile                                    every Triton kernel, for the GPU here (without one: sm_90a)
+      kda compile                                    every kernel, for the GPU here (without one: sm_90a)
       kda compile --arch sm_80 --arch sm_100a        for two architectures
       kda compile --kernel triton-decode --sass      one kernel, with instruction counts
       kda compile --model kimi-k3 --tp 8             as Kimi K3's heads on one of 8 GPUs build them
-      kda compile --op prefill --dtype fp16 -H 8 --v-heads 16 --head-dim 64
+      kda compile --variant 'chain*' --emit out/     some variants, and their PTX, SASS and IR
+      kda compile --json before.json                 then change a kernel, and
+      kda compile --baseline before.json --strict    see what the change did
+      kda compile --kernel mine.py:prefill -T 4k -H 32
     """
-    from kdacli.compile import arch, pool, toolchain
+    from kdacli.compile import arch, pool, report, toolchain
+    from kdacli.compile import baseline as earlier
+    from kdacli.compile import emit as files
 
+    if strict and baseline is None:
+        raise InputError("--strict is given without --baseline: it compares with one")
     output.check_dest(json_dest, force)
+    before = None if baseline is None else earlier.load(baseline)
     toolchain.require_triton()
-    archs = sorted({arch.parse(name) for name in arch_names}) or [arch.here()]
+    archs = arch.select(list(arch_names), sms)
     wanted = choose(kernels, params)
-    with pool.workers(jobs) as processes:
+    folder = None if emit is None else str(files.prepare(emit, force))
+    stderr = json_dest == "-"
+    with pool.workers(jobs, use_cache=not no_cache) as processes:
         with output.progress("loading kernels"):
-            targets = pool.plan(processes, wanted, archs, bool(kernels))
+            targets, left_out = pool.plan(processes, wanted, archs, bool(kernels), patterns)
         with output.progress("compiling", len(targets)) as advance:
-            rows = pool.compile_targets(processes, targets, advance)
-    show(rows, show_sass, stderr=json_dest == "-")
+            rows = pool.compile_targets(processes, targets, advance, folder)
+        cache = None if no_cache else processes.cache_folder()
+    report.show(rows, show_sass, stderr)
+    for name, reason in left_out.items():
+        output.say(f"not compiled: {name}: {reason}", stderr=stderr)
+    output.say(report.summary(rows, cache), stderr=stderr)
+    now = _report(rows, left_out)
+    failed = [f"{sum('error' in row for row in rows)} of {len(rows)} did not compile"] if _any_error(rows) else []
+    if before is not None:
+        for line in earlier.other_compilers(before, now):
+            output.say(line, stderr=stderr)
+        changes = earlier.compare(before, rows, patterns)
+        report.show_changes(changes, baseline, len(rows), stderr)
+        now["changes"] = changes
+        worse = sum(change.fatal is not None for change in changes)
+        if strict and worse:
+            failed.append(f"{worse} {'is' if worse == 1 else 'are'} worse than in {baseline}")
     if json_dest:
-        from kdacli import provenance
-
-        report = {"schema": "kda.compile/1", "provenance": provenance.collect(), "rows": rows}
-        output.write_json(report, json_dest, force)
-    if failed := [row for row in rows if "error" in row]:
-        raise CheckFailedError(f"{len(failed)} of {len(rows)} did not compile")
+        output.write_json(now, json_dest, force)
+    if failed:
+        raise CheckFailedError("; ".join(failed))
 
 
 def choose(names: tuple[str, ...], params: options.Params) -> list[tuple[Kernel, Problem | None]]:
-    """The kernels named (none: all Triton kernels of ours) that serve the op, and what the flags ask of each.
+    """The kernels named (none: all of ours that a compiler sees) that serve the op, and what the flags ask of each.
 
     The problem is None where no flag says anything of one.
 
     Raises:
         InputError: a kernel is unknown or serves another op, or flags contradict each other.
     """
+    from kdacli.userkernels import resolve
+
     from_dump = params["dump"] or params["call"]
     dumped = options.inputs_from(params, "cpu")[0] if from_dump else None
     op = dumped.op if dumped else params["op"]
-    ours = [k for k in registry.kernels(op and Op(op)) if k.ours and k.backend == "triton"]
-    kernels = [registry.get(name) for name in names] or ours
-    for kernel in kernels:
-        if op and kernel.op != op:
-            raise InputError(f"kernel {kernel.name} serves the op {kernel.op}, not {op}: choose another kernel or --op")
+    ours = [k for k in registry.kernels(op and Op(op)) if k.ours and k.backend != "torch"]
+    kernels = [resolve(name, op) for name in names] or ours
     described = bool(options.given(params)) and not dumped
     return [(k, options.problem_from(params, default_op=k.op) if described else dumped) for k in kernels]
 
 
-def show(rows: list[dict[str, Any]], with_sass: bool, stderr: bool = False) -> None:
-    """Prints the tables of each kernel, and under them a line for everything that went wrong."""
-    console = output.console(stderr)
-    for kernel, group in itertools.groupby(rows, lambda row: row["kernel"]):
-        mine = list(group)
-        title = f"{kernel}{_problem(mine[0])} (sizes in bytes)"
-        console.print(output.table(title, RESOURCES, [_resources(row) for row in mine]))
-        if with_sass:
-            counted = [_sass(row) for row in mine if row.get("sass")]
-            console.print(output.table(f"{kernel}, SASS instructions", SASS, counted))
-    for row in rows:
-        for what in ("error", "note", "sass_error"):
-            if what in row:
-                output.say(f"{row['kernel']} {row['variant']} {row['arch']}: {row[what]}", stderr=stderr)
+def _report(rows: list[dict[str, Any]], left_out: dict[str, str]) -> dict[str, Any]:
+    from kdacli import provenance
+    from kdacli.compile.baseline import SCHEMA
+
+    return {"schema": SCHEMA, "provenance": provenance.collect(), "rows": rows, "not_compiled": left_out}
 
 
-def _problem(row: dict[str, Any]) -> str:
-    """For a title: what was compiled for, as far as a kernel depends on it most."""
-    if not row.get("problem"):
-        return ""
-    problem = Problem.from_dict(row["problem"])
-    layout = "packed" if problem.packed else "dense"
-    return f", {problem.name} K={problem.K} V={problem.V} {problem.dtype} {layout}, {problem.options.gate} gate"
-
-
-def _resources(row: dict[str, Any]) -> list[object]:
-    head = [row["variant"], row["arch"]]
-    if "error" in row:
-        return [*head, output.bad("-"), *[None] * 5]
-    spill, shared = row["spill_bytes"], row["shared_bytes"]
-    return [
-        *head,
-        row["registers"],
-        output.bad(spill) if spill else 0,
-        output.bad(shared) if "note" in row else shared,
-        row["num_warps"],
-        row["binary_bytes"],
-        f"{row['compile_s']:.1f}",
-    ]
-
-
-def _sass(row: dict[str, Any]) -> list[object]:
-    counts = row["sass"]
-
-    def wide(name: str) -> str:
-        return f"{counts[name + '.128']}/{counts[name]}"
-
-    return [
-        row["variant"],
-        row["arch"],
-        sum(counts[name] for name in MMA),
-        wide("LDG"),
-        wide("STG"),
-        counts["LDS"],
-        counts["STS"],
-        counts["LDL"] + counts["STL"],
-        counts["BAR"],
-    ]
+def _any_error(rows: list[dict[str, Any]]) -> bool:
+    return any("error" in row for row in rows)

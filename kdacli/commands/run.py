@@ -41,14 +41,15 @@ def command(
     from kdacli.device import describe, pick_device
     from kdacli.output import check_dest, console, fmt_sci, progress, say, table, write_json
     from kdacli.provenance import collect
+    from kdacli.userkernels import resolve
 
     check_dest(json_dest, force)
     if save:
         from kdacli import dumps
 
         dumps.check_path(save, force)
-    kernel = registry.get(kernel_name) if kernel_name else None
     device = pick_device(device)
+    kernel = resolve(kernel_name, params["op"]) if kernel_name else None
     problem, inputs, _, label = options.inputs_from(params, device, kernel.op if kernel else Op.PREFILL)
     kernel = pick_kernel(kernel, problem)
     with progress(f"running {kernel.name}"):

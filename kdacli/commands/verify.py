@@ -1,5 +1,6 @@
 """`kda verify`: kernels against the fp64 oracle, case by case."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,25 +12,46 @@ from kdacli import options
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kda_kernels.registry import Kernel
-    from kdacli.verify.cases import Case
-    from kdacli.verify.runner import Result
+    from kdacli.verify.case import Case
+    from kdacli.verify.runner import Bench, Result
+    from kdacli.verify.verdict import Explanation
+
+EXPLAINED = 3  # failures of a kernel that are shrunk and explained
+STRESS_SECONDS = 60.0
 
 
 @click.command("verify", cls=options.SectionedCommand)
 @options.kernel_option
+@click.option("--suite", "suite_name", type=click.Choice(["quick", "full", "stress"]), help="Default: quick.")
 @click.option("--case", "case_names", multiple=True, metavar="NAME", help="A case by name; may be repeated.")
+@click.option("--seconds", type=click.FloatRange(0, 86400), help="Of random search with --suite stress. Default: 60.")
 @click.option("--list", "list_only", is_flag=True, help="List the cases and why each is there; check nothing.")
+@click.option("--verbose", is_flag=True, help="A line for every check, however many.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
+@click.option(
+    "--shrink",
+    type=click.FloatRange(0, 3600),
+    default=10.0,
+    metavar="SECONDS",
+    help="How long to look for the smallest case of a failure. Default: 10; 0: not at all.",
+)
+@click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
+@click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
 @options.problem_options
 @options.device_option
 @options.json_option
 @options.force_option
 def command(
     kernels: tuple[str, ...],
+    suite_name: str | None,
     case_names: tuple[str, ...],
+    seconds: float | None,
     list_only: bool,
+    verbose: bool,
     fail_fast: bool,
+    shrink: float,
+    save_dir: str | None,
+    junit: str | None,
     device: str,
     json_dest: str | None,
     force: bool,
@@ -37,40 +59,90 @@ def command(
 ) -> None:
     """Check kernels against the fp64 oracle, case by case.
 
-    Without arguments, every kernel of ours that can run here over a table of cases (on a CPU, Triton kernels in
-    Triton's interpreter). A shape flag or a dump takes the place of the table; --op then says what to do with it.
+    Without arguments, every kernel of ours that can run here over the suite quick (on a CPU, Triton kernels in Triton's
+    interpreter). full adds every two options together and more edges; stress adds other seeds, and random cases until
+    --seconds are over. A shape flag or a dump takes the place of a suite; --op then says what to do with it.
 
     A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation
     that rounds where the kernel must round, plus one output rounding: over each output, each (sequence, head), and for
-    each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs nor the unused slots of a
-    pool, and (but for the interpreter) a second call must give the same bits. Where it fails, the place is told, and a
-    command that shows it again.
+    each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs, the unused slots of a pool,
+    nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases name more
+    that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
+
+    The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
+    a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure.
+
+    A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
     \b
     Examples:
       kda verify                                      everything that can run here
+      kda verify --kernel mine.py:prefill --suite full --junit report.xml
       kda verify --op decode --fail-fast
       kda verify --kernel triton-prefill --case prefill-lengths
       kda verify --kernel triton-prefill --lens 65,0,130 -H 2 --gates weak --seed 7
+      kda verify --suite stress --seconds 3600 --save failures
       kda verify --dump dump.pt
     """
     from kdacli.output import check_dest
 
     check_dest(json_dest, force)
+    check_dest(junit, force)
+    if junit == "-":
+        raise InputError("--junit is -: it should be a file")
+    _check_flags(params, suite_name, case_names, seconds)
     if list_only:
-        _list(params, case_names, json_dest, force)
+        _list(params, suite_name or "quick", case_names, json_dest, force)
         return
-    _check(kernels, case_names, fail_fast, device, json_dest, force, params)
+    if junit:
+        from kdacli.verify.junit import require
+
+        require()
+    folder = _folder(save_dir)
+    run = _Run(kernels, suite_name or "quick", case_names, seconds, device, shrink, params)
+    run.check(fail_fast)
+    run.explain(folder, force)
+    run.report(json_dest, junit, verbose, force)
+    run.conclude()
 
 
-def _list(params: options.Params, names: tuple[str, ...], json_dest: str | None, force: bool) -> None:
-    """The cases, those of one op with --op."""
+def _check_flags(
+    params: options.Params, suite_name: str | None, case_names: tuple[str, ...], seconds: float | None
+) -> None:
+    """Raises `InputError` where flags contradict each other."""
+    one_problem = _one_problem(params)
+    if one_problem and case_names:
+        raise InputError(f"--case is given with {one_problem[0]}, which describes a problem of its own: leave one out")
+    if suite_name and (other := [*one_problem, *["--case"] * bool(case_names)]):
+        raise InputError(f"--suite is given with {other[0]}, which says what to check already: leave one out")
+    if seconds is not None and suite_name != "stress":
+        raise InputError("--seconds is given without --suite stress: only its random search takes a time")
+
+
+def _one_problem(params: options.Params) -> list[str]:
+    """The flags that describe a problem of their own."""
+    return [flag for flag in options.given(params) if flag != "--seed"] + ["--dump"] * bool(params["dump"])
+
+
+def _folder(save_dir: str | None) -> Path | None:
+    if save_dir is None:
+        return None
+    folder = Path(save_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{save_dir} is a file: --save takes a directory")
+    return folder
+
+
+def _list(params: options.Params, suite_name: str, names: tuple[str, ...], json_dest: str | None, force: bool) -> None:
+    """The cases of a suite, those of one op with --op, or those named."""
     from kdacli.output import write_json
     from kdacli.provenance import collect
-    from kdacli.verify.cases import CASES
+    from kdacli.verify import spec
     from kdacli.verify.report import json_case, print_cases
+    from kdacli.verify.suites import suite
 
-    cases = [c for c in CASES if params["op"] in (None, c.problem.op) and (not names or c.name in names)]
+    cases = [spec.parse(name) for name in names] if names else suite(suite_name)
+    cases = [case for case in cases if params["op"] in (None, case.problem.op)]
     if json_dest:
         rows = [json_case(case) for case in cases]
         write_json({"schema": "kda.verify-cases/1", "provenance": collect(), "rows": rows}, json_dest, force)
@@ -78,108 +150,203 @@ def _list(params: options.Params, names: tuple[str, ...], json_dest: str | None,
         print_cases(cases)
 
 
-def _check(
-    names: tuple[str, ...],
-    case_names: tuple[str, ...],
-    fail_fast: bool,
-    device: str,
-    json_dest: str | None,
-    force: bool,
-    params: options.Params,
-) -> None:
-    from kdacli.device import describe, pick_device
-    from kdacli.output import progress, say, write_json
-    from kdacli.provenance import collect
-    from kdacli.verify import report
-    from kdacli.verify.runner import pairs
-    from kdacli.verify.selection import select_cases, select_kernels
+class _Run:
+    """One run of the command: what is checked, what came out, and what is said of it."""
 
-    one_problem = [flag for flag in options.given(params) if flag != "--seed"] + ["--dump"] * bool(params["dump"])
-    if one_problem and case_names:
-        raise InputError(f"--case is given with {one_problem[0]}, which describes a problem of its own: leave one out")
-    device = pick_device(device)
-    kernels, not_run = select_kernels(names, params["op"] and Op(params["op"]))
-    seed = params["seed"] or 0
-    if one_problem:
-        cases, total = [], len(kernels)
-        found = _check_problem(kernels, params, device)
-    else:
-        cases = select_cases(case_names, kernels, device)
-        total = sum(len(served) for _, served in pairs(kernels, cases))
-        found = _check_cases(kernels, cases, device, seed)
-    results = []
-    with progress("verifying", total) as advance:
-        for result in found:
-            results.append(result)
-            advance(f"{result.case}, {result.kernel}")
-            if fail_fast and not result.ok:
-                break
-    failed = [result for result in results if not result.ok]
-    again = {(r.case, r.kernel): _command_for(r, bool(one_problem), seed, device) for r in failed}
-    if json_dest:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        suite_name: str,
+        case_names: tuple[str, ...],
+        seconds: float | None,
+        device: str,
+        shrink: float,
+        params: options.Params,
+    ) -> None:
+        from kdacli.device import pick_device
+        from kdacli.verify.selection import select_cases, select_kernels
+
+        self.params, self.shrink = params, shrink
+        self.seed = params["seed"] or 0
+        self.one_problem = bool(_one_problem(params))
+        self.searching = suite_name == "stress" and not self.one_problem and not case_names
+        self.seconds = STRESS_SECONDS if seconds is None else seconds
+        if self.searching:
+            from kdacli.verify.search import require
+
+            require()
+        self.device = pick_device(device)
+        self.kernels, self.not_run = select_kernels(names, params["op"] and Op(params["op"]))
+        self.cases: dict[str, Case] = {}
+        if not self.one_problem:
+            chosen = select_cases(case_names, self.kernels, self.device, suite_name)
+            self.cases = {case.name: case for case in chosen}
+        self.results: list[Result] = []
+        self.explained: dict[tuple[str, str], Explanation] = {}
+        self.saved: dict[tuple[str, str], Path] = {}
+        self.searched: list[str] = []
+        self.bench: Bench | None = None  # of flags or a dump
+
+    def check(self, fail_fast: bool) -> None:
+        """Everything that was asked for, or as far as the first failure."""
+        from kdacli.output import progress
+        from kdacli.verify.runner import pairs
+
+        total = (
+            len(self.kernels) if self.one_problem else sum(len(k) for _, k in pairs(self.kernels, self.cases.values()))
+        )
+        with progress("verifying", total) as advance:
+            for result in self._one() if self.one_problem else self._table():
+                self.results.append(result)
+                advance(f"{result.case}, {result.kernel}")
+                if fail_fast and not result.ok:
+                    return
+        if self.searching:
+            self._search(fail_fast)
+
+    def _table(self) -> "Iterator[Result]":
+        from kdacli.verify.runner import verify
+
+        return verify(self.kernels, self.cases.values(), self.device, self.seed)
+
+    def _one(self) -> "Iterator[Result]":
+        """The problem that the flags or the dump hold, for those of the kernels that serve its op."""
+        from kdacli.verify.runner import Bench, check
+
+        ops = {kernel.op for kernel in self.kernels}
+        default = ops.pop() if len(ops) == 1 else Op.PREFILL
+        problem, inputs, _, label = options.inputs_from(self.params, self.device, default)
+        served = [kernel for kernel in self.kernels if kernel.op is problem.op]
+        if not served:
+            raise InputError(f"{label}: no kernel chosen serves {problem.op}; --op chooses what to do with it")
+        self.bench = Bench.of_inputs(label, problem, inputs)
+        for kernel in served:
+            yield check(kernel, self.bench)
+
+    def _search(self, fail_fast: bool) -> None:
+        """Random cases, the time shared out among the kernels."""
+        from kdacli.output import progress
+        from kdacli.verify.search import search
+
+        with progress("searching", len(self.kernels)) as advance:
+            for kernel in self.kernels:
+                advance(kernel.name)
+                found = search(kernel, self.device, self.seconds / len(self.kernels), self.seed)
+                said = "one failed" if found.failure else "none failed"
+                refused = f", {found.refused} refused" if found.refused else ""
+                self.searched.append(f"searched: {kernel.name}: {found.tried} random cases, {said}{refused}")
+                if found.failure:
+                    case, result = found.failure
+                    self.cases[case.name] = case
+                    self.results.append(result)
+                    if fail_fast:
+                        return
+
+    def failures(self) -> "list[Result]":
+        return [result for result in self.results if not result.ok]
+
+    def explain(self, folder: Path | None, force: bool) -> None:
+        """Looks closely at the first failures of each kernel, and saves their tensors."""
+        from kdacli.output import progress
+        from kdacli.verify import verdict
+
+        by_name = {kernel.name: kernel for kernel in self.kernels}
+        first = [
+            result for name in by_name for result in [r for r in self.failures() if _kernel_name(r) == name][:EXPLAINED]
+        ]
+        if folder is not None and first:
+            folder.mkdir(parents=True, exist_ok=True)
+        with progress("explaining", len(first)) as advance:
+            for result in first:
+                key = (result.case, result.kernel)
+                kernel = by_name[_kernel_name(result)]
+                if self.bench is not None:
+                    found = verdict.explain_bench(self.bench, result)
+                else:
+                    case = self.cases[result.case]
+                    found = verdict.explain_case(kernel, case, result, self.seed, self.device, self.shrink)
+                self.explained[key] = found
+                if folder is not None:
+                    self.saved[key] = verdict.save(folder, kernel.name, result.case, result.op, found, force)
+                advance(result.case)
+
+    def reproduce(self, result: "Result") -> str:
+        """The command that shows a failure again, and nothing else."""
+        from kdacli.provenance import command_line
+        from kdacli.verify.verdict import command_for
+
+        kernel = _kernel_name(result)
+        if self.one_problem:
+            typed = command_line()
+            return typed if "--kernel" in typed else f"{typed} --kernel {kernel}"
+        found = self.explained.get((result.case, result.kernel))
+        case = found.smallest if found is not None and found.smallest else result.case
+        return command_for(case, kernel, self.seed, self.device)
+
+    def report(self, json_dest: str | None, junit: str | None, verbose: bool, force: bool) -> None:
+        """Prints and writes what came out."""
+        from kdacli.device import describe
+        from kdacli.output import say
+        from kdacli.verify import report
+
+        again = {(r.case, r.kernel): self.reproduce(r) for r in self.failures()}
+        if junit:
+            from kdacli.verify.junit import write
+
+            details = {
+                (r.case, r.kernel): "\n".join(
+                    [*report.failure_lines(r, self.explained.get((r.case, r.kernel))), again[r.case, r.kernel]]
+                )
+                for r in self.failures()
+            }
+            write(junit, self.results, details)
+        if json_dest:
+            self._write_json(json_dest, again, force)
+        if json_dest == "-":
+            return
+        title = f"Relative errors against the fp64 oracle, on {describe(self.device)}"
+        title = title if self.params["dump"] else f"{title}, seed {self.seed}"
+        report.print_results(self.results, self.not_run, title, verbose)
+        for line in self.searched:
+            say(line)
+        why = {case.name: case.why for case in self.cases.values()}
+        report.print_failures(self.results, why, self.explained, again, self.saved)
+        say(("\n" if again else "") + report.summary(self.results, self.not_run))
+
+    def _write_json(self, dest: str, again: dict[tuple[str, str], str], force: bool) -> None:
+        from kdacli.device import describe
+        from kdacli.output import write_json
+        from kdacli.provenance import collect
+        from kdacli.verify import report
+
+        keys = [(r.case, r.kernel) for r in self.results]
         write_json(
             {
                 "schema": "kda.verify/1",
-                "provenance": collect(None if params["dump"] else seed),
-                "device": describe(device),
-                "cases": [report.json_case(case) for case in cases],
-                "rows": [_json_row(result, again) for result in results],
-                "not_run": [{"kernel": kernel, "reason": reason} for kernel, reason in not_run],
-                "summary": report.summary(results, not_run),
+                "provenance": collect(None if self.params["dump"] else self.seed),
+                "device": describe(self.device),
+                "cases": [report.json_case(case) for case in self.cases.values()],
+                "rows": [
+                    report.json_row(r, self.explained.get(key), again.get(key), self.saved.get(key))
+                    for r, key in zip(self.results, keys, strict=True)
+                ],
+                "not_run": [{"kernel": kernel, "reason": reason} for kernel, reason in self.not_run],
+                "searched": self.searched,
+                "summary": report.summary(self.results, self.not_run),
             },
-            json_dest,
+            dest,
             force,
         )
-    if json_dest != "-":
-        title = f"Relative errors against the fp64 oracle, on {describe(device)}"
-        report.print_results(results, not_run, title if params["dump"] else f"{title}, seed {seed}")
-        report.print_failures(results, {case.name: case.why for case in cases}, again)
-        say(("\n" if failed else "") + report.summary(results, not_run))
-    if failed:
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise CheckFailedError(f"{failed[0].kernel} failed {failed[0].case}{more}")
-    if all(result.status == "refused" for result in results):
-        raise UnavailableError("nothing could run: every kernel refused every case")
+
+    def conclude(self) -> None:
+        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran."""
+        if failed := self.failures():
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise CheckFailedError(f"{failed[0].kernel} failed {failed[0].case}{more}")
+        if all(result.status == "refused" for result in self.results):
+            raise UnavailableError("nothing could run: every kernel refused every case")
 
 
-def _check_cases(kernels: "list[Kernel]", cases: "list[Case]", device: str, seed: int) -> "Iterator[Result]":
-    from kdacli.verify.runner import verify
-
-    return verify(kernels, cases, device, seed)
-
-
-def _check_problem(kernels: "list[Kernel]", params: options.Params, device: str) -> "Iterator[Result]":
-    """The problem that the flags or the dump hold, for those of `kernels` that serve its op."""
-    from kdacli.verify.runner import Bench, check
-
-    ops = {kernel.op for kernel in kernels}
-    problem, inputs, _, label = options.inputs_from(params, device, ops.pop() if len(ops) == 1 else Op.PREFILL)
-    served = [kernel for kernel in kernels if kernel.op is problem.op]
-    if not served:
-        raise InputError(f"{label}: none of the kernels chosen serves {problem.op}; --op chooses what to do with it")
-    bench = Bench.of_inputs(label, problem, inputs)
-    for kernel in served:
-        yield check(kernel, bench)
-
-
-def _command_for(result: "Result", one_problem: bool, seed: int, device: str) -> str:
-    """The command that shows a failure again, and nothing else."""
-    from kdacli.provenance import command_line
-
-    kernel = result.kernel.removesuffix("+decode")
-    if one_problem:
-        typed = command_line()
-        return typed if "--kernel" in typed else f"{typed} --kernel {kernel}"
-    return f"kda verify --case {result.case} --kernel {kernel} --seed {seed} --device {device}"
-
-
-def _json_row(result: "Result", again: dict[tuple[str, str], str]) -> dict[str, Any]:
-    return {
-        "op": result.op,
-        "case": result.case,
-        "kernel": result.kernel,
-        "status": result.status,
-        "tensors": result.verdicts,
-        "notes": result.notes,
-        "reproduce": again.get((result.case, result.kernel)),
-    }
+def _kernel_name(result: "Result") -> str:
+    """The kernel's own name; that of a prefill followed by a decode says both."""
+    return result.kernel.removesuffix("+decode")

@@ -1,1 +1,1 @@
-"""Compiling Triton kernels ahead of time, for any architecture, with no GPU: what the compiler made of them."""
+"""Compiling kernels ahead of time, for any architecture, with no GPU: what the compilers made of them."""

@@ -7,13 +7,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Problem
 from kda_kernels.registry import Kernel
 from kdacli.compile import worker
 from kdacli.compile.arch import Arch
+from kdacli.userkernels import UserKernel
+
+Wanted = tuple[Kernel, Problem | None]
 
 
 class Target(NamedTuple):
@@ -23,51 +27,157 @@ class Target(NamedTuple):
     problem: Problem | None
     variant: str
     arch: Arch
+    recorded: bool = False  # by running the kernel's host half, for want of `variants`
+
+
+class Workers:
+    """Processes that compile, fresh ones, since this one may interpret; made when they are first needed.
+
+    A kernel whose launches are recorded gets processes that believe in a GPU of the architecture from their start: its
+    module may look for one when it is imported.
+    """
+
+    def __init__(self, jobs: int | None, cache: str | None, stack: contextlib.ExitStack) -> None:
+        self._jobs, self._cache, self._stack = jobs or os.cpu_count() or 1, cache, stack
+        self._pools: dict[Arch | None, ProcessPoolExecutor] = {}
+
+    def believing(self, arch: Arch | None = None) -> ProcessPoolExecutor:
+        """Those that believe in such a GPU; None: in none but a real one."""
+        if arch not in self._pools:
+            pool = ProcessPoolExecutor(
+                self._jobs,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=worker.start,
+                initargs=(self._cache, arch),
+            )
+            self._pools[arch] = self._stack.enter_context(pool)
+        return self._pools[arch]
+
+    def cache_folder(self) -> str:
+        """Where what was compiled lies."""
+        pool = next(iter(self._pools.values()), None) or self.believing()
+        return pool.submit(worker.cache_folder).result()
 
 
 @contextlib.contextmanager
-def workers(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that compile: `jobs` of them, by default one a core. Fresh ones, since this one may interpret."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kda-compile-") as cache,
-        ProcessPoolExecutor(
-            jobs or os.cpu_count() or 1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=worker.start,
-            initargs=(cache,),
-        ) as pool,
-    ):
-        yield pool
+def workers(jobs: int | None = None, use_cache: bool = True) -> Iterator[Workers]:
+    """Processes that compile: `jobs` of them, by default one a core.
+
+    Args:
+        use_cache: take binaries from the cache that launches use, and put them there; else everything is compiled anew,
+            in a folder that is gone afterwards.
+    """
+    with contextlib.ExitStack() as stack:
+        cache = None if use_cache else stack.enter_context(tempfile.TemporaryDirectory(prefix="kda-compile-"))
+        yield Workers(jobs, cache, stack)
 
 
 def plan(
-    pool: ProcessPoolExecutor, wanted: Sequence[tuple[Kernel, Problem | None]], archs: Sequence[Arch], named: bool
-) -> list[Target]:
+    processes: Workers, wanted: Sequence[Wanted], archs: Sequence[Arch], named: bool, patterns: Sequence[str] = ()
+) -> tuple[list[Target], dict[str, str]]:
     """What each kernel launches for its problem (None: its usual variants), for every architecture.
 
+    Args:
+        named: the user asked for these kernels by name: one that cannot be compiled is an error; otherwise only if
+            nothing can.
+        patterns: only variants whose name is, or matches, one of these; empty for all.
+
+    Returns:
+        The targets, and why kernels that nobody named have none.
+
     Raises:
-        InputError: a kernel cannot run its problem on any machine, or has nothing to compile though it was `named`.
+        InputError: a kernel that was named has nothing to compile, or cannot run its problem on any machine; or no
+            variant matches a pattern.
+        UnavailableError: a kernel that was named needs a package that is missing.
     """
-    targets = []
-    names = pool.map(worker.variant_names, *zip(*wanted, strict=True))
-    for (kernel, problem), variants in zip(wanted, names, strict=True):
-        if named and not variants:
-            raise InputError(f"kernel {kernel.name} has nothing to compile: its backend is {kernel.backend}")
-        targets += [Target(kernel, problem, variant, arch) for variant in variants for arch in archs]
-    return targets
+    reasons: dict[str, str] = {}
+    listed: list[tuple[Target, Future]] = []
+    for kernel, problem, answer in [(kernel, problem, _offers(processes, kernel)) for kernel, problem in wanted]:
+        with _or_a_reason(kernel, None if named else reasons):
+            if recorded := not answer.result():
+                if kernel.backend == "torch":
+                    raise InputError(f"kernel {kernel.name} has nothing to compile: its backend is torch")
+                problem = problem or worker.USUAL[kernel.op]
+            for arch in archs:
+                pool = processes.believing(arch if recorded else None)
+                future = pool.submit(worker.variant_names, kernel, problem, arch)
+                listed.append((Target(kernel, problem, "", arch, recorded), future))
+    targets: list[Target] = []
+    for target, future in listed:
+        with _or_a_reason(target.kernel, None if named else reasons):
+            targets += [target._replace(variant=name) for name in _names(target, future)]
+    if not targets:
+        raise InputError("; ".join(dict.fromkeys(reasons.values())))
+    # each variant's architectures side by side
+    kernels, variants = ([getattr(t, name) for t in targets] for name in ("kernel", "variant"))
+    targets.sort(key=lambda t: (kernels.index(t.kernel), variants.index(t.variant)))
+    return _matching(targets, patterns), reasons
+
+
+@contextlib.contextmanager
+def _or_a_reason(kernel: Kernel, reasons: dict[str, str] | None) -> Iterator[None]:
+    """What is raised inside becomes the kernel's entry in `reasons`, if there is one."""
+    try:
+        yield
+    except (UnavailableError, InputError) as error:
+        if reasons is None:
+            raise
+        reasons[kernel.name] = str(error)
+
+
+def _offers(processes: Workers, kernel: Kernel) -> Future:
+    """What `worker.offers` says of it; a user's module is imported here already."""
+    if not isinstance(kernel, UserKernel):
+        return processes.believing().submit(worker.offers, kernel)
+    known: Future = Future()
+    known.set_result(worker.offers(kernel))
+    return known
+
+
+def _names(target: Target, future: Future) -> list[str]:
+    kernel = target.kernel.name
+    try:
+        names = future.result()
+    except BrokenProcessPool:
+        raise InputError(f"kernel {kernel}: the process that asked it for its variants died") from None
+    if not names and target.recorded:
+        from kdacli.compile.recorder import HINT
+
+        raise InputError(f"kernel {kernel} has nothing to compile: it launches no Triton kernel{HINT}")
+    if not names:
+        raise InputError(f"kernel {kernel} has nothing to compile: its variants() yields none")
+    return names
+
+
+def _matching(targets: list[Target], patterns: Sequence[str]) -> list[Target]:
+    for pattern in patterns:
+        if not any(fnmatchcase(target.variant, pattern) for target in targets):
+            names = ", ".join(dict.fromkeys(target.variant for target in targets))
+            raise InputError(f"variant {pattern} is unknown: there are {names}")
+    return [t for t in targets if not patterns or any(fnmatchcase(t.variant, pattern) for pattern in patterns)]
 
 
 def compile_targets(
-    pool: ProcessPoolExecutor, targets: Sequence[Target], done: Callable[[str], None] = lambda label: None
+    processes: Workers,
+    targets: Sequence[Target],
+    done: Callable[[str], None] = lambda label: None,
+    folder: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each target, in order: kernel, problem, variant, arch, and what `worker.compile_variant` returns.
+    """One row for each target, in order: kernel, problem, variant, arch, gpu (whose multiprocessors tuning choices were
+    made for), and what `worker.compile_variant` returns.
 
-    A row whose binary compiled but wants more shared memory than a block has there holds a `note`.
+    A row whose binary compiled but wants more shared or tensor memory than there is holds a `note`.
 
     Args:
         done: called with the kernel's name whenever a target is through.
+        folder: where to write PTX, binaries, disassembly and IR.
     """
-    futures = {pool.submit(worker.compile_variant, t.kernel, t.problem, t.variant, t.arch.number): t for t in targets}
+    futures = {
+        processes.believing(t.arch if t.recorded else None).submit(
+            worker.compile_variant, t.kernel, t.problem, t.variant, t.arch, folder
+        ): t
+        for t in targets
+    }
     for future in as_completed(futures):
         done(futures[future].kernel.name)
     return [_row(target, _result(future)) for future, target in futures.items()]
@@ -86,8 +196,9 @@ def _row(target: Target, result: dict[str, Any]) -> dict[str, Any]:
         "problem": target.problem and target.problem.to_dict(),
         "variant": target.variant,
         "arch": target.arch.name,
+        "gpu": {"name": target.arch.product, "sms": target.arch.gpu.sms},
         **result,
     }
-    if note := target.arch.why_no_launch(result.get("shared_bytes", 0)):
+    if note := target.arch.why_no_launch(result.get("shared_bytes", 0), result.get("tensor_memory", 0)):
         row["note"] = note
     return row

@@ -12,7 +12,7 @@ def require_triton() -> None:
         raise UnavailableError("triton is not installed: pip install triton")
 
 
-def nvdisasm() -> Path:
-    """NVIDIA's disassembler. The file is not there if Triton was built without it."""
+def tool(name: str) -> Path:
+    """NVIDIA's nvdisasm or cuobjdump. The file is not there if Triton was built without it."""
     spec = importlib.util.find_spec("triton")
-    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name

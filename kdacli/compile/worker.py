@@ -5,101 +5,216 @@ Nothing here imports triton at the top: `start` must come first.
 
 import contextlib
 import importlib
-import io
+import inspect
+import multiprocessing
 import os
 import subprocess
+import tempfile
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from kda_kernels.errors import InputError
-from kda_kernels.problem import Problem
+from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
-from kdacli.compile import sass, toolchain
+from kda_kernels.variant import Built, Variant
+from kdacli.compile import amd, emit, occupancy, sass, toolchain
+from kdacli.compile.arch import Arch
+from kdacli.userkernels import UserKernel
 
-if TYPE_CHECKING:
-    from kda_kernels.triton.variant import Variant
+_pretence = contextlib.ExitStack()  # what a process believes, it believes until its end
+_recorded: dict[tuple[str, Problem], list[Variant]] = {}
 
 
-def start(cache: str) -> None:
-    """Prepares a fresh process. Triton reads these variables when it is imported or when it compiles."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = cache  # an empty one: a cached binary has no log and no compile time
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+def start(cache: str | None = None, believed: Arch | None = None) -> None:
+    """Prepares a fresh process.
+
+    Args:
+        cache: folder for Triton's cache instead of the one that launches use.
+        believed: architecture of a GPU that the process is to believe it has, before it imports any kernel.
+    """
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton reads these when it is imported
+    if cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = cache
     warnings.simplefilter("ignore")
     # LLVM writes to file descriptor 2 behind Python's back, up to hundreds of lines for an architecture it lacks
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if believed is not None:
+        from kdacli.compile import pretend
+
+        _pretence.enter_context(pretend.gpu(believed))
 
 
-def variant_names(kernel: Kernel, problem: Problem | None = None) -> list[str]:
-    """What the kernel launches for `problem`, or its usual variants; empty if it has nothing to compile.
+def cache_folder() -> str:
+    """Where Triton keeps what it compiles; launches on this machine look there."""
+    import triton
+
+    return triton.knobs.cache.dir
+
+
+def offers(kernel: Kernel) -> bool:
+    """Whether the kernel says itself what there is to compile; otherwise its launches can be recorded.
 
     Raises:
-        InputError: the kernel cannot run `problem`, wherever it is.
+        UnavailableError: its module cannot be imported.
     """
-    names = [variant.name for variant in _variants(kernel, problem)]
+    if isinstance(kernel, UserKernel):
+        return hasattr(kernel.function, "variants")
+    try:
+        return hasattr(importlib.import_module(kernel.module), "variants")
+    except ImportError as error:
+        raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def variant_names(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[str]:
+    """What the kernel launches for `problem` on such a GPU, or its usual variants; empty if nothing can be compiled.
+
+    Raises:
+        InputError: the kernel cannot run `problem`, wherever it is, or its launches cannot be recorded.
+        UnavailableError: a package is missing.
+    """
+    names = [variant.name for variant in _variants(kernel, problem, arch)]
+    if not names and offers(kernel) and (reason := kernel.unsupported(problem)):
+        raise UnavailableError(f"kernel {kernel.name} has nothing to compile: {reason}")
     reason = problem and kernel.unsupported(problem)
     if names and reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
         raise InputError(f"kernel {kernel.name} cannot run {problem.name}: {reason}")
     return names
 
 
-def compile_variant(kernel: Kernel, problem: Problem | None, name: str, number: int) -> dict[str, Any]:
-    """Compiles one of `variant_names` for one architecture.
+def compile_variant(
+    kernel: Kernel, problem: Problem | None, name: str, arch: Arch, folder: str | None = None
+) -> dict[str, Any]:
+    """Compiles one of `variant_names`, or takes it from the cache, and leaves it there.
+
+    Args:
+        folder: where to write PTX, binary, disassembly and IR; None for nowhere.
 
     Returns:
         registers, stack_bytes, spill_bytes, spill_store_bytes, spill_load_bytes (a thread), shared_bytes (a block),
-        num_warps, num_stages, binary_bytes, compile_s and sass (instruction counts). Where the disassembler is missing
-        or fails, `sass` is None and `sass_error` says why. Where the compiler refuses, nothing but `error`: its reason
-        in one line.
+        num_warps, tensor_memory (columns, where there are any), resident_blocks (a multiprocessor) and limited_by,
+        binary_bytes, cached, compile_s (None if cached) and sass (instruction counts; AMD: isa). What the tools do not
+        say is None; where the disassembler is missing or fails, `sass` is None and `sass_error` says why. Where the
+        compiler refuses, nothing but `error`: its reason in one line; where the kernel is not meant for that
+        architecture, nothing but `unsupported`.
     """
-    variant = next(v for v in _variants(kernel, problem) if v.name == name)
-    log = io.StringIO()  # Triton prints the log of ptxas
+    variant = next(v for v in _variants(kernel, problem, arch) if v.name == name)
     began = time.perf_counter()
     try:
-        with contextlib.redirect_stdout(log):
-            compiled = _compile(variant, number)
-        out = sass.resources(log.getvalue())
+        built = _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
+    except UnavailableError as error:
+        return {"unsupported": str(error)}
     except Exception as error:  # whatever the compiler throws is its answer, and belongs in this variant's row
-        return {"error": _reason(error)}
-    cubin = compiled.asm["cubin"]
-    return {
-        **out,
-        "shared_bytes": compiled.metadata.shared,
-        "num_warps": variant.num_warps,
-        "num_stages": variant.num_stages,
-        "binary_bytes": len(cubin),
-        "compile_s": round(time.perf_counter() - began, 3),
-        **_sass(cubin),
+        return {"error": _reason(str(error) or type(error).__name__)}
+    seconds = time.perf_counter() - began if built.compile_s is None else built.compile_s
+    text, counts = (built.ir.get("amdgcn"), amd.read(built)) if arch.amd else _nvidia(built)
+    row = counts | {
+        "shared_bytes": built.shared_bytes,
+        "num_warps": built.num_warps,
+        "binary_bytes": len(built.cubin),
+        "cached": built.cached,
+        "compile_s": None if built.cached else round(seconds, 3),
     }
+    if built.tensor_memory:
+        row["tensor_memory"] = built.tensor_memory
+    if row["registers"] is not None:
+        row["resident_blocks"], row["limited_by"] = occupancy.resident(
+            arch,
+            registers=row["registers"],
+            shared_bytes=built.shared_bytes,
+            num_warps=built.num_warps,
+            tensor_memory=built.tensor_memory,
+        )
+    if folder is not None:
+        row["files"] = emit.write(Path(folder), f"{Path(kernel.name).name}.{name}.{arch.name}", built, text, arch.amd)
+    return row
 
 
-def _variants(kernel: Kernel, problem: Problem | None) -> list["Variant"]:
-    module = importlib.import_module(kernel.module)
-    return list(module.variants(problem)) if hasattr(module, "variants") else []
+def _variants(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[Variant]:
+    if not offers(kernel):
+        return _record(kernel, problem, arch)
+    if isinstance(kernel, UserKernel):
+        try:
+            return kernel.variants(problem)
+        except Exception as error:  # anything that the user's code raises
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"kernel {kernel.name}: its variants() raised {type(error).__name__}: {said}") from error
+    variants = importlib.import_module(kernel.module).variants
+    takes_gpu = "gpu" in inspect.signature(variants).parameters
+    return list(variants(problem, gpu=arch.gpu) if takes_gpu else variants(problem))
 
 
-def _compile(variant: "Variant", number: int) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def _record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:
+    """Once a process: the call runs a kernel's host half."""
+    from kdacli.compile import recorder
 
-    source = ASTSource(variant.fn, variant.signature, variant.constexprs, variant.attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if variant.maxnreg is not None:
-        options["maxnreg"] = variant.maxnreg
-    return triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
+    key = (kernel.name, problem)
+    if key not in _recorded:
+        _recorded[key] = recorder.record(kernel, problem, arch)
+    return _recorded[key]
 
 
-def _sass(cubin: bytes) -> dict[str, Any]:
+# What a kernel that names no variants of its own is recorded on where no flag says anything.
+USUAL = {
+    Op.DECODE: Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64),
+    Op.PREFILL: Problem(Op.PREFILL, (8192,), H=32, HV=32),
+    Op.GATE: Problem(Op.GATE, (8192,), H=32, HV=32),
+}
+
+
+def _nvidia(built: Built) -> tuple[str | None, dict[str, Any]]:
+    """The disassembly, and what it and the log of ptxas say."""
+    out: dict[str, Any] = {"sass": None}
+    text = None
     try:
-        return {"sass": sass.count(sass.disassemble(cubin, toolchain.nvdisasm()))}
+        text = sass.disassemble(built.cubin, toolchain.tool("nvdisasm"))
+        out["sass"] = sass.count(text)
     except (OSError, subprocess.CalledProcessError) as error:
-        return {"sass": None, "sass_error": f"nvdisasm: {_reason(error)}"}
+        out["sass_error"] = f"nvdisasm: {_reason(str(error))}"
+    if built.log is not None:
+        return text, sass.resources(built.log) | out
+    try:
+        return text, sass.resources_of_binary(built.cubin, toolchain.tool("cuobjdump"), out["sass"]) | out
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        return text, dict.fromkeys(sass.RESOURCES) | {"sass_error": f"cuobjdump: {_reason(str(error))}"} | out
 
 
-def _reason(error: Exception) -> str:
-    """One line: the one in which ptxas says what is wrong, else the last that is not empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    fatal = [line for line in lines if "fatal" in line or "error   :" in line]
-    return (fatal or lines[-1:] or [type(error).__name__])[0][:200]
+def _aside(variant: Variant, arch: str) -> Built:
+    """Builds it in a process of its own: LLVM's AMD backend ends the process where it meets NVIDIA's inline assembly.
+
+    Raises:
+        RuntimeError: what the compiler said, on its way out or as an exception.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+") as said:
+        child = context.Process(target=_send, args=(variant, arch, theirs, said.fileno()), daemon=True)
+        child.start()
+        theirs.close()
+        try:
+            result = ours.recv()
+        except EOFError:
+            result = None
+        child.join()
+        said.seek(0)
+        text = said.read()
+    if isinstance(result, Built):
+        return result
+    raise RuntimeError(result or f"the compiler died: {_reason(text)}")
+
+
+def _send(variant: Variant, arch: str, pipe: Any, stderr: int) -> None:
+    os.dup2(stderr, 2)
+    try:
+        pipe.send(variant.build(arch))
+    except Exception as error:  # the parent's answer
+        pipe.send(_reason(str(error) or type(error).__name__))
+    pipe.close()
+
+
+def _reason(text: str) -> str:
+    """One line: the one in which a compiler says what is wrong, else the last that is not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    fatal = [line for line in lines if "fatal" in line or "error   :" in line or line.startswith("error:")]
+    return (fatal or lines[-1:] or ["it said nothing"])[0][:200]

@@ -1,4 +1,7 @@
-"""Reads the two kinds of dump file into one tree of dicts, tensors and plain values, without unpickling any object."""
+"""Reads dump files of two kinds, and folders of them, into one tree of dicts, tensors and plain values.
+
+No object is ever unpickled, and tensors stay in the file until something reads them.
+"""
 
 import re
 import zipfile
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 from kda_kernels.errors import InputError
+from kdacli.dumps import folders, sglang
 
 Tree = dict[str, Any]
 
@@ -17,19 +21,21 @@ def read(path: Path) -> Any:
     """The contents of a dump; tensors lie on the CPU and are mapped from the file where the format allows it.
 
     Raises:
-        InputError: no such file, not a file, empty, of an unknown kind, damaged, or holding pickled objects.
+        InputError: no such file, not a file, empty, of an unknown kind, damaged, or holding pickled objects; or a
+            folder with no dump in it.
     """
     reader = READERS.get(path.suffix.lower())
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: it should be a dump file ({' or '.join(READERS)})")
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a regular file")
-    if reader is None:
+    if reader is None and not path.is_dir():
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}: a dump ends in {' or '.join(READERS)}")
     try:
+        if path.is_dir():
+            return folders.read(path, read)
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty")
-        return reader(path)
+        tree = reader(path)
+        return {"calls": sglang.hooked_calls(tree, path)} if sglang.is_hooked(tree) else tree
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 

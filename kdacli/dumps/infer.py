@@ -10,6 +10,7 @@ import torch
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs
+from kdacli.dumps.pieces import anywhere
 from kdacli.dumps.said import Said
 from kdacli.dumps.shapes import Tensors
 
@@ -43,7 +44,7 @@ def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float |
     in_kernel = said.use_gate_in_kernel
     if in_kernel is None:
         in_kernel = "A_log" in tensors
-        if not in_kernel and bool((tensors["g"] > 0).any()):
+        if not in_kernel and anywhere(tensors["g"], lambda g: g > 0):
             raise InputError(
                 "g holds positive values, so it is raw, but A_log is missing: add it, or the log decay as g"
             )
@@ -98,8 +99,12 @@ def _qk_l2norm(q: torch.Tensor, k: torch.Tensor, said: Said, notes: list[str]) -
 
 def _unit(x: torch.Tensor) -> bool:
     """True if every row that is not zero has length 1, to the precision of bf16."""
-    norms = x.float().norm(dim=-1)
-    return bool(((norms - 1).abs() < 0.02).logical_or(norms == 0).all()) and bool((norms > 0).any())
+
+    def norms(rows: torch.Tensor) -> torch.Tensor:
+        return rows.float().norm(dim=-1)
+
+    off = anywhere(x, lambda rows: ((n := norms(rows)) != 0) & ((n - 1).abs() >= 0.02))
+    return not off and anywhere(x, lambda rows: norms(rows) > 0)
 
 
 def _v_first(tensors: Tensors, said: Said, notes: list[str]) -> bool:

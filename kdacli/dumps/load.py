@@ -56,8 +56,11 @@ def load(path: str | Path, call: str | None = None) -> Dump:
     return _dump(path, calls, next(iter(calls)) if call is None else call)
 
 
-def load_all(path: str | Path, only: Sequence[str] = ()) -> list[Dump]:
+def load_all(path: str | Path, only: Sequence[str] = (), like: Sequence[Dump] = ()) -> list[Dump]:
     """Every call of a dump, or those named, in the order of the file.
+
+    Args:
+        like: whose inputs a call has that holds outputs only: the one of its name, or the only one there is.
 
     Raises:
         InputError: the file cannot be read, there is no call of that name, or a call lacks something, or a tensor or
@@ -67,7 +70,9 @@ def load_all(path: str | Path, only: Sequence[str] = ()) -> list[Dump]:
     calls = calls_of(files.read(path), path)
     for name in only:
         _named(path, calls, name)
-    return [_dump(path, calls, name) for name in calls if not only or name in only]
+    named = {dump.call: dump for dump in like}
+    other = like[0] if len(like) == 1 else None
+    return [_dump(path, calls, name, named.get(name, other)) for name in calls if not only or name in only]
 
 
 def _named(path: Path, calls: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
@@ -77,18 +82,23 @@ def _named(path: Path, calls: Mapping[str, dict[str, Any]], name: str) -> dict[s
     return calls[name]
 
 
-def _dump(path: Path, calls: Mapping[str, dict[str, Any]], name: str) -> Dump:
+def _dump(path: Path, calls: Mapping[str, dict[str, Any]], name: str, like: Dump | None = None) -> Dump:
     call = _named(path, calls, name)
     try:
-        return _parse(call, name)
+        return _parse(call, name, like)
     except InputError as error:
         where = f"{path}, call {name}" if name else f"{path}"
         raise InputError(f"{where}: {error}") from error
 
 
-def _parse(call: Mapping[str, Any], name: str) -> Dump:
+def _parse(call: Mapping[str, Any], name: str, like: Dump | None) -> Dump:
     parts = split(call)
     found, notes = parts.inputs, []
+    if like is not None and parts.outputs and not found:
+        dims = checks.check_inputs(like.inputs, values=True)
+        notes.append("it holds outputs only: judged on the other's inputs")
+        outputs = build_outputs(parts.outputs, like.inputs, dims, like.op, notes)
+        return Dump(like.inputs, outputs, like.op, parts.meta, notes, name)
     if parts.unused:
         notes.append(f"not used: {', '.join(sorted(parts.unused))}")
     for key in names.REQUIRED:

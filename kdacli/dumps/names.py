@@ -21,7 +21,7 @@ INPUTS: Aliases = {
     "k": ("k", "key", "keys"),
     "v": ("v", "value", "values"),
     "g": ("g", "raw_g", "a", "gate", "forget_gate"),
-    "beta": ("beta", "b", "betas"),
+    "beta": ("beta", "b", "betas", "raw_beta"),
     "A_log": ("A_log", "a_log"),
     "dt_bias": ("dt_bias", "g_bias", "gate_bias"),
     "state": (*_STATE, *_SSM),
@@ -58,11 +58,11 @@ OUTPUTS_ALONE: Aliases = {"o": OUTPUTS["o"], "final_state": (*OUTPUTS["final_sta
 
 OPTIONS: Aliases = {
     "op": ("op",),
-    "use_gate_in_kernel": ("use_gate_in_kernel",),
+    "use_gate_in_kernel": ("use_gate_in_kernel", "compute_gate"),
     "lower_bound": ("lower_bound", "gate_lower_bound"),
     "safe_gate": ("safe_gate", "use_safe_gate"),
     "use_qk_l2norm_in_kernel": ("use_qk_l2norm_in_kernel", "qk_l2norm"),
-    "use_beta_sigmoid_in_kernel": ("use_beta_sigmoid_in_kernel", "beta_is_logit"),
+    "use_beta_sigmoid_in_kernel": ("use_beta_sigmoid_in_kernel", "beta_is_logit", "beta_is_raw", "sigmoid_beta"),
     "allow_neg_eigval": ("allow_neg_eigval",),
     "scale": ("scale", "softmax_scale"),
     "state_v_first": ("state_v_first", "transpose_state_layout"),

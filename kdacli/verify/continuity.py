@@ -48,13 +48,13 @@ class PrefillThenDecode:
         rows = torch.cat([torch.arange(start, end - self.steps) for start, end in starts_ends]).to(lens.device)
         o, call = torch.full_like(inputs.v, torch.nan), self.prefill
         for step in range(self.steps + 1):
-            part = _tokens(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
+            part = tokens_of(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
             o[:, rows] = call.run(part).o
             rows, call = ends - self.steps + step, self.decode
         return Outputs(o, inputs.state)
 
 
-def _tokens(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
+def tokens_of(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
     """The call for some tokens of a packed batch only; the pool is the same memory."""
     cu_seqlens = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(inputs.cu_seqlens.dtype)
     parts = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}

@@ -1,12 +1,14 @@
 """The memory of a call: copies that keep strides and gaps, comparisons bit for bit, and NaN where nothing was put."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
 import torch
 
 from kda_kernels.tensors import Inputs
+from kdacli.verify.guards import ZONE, Guarded
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -18,20 +20,44 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype is b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
-def own_memory(inputs: Inputs) -> Inputs:
-    """A copy of `inputs` that shares no memory with it. Whole storages are copied, so strides, and what lies between
-    the elements of a view, stay; views of one storage remain views of one.
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A copy of inputs for one call, in memory of its own.
+
+    Attributes:
+        inputs: the copy. Whole storages are copied, so strides, and what lies between the elements of a view, stay;
+            views of one storage remain views of one.
+        zones: the memory under it, with guard zones around each storage.
     """
-    copies: dict[tuple[int, int], torch.UntypedStorage] = {}
 
-    def copy(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        key = (storage.data_ptr(), storage.nbytes())
-        if key not in copies:
-            copies[key] = _all_of(t).clone().untyped_storage()
-        return _moved(t, copies[key])
+    inputs: Inputs
+    zones: tuple[Guarded, ...]
 
-    return inputs.map(copy)
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Copy":
+        housed: dict[tuple[int, int], Guarded] = {}
+        names: dict[tuple[int, int], list[str]] = {}
+        for name, t in inputs.tensors().items():
+            names.setdefault(_storage_key(t), []).append(name)
+
+        def copy(t: torch.Tensor) -> torch.Tensor:
+            key = _storage_key(t)
+            if key not in housed:
+                what = f"the memory of {' and '.join(names[key])}"
+                housed[key] = Guarded.allocate(what, t.untyped_storage().nbytes(), t.device)
+                housed[key].inside.copy_(_all_of(t))
+            return housed[key].view(t, t.storage_offset())
+
+        return cls(inputs.map(copy), tuple(housed.values()))
+
+    def broken_zones(self) -> list[str]:
+        """What was written around the inputs, in words."""
+        return [f"it wrote {found}" for zone in self.zones if (found := zone.broken())]
+
+
+def own_memory(inputs: Inputs) -> Inputs:
+    """A copy of `inputs` that shares no memory with it: see `Copy`."""
+    return Copy.of(inputs).inputs
 
 
 def modified(before: Inputs, after: Inputs) -> list[str]:
@@ -45,12 +71,18 @@ def modified(before: Inputs, after: Inputs) -> list[str]:
     names = []
     for name, was in before.tensors().items():
         now = after.tensors()[name]
+        inside = _all_of(now)[ZONE:-ZONE]
         if name == "state" and pooled:
-            now = _moved(now, _all_of(now).clone().untyped_storage())
-            now.copy_(was)  # the slots are judged elsewhere
-        if not torch.equal(_all_of(was), _all_of(now)):
+            inside = inside.clone()
+            _moved(was, inside.untyped_storage()).copy_(was)  # the slots are judged elsewhere
+        if not torch.equal(_all_of(was), inside):
             names.append("memory between the slots of the pool" if name == "state" and pooled else name)
     return names
+
+
+def _storage_key(t: torch.Tensor) -> tuple[int, int]:
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _moved(t: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Runs kernels over cases and judges what comes out: values, untouched inputs, and the same bits a second time."""
+"""Runs kernels over cases and judges what comes out: values, and what must hold beside them."""
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -13,13 +14,25 @@ from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import interpreted
 from kdacli.judge import Verdict, judge
 from kdacli.synthetic import make_inputs
+from kdacli.userkernels import UserKernel
 from kdacli.verify.baseline import expect, plain
-from kdacli.verify.cases import Case
+from kdacli.verify.call import Call, call
+from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
-from kdacli.verify.memory import modified, own_memory, poisoned_memory, same_bits
-from kdacli.verify.transforms import TRANSFORMS
+from kdacli.verify.memory import modified, same_bits
+from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject
+from kdacli.verify.transforms import LAYOUTS, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What became of one property: pass, fail, refused (it could not be checked; the notes say why), or error."""
+
+    name: str
+    status: Status
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +44,9 @@ class Result:
         status: pass; fail: it ran and is wrong; refused: it said beforehand that it cannot; error: it raised.
         verdicts: one for each output tensor, when it ran.
         notes: why it was refused, what it raised, or what is wrong beside the values.
+        properties: those of the case, in its order.
+        seconds: that the check took.
+        outputs: of its first call, for a closer look at a failure; else None.
     """
 
     case: str
@@ -39,10 +55,18 @@ class Result:
     status: Status
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
+    properties: tuple[Held, ...] = ()
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+    outputs: Outputs | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def ok(self) -> bool:
         return self.status in ("pass", "refused")
+
+    @property
+    def wrong_values(self) -> bool:
+        """Whether it ran and some output is not what it should be."""
+        return any(not verdict.passed for verdict in self.verdicts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +76,7 @@ class Bench:
     Attributes:
         name: of the case. problem: what a kernel is asked whether it supports it.
         inputs, expected, plain_outputs: as `judge` takes them.
-        decode_steps: see `Case`.
+        properties, decode_steps: see `Case`.
         strided: the inputs' memory is laid out unusually: a kernel may refuse it by an `InputError`.
     """
 
@@ -61,20 +85,26 @@ class Bench:
     inputs: Inputs
     expected: Outputs
     plain_outputs: Outputs
+    properties: tuple[str, ...] = ()
     decode_steps: int = 0
     strided: bool = False
 
     @classmethod
     def of_case(cls, case: Case, seed: int, device: str) -> "Bench":
-        inputs = make_inputs(case.problem, gates=case.gates, keys=case.keys, seed=seed, device=device)
-        if case.transform is not None:
-            inputs = TRANSFORMS[case.transform](inputs)
+        inputs = inputs_of(case, seed, device)
         bench = cls.of_inputs(case.name, case.problem, inputs)
-        return dataclasses.replace(bench, decode_steps=case.decode_steps, strided=case.transform is not None)
+        strided = not LAYOUTS.keys().isdisjoint(case.transforms)
+        return dataclasses.replace(bench, properties=case.properties, decode_steps=case.decode_steps, strided=strided)
 
     @classmethod
     def of_inputs(cls, name: str, problem: Problem, inputs: Inputs) -> "Bench":
         return cls(name, problem, inputs, expect(inputs, problem.op), plain(inputs, problem.op))
+
+
+def inputs_of(case: Case, seed: int, device: str) -> Inputs:
+    """The tensors of a case."""
+    drawn = make_inputs(case.problem, gates=case.gates, keys=case.keys, seed=seed + case.seed, device=device)
+    return transformed(drawn, case.transforms)
 
 
 def pairs(kernels: Iterable[Kernel], cases: Iterable[Case]) -> list[tuple[Case, list[Kernel]]]:
@@ -89,7 +119,7 @@ def verify(kernels: Iterable[Kernel], cases: Iterable[Case], device: str, seed: 
 
     Args:
         kernels: to check. A kernel that cannot run a case is a result too ("refused").
-        cases: see `kdacli.verify.cases`.
+        cases: see `kdacli.verify.suites`.
         device: "cpu" or "cuda".
         seed: of the synthetic inputs.
     """
@@ -106,51 +136,79 @@ def verify(kernels: Iterable[Kernel], cases: Iterable[Case], device: str, seed: 
 
 def check(kernel: Kernel, bench: Bench) -> Result:
     """Checks one kernel on one case. Nothing that the kernel raises gets out."""
+    start = time.perf_counter()
+    result = _check(kernel, bench)
+    return dataclasses.replace(result, seconds=round(time.perf_counter() - start, 4))
+
+
+def _check(kernel: Kernel, bench: Bench) -> Result:
     runner = PrefillThenDecode.of(kernel, bench.decode_steps) if bench.decode_steps else kernel
 
-    def result(status: Status, verdicts: Iterable[Verdict] = (), notes: Iterable[str] = ()) -> Result:
-        return Result(bench.name, runner.name, bench.problem.op, status, tuple(verdicts), tuple(notes))
+    def result(status: Status, notes: Iterable[str] = (), **found) -> Result:
+        return Result(bench.name, runner.name, bench.problem.op, status, notes=tuple(notes), **found)
 
     try:
         if (reason := runner.unsupported(bench.problem)) is not None:
-            return result("refused", notes=[reason])
-        outputs, call = _run(runner, bench.inputs)
-        again = outputs if _is_interpreted(kernel) else _run(runner, bench.inputs)[0]
+            return result("refused", [reason])
+        first = call(runner, bench.inputs, guarded=True)
+        # In the interpreter programs run one after the other: nothing can race, and a second call costs seconds.
+        again = first if _is_interpreted(kernel) else call(runner, bench.inputs)
     except Exception as error:  # the kernel's fault, whatever it is: reported, and the next case runs
         if bench.strided and isinstance(error, InputError):
-            return result("refused", notes=[one_line(error)])
-        return result("error", notes=[f"{type(error).__name__}: {one_line(error)}"])
+            return result("refused", [one_line(error)])
+        return result("error", [said(error)])
+    outputs = first.outputs
     verdicts = judge(
         bench.inputs, outputs, op=bench.problem.op, expected=bench.expected, plain_outputs=bench.plain_outputs
     )
-    notes = [*_wrong_beside_values(bench.inputs, call, outputs, bench.problem.op), *_differences(outputs, again)]
+    notes = [*_wrong_beside_values(bench, first), *_differences(outputs, again.outputs)]
     passed = not notes and all(verdict.passed for verdict in verdicts)
-    return result("pass" if passed else "fail", verdicts, notes)
+    held: tuple[Held, ...] = ()
+    if passed:  # what is wrong alone need not be asked what else it does wrong
+        subject = Subject(
+            kernel=runner,
+            problem=bench.problem,
+            inputs=bench.inputs,
+            outputs=outputs,
+            expected=bench.expected,
+            plain_outputs=bench.plain_outputs,
+            ours=kernel.ours and not isinstance(kernel, UserKernel),
+            interpreted=_is_interpreted(kernel),
+        )
+        held = tuple(_ask(name, subject) for name in bench.properties)
+        passed = all(one.status in ("pass", "refused") for one in held)
+    return result(
+        "pass" if passed else "fail", notes, verdicts=tuple(verdicts), properties=held,
+        outputs=None if passed else outputs,
+    )  # fmt: skip
+
+
+def _ask(name: str, subject: Subject) -> Held:
+    """One property of a kernel that is right when alone."""
+    found = PROPERTIES[name]
+    if found.gpu_only and not subject.inputs.q.is_cuda:
+        return Held(name, "refused", ("there is no GPU",))
+    try:
+        notes = tuple(dict.fromkeys(found.check(subject)))
+    except NotApplicableError as error:
+        return Held(name, "refused", (one_line(error),))
+    except Exception as error:  # the kernel's fault, as above
+        return Held(name, "error", (said(error),))
+    return Held(name, "fail" if notes else "pass", notes)
 
 
 def _is_interpreted(kernel: Kernel) -> bool:
-    """In Triton's interpreter programs run one after the other: nothing can race, and a second call costs seconds."""
     return kernel.backend == "triton" and interpreted()
 
 
-def _run(kernel: Kernel | PrefillThenDecode, inputs: Inputs) -> tuple[Outputs, Inputs]:
-    """One call on a copy of the inputs: what came out (a pool as final_state, whatever was returned), and the copy."""
-    call = own_memory(inputs)
-    with poisoned_memory():
-        outputs = kernel.run(call)
-        if call.q.is_cuda:
-            torch.cuda.synchronize()
-    if call.state_indices is not None:
-        outputs = dataclasses.replace(outputs, final_state=call.state)
-    return outputs, call
-
-
-def _wrong_beside_values(inputs: Inputs, call: Inputs, outputs: Outputs, op: Op) -> Iterator[str]:
-    """Inputs that the call modified, and outputs of another dtype than they should have."""
-    for name in modified(inputs, call):
+def _wrong_beside_values(bench: Bench, made: Call) -> Iterator[str]:
+    """Inputs that the call modified, memory that is nobody's, and outputs of another dtype than they should have."""
+    inputs, outputs = bench.inputs, made.outputs
+    for name in modified(inputs, made.copy.inputs):
         yield f"{name} was modified: a kernel should write to its outputs and the used slots of a pool only"
+    yield from made.strays
     state_dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    dtypes = {"o": torch.float32 if op is Op.GATE else inputs.v.dtype, "final_state": state_dtype}
+    dtypes = {"o": torch.float32 if bench.problem.op is Op.GATE else inputs.v.dtype, "final_state": state_dtype}
     for name, tensor in outputs.tensors().items():
         if tensor.dtype not in (dtypes[name], torch.float32 if name == "final_state" else None):
             yield f"{name} is {tensor.dtype}: it should be {dtypes[name]}"
@@ -162,6 +220,11 @@ def _differences(first: Outputs, second: Outputs) -> Iterator[str]:
         other = second.tensors().get(name)
         if other is None or not same_bits(tensor, other):
             yield f"a second call on the same inputs gave other bits of {name}"
+
+
+def said(error: BaseException) -> str:
+    """An error's type and message in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:

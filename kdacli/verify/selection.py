@@ -6,7 +6,19 @@ from kda_kernels import registry
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
-from kdacli.verify.cases import CASES, Case, cases_for
+from kdacli.userkernels import resolve
+from kdacli.verify import spec
+from kdacli.verify.case import Case
+from kdacli.verify.suites import cases_for
+
+
+def get_kernel(name: str, op: Op | None = None) -> Kernel:
+    """A kernel by its name in the registry, or a user's own: the one place where names become kernels here.
+
+    Raises:
+        InputError: see `kdacli.userkernels.resolve`.
+    """
+    return resolve(name, op)
 
 
 def select_kernels(names: Sequence[str] = (), op: Op | None = None) -> tuple[list[Kernel], list[tuple[str, str]]]:
@@ -21,7 +33,7 @@ def select_kernels(names: Sequence[str] = (), op: Op | None = None) -> tuple[lis
         UnavailableError: a kernel that was named, or every kernel there is, cannot run here.
     """
     if names:
-        chosen = [registry.get(name) for name in dict.fromkeys(names)]
+        chosen = [get_kernel(name, op) for name in dict.fromkeys(names)]
         for kernel in chosen:
             if op is not None and kernel.op is not op:
                 raise InputError(f"{kernel.name} is given with --op {op}: it serves {kernel.op}; leave one out")
@@ -42,19 +54,20 @@ def select_kernels(names: Sequence[str] = (), op: Op | None = None) -> tuple[lis
     return chosen, others
 
 
-def select_cases(names: Sequence[str], kernels: Sequence[Kernel], device: str) -> list[Case]:
-    """The cases named, or those of the table that suit `device`, of the ops of `kernels`.
+def select_cases(names: Sequence[str], kernels: Sequence[Kernel], device: str, suite_name: str = "quick") -> list[Case]:
+    """The cases named, or those of a suite that suit `device`, of the ops of `kernels`.
+
+    Args:
+        names: of cases in any suite, or with changes: see `kdacli.verify.spec`.
 
     Raises:
         InputError: a name is unknown, or of an op that none of `kernels` serves.
     """
+    served = {kernel.op for kernel in kernels}
     if not names:
-        served = {kernel.op for kernel in kernels}
-        return [case for case in cases_for(device) if case.problem.op in served]
-    table = {case.name: case for case in CASES}
-    for name in names:
-        if name not in table:
-            raise InputError(f"case {name} is unknown: kda verify --list shows them")
-        if table[name].problem.op not in {kernel.op for kernel in kernels}:
-            raise InputError(f"case {name} is of the op {table[name].problem.op}: no kernel chosen serves it")
-    return [table[name] for name in dict.fromkeys(names)]
+        return [case for case in cases_for(device, suite_name) if case.problem.op in served]
+    cases = [spec.parse(name) for name in dict.fromkeys(names)]
+    for case in cases:
+        if case.problem.op not in served:
+            raise InputError(f"case {case.name} is of the op {case.problem.op}: no kernel chosen serves it")
+    return cases

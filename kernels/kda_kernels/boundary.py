@@ -98,6 +98,15 @@ class _ForwardOnly(torch.autograd.Function):
 
 def forward_only(run: Callable[[], tuple], inputs: Inputs) -> tuple:
     """`run()`; with results whose backward raises `KdaError` if it was asked to record gradients of `inputs`."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors().values()):
+    if torch.is_grad_enabled() and _requires_grad(inputs):
         return _ForwardOnly.apply(run, *inputs.tensors().values())
     return run()
+
+
+def _requires_grad(inputs: Inputs) -> bool:
+    i = inputs  # spelled out: this is on the way of every decoding step
+    return (
+        i.q.requires_grad or i.k.requires_grad or i.v.requires_grad or i.g.requires_grad or i.beta.requires_grad
+        or (i.A_log is not None and i.A_log.requires_grad) or (i.dt_bias is not None and i.dt_bias.requires_grad)
+        or (i.state is not None and i.state.requires_grad)
+    )  # fmt: skip

@@ -7,6 +7,7 @@ multiple of 32, V of 16, the state is V-first and its slots are 16-byte aligned;
 
 import functools
 import os
+import sys
 
 import torch
 
@@ -14,6 +15,7 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.tensors import Inputs, Outputs
 
 CUTE, TRITON = "cute-decode", "triton-decode"
+CUTE_MODULE = "kda_kernels.cute.decode"
 CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES") == "1"  # what tensors hold is checked, too; see `kda_kernels.checks`
 
 
@@ -51,6 +53,11 @@ def decode(
     from kda_kernels.triton.decode import decode as triton_decode
 
     return triton_decode(inputs, out, final_state=final_state, token_states=token_states)
+
+
+def decode_again(inputs: Inputs, out: torch.Tensor, token_states: torch.Tensor | None) -> bool:
+    """`decode` in place, if this call is just like the one before: an engine's every step. False: nothing was done."""
+    return CUTE_MODULE in sys.modules and _cute().again(inputs, out, None, token_states)
 
 
 @functools.cache

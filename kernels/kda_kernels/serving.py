@@ -66,11 +66,13 @@ def kda_decode(
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    raw = options.gate is not Gate.NONE
-    inputs = Inputs(
-        q, k, v, g, beta, options, A_log if raw else None, dt_bias if raw else None, state, state_indices, cu_seqlens
-    )  # fmt: skip
+    if options.gate is Gate.NONE:
+        A_log = dt_bias = None
+    inputs = Inputs(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens)
     _require_pool(inputs)
+    plain = kernel is None and out is not None and not torch.is_grad_enabled() and not dispatch.CHECK_VALUES
+    if plain and dispatch.decode_again(inputs, out, token_states):
+        return out
     chosen = dispatch.decode_kernel(inputs) if kernel is None else kernel
     if chosen != dispatch.CUTE or dispatch.CHECK_VALUES:  # the CuTe function checks shapes, strides and dtypes itself
         check(inputs)
@@ -190,6 +192,6 @@ def _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_
 
 
 def _require_pool(inputs: Inputs) -> None:
-    for name, value in (("state", inputs.state), ("state_indices", inputs.state_indices)):
-        if value is None:
-            raise InputError(f"{name} is missing: it should be a tensor")
+    if inputs.state is None or inputs.state_indices is None:
+        name = "state" if inputs.state is None else "state_indices"
+        raise InputError(f"{name} is missing: it should be a tensor")

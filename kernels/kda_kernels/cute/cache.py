@@ -1,9 +1,10 @@
 """The one compile cache of all CuTe kernels: in memory by key, on disk by a hash of key, sources and compiler.
 
 Asked for a key, it returns a function that takes torch tensors. A key is compiled once: threads that ask for it at the
-same time wait for the first, processes too (a lock file). What was compiled is exported as an object file and, where
-there is a C compiler, linked into a shared library, which a later process loads in milliseconds without importing the
-DSL. Files are written under another name and then renamed, so that nobody reads half a file.
+same time wait for the first, and get its error if it fails; processes wait too (a lock file). What was compiled is
+exported as an object file and, where there is a C compiler, linked into a shared library, which a later process loads
+in milliseconds without importing the DSL. Files are written under another name and then renamed, and end with a digest
+of what they hold: a damaged library would not fail to load, it would end the process.
 
     KDA_CACHE_DIR          where files lie (default: $XDG_CACHE_HOME/kda or ~/.cache/kda); empty: memory only
     KDA_CUTE_CACHE_SIZE    functions found in memory (default: 256); the one not asked for the longest goes first. Code
@@ -17,6 +18,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from filelock import FileLock
 
 EXPORTED = "kda_kernel"  # the function's name inside a file
 DISK_FILES = 1024  # the oldest go when there are more
+DIGEST_BYTES = 32
 
 
 @dataclasses.dataclass
@@ -59,7 +63,7 @@ class CompileCache:
         self._entries: dict[Hashable, Entry] = {}
         self._clock = itertools.count(1)
         self._lock = threading.Lock()
-        self._making: dict[Hashable, threading.Lock] = {}
+        self._making: dict[Hashable, Future] = {}
 
     def get(self, key: Hashable) -> Callable[..., Any] | None:
         """The function for `key` if it is in memory."""
@@ -78,18 +82,31 @@ class CompileCache:
             label: tells them apart on disk, so everything that `build` depends on must be in it.
         """
         with self._lock:
-            making = self._making.setdefault(key, threading.Lock())
-        with making:
             if (function := self.get(key)) is not None:
                 return function
+            made = self._making.get(key)
+            if mine := made is None:
+                made = self._making[key] = Future()
+        if not mine:
+            return made.result()
+        try:
             began = time.perf_counter()
             function, origin = _from_disk_or(build, label)
-            entry = Entry(label, function, origin, time.perf_counter() - began, next(self._clock))
-            with self._lock:
+        except BaseException as error:
+            self._made(key)
+            made.set_exception(error)
+            raise
+        self._made(key, Entry(label, function, origin, time.perf_counter() - began, next(self._clock)))
+        made.set_result(function)
+        return function
+
+    def _made(self, key: Hashable, entry: Entry | None = None) -> None:
+        """`key` is no longer being made: here it is, or it failed and the next call tries again."""
+        with self._lock:
+            del self._making[key]
+            if entry is not None:
                 self._entries[key] = entry
-                self._making.pop(key, None)
                 self._evict()
-            return function
 
     def entries(self) -> list[Entry]:
         """What is in memory, the most recently used last."""
@@ -98,12 +115,15 @@ class CompileCache:
     def clear(self) -> None:
         """Forgets what is in memory; files stay."""
         with self._lock:
-            self._entries.clear()
+            for key in list(self._entries):
+                self._retire(key)
 
     def _evict(self) -> None:
         while len(self._entries) > self.capacity:
-            key = min(self._entries, key=lambda k: self._entries[k].used)
-            _RETIRED.append(self._entries.pop(key).function)
+            self._retire(min(self._entries, key=lambda k: self._entries[k].used))
+
+    def _retire(self, key: Hashable) -> None:
+        _RETIRED.append(self._entries.pop(key).function)
 
 
 CACHE = CompileCache()
@@ -175,28 +195,46 @@ def _ours(where: Path) -> bool:
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         warnings.warn(f"no compile cache on disk: others may write to {where}", RuntimeWarning, stacklevel=4)
         return False
+    if not os.access(where, os.W_OK):
+        warnings.warn(f"no compile cache on disk: {where} cannot be written to", RuntimeWarning, stacklevel=4)
+        return False
     return True
 
 
 def _store(made: Any, path: Path) -> None:
-    """Exports what `cute.compile` returned: `path`.so where it can be linked, else `path`.o."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    objects, library = part.with_suffix(".o"), part.with_suffix(".so")
-    made.export_to_c(object_file_path=str(objects), function_name=EXPORTED)
-    linked = _link(objects, library)
-    file = library if linked else objects
-    os.replace(file, path.with_suffix(file.suffix))
-    if linked:
-        objects.unlink()
-    _prune(path.parent)
+    """Exports what `cute.compile` returned: `path`.so where it can be linked, else `path`.o. A warning if it cannot be
+    written: then it is in memory only."""
+    objects, library = (Path(f"{path}.{os.getpid()}{suffix}") for suffix in (".o", ".so"))
+    try:
+        made.export_to_c(object_file_path=str(objects), function_name=EXPORTED)
+        file = library if _link(objects, library) else objects
+        with file.open("r+b") as stream:
+            stream.write(_digest(stream.read()))
+        os.replace(file, path.with_suffix(file.suffix))
+        _prune(path.parent)
+    except OSError as error:
+        warnings.warn(f"compile cache: {path.name} was not written ({error})", RuntimeWarning, stacklevel=4)
+    finally:
+        for file in (objects, library):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _link(objects: Path, library: Path) -> bool:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    """Whether there is a C compiler that makes a shared library of the object file."""
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
+    if not compiler:
         return False
-    done = subprocess.run([compiler, "-shared", "-o", library, objects], capture_output=True, check=False)
-    return done.returncode == 0
+    command = [*compiler, "-shared", "-o", library, objects]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:  # $CC is not there
+        return False
 
 
 def _load(path: Path) -> Callable[..., Any] | None:
@@ -204,12 +242,19 @@ def _load(path: Path) -> Callable[..., Any] | None:
     for file in (path.with_suffix(".so"), path.with_suffix(".o")):
         if file.exists():
             try:
+                _require_whole(file)
                 return _load_library(file) if file.suffix == ".so" else _load_object(file)
             except Exception as error:
                 warnings.warn(f"compile cache: {file.name} does not load ({error}): made again", RuntimeWarning, 5)
                 with contextlib.suppress(OSError):
                     file.unlink()
     return None
+
+
+def _require_whole(file: Path) -> None:
+    content = file.read_bytes()
+    if _digest(content[:-DIGEST_BYTES]) != content[-DIGEST_BYTES:]:
+        raise ValueError("it is damaged")
 
 
 def _load_library(file: Path) -> Callable[..., Any]:

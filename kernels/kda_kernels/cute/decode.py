@@ -77,40 +77,63 @@ def launch(
 ) -> None:
     """`decode` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
     global _last
-    q, options, bias, indices, offsets = (
-        inputs.q, inputs.options, inputs.dt_bias, inputs.state_indices, inputs.cu_seqlens
-    )  # fmt: skip
-    if bias is not None and bias.ndim != 1:
-        bias = bias.reshape(-1)
-    # Three things that the compiled function cannot see: which way round a square state lies, two sizes that differ by
-    # one, and a batch of nothing, for which there is no grid.
+    if config is None and again(inputs, o, ht, token_states):
+        return
+    q, options = inputs.q, inputs.options
+    if not q.shape[0] * q.shape[1]:
+        check_inputs(inputs)
+        _hand_on(inputs.state, ht)
+        return
+    function = _function(inputs, ht, token_states, config)
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    last = (options, q.shape, q.device), function, scale, options.lower_bound or 0.0
+    try:
+        _call(last, inputs, o, ht, token_states)
+    except (TypeError, ValueError) as error:
+        _explain(inputs, error)
+    if config is None:
+        _last = last
+
+
+def again(
+    inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None, token_states: torch.Tensor | None = None
+) -> bool:
+    """`launch`, if this call is like the last one and takes the same function. False: it is not, and nothing was done.
+
+    Options, shape and device are compared; what is not compared the function checks itself.
+    """
+    last, q = _last, inputs.q
+    if last[0] != (inputs.options, q.shape, q.device):
+        return False
+    try:
+        _call(last, inputs, o, ht, token_states)
+    except (TypeError, ValueError):  # other dtypes, say
+        return False
+    return True
+
+
+def _call(
+    last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, token_states: torch.Tensor | None
+) -> None:
+    """Calls the compiled function of `last`.
+
+    Raises:
+        InputError: two things that the function cannot see: which way round a square state lies, and sizes that differ
+            by one.
+        TypeError, ValueError: it does not take these tensors.
+    """
+    indices, offsets, bias = inputs.state_indices, inputs.cu_seqlens, inputs.dt_bias
     if not inputs.state_v_first and (inputs.state is not None or ht is not None):
         raise InputError("cute-decode: the state is K-first: this kernel's is V-first")
     if offsets is not None and indices is not None and indices.shape[0] != offsets.shape[0] - 1:
         raise InputError(f"state_indices has shape {list(indices.shape)}: it should be [{offsets.shape[0] - 1}]")
-    tensors = (q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.A_log, bias, o, inputs.state, ht, indices, offsets)
-    # A call like the one before takes the same function: what is not compared here the function checks itself.
-    like = (options, q.shape, q.device)
-    last, function, scale, bound = _last
-    if last == like and config is None:
-        try:
-            return _call(function, *tensors, token_states, scale, bound)
-        except (TypeError, ValueError):
-            pass  # other dtypes, say
-    scale, bound = q.shape[-1] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0
-    if not q.shape[0] * q.shape[1]:
-        check_inputs(inputs)
-        return _hand_on(inputs.state, ht)
-    function = _function(inputs, ht, token_states, config)
-    try:
-        _call(function, *tensors, token_states, scale, bound)
-    except (TypeError, ValueError) as error:
-        _explain(inputs, error)
-    if config is None:
-        _last = (like, function, scale, bound)
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> None:
+    if bias is not None and bias.ndim != 1:
+        bias = bias.reshape(-1)
+    _, function, scale, bound = last
+    arguments = (
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.A_log, bias, o, inputs.state, ht, indices, offsets,
+        token_states, scale, bound,
+    )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
             function(*arguments)
@@ -125,14 +148,14 @@ def _function(
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
     N = B if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    one_token = inputs.cu_seqlens is None and T == 1
     if config is None:
         narrow = K % 64 == 0 and all(x is None or x.element_size() == 2 for x in (inputs.state, ht, token_states))
-        config = DecodeConfig.choose(N * HV, K, V, narrow, multiprocessors(inputs.q.device))
+        config = DecodeConfig.choose(N * HV, K, V, narrow, one_token, multiprocessors(inputs.q.device))
     parts = (
         inputs.q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, inputs.state_indices,
         inputs.cu_seqlens, token_states,
     )  # fmt: skip
-    one_token = inputs.cu_seqlens is None and T == 1
     dtypes = tuple(None if x is None else x.dtype for x in parts)
     key = ("decode", inputs.options, config, H, HV, K, V, one_token, inputs.q.device, dtypes)
     return CACHE.get(key) or _make(key, inputs, ht, token_states, config)
@@ -279,12 +302,13 @@ def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
     state = problem.state_dtype if pooled or problem.initial_state else None
     out = None if pooled or not problem.final_state else state or "float32"
     narrow = problem.K % 64 == 0 and {state, out} <= {"bfloat16", None}
+    one_token = not problem.packed and set(problem.seq_lens) == {1}
     return DecodeSpec(
         H=problem.H, HV=problem.HV, K=problem.K, V=problem.V, gate=options.gate, beta_is_logit=options.beta_is_logit,
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
         g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=state,
         ht=out, index="int32" if pooled else None,
         offsets="int32" if problem.packed else None, token_states=None,
-        one_token=not problem.packed and set(problem.seq_lens) == {1},
-        config=DecodeConfig.choose(problem.N * problem.HV, problem.K, problem.V, narrow, gpu.sms),
+        one_token=one_token,
+        config=DecodeConfig.choose(problem.N * problem.HV, problem.K, problem.V, narrow, one_token, gpu.sms),
     )  # fmt: skip

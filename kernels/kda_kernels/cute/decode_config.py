@@ -30,18 +30,25 @@ class DecodeConfig(NamedTuple):
 
     @classmethod
     @functools.cache
-    def choose(cls, heads: int, K: int, V: int, narrow: bool, sms: int) -> "DecodeConfig":
+    def choose(cls, heads: int, K: int, V: int, narrow: bool, one_token: bool, sms: int) -> "DecodeConfig":
         """For `heads` = N * HV states of V rows of K on a GPU of `sms` multiprocessors.
 
-        Few states are split into many small CTAs that start at once. Many stream: in fp32 through shared memory; in
-        bf16 (`narrow`), where there is as much arithmetic for half the bytes, as whole states, so that the channels of
-        a token are prepared once for all rows.
+        Few states are split into many small CTAs that start at once. Many stream: fp32 through shared memory, or, with
+        several tokens, where arithmetic counts, in larger CTAs; bf16 (`narrow`), with as much arithmetic for half the
+        bytes, in still larger ones, so that a token's channels are prepared once for more rows.
         """
-        if narrow and K <= 128 and V % 128 == 0 and heads >= sms:
-            return cls(rows=128, threads=256, ctas=2)
-        if not narrow and K <= 128 and V % 32 == 0 and heads * V >= 32 * 16 * sms:
-            return cls(rows=32, bulk=True)
-        return cls()
+        if K > 128 or V % 32:
+            return cls()
+        ctas = heads * V / 32 / sms  # of 32 rows, for each multiprocessor
+        if narrow and ctas >= 2:
+            best = cls(rows=128, threads=256, ctas=2) if one_token else cls(rows=64, ctas=3)
+        elif narrow:
+            best = cls(rows=32)
+        elif one_token:
+            best = cls(rows=32, bulk=True) if ctas >= 16 else cls()
+        else:
+            best = cls(rows=32, ctas=3) if ctas >= 3 else cls()
+        return best if V % best.rows == 0 else cls(rows=32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded."""
+"""Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded.
+
+A call whose fp64 copies would not fit into memory is judged in pieces (pair.py), with the same bounds.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,11 +14,15 @@ from kda_kernels.errors import KdaError, UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.comparison.difference import Comparing, Difference
+from kdacli.comparison.layout import Layout, stack
+from kdacli.comparison.pair import beyond, first_token, judge_streamed, state_place, token_place
+from kdacli.device import free_memory
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_with_strides
 from kdacli.judge import Verdict, judge
+from kdacli.userkernels import resolve
 from kdacli.verify.baseline import expect, plain
-from kdacli.verify.blocks import Blocks
 from kdacli.verify.memory import poisoned_memory
 from kdacli.verify.runner import one_line
 
@@ -30,13 +37,15 @@ _INTERPRETER_S = {Op.PREFILL: 5e-3, Op.DECODE: 0.15, Op.GATE: 3e-3}
 class Row:
     """One output tensor of one kernel, or of the dump (`source` is `DUMP`), on one call.
 
-    `verdict` compares it with the oracle; `vs_dump` is ||kernel - dump|| / ||dump||, None without anything to compare.
+    `verdict` compares it with the oracle; `vs_dump` is ||kernel - dump|| / ||dump||, None without anything to compare;
+    `difference` is the kernel (a) compared with the dump (b) in full, where that was asked for.
     """
 
     call: str
     source: str
     verdict: Verdict
     vs_dump: float | None = None
+    difference: Difference | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +90,9 @@ def plan(dumps: Sequence[Dump], names: Sequence[str] = ()) -> list[Plan]:
         UnavailableError: a kernel that was asked for cannot run a call of its op, or there is no call of its op; or no
             kernel at all can run a call.
     """
-    asked = [registry.get(name) for name in dict.fromkeys(names)]
     there = {dump.op for dump in dumps}
+    only = next(iter(there)) if len(there) == 1 else None
+    asked = [resolve(name, only if ":" in name else None) for name in dict.fromkeys(names)]
     for kernel in asked:
         if kernel.op not in there:
             raise UnavailableError(
@@ -93,9 +103,7 @@ def plan(dumps: Sequence[Dump], names: Sequence[str] = ()) -> list[Plan]:
 
 def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel]) -> Plan:
     chosen, not_run = [], []
-    for kernel in registry.kernels(dump.op):
-        if asked and kernel not in asked:
-            continue
+    for kernel in [kernel for kernel in asked if kernel.op is dump.op] if asked else registry.kernels(dump.op):
         reason = kernel.unsupported(problem)
         if reason and kernel in asked:
             raise UnavailableError(f"{kernel.name} cannot run {_title(dump, problem)} here: {reason}")
@@ -130,12 +138,15 @@ def seconds_on_cpu(plans: Iterable[Plan]) -> float:
     return seconds
 
 
-def compare(plans: Iterable[Plan], device: str, advance: Callable[[str], None]) -> Iterator[Comparison]:
+def compare(
+    plans: Iterable[Plan], device: str, advance: Callable[[str], None], *, detail: bool = False
+) -> Iterator[Comparison]:
     """Yields the results of each call.
 
     Args:
         device: "cuda" or "cpu", where everything runs.
         advance: called with a label after each step.
+        detail: compare kernels with what the dump recorded in full.
 
     Raises:
         UnavailableError: a kernel that was asked for refuses the tensors when it is called.
@@ -146,14 +157,14 @@ def compare(plans: Iterable[Plan], device: str, advance: Callable[[str], None]) 
         recorded = None
         if dump.outputs is not None:
             recorded = Outputs(**{name: tensor.to(device) for name, tensor in dump.outputs.tensors().items()})
-        against = _Against(inputs, dump.op)
+        against = (_Streamed if _is_large(job.problem, device) else _Against)(dump, inputs, device)
         result = Comparison(dump, job.problem, not_run=list(job.not_run))
         if recorded is not None:
             result.rows += [Row(dump.call, DUMP, verdict) for verdict in against.judge(recorded, partial=True)]
         advance(f"{label}: oracle")
         for kernel in job.kernels:
             try:
-                result.rows += _run(kernel, dump, against, recorded)
+                result.rows += _run(kernel, dump, against, recorded, detail)
             except KdaError as refusal:  # such as a layout of tensors that it does not take
                 if job.asked:
                     raise UnavailableError(f"{kernel.name} cannot run {label}: {refusal}") from refusal
@@ -165,9 +176,9 @@ def compare(plans: Iterable[Plan], device: str, advance: Callable[[str], None]) 
 class _Against:
     """The inputs of a call with what they should give, which is computed once."""
 
-    def __init__(self, inputs: Inputs, op: Op) -> None:
-        self.inputs, self.op = inputs, op
-        self.expected, self.plain = expect(inputs, op), plain(inputs, op)
+    def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
+        self.inputs, self.op, self.device = inputs, dump.op, device
+        self.expected, self.plain = expect(inputs, dump.op), plain(inputs, dump.op)
 
     def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
         """`partial`: a missing final_state is no fault (a dump need not hold it)."""
@@ -176,7 +187,27 @@ class _Against:
         return judge(inputs, outputs, op=self.op, expected=self.expected, plain_outputs=self.plain)
 
 
-def _run(kernel: Kernel, dump: Dump, against: _Against, recorded: Outputs | None) -> list[Row]:
+class _Streamed:
+    """The same for a call whose fp64 copies do not fit: the oracle runs anew for each result, a stretch at a time."""
+
+    def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
+        self.dump, self.inputs, self.op, self.device = dump, inputs, dump.op, device
+
+    def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
+        return judge_streamed(self.dump, outputs, self.device, partial=partial)
+
+
+def _is_large(problem: Problem, device: str) -> bool:
+    """Whether judging in one piece would take more than a quarter of the memory that is free."""
+    tokens = problem.T * problem.HV * (4 * problem.K + 6 * problem.V)
+    states = 4 * (problem.pool_slots or problem.N) * problem.HV * problem.K * problem.V
+    free = free_memory(device)
+    return free is not None and 8 * (tokens + states) > free // 4
+
+
+def _run(
+    kernel: Kernel, dump: Dump, against: _Against | _Streamed, recorded: Outputs | None, detail: bool
+) -> list[Row]:
     call = against.inputs.fresh()
     try:
         with poisoned_memory():
@@ -191,17 +222,34 @@ def _run(kernel: Kernel, dump: Dump, against: _Against, recorded: Outputs | None
         return [Row(dump.call, kernel.name, Verdict("o", nan, nan, nan, nan, {}, False, note))]
     if call.state_indices is not None:
         outputs = dataclasses.replace(outputs, final_state=call.state)
-    verdicts = against.judge(outputs)
-    return [Row(dump.call, kernel.name, v, _difference(v.tensor, against, outputs, recorded)) for v in verdicts]
+    rows = []
+    for verdict in against.judge(outputs):
+        found = _compared(verdict, against, outputs, recorded)
+        apart = None if found is None else found.relative
+        rows.append(Row(dump.call, kernel.name, verdict, apart, found if detail else None))
+    return rows
 
 
-def _difference(tensor: str, against: _Against, outputs: Outputs, recorded: Outputs | None) -> float | None:
-    """||kernel - dump|| / ||dump|| over the tokens, or over the states that sequences use."""
-    field = "final_state" if tensor == "final_state" else "o"
+def _compared(
+    verdict: Verdict, against: _Against | _Streamed, outputs: Outputs, recorded: Outputs | None
+) -> Difference | None:
+    """The kernel's tensor against the recorded one, over the tokens or the states that sequences use."""
+    field = "final_state" if verdict.tensor == "final_state" else "o"
     ours, theirs = (None if x is None else getattr(x, field) for x in (outputs, recorded))
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return None
-    blocks = Blocks.of_state(against.inputs) if field == "final_state" else Blocks.of_tokens(against.inputs)
-    ours, theirs = blocks.rows(ours), blocks.rows(theirs)
-    apart, norm = (ours - theirs).norm().item(), theirs.norm().item()
-    return apart / norm if norm else (float("inf") if apart else 0.0)
+    inputs, layout = against.inputs, Layout.of(against.inputs)
+    states = field == "final_state"
+    lens = [1] * layout.dims.N if states else layout.lens
+    comparing = Comparing(verdict.tensor, lens, layout.dims.HV, (ours.dtype, theirs.dtype), states)
+    for group in layout.groups():
+        if not states:
+            comparing.add(token_place(group), stack(layout, ours, group), stack(layout, theirs, group))
+            continue
+        for n in {s.sequence for s in group if s.stop == layout.lens[s.sequence] and layout.slots[s.sequence] >= 0}:
+            pooled = inputs.state_indices is not None
+            slot = layout.slots[n] if pooled else n
+            rows = [x[slot] if inputs.state_v_first else x[slot].mT for x in (ours, theirs)]
+            comparing.add(state_place(layout, n, pooled=pooled), *(row.reshape(1, layout.dims.HV, -1) for row in rows))
+    found = comparing.result(beyond([verdict]))
+    return first_token(found, lambda stretch: (layout.tokens(ours, stretch), layout.tokens(theirs, stretch)))

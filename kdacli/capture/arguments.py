@@ -1,0 +1,145 @@
+"""The arguments of a recorded call as a dump's tensors and options, under our names.
+
+Nothing is copied here: tensors are views of the caller's, so that sizes are known before anything is written.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kdacli.capture.sites import Site
+from kdacli.dumps import names
+
+_OUT = ("out", "o", "output", "core_attn_out")
+
+
+class NotKdaError(Exception):
+    """A call that a dump cannot hold, and why; or, without a reason, one that is no KDA call at all."""
+
+
+@dataclasses.dataclass
+class Call:
+    """One call, before it ran.
+
+    Attributes:
+        tensors: inputs by our names; `state` is the pool where there is one.
+        options: by FLA's names.
+        out: the tensor that the call was given for its result, if any.
+        left_out: tensor arguments that no table knows.
+        writes_state: whether the call leaves its final state anywhere.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any]
+    out: torch.Tensor | None
+    left_out: list[str]
+    writes_state: bool = True
+
+    @property
+    def pooled(self) -> bool:
+        return "state_indices" in self.tensors and "state" in self.tensors
+
+
+def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """All arguments by name with their defaults, and which of them were given."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    given = set(bound.arguments)
+    bound.apply_defaults()
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+            given |= set(value)
+        else:
+            flat[name] = value
+    return flat, given
+
+
+def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Mapping[str, str]) -> Call:
+    """Sorts the arguments of one call.
+
+    Raises:
+        NotKdaError: the call is none of KDA, or one that a dump cannot hold.
+    """
+    if site.only_if and not arguments.get(site.only_if):
+        raise NotKdaError
+    if arguments.get("num_accepted_tokens") is not None or arguments.get("retrieve_parent_token") is not None:
+        raise NotKdaError("a speculative call, whose states depend on which drafts were accepted")
+    call = Call({}, {}, None, [], writes_state=not arguments.get("disable_state_update"))
+    for name, value in sorted(
+        arguments.items(), key=lambda item: item[0] in given
+    ):  # what was given goes last and wins
+        if value is None or name == site.packed_qkv:
+            continue
+        known = renamed.get(name, name)
+        if isinstance(value, torch.Tensor):
+            if key := names.ours(known, names.INPUTS):
+                call.tensors[key] = value.detach()
+            elif known in _OUT:
+                call.out = value.detach()
+            else:
+                call.left_out.append(name)
+        elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
+            call.options[key] = value
+    _apply(site, call, arguments)
+    if site.packed_qkv:
+        _unpack(call, arguments[site.packed_qkv])
+    if missing := [name for name in names.REQUIRED if name not in call.tensors]:
+        raise NotKdaError(f"it has no {' and no '.join(missing)} (--name THEIRS=OURS says which arguments they are)")
+    _slots(call, site)
+    return call
+
+
+def _apply(site: Site, call: Call, arguments: Mapping[str, Any]) -> None:
+    """What the site says beside the arguments."""
+    options = call.options
+    options |= site.options
+    if site.gate_if:
+        options["use_gate_in_kernel"] = bool(_present(arguments.get(site.gate_if)))
+    if site.logit_if:
+        options["use_beta_sigmoid_in_kernel"] = bool(arguments.get(site.logit_if))
+    unsafe = site.bound_if_safe and not options.get("safe_gate")
+    if "lower_bound" in options and (unsafe or options.get("use_gate_in_kernel") is False):
+        del options["lower_bound"]
+    if options.get("safe_gate") and "lower_bound" not in options:
+        del options["safe_gate"]
+    if site.op:
+        options["op"] = site.op
+    if not call.writes_state:
+        options["output_final_state"] = False
+
+
+def _present(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _unpack(call: Call, mixed: torch.Tensor) -> None:
+    """q, k and v of `mixed` [N, 2 H K + HV V], one token a row, as views [1, N, heads, size]."""
+    if "state" not in call.tensors or call.tensors["state"].ndim != 4:
+        raise NotKdaError("q, k and v are packed and no state says which sizes they have")
+    HV, V, K = call.tensors["state"].shape[1:]
+    keys = (mixed.shape[-1] - HV * V) // 2
+    sizes = {"q": (keys, K), "k": (keys, K), "v": (HV * V, V)}
+    parts = mixed.detach().split([width for width, _ in sizes.values()], dim=-1)
+    for (name, (_, size)), part in zip(sizes.items(), parts, strict=True):
+        call.tensors[name] = part.unflatten(-1, (-1, size)).unsqueeze(0)
+
+
+def _slots(call: Call, site: Site) -> None:
+    """Padding slots become -1; more slots than sequences are the rest of a buffer."""
+    if not call.pooled:
+        call.tensors.pop("state_indices", None)
+        return
+    indices = call.tensors["state_indices"]
+    if indices.ndim != 1:
+        raise NotKdaError("several slots for each sequence (speculative decoding)")
+    q, cu_seqlens = call.tensors["q"], call.tensors.get("cu_seqlens")
+    sequences = len(indices) if cu_seqlens is None and q.shape[0] == 1 else len(q) if cu_seqlens is None else None
+    indices = indices[: len(cu_seqlens) - 1 if sequences is None else sequences]
+    padding = indices < 0
+    if site.null_slot is not None:
+        padding = padding | (indices == site.null_slot)
+    call.tensors["state_indices"] = torch.where(padding, -1, indices)

@@ -1,0 +1,111 @@
+"""Puts a recorder in the place of functions: of modules that are loaded, and of others as soon as they are.
+
+Imports no torch: this runs in every Python process of a captured program.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+Wrap = Callable[[Any, str], Any]  # (function, target) -> what stands in its place
+
+
+class Patches:
+    """The replaced functions of one capture.
+
+    Args:
+        targets: "module:function" or "module:Class.method".
+        wrap: called once for each function that was found.
+        missing: called with a target whose module is there without it.
+    """
+
+    def __init__(self, targets: Iterable[str], wrap: Wrap, missing: Callable[[str], None]) -> None:
+        self.wrap, self.missing = wrap, missing
+        self.waiting: dict[str, list[str]] = {}
+        for target in targets:
+            self.waiting.setdefault(target.partition(":")[0], []).append(target)
+        self.undo: list[tuple[Any, str, Any, Any]] = []
+        self.found: set[str] = set()
+
+    def install(self) -> None:
+        """Patches what is loaded and waits for the rest."""
+        for name in list(self.waiting):
+            module = sys.modules.get(name)
+            # A module that is being imported is patched here too early: its functions may not be there yet.
+            if module is not None and not getattr(module.__spec__, "_initializing", False):
+                self.loaded(module)
+        if self.waiting:
+            sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Puts everything back, wherever the replacement still stands."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        for owner, name, original, replacement in self.undo:
+            if vars(owner).get(name) is replacement:
+                setattr(owner, name, original)
+        self.undo.clear()
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        """Part of the import system: finds nothing itself, but has `loaded` called once a wanted module is there."""
+        if name not in self.waiting:
+            return None
+        spec = None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := _find(finder, name, path, target)) is not None:
+                break
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
+            return None
+        loader, execute = spec.loader, spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.loaded(module)
+
+        loader.exec_module = exec_module  # on this one loader, whose type and methods stay what tools expect
+        return spec
+
+    def loaded(self, module: ModuleType) -> None:
+        """Patches the targets of `module`, once."""
+        for target in self.waiting.pop(module.__name__, []):
+            *parents, name = target.partition(":")[2].split(".")
+            owner: Any = module
+            for parent in parents:
+                owner = getattr(owner, parent, None)
+            original = getattr(owner, name, None)
+            if not callable(original) or isinstance(original, type):
+                self.missing(target)
+                continue
+            held = vars(owner).get(name, original)  # as it is held: a staticmethod stays one
+            replacement = self.wrap(original, target)
+            put = staticmethod(replacement) if isinstance(held, staticmethod) else replacement
+            self._replace(owner, name, held, put)
+            if owner is module:
+                self._replace_references(original, replacement)
+            self.found.add(target)
+
+    def _replace_references(self, original: Any, replacement: Any) -> None:
+        """Modules that ran `from module import function` before hold the function themselves."""
+        for module in list(sys.modules.values()):
+            if not isinstance(module, ModuleType) or module.__name__.startswith("kdacli.capture"):
+                continue
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    self._replace(module, name, original, replacement)
+
+    def _replace(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
+        setattr(owner, name, replacement)
+        self.undo.append((owner, name, original, replacement))
+
+
+def _find(finder: Any, name: str, path: Any, target: ModuleType | None) -> Any:
+    find = getattr(finder, "find_spec", None)
+    return None if find is None else find(name, path, target)
+
+
+def load(targets: Iterable[str]) -> None:
+    """Imports the modules of `targets` (for a capture inside one program, which is told what is wrong at once)."""
+    for target in targets:
+        importlib.import_module(target.partition(":")[0])

@@ -1,0 +1,230 @@
+"""Stands in the place of a target: runs it unchanged, and writes a dump of the calls that were asked for.
+
+Whatever goes wrong in here is told in one line and never reaches the program; what the target raises passes through.
+"""
+
+import functools
+import os
+import re
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdacli.capture import arguments, journal, taken
+from kdacli.capture.settings import Settings
+from kdacli.capture.sites import Site, resolve
+from kdacli.output import fmt_bytes
+
+_FRAMES = 24  # how far up the stack the layer is looked for
+_LAYER_NAMES = ("layer_id", "layer_idx", "layer_name", "prefix")
+
+
+class Recorder:
+    """Records the calls of one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.sites = {site.target: site for site in resolve(settings.targets)}
+        self.files: list[Path] = []
+        self.full = False
+        self._seen: Counter[tuple[str, int | None]] = Counter()
+        self._taken: Counter[tuple[str, int | None]] = Counter()
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+
+    def wrap(self, function: Callable, target: str) -> Callable:
+        """`function`, recorded."""
+        site = self.sites[target]
+        journal.record(self.settings.out, "found", target=target)
+        is_compiling = torch.compiler.is_compiling
+
+        @functools.wraps(function)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling() or self.full or getattr(self._inside, "call", False):
+                return function(*args, **kwargs)
+            return self._call(site, function, args, kwargs)
+
+        return recorded
+
+    def _call(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        pending = self._guarded(self._before, site, function, args, kwargs)
+        self._inside.call = True  # of nested targets only the outermost call is recorded
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            if pending:
+                self._guarded(self._write, *pending, None, error)
+            raise
+        finally:
+            self._inside.call = False
+        if pending:
+            self._guarded(self._write, *pending, result, None)
+        return result
+
+    def _guarded(self, step: Callable, *args: Any) -> Any:
+        try:
+            with torch.no_grad():
+                return step(*args)
+        except Exception as error:
+            self._tell_once(f"not recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return None
+
+    def _before(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Copies the inputs, if this is a call to record."""
+        settings = self.settings
+        rank = rank_of()
+        if settings.ranks is not None and rank not in settings.ranks:
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._tell_once(
+                f"{site.target} is called under CUDA graph capture, which cannot be recorded, nor can replays of the"
+                " graph: turn CUDA graphs off in the engine (vLLM: --enforce-eager, SGLang: --disable-cuda-graph)",
+                "graph",
+            )
+            return None
+        layer = layer_of()
+        if settings.layers is not None and layer not in settings.layers:
+            if layer is None:
+                self._tell_once(f"no layer to be found for {site.target}: --layers leaves its calls out", "no layer")
+            return None
+        try:
+            call = arguments.read(site, *arguments.bind(function, args, kwargs), settings.names)
+        except arguments.NotKdaError as reason:
+            if str(reason):
+                self._tell_once(f"a call of {site.target} is left out: {reason}", "left out")
+            return None
+        number = self._number(site, layer)
+        if number is None:
+            return None
+        need = taken.size(call, settings.whole_pool)
+        if not self._room(need):
+            return None
+        inputs, slots = taken.before(call, settings.whole_pool)
+        meta = {
+            "target": site.target,
+            "call_number": number,
+            "rank": rank,
+            "layer": layer,
+            "pid": os.getpid(),
+            "device": str(call.tensors["q"].device),
+            "slots": slots,
+            "pool_slots": call.tensors["state"].shape[0] if call.pooled else None,
+            "not_dumped": ", ".join(call.left_out) or None,
+            "torch": str(torch.__version__),
+        }
+        return site, call, inputs, slots, {name: value for name, value in meta.items() if value is not None}
+
+    def _number(self, site: Site, layer: int | None) -> int | None:
+        """Counts a call; its number if it is to be taken."""
+        settings, key = self.settings, (site.target, layer if self.settings.layers is not None else None)
+        with self._lock:
+            number = self._seen[key]
+            self._seen[key] += 1
+            since = number - settings.skip
+            if since < 0 or since % settings.every or self._taken[key] >= settings.calls:
+                return None
+            self._taken[key] += 1
+            return number
+
+    def _room(self, need: int) -> bool:
+        """Whether `need` bytes are within the limit, and on the disk."""
+        settings = self.settings
+        if shutil.disk_usage(settings.out).free < need + (need >> 4):
+            self.full = True
+            self._tell_once(f"stopped: {settings.out} has no room for another {fmt_bytes(need)}", "limit")
+        elif not journal.reserve(settings.out, need, settings.max_bytes):
+            self.full = True
+            limit = fmt_bytes(settings.max_bytes)
+            self._tell_once(f"stopped: a call of {fmt_bytes(need)} would exceed --max-bytes {limit}", "limit")
+        return not self.full
+
+    def _write(
+        self,
+        site: Site,
+        call: arguments.Call,
+        inputs: taken.Tensors,
+        slots: list[int] | None,
+        meta: dict[str, Any],
+        result: Any,
+        raised: Exception | None,
+    ) -> None:
+        """Writes the dump of a call that has returned or raised."""
+        outputs: taken.Tensors = {}
+        if raised is None:
+            outputs = taken.after(call, result, slots)
+        else:
+            meta["raised"] = f"{type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
+        tree = {"inputs": inputs, "outputs": outputs, "options": call.options, "meta": meta}
+        path = self._place(site, meta)
+        part = path.with_suffix(".part")
+        try:
+            torch.save(tree, part)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise
+        self.files.append(path)
+        bytes_ = path.stat().st_size
+        journal.record(self.settings.out, "written", target=site.target, file=path.name, bytes=bytes_)
+        journal.note(f"{path.name}, {fmt_bytes(bytes_)}{', of a call that raised' if raised else ''}")
+
+    def _place(self, site: Site, meta: dict[str, Any]) -> Path:
+        """A file of this call's own, empty."""
+        layer = f".layer{meta['layer']}" if "layer" in meta else ""
+        stem = f"{site.target.rpartition(':')[2]}.rank{meta['rank']}{layer}.call{meta['call_number']:04d}"
+        for name in (f"{stem}.pt", f"{stem}.pid{os.getpid()}.pt"):
+            try:
+                (path := Path(self.settings.out) / name).touch(exist_ok=False)
+                return path
+            except FileExistsError:
+                continue
+        raise FileExistsError(f"{stem} was written twice by process {os.getpid()}")
+
+    def missing(self, target: str) -> None:
+        """A module turned out not to have its target. An engine's other versions may."""
+        journal.record(self.settings.out, "missing", target=target)
+
+    def _tell_once(self, text: str, kind: str = "") -> None:
+        with self._lock:
+            if (kind or text) in self._told:
+                return
+            self._told.add(kind or text)
+        journal.note(text)
+        journal.record(self.settings.out, "note", text=text)
+
+
+def rank_of() -> int:
+    """The rank of this process: of torch.distributed, or what a launcher such as torchrun says; else 0."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def layer_of() -> int | None:
+    """The layer that is running, as the modules and layers up the stack call it; None if none does."""
+    frame = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return None
+        for holder in ("layer", "self"):
+            thing = frame.f_locals.get(holder)
+            for name in _LAYER_NAMES if thing is not None else ():
+                if (number := _layer(getattr(thing, name, None))) is not None:
+                    return number
+        frame = frame.f_back
+    return None
+
+
+def _layer(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = re.search(r"layers?\.(\d+)", value) if isinstance(value, str) else None
+    return int(found[1]) if found else None

@@ -1,0 +1,126 @@
+"""What a kernel's host half would launch: every Triton launch of one call, without a GPU, as a variant to compile.
+
+The call runs for real, on tensors of zeros that say they are on a GPU (`pretend`), up to each launch. There Triton's
+own binder has made the specialisation that it would compile or look up; it is written down, and nothing is launched.
+So the variant is that of a launch by construction, cache key and all. An autotuned kernel gives one for each
+configuration that its pruning leaves: which one would win only a GPU can tell.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kda_kernels.errors import InputError, KdaError, UnavailableError
+from kda_kernels.problem import Gate, Problem
+from kda_kernels.registry import Kernel
+from kda_kernels.tensors import Inputs
+from kda_kernels.triton.variant import Variant
+from kdacli.compile import pretend
+from kdacli.compile.arch import Arch
+
+HINT = "; a kernel that is not Triton's needs an attribute `variants` of the function, see kda_kernels/variant.py"
+
+
+def record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:
+    """The Triton launches of `kernel` on `problem` on a GPU of that architecture; equal ones once.
+
+    Raises:
+        InputError: the kernel refuses the problem, or raises before it is through.
+        UnavailableError: a package that it needs is missing.
+    """
+    found: dict[str, Variant] = {}
+    with pretend.gpu(arch), _caught(found):
+        if reason := kernel.unsupported(problem):
+            missing = kernel.unsupported() == reason
+            raise (UnavailableError if missing else InputError)(f"kernel {kernel.name} cannot run this: {reason}")
+        try:
+            kernel.run(blank(problem))
+        except KdaError:
+            raise
+        except ImportError as error:
+            raise UnavailableError(f"kernel {kernel.name}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # anything that the user's code raises
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"kernel {kernel.name} raised {type(error).__name__} on tensors of zeros, so that its launches could "
+                f"not be recorded: {said}{'' if found else HINT}"
+            ) from error
+    return list(found.values())
+
+
+def blank(problem: Problem) -> Inputs:
+    """Contiguous zeros of the problem's shapes; only cu_seqlens and state_indices hold what they should."""
+
+    def zeros(*shape: int, dtype: str) -> torch.Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+    B, T = (1, problem.T) if problem.packed else (problem.N, max(problem.seq_lens, default=0))
+    H, HV, K, V, dtype = problem.H, problem.HV, problem.K, problem.V, problem.dtype
+    raw, pool = problem.options.gate is not Gate.NONE, problem.pool_slots
+    rows = (V, K) if problem.state_v_first else (K, V)
+    slots = problem.N if pool is None else pool
+    ends = torch.tensor([0, *problem.seq_lens]).cumsum(0).to(torch.int32)
+    return Inputs(
+        q=zeros(B, T, H, K, dtype=dtype),
+        k=zeros(B, T, H, K, dtype=dtype),
+        v=zeros(B, T, HV, V, dtype=dtype),
+        g=zeros(B, T, HV, K, dtype=problem.g_dtype),
+        beta=zeros(B, T, HV, dtype=problem.beta_dtype),
+        options=problem.options,
+        A_log=zeros(HV, dtype=problem.param_dtype) if raw else None,
+        dt_bias=zeros(HV, K, dtype=problem.param_dtype) if raw else None,
+        state=zeros(slots, HV, *rows, dtype=problem.state_dtype) if problem.initial_state or pool is not None else None,
+        state_indices=None if pool is None else _slots(problem),
+        cu_seqlens=ends if problem.packed else None,
+        state_v_first=problem.state_v_first,
+        output_final_state=problem.final_state,
+    )
+
+
+def _slots(problem: Problem) -> torch.Tensor:
+    """int32 [N], the padding rows last."""
+    live = problem.N - problem.padding
+    return torch.tensor([*range(live), *[-1] * problem.padding], dtype=torch.int32)
+
+
+@contextlib.contextmanager
+def _caught(found: dict[str, Variant]) -> Iterator[None]:
+    """Launches go into `found`, by what Triton's cache knows them by, instead of to a compiler."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    config: list[str] = []
+
+    def note(
+        fn: Any, key: Any, signature: dict, device: Any, constexprs: dict, options: Any, attrs: dict, warmup: bool
+    ) -> None:
+        name = " ".join([fn.__name__, *config])
+        variant = Variant(name, fn, dict(signature), dict(constexprs), dict(attrs), dict(options.__dict__), small=False)
+        identity = f"{variant.source().hash()} {options.hash()}"
+        if identity not in found:
+            same = sum(v.name == name or v.name.startswith(f"{name} #") for v in found.values())
+            found[identity] = dataclasses.replace(variant, name=f"{name} #{same + 1}") if same else variant
+
+    def try_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
+        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+        for choice in tuner.prune_configs(kwargs) if len(tuner.configs) > 1 else tuner.configs:
+            config.append(_say(choice))
+            try:
+                tuner.fn.run(*args, **kwargs, **choice.all_kwargs())
+            finally:
+                config.pop()
+        tuner.nargs = None
+
+    with contextlib.ExitStack() as stack:
+        for owner, method, replacement in ((JITFunction, "_do_compile", note), (Autotuner, "run", try_all)):
+            stack.enter_context(pretend.replaced(owner, method, replacement))
+        yield
+
+
+def _say(config: Any) -> str:
+    """An autotuner's configuration: "BK=64,BV=32,warps=4,stages=2"."""
+    words = [f"{name}={value}" for name, value in config.kwargs.items()]
+    return ",".join([*words, f"warps={config.num_warps}", f"stages={config.num_stages}"])

@@ -1,0 +1,70 @@
+"""A case of `kda verify`: one call, with the reason why it is there. The tables of cases are built with `row`."""
+
+import dataclasses
+
+from kda_kernels.problem import Gate, Op, Options, Problem
+
+SOFTPLUS = Options()  # Kimi-Linear
+SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)  # Kimi K3
+NONE = Options(gate=Gate.NONE)
+
+FP32 = {"dtype": "float32", "g_dtype": "float32", "beta_dtype": "float32"}
+FP16 = {"dtype": "float16", "g_dtype": "float16", "beta_dtype": "float16"}
+MIXED = {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16", "state_dtype": "bfloat16"}
+NO_STATE = {"initial_state": False, "final_state": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call and why it is there.
+
+    Attributes:
+        name: unique, for `kda verify --case`.
+        why: what goes wrong in kernels that fail it.
+        problem, gates, keys: what `kdacli.synthetic.make_inputs` draws from.
+        transforms: names in `kdacli.verify.transforms.TRANSFORMS`, applied in order.
+        properties: names in `kdacli.verify.properties.PROPERTIES`: what must hold beside the values.
+        decode_steps: for prefill: the last so many tokens of each sequence are decoded from the pool, one by one.
+        gpu_only: too large for an interpreter, or about something that only a GPU has.
+        seed: added to the seed of the run.
+    """
+
+    name: str
+    why: str
+    problem: Problem
+    gates: str = "bench"
+    keys: str = "random"
+    transforms: tuple[str, ...] = ()
+    properties: tuple[str, ...] = ()
+    decode_steps: int = 0
+    gpu_only: bool = False
+    seed: int = 0
+
+
+def row(
+    name: str,
+    op: Op,
+    seq_lens: tuple[int, ...],
+    why: str,
+    *,
+    options: Options = SAFE,
+    dim: int = 64,
+    heads: int = 1,
+    v_heads: int | None = None,
+    gates: str = "bench",
+    keys: str = "random",
+    transforms: tuple[str, ...] = (),
+    properties: tuple[str, ...] = (),
+    decode_steps: int = 0,
+    gpu_only: bool = False,
+    **fields,
+) -> Case:
+    """A case in few words; `fields` are those of `Problem`. Its name begins with the op."""
+    sizes = {"H": heads, "HV": v_heads or heads, "K": dim, "V": dim}
+    problem = Problem(op, seq_lens, options=options, **{**sizes, **fields})
+    return Case(f"{op}-{name}", why, problem, gates, keys, transforms, properties, decode_steps, gpu_only)
+
+
+def change(options: Options, **changes) -> Options:
+    """`options` with other values."""
+    return dataclasses.replace(options, **changes)

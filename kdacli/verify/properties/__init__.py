@@ -1,0 +1,56 @@
+"""What must hold of a kernel beside its values: one file for each property, and the table of all.
+
+A property is a function of a `Subject` that yields what is wrong, in words, and raises `NotApplicableError` where it
+cannot be checked: that is reported, and is no failure. Every case checks a few more that cost little (see `runner`):
+inputs unmodified, guard zones untouched, no NaN left where nothing was written, the same bits from a second call.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from kda_kernels.problem import Op
+from kdacli.verify.properties import (
+    after_error,
+    after_nan,
+    dtype_change,
+    graph,
+    k_first,
+    neighbours,
+    split,
+    streams,
+    threads,
+)
+from kdacli.verify.properties.subject import NotApplicableError, Subject
+
+__all__ = ["PROPERTIES", "NotApplicableError", "Property", "Subject"]
+
+_RECURRENT = (Op.PREFILL, Op.DECODE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Property:
+    """A property.
+
+    Attributes:
+        reason: why a kernel must have it. check: see the package.
+        ops: of which ops it can be asked.
+        gpu_only: it is about something that only a GPU has.
+    """
+
+    reason: str
+    check: Callable[[Subject], Iterator[str]]
+    ops: tuple[Op, ...] = tuple(Op)
+    gpu_only: bool = False
+
+
+PROPERTIES = {
+    "neighbours": Property(neighbours.REASON, neighbours.check),
+    "split": Property(split.REASON, split.check, _RECURRENT),
+    "k-first": Property(k_first.REASON, k_first.check, _RECURRENT),
+    "dtype-change": Property(dtype_change.REASON, dtype_change.check),
+    "after-nan": Property(after_nan.REASON, after_nan.check),
+    "after-error": Property(after_error.REASON, after_error.check),
+    "threads": Property(threads.REASON, threads.check),
+    "streams": Property(streams.REASON, streams.check, gpu_only=True),
+    "graph": Property(graph.REASON, graph.check, gpu_only=True),
+}

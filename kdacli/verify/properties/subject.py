@@ -1,0 +1,67 @@
+"""What a property is asked of: a kernel, a problem with its inputs, and what the kernel made of them when alone."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from kda_kernels.problem import Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge import judge
+from kdacli.verify.call import Runner, call
+from kdacli.verify.memory import same_bits
+
+
+class NotApplicableError(Exception):
+    """A property cannot be checked here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A kernel under test.
+
+    Attributes:
+        kernel: what is run. problem, inputs: the case.
+        outputs: of a call on `inputs`, with nothing else going on.
+        expected, plain_outputs: as `judge` takes them.
+        ours: whether the kernel is one of this package.
+        interpreted: it runs in Triton's interpreter.
+    """
+
+    kernel: Runner
+    problem: Problem
+    inputs: Inputs
+    outputs: Outputs
+    expected: Outputs
+    plain_outputs: Outputs
+    ours: bool
+    interpreted: bool
+
+    def run(self, inputs: Inputs | None = None) -> Outputs:
+        """One more call, on a copy of `inputs` (None: those of the case)."""
+        return call(self.kernel, self.inputs if inputs is None else inputs).outputs
+
+    def require(self, problem: Problem) -> None:
+        """Raises `NotApplicableError` where the kernel does not support `problem`."""
+        if (reason := self.kernel.unsupported(problem)) is not None:
+            raise NotApplicableError(reason)
+
+    def wrong(self, outputs: Outputs, inputs: Inputs | None = None, expected: Outputs | None = None) -> Iterator[str]:
+        """What the judge says against `outputs`, where they are not as good as those of one plain call must be."""
+        inputs, plain_outputs = inputs or self.inputs, self.plain_outputs
+        if inputs.state_v_first != self.inputs.state_v_first:
+            plain_outputs = swapped(plain_outputs)
+        found = judge(
+            inputs, outputs, op=self.problem.op, expected=expected or self.expected, plain_outputs=plain_outputs
+        )
+        return (f"{verdict.tensor}: {verdict.note}" for verdict in found if not verdict.passed)
+
+
+def swapped(outputs: Outputs) -> Outputs:
+    """The final state in the other layout."""
+    state = outputs.final_state
+    return outputs if state is None else dataclasses.replace(outputs, final_state=state.mT)
+
+
+def differing(first: Outputs, second: Outputs) -> list[str]:
+    """Names of outputs that are not the same to the bit."""
+    others = second.tensors()
+    return [name for name, t in first.tensors().items() if name not in others or not same_bits(t, others[name])]

@@ -1,0 +1,106 @@
+"""Random cases until the time is up or one fails: every option at once, lengths of any kind, numbers drawn anew."""
+
+import contextlib
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+from kda_kernels.errors import UnavailableError
+from kda_kernels.problem import Op
+from kda_kernels.registry import Kernel
+from kdacli.verify import spec
+from kdacli.verify.case import Case
+from kdacli.verify.runner import Bench, Result, check
+from kdacli.verify.suites.pairs import axes_of, case_of
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+MAX_SEQUENCES = 5
+# Tokens of a sequence at most: where a case should take milliseconds, and seconds on an interpreter.
+MAX_TOKENS = {
+    "cpu": {Op.PREFILL: 140, Op.DECODE: 6, Op.GATE: 140},
+    "cuda": {Op.PREFILL: 700, Op.DECODE: 40, Op.GATE: 700},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search came to: cases tried, those of them that the kernel refused, and the first failure if any."""
+
+    kernel: str
+    tried: int
+    refused: int
+    failure: tuple[Case, Result] | None
+
+
+class _StopError(Exception):
+    """Ends hypothesis' run."""
+
+
+def require() -> None:
+    """Raises `UnavailableError` where hypothesis is missing: call it before the work."""
+    try:
+        import hypothesis  # noqa: F401
+    except ImportError:
+        raise UnavailableError("the suite stress needs hypothesis: pip install hypothesis") from None
+
+
+def search(kernel: Kernel, device: str, seconds: float, seed: int = 0, examples: int = 1_000_000) -> Found:
+    """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
+
+    The same seed draws the same cases; how many there is time for depends on the machine.
+    """
+    import hypothesis
+
+    deadline = time.monotonic() + seconds
+    tried = refused = 0
+    failure: list[tuple[Case, Result]] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=False,
+        report_multiple_bugs=False,
+    )
+    @hypothesis.given(case=cases(kernel.op, device))
+    def one(case: Case) -> None:
+        nonlocal tried, refused
+        if failure or time.monotonic() > deadline:
+            raise _StopError
+        result = check(kernel, Bench.of_case(case, seed, device))
+        tried += 1
+        refused += result.status == "refused"
+        if not result.ok:
+            failure.append((case, result))
+            raise _StopError
+
+    with contextlib.suppress(_StopError):
+        one()
+    return Found(kernel.name, tried, refused, failure[0] if failure else None)
+
+
+def cases(op: Op, device: str) -> "SearchStrategy[Case]":
+    """Any case of an op; its name is the word that describes it."""
+    from hypothesis import strategies as st
+
+    most = MAX_TOKENS[device][op]
+    lens = st.lists(st.integers(0, most), min_size=1, max_size=MAX_SEQUENCES)
+    rows = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in axes_of(op).items()})
+
+    def build(row: dict, lens: list[int], seed: int) -> Case:
+        case = case_of("", op, row, "a random case")
+        if case.problem.packed:
+            problem = case.problem
+            padding = min(problem.padding, len(lens))
+            pool = None if problem.pool_slots is None else len(lens) + 2
+            problem = dataclasses.replace(problem, seq_lens=tuple(lens), padding=padding, pool_slots=pool)
+            case = dataclasses.replace(case, problem=problem)
+        case = dataclasses.replace(case, seed=seed)
+        return dataclasses.replace(case, name=spec.write(case))
+
+    return st.builds(build, rows, lens, st.integers(0, 1000))

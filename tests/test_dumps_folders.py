@@ -1,0 +1,153 @@
+"""Folders of dumps: of `kda capture`, of SGLang's dumper and of its forward hooks, written as SGLang writes them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Op, Options, Problem
+from kda_kernels.reference import plain_recurrent
+from kdacli.dumps import load, load_all, save, sglang
+from kdacli.synthetic import make_inputs
+
+OPTIONS = Options(gate="safe", lower_bound=-5.0)
+DECODE = Problem(op="decode", seq_lens=(1,) * 3, H=1, HV=2, K=16, V=8, options=OPTIONS, pool_slots=5)
+
+
+def a_call(seed=0):
+    inputs = make_inputs(DECODE, seed=seed)
+    inputs.state.nan_to_num_(0.0)
+    after = inputs.fresh()
+    return inputs, dataclasses.replace(plain_recurrent.run(after), final_state=after.state)
+
+
+class Dumper:
+    """Writes files with the names and contents of sglang.srt.debug_utils.dumper."""
+
+    def __init__(self, folder, rank=0):
+        self.folder, self.rank, self.step, self.index = folder, rank, 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def dump(self, name, value, **tags):
+        self.index += 1
+        full = {"step": self.step, "rank": self.rank, "dump_index": self.index, "name": name}
+        full |= {"recompute_status": "disabled", **tags}
+        path = self.folder / ("___".join(f"{k}={v}" for k, v in full.items()) + ".pt")
+        torch.save({"value": value, "meta": {**full, "world_rank": self.rank, "world_size": 2}}, path)
+
+    def call(self, inputs, outputs, layer_id, prefix=""):
+        self.dump(f"{prefix}hidden_states", torch.zeros(3), layer_id=layer_id)
+        names = {"g": "a", "beta": "b", "state": "ssm_states", "state_indices": "cache_indices"}
+        names["cu_seqlens"] = "query_start_loc"
+        for name, tensor in inputs.tensors().items():
+            if name not in ("A_log", "dt_bias"):
+                self.dump(prefix + names.get(name, name), tensor, layer_id=layer_id)
+        self.dump(f"{prefix}core_attn_out", outputs.o, layer_id=layer_id)
+        self.dump(f"{prefix}ssm_states_after", outputs.final_state, layer_id=layer_id)
+        self.dump(f"{prefix}lower_bound", -5.0, layer_id=layer_id)
+
+    def parameters(self, inputs, layer):
+        for name in ("A_log", "dt_bias"):
+            parameter = torch.nn.Parameter(getattr(inputs, name))
+            self.dump(f"param__model.layers.{layer}.self_attn.{name}", parameter)
+
+
+def assert_is(dump, inputs, outputs):
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(dump.inputs.tensors()[name], tensor), name
+    assert torch.equal(dump.outputs.o, outputs.o) and torch.equal(dump.outputs.final_state, outputs.final_state)
+    assert dump.inputs.options == OPTIONS and dump.op is Op.DECODE
+
+
+@pytest.mark.parametrize("prefix", ["", "kda_", "attn__"])
+def test_a_dumpers_folder(tmp_path, prefix):
+    folder = tmp_path / "dump_20261122_050000_000001"
+    first, second, other = (a_call(seed) for seed in (0, 1, 2))
+    for layer in (3, 4):
+        second[0].A_log, second[0].dt_bias = first[0].A_log, first[0].dt_bias
+        other[0].A_log, other[0].dt_bias = first[0].A_log, first[0].dt_bias
+        for rank in (0, 1):
+            dumper = Dumper(folder, rank)
+            dumper.index = 100 * layer
+            dumper.parameters(first[0], layer)
+    dumper = Dumper(folder)
+    dumper.call(*first, layer_id=3, prefix=prefix)
+    dumper.call(*other, layer_id=3, prefix=prefix)  # the same layer again in one step
+    dumper.step = 1
+    dumper.call(*second, layer_id=4, prefix=prefix)
+    found = {dump.call: dump for dump in load_all(tmp_path)}  # the folder above, which holds one experiment
+    assert list(found) == ["rank0.step0.layer3", "rank0.step0.layer3.2", "rank0.step1.layer4"]
+    for dump, call in zip(found.values(), (first, other, second), strict=True):
+        assert_is(dump, *call)
+    assert load(folder, "rank0.step1.layer4").meta["layer"] == "4"
+
+
+def test_files_of_other_tensors_are_not_even_opened(tmp_path):
+    dumper = Dumper(tmp_path)
+    dumper.call(*a_call(), layer_id=0)
+    dumper.parameters(a_call()[0], 0)
+    name = "step=0___rank=0___dump_index=99___name=non_intrusive__model.layers.0.mlp.output___layer_id=0.pt"
+    (tmp_path / name).write_bytes(b"damaged")
+    assert_is(load(tmp_path), *a_call())
+
+
+def test_a_forward_hooks_folder(tmp_path):
+    inputs, outputs = a_call()
+    for rank in (0, 1):
+        folder = tmp_path / f"TP{rank}_PP0_Rank{rank}_pid{70 + rank}"
+        folder.mkdir()
+        layer = {f"model.layers.7.self_attn.{name}": tensor for name, tensor in inputs.tensors().items()}
+        layer |= {"model.layers.7.self_attn.attn": [outputs.o, outputs.final_state], "model.norm": torch.zeros(2)}
+        layer |= {"model.layers.7.self_attn.q_proj": torch.zeros(4), "model.layers.7.self_attn.lower_bound": -5.0}
+        torch.save(layer, folder / "Pass00000.pt")
+    assert [dump.call for dump in load_all(tmp_path)] == [f"rank{rank}.Pass00000/layer7" for rank in (0, 1)]
+    for dump in (*load_all(tmp_path), load(folder), load(folder / "Pass00000.pt")):
+        assert_is(dump, inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("q", ("inputs", "q")),
+        ("kda__ssm_states", ("inputs", "state")),
+        ("non_intrusive__model.layers.3.self_attn.attn.inputs.a", ("inputs", "g")),
+        ("non_intrusive__model.layers.3.self_attn.attn.output", ("outputs", "o")),
+        ("param__model.layers.3.self_attn.dt_bias", ("inputs", "dt_bias")),
+        ("non_intrusive__model.layers.3.mlp.output", None),
+        ("non_intrusive__model.layers.3.mlp.output.0", None),
+        ("model.layers.3.self_attn.q_proj", None),
+        ("model.layers.3.self_attn.q_proj.weight", None),
+        ("hidden_states", None),
+    ],
+)
+def test_what_a_name_means(name, meaning):
+    assert sglang.meaning(name) == meaning
+
+
+def test_a_folder_of_dumps(tmp_path):
+    (x, out), (y, more) = a_call(0), a_call(1)
+    save(tmp_path / "one.pt", x, out, op="decode")
+    save(tmp_path / "two.safetensors", y, more, op="decode")
+    torch.save({"p": {"inputs": x.tensors(), "options": {"lower_bound": -5.0}}}, tmp_path / "zwei.pt")
+    (tmp_path / "capture.jsonl").write_text("{}")
+    assert [dump.call for dump in load_all(tmp_path)] == ["one", "two", "zwei/p"]
+    assert_is(load(tmp_path, "two"), y, more)
+
+
+def test_refusals(tmp_path):
+    def refused(words, folder):
+        with pytest.raises(InputError, match=words):
+            load_all(folder)
+
+    refused("is a directory without dump files", tmp_path)
+    for name in ("dump_1", "dump_2"):
+        Dumper(tmp_path / name).dump("hidden_states", torch.zeros(1))
+    refused("holds the dump folders dump_1, dump_2: name one of them", tmp_path)
+    refused("no tensor of a KDA call under a name that kda knows: it holds hidden_states", tmp_path / "dump_1")
+    Dumper(tmp_path / "dump_1", rank=5).dump("q", torch.zeros(1))
+    refused("call rank5.step0: k .* is missing", tmp_path / "dump_1")
+    torch.save([1], next((tmp_path / "dump_1").glob("*name=q*")))
+    refused("does not hold what SGLang's dumper writes", tmp_path / "dump_1")
+    torch.save({"model.layers.0.mlp": torch.zeros(1)}, tmp_path / "Pass00000.pt")
+    refused("under a name that kda knows: it holds model.layers.0.mlp", tmp_path / "Pass00000.pt")

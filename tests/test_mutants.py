@@ -1,0 +1,56 @@
+"""The suites have teeth: quick kills nine in ten of the deliberately wrong kernels, full all; the right one passes."""
+
+import collections
+
+import pytest
+
+from kda_kernels.problem import Op
+from kdacli.verify.runner import Bench, check
+from kdacli.verify.suites import cases_for
+from tests.mutants.score import MUTANTS, Death, hunt, mutants, score
+from tests.mutants.victim import Chunked, GateStage, Recurrent, VictimKernel
+
+
+@pytest.fixture(scope="module")
+def quick() -> list[Death]:
+    return score("quick")
+
+
+def test_quick_kills_nine_in_ten(quick):
+    survivors = [death.mutant.name for death in quick if death.case is None]
+    assert len(survivors) <= len(quick) / 10, survivors
+
+
+def test_full_kills_all(quick):
+    """What quick killed, full has killed as well, since quick is part of it."""
+    left = [death.mutant for death in quick if death.case is None]
+    deaths = list(hunt(left, cases_for("cpu", "full")))
+    assert [death.mutant.name for death in deaths if death.case is None] == []
+
+
+def test_the_table_is_as_large_as_it_claims():
+    faults = {type(m.make).__name__ and m.fault for m in MUTANTS.values()}
+    ops = collections.Counter(m.make.op for m in MUTANTS.values())
+    assert len(faults) >= 60 and min(ops[op] for op in Op) >= 10
+    assert [m.name for m in MUTANTS.values() if m not in mutants("cpu")] == ["decode-offsets-of32-bits"]
+
+
+def test_no_single_case_does_all_the_work(quick):
+    """Each mutant dies by a case that has to do with it, not by one that kills whatever differs."""
+    cases = collections.Counter(death.case for death in quick if death.case)
+    assert len(cases) >= 25
+
+
+@pytest.mark.parametrize("base", [Recurrent, Chunked, GateStage])
+def test_the_kernels_that_they_spoil_are_right(base):
+    kernel = VictimKernel.of("victim", base(), "right")
+    for case in cases_for("cpu", "full", base.op):
+        result = check(kernel, Bench.of_case(case, 0, "cpu"))
+        assert result.status == "pass", (case.name, result)
+
+
+@pytest.mark.gpu
+def test_offsets_of_32_bits_die_on_a_gpu():
+    cases = [case for case in cases_for("cuda", op=Op.DECODE) if "far-pool" in case.transforms]
+    (death,) = hunt([MUTANTS["decode-offsets-of32-bits"]], cases, "cuda")
+    assert death.case == "decode-far-pool"

@@ -1,0 +1,80 @@
+"""Each property: good kernels have it, a kernel without it fails by that name, and what cannot be asked is said."""
+
+import pytest
+
+from kda_kernels import registry
+from kda_kernels.problem import Op
+from kdacli.verify import spec
+from kdacli.verify.properties import PROPERTIES
+from kdacli.verify.runner import Bench, Result, check
+from tests.mutants.score import MUTANTS
+
+ANY = "lens=9,0,20/gates=init/pool=5"
+
+
+def ask(kernel: registry.Kernel, word: str) -> Result:
+    return check(kernel, Bench.of_case(spec.parse(word), 0, "cpu"))
+
+
+@pytest.mark.parametrize("op", list(Op))
+@pytest.mark.parametrize("name", [name for name, found in PROPERTIES.items() if not found.gpu_only])
+def test_good_kernels_have_it(op, name):
+    kernel = {Op.PREFILL: "torch-prefill", Op.DECODE: "torch-decode", Op.GATE: "triton-gate"}[op]
+    if op not in PROPERTIES[name].ops:
+        return
+    pool = "" if op is Op.GATE else "/pool=5"
+    result = ask(registry.get(kernel), f"{op}-any/lens=9,0,20/param_dtype=bfloat16{pool}/properties={name}")
+    (held,) = result.properties
+    interpreted = op is Op.GATE and name == "threads"
+    assert result.status == "pass" and held.status == ("refused" if interpreted else "pass"), result
+
+
+@pytest.mark.parametrize(
+    ("mutant", "name", "word"),
+    [
+        ("prefill-tail-masked-by-zero", "neighbours", f"prefill-any/{ANY}"),
+        ("decode-shared-scale", "neighbours", f"decode-any/{ANY}"),
+        ("prefill-stale-workspace", "after-nan", f"prefill-any/{ANY}"),
+        ("decode-broken-by-error", "after-error", f"decode-any/{ANY}"),
+        ("decode-cached-by-shape", "dtype-change", f"decode-any/{ANY}/param_dtype=bfloat16"),
+        ("decode-one-buffer-for-all", "threads", f"decode-any/{ANY}"),
+        ("decode-k-first-ignored", "k-first", f"decode-any/{ANY}"),
+    ],
+)
+def test_a_kernel_without_it_fails_by_name(mutant, name, word):
+    kernel = MUTANTS[mutant].kernel()
+    assert ask(kernel, word).status == "pass"
+    result = ask(kernel, f"{word}/properties={name}")
+    assert result.status == "fail"
+    assert [(held.name, held.status) for held in result.properties] == [(name, "fail")]
+    assert result.properties[0].notes
+
+
+def test_a_split_that_loses_the_state_fails():
+    """The state between two calls is what a prefill that starts from zero does not know."""
+    result = ask(MUTANTS["prefill-state-ignored"].kernel(), "prefill-any/lens=20/initial_state=no/properties=split")
+    assert [(held.name, held.status) for held in result.properties] == [("split", "fail")]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("decode-any/properties=neighbours", "one sequence"),
+        ("decode-any/packed=no/properties=split", "packed"),
+        ("decode-any/state_dtype=bfloat16/properties=split", "less than fp32"),
+        ("decode-any/gate=none/lower_bound=none/g_dtype=float32/beta_dtype=float32/properties=dtype-change", "already"),
+        ("decode-any/properties=graph", "no GPU"),
+        ("decode-any/properties=streams", "no GPU"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_and_no_failure(word, reason):
+    result = ask(registry.get("torch-decode"), word)
+    (held,) = result.properties
+    assert result.status == "pass" and held.status == "refused" and reason in held.notes[0]
+
+
+@pytest.mark.parametrize("mutant", ["decode-writes-past-end", "gate-writes-past-end"])
+def test_guard_zones_notice_writes_beside_tensors(mutant):
+    op = MUTANTS[mutant].make.op
+    result = ask(MUTANTS[mutant].kernel(), f"{op}-any")
+    assert result.status == "fail" and "bytes after a" in result.notes[0] and "allocated" in result.notes[0]
