@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kda_kernels.cute import cache as cute_cache
+from kda_kernels.cute import decode as cute_decode
+from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options, Problem
-from kdacli.compile import arch, pool, sass, toolchain
+from kdacli.compile import arch, pool, report, sass, toolchain
 from kdacli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +32,8 @@ def cache(tmp_path_factory):
 
 def python(*words: str) -> subprocess.CompletedProcess:
     """Runs this Python with the checkout on its path, and with whatever conftest said to Triton."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -149,6 +153,34 @@ def test_a_launch_finds_what_was_compiled(cache, monkeypatch):
     assert len(one["launched"]) == 2
     for launch in one["launched"]:
         assert list((cache / launch["folder"]).glob("*.cubin")), launch
+
+
+@pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+def test_cute_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    """Where it lies is said beside Triton's, and it is left alone where that is asked for."""
+    mine = tmp_path / "kda"
+    monkeypatch.setenv("KDA_CACHE_DIR", str(mine))
+    words = ["compile", "--kernel", "cute-decode", "--variant", "softplus", "--arch", "sm_90a", "--jobs", "1"]
+    left_alone = kda(*words, "--no-cache")
+    assert left_alone.stdout.endswith("1 compiled; the cache was left alone\n"), left_alone.output
+    assert not mine.exists()
+    kept = kda(*words)
+    assert kept.stdout.endswith(f"1 compiled, 0 taken from the cache: {cute_cache.directory()}\n"), kept.output
+    (variant,) = (v for v in cute_decode.variants() if v.name == "softplus")
+    assert variant.missing("sm_90a") is None, "a launch finds it"
+    assert variant.missing("sm_100a") is not None
+    monkeypatch.setenv("KDA_CACHE_DIR", "")
+    assert variant.missing("sm_100a") is None, "nothing is kept"
+
+
+def test_summary_has_a_line_for_each_cache():
+    rows = [{"kernel": k, "binary_bytes": 1, "cached": c} for k, c in (("a", True), ("b", False), ("c", False))]
+    rows.append({"kernel": "c", "error": "no"})
+    assert report.summary(rows, {"a": "/x", "b": "/x", "c": None}) == [
+        "1 compiled, 1 taken from the cache: /x",
+        "1 compiled, 0 taken from the cache: nothing is kept, KDA_CACHE_DIR is empty",
+    ]
+    assert report.summary(rows, None) == ["3 compiled; the cache was left alone"]
 
 
 def compile_first_gate_variant(cache: Path, where: str) -> dict:

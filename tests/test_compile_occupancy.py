@@ -58,7 +58,7 @@ def test_the_driver_says_the_same(name):
     torch.zeros(1, device="cuda")
     cuda = ctypes.CDLL("libcuda.so.1")
     (there,) = arch.select([])
-    for variant in worker._variants(registry.get(name), None, there):
+    for variant in worker.variants(registry.get(name), None, there):
         built = variant.build(there.name)
         registers = sass.resources(built.log)["registers"]
         entry = built.ptx.partition(".entry ")[2].partition("(")[0].strip()

@@ -1,79 +1,18 @@
 """The Triton decode kernel against the fp64 token recurrence (in Triton's interpreter where there is no GPU)."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
+from decode_inputs import DEVICE, GIVEN, SAFE, close, make, states_after_tokens, tokens_of, with_pool, with_state
 
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
+from kda_kernels.serving import kda_decode
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton import decode as module
 from kda_kernels.triton.decode import DecodeConfig, decode
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# One rounding: half an ulp, next to sums in fp32.
-RTOL = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2e-5}
-SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
-GIVEN = Options(gate=Gate.NONE, beta_is_logit=False, qk_l2norm=False, scale=0.3)
-
-
-def make(
-    N=2, T=1, H=2, HV=2, K=16, V=16, *, options=None, dtype=torch.bfloat16, lens=None, v_first=True, seed=0, **fields
-) -> Inputs:
-    """Random inputs without a state; packed when `lens` is given."""
-    gen = torch.Generator().manual_seed(seed)
-    options = options or Options()
-    B, T = (1, sum(lens)) if lens is not None else (N, T)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=gen)
-
-    g, beta = normal(B, T, HV, K), normal(B, T, HV)
-    raw = options.gate is not Gate.NONE
-    inputs = Inputs(
-        q=normal(B, T, H, K).to(dtype),
-        k=(normal(B, T, H, K) / (1 if options.qk_l2norm else K**0.5)).to(dtype),
-        v=normal(B, T, HV, V).to(dtype),
-        g=(g if raw else -g.abs()).to(dtype),
-        beta=(beta if options.beta_is_logit else beta.sigmoid()).to(dtype),
-        options=options,
-        A_log=torch.rand(HV, generator=gen) if raw else None,
-        dt_bias=normal(HV, K) if raw else None,
-        cu_seqlens=None if lens is None else torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32),
-        state_v_first=v_first,
-    )
-    return dataclasses.replace(inputs, **fields).to(DEVICE)
-
-
-def with_state(inputs: Inputs, dtype=torch.float32, seed=1) -> Inputs:
-    """A plain state."""
-    (_, _, HV, K), V = inputs.g.shape, inputs.v.shape[3]
-    N = inputs.q.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    last = (V, K) if inputs.state_v_first else (K, V)
-    state = torch.randn(N, HV, *last, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-    return dataclasses.replace(inputs, state=state)
-
-
-def with_pool(inputs: Inputs, slots: list[int], P=7, gap=0, dtype=torch.float32, index_dtype=torch.int32) -> Inputs:
-    """A pool whose unused slots, and the gaps between slots, hold NaN."""
-    plain = with_state(inputs).state
-    size = plain[0].numel()
-    memory = torch.full((P, size + gap), float("nan"), dtype=dtype, device=DEVICE)
-    pool = memory[:, :size].view(P, *plain.shape[1:])
-    for n, slot in enumerate(slots):
-        if slot >= 0:
-            pool[slot] = plain[n].to(dtype)
-    return dataclasses.replace(inputs, state=pool, state_indices=torch.tensor(slots, dtype=index_dtype, device=DEVICE))
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """NaN only where the expected tensor has it, which is in the unused slots of a pool."""
-    rtol = RTOL[actual.dtype]
-    atol = 1e-5 * float(expected.nan_to_num().abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def check(inputs: Inputs, config: DecodeConfig | None = None) -> Outputs:
@@ -250,9 +189,94 @@ def test_decode_continues_where_it_stopped():
     whole, step = inputs.fresh(), inputs.fresh()
     o = decode(whole).o
     for t in range(4):
-        token = {name: getattr(inputs, name)[:, t : t + 1] for name in ("q", "k", "v", "g", "beta")}
-        torch.testing.assert_close(decode(dataclasses.replace(step, **token)).o, o[:, t : t + 1], rtol=1e-5, atol=1e-6)
+        token = tokens_of(step, slice(None), slice(t, t + 1))
+        torch.testing.assert_close(decode(token).o, o[:, t : t + 1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(step.state, whole.state, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+# --- the state after each token
+
+KEPT = 7.0  # what the buffer held before
+
+
+def check_token_states(inputs: Inputs, token_states: torch.Tensor, run) -> None:
+    """`run` must fill it with the states after every token, and leave alone what belongs to padding; what it leaves
+    in the state must be what it would have left there without."""
+    expected = states_after_tokens(inputs).to(DEVICE)
+    without = decode(inputs.fresh())
+    token_states.fill_(KEPT)
+    outputs = run(inputs, token_states)
+    untouched = expected.isnan()
+    assert token_states[untouched].eq(KEPT).all()
+    close(token_states.masked_fill(untouched, 0), expected.masked_fill(untouched, 0))
+    assert outputs.o.equal(without.o)
+    torch.testing.assert_close(outputs.final_state, without.final_state, rtol=0, atol=0, equal_nan=True)
+
+
+def decode_with(inputs: Inputs, token_states: torch.Tensor) -> Outputs:
+    return decode(inputs, token_states=token_states)
+
+
+def kda_decode_with(inputs: Inputs, token_states: torch.Tensor) -> Outputs:
+    """Through the public function."""
+    tensors = inputs.tensors()
+    tokens = [tensors.pop(name) for name in ("q", "k", "v", "g", "beta")]
+    return Outputs(kda_decode(*tokens, **tensors, token_states=token_states, kernel="triton-decode"), inputs.state)
+
+
+@pytest.mark.parametrize("run", [decode_with, kda_decode_with])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lens", [None, [2, 3, 0, 1]], ids=["dense", "packed"])
+def test_token_states_are_those_of_every_prefix(lens, dtype, run):
+    inputs = with_pool(make(N=4, T=3, lens=lens, HV=4), [4, -1, 0, 6], gap=16)
+    B, T = inputs.q.shape[:2]
+    check_token_states(inputs, torch.empty(B, T, 4, 16, 16, dtype=dtype, device=DEVICE), run)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_token_states_hold_what_the_state_has_no_room_for(state_dtype):
+    """Both are rounded from the fp32 state: neither from the other."""
+    inputs = with_state(make(T=3), state_dtype)
+    check_token_states(inputs, torch.empty(2, 3, 2, 16, 16, device=DEVICE), decode_with)
+
+
+@pytest.mark.parametrize("lens", [None, [2, 1]], ids=["dense", "packed"])
+def test_token_states_whose_tokens_lie_apart(lens):
+    inputs = with_state(make(N=2, T=3, lens=lens))
+    B, T = inputs.q.shape[:2]
+    wide = torch.full((B + 1, 2 * T, 3, 16, 16), KEPT, device=DEVICE)
+    view = wide[:B, ::2, :2]
+    check_token_states(inputs, view, decode_with)
+    view.fill_(KEPT)
+    assert wide.eq(KEPT).all(), "nothing but the view was written to"
+
+
+def test_token_states_of_a_k_first_state_and_sizes_that_are_no_power_of_two():
+    inputs = with_state(make(T=2, K=24, V=20, v_first=False))
+    check_token_states(inputs, torch.empty(2, 2, 2, 24, 20, device=DEVICE), decode_with)
+
+
+def test_token_states_without_a_state_that_comes_in_or_goes_out():
+    inputs = make(T=3, output_final_state=False)
+    token_states = torch.empty(2, 3, 2, 16, 16, device=DEVICE)
+    assert decode(inputs, token_states=token_states).final_state is None
+    close(token_states, states_after_tokens(inputs))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.empty(2, 3, 2, 16, 8), r"has shape \[2, 3, 2, 16, 8\]: it should be \[2, 3, 2, 16, 16\]"),
+        (torch.empty(2, 3, 2, 16, 16, dtype=torch.float16), "is torch.float16: it should be float32 or bfloat16"),
+        (torch.empty(2, 3, 2, 16, 16).transpose(3, 4), "has strides .*: it should be contiguous from HV on"),
+        (torch.empty(2, 3, 2, 16, 16, device="meta"), "is on meta: it should be on"),
+    ],
+    ids=["shape", "dtype", "strides", "device"],
+)
+def test_wrong_token_states(wrong, message):
+    wrong = wrong if wrong.is_meta else wrong.to(DEVICE)
+    with pytest.raises(InputError, match=f"^token_states {message}"):
+        kda_decode_with(with_pool(make(T=3), [0, 1]), wrong)
 
 
 def test_run_checks_its_inputs():

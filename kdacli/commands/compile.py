@@ -50,9 +50,10 @@ def command(
 
     No GPU is needed. With a shape, a model or a dump, each kernel is built as a launch of that problem would build it,
     and lands in the cache where that launch looks: the same triton and kda on a server find it there, in the same
-    folder (TRITON_CACHE_DIR; Triton keeps absolute paths). With no flags, each kernel has a few named variants: the
-    specialisations that the library launches most. Tuning choices depend on the number of multiprocessors: they are
-    those of this machine's GPU, of a common one of the architecture (JSON says which), or --sms.
+    folder (TRITON_CACHE_DIR; Triton keeps absolute paths. CuTe: KDA_CACHE_DIR). With no flags, each kernel has a few
+    named variants: the specialisations that the library launches most. Tuning choices depend on the number of
+    multiprocessors: they are those of this machine's GPU, of a common one of the architecture (JSON says which), or
+    --sms.
 
     Registers and spills (bytes stored plus loaded) are those of a thread, as ptxas counts them; shared memory is that
     of a block in bytes, and red where no block of that architecture has so much. "per SM" is how many blocks are
@@ -100,11 +101,13 @@ def command(
             targets, left_out = pool.plan(processes, wanted, archs, bool(kernels), patterns)
         with output.progress("compiling", len(targets)) as advance:
             rows = pool.compile_targets(processes, targets, advance, folder)
-        cache = None if no_cache else processes.cache_folder()
+        backends = {target.kernel.name: target.kernel.backend for target in targets}
+        caches = None if no_cache else {name: processes.cache_folder(backend) for name, backend in backends.items()}
     report.show(rows, show_sass, stderr)
     for name, reason in left_out.items():
         output.say(f"not compiled: {name}: {reason}", stderr=stderr)
-    output.say(report.summary(rows, cache), stderr=stderr)
+    for line in report.summary(rows, caches):
+        output.say(line, stderr=stderr)
     now = _report(rows, left_out)
     failed = [f"{sum('error' in row for row in rows)} of {len(rows)} did not compile"] if _any_error(rows) else []
     if before is not None:

@@ -35,6 +35,12 @@ STRESS_SECONDS = 60.0
     metavar="SECONDS",
     help="How long to look for the smallest case of a failure. Default: 10; 0: not at all.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=0),
+    metavar="COUNT",
+    help="Processes that compile ahead of the cases, on a GPU. Default: one a core; 0: none.",
+)
 @click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
 @click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
 @options.problem_options
@@ -50,6 +56,7 @@ def command(
     verbose: bool,
     fail_fast: bool,
     shrink: float,
+    jobs: int | None,
     save_dir: str | None,
     junit: str | None,
     device: str,
@@ -71,6 +78,9 @@ def command(
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure.
+
+    On a GPU, kernels that a suite launches and the caches of Triton and CuTe lack are compiled first, in --jobs
+    processes.
 
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
@@ -100,6 +110,8 @@ def command(
         require()
     folder = _folder(save_dir)
     run = _Run(kernels, suite_name or "quick", case_names, seconds, device, shrink, params)
+    if jobs != 0:
+        run.compile_ahead(jobs)
     run.check(fail_fast)
     run.explain(folder, force)
     run.report(json_dest, junit, verbose, force)
@@ -186,6 +198,13 @@ class _Run:
         self.saved: dict[tuple[str, str], Path] = {}
         self.searched: list[str] = []
         self.bench: Bench | None = None  # of flags or a dump
+
+    def compile_ahead(self, jobs: int | None) -> None:
+        """On a GPU: in parallel, what the cases would compile one after the other."""
+        if self.device == "cuda" and self.cases:
+            from kdacli.verify.ahead import compile_ahead
+
+            compile_ahead(self.kernels, list(self.cases.values()), jobs)
 
     def check(self, fail_fast: bool) -> None:
         """Everything that was asked for, or as far as the first failure."""

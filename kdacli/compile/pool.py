@@ -1,6 +1,7 @@
 """Which variants to compile for which architectures, spread over processes."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import tempfile
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kda_kernels.errors import InputError, UnavailableError
@@ -38,7 +40,7 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None, cache: str | None, stack: contextlib.ExitStack) -> None:
-        self._jobs, self._cache, self._stack = jobs or os.cpu_count() or 1, cache, stack
+        self._jobs, self._cache, self._stack = jobs or cores(), cache, stack
         self._pools: dict[Arch | None, ProcessPoolExecutor] = {}
 
     def believing(self, arch: Arch | None = None) -> ProcessPoolExecutor:
@@ -53,10 +55,20 @@ class Workers:
             self._pools[arch] = self._stack.enter_context(pool)
         return self._pools[arch]
 
-    def cache_folder(self) -> str:
-        """Where what was compiled lies."""
+    def cache_folder(self, backend: str) -> str | None:
+        """Where what was compiled for kernels of a backend lies; None: nowhere."""
         pool = next(iter(self._pools.values()), None) or self.believing()
-        return pool.submit(worker.cache_folder).result()
+        return pool.submit(worker.cache_folder, backend).result()
+
+
+def cores() -> int:
+    """How many processes this one may keep busy: a container may have fewer cores than the machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no limit ("max")
+        return count
 
 
 @contextlib.contextmanager

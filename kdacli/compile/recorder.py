@@ -8,7 +8,7 @@ configuration that its pruning leaves: which one would win only a GPU can tell.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,13 @@ from kdacli.compile.arch import Arch
 HINT = "; a kernel that is not Triton's needs an attribute `variants` of the function, see kda_kernels/variant.py"
 
 
-def record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:
+def record(
+    kernel: Kernel, problem: Problem, arch: Arch, change: Callable[[Inputs], Inputs] = lambda inputs: inputs
+) -> list[Variant]:
     """The Triton launches of `kernel` on `problem` on a GPU of that architecture; equal ones once.
+
+    Args:
+        change: what is done to the contiguous tensors first: other strides, say.
 
     Raises:
         InputError: the kernel refuses the problem, or raises before it is through.
@@ -37,7 +42,7 @@ def record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:
             missing = kernel.unsupported() == reason
             raise (UnavailableError if missing else InputError)(f"kernel {kernel.name} cannot run this: {reason}")
         try:
-            kernel.run(blank(problem))
+            kernel.run(change(blank(problem)))
         except KdaError:
             raise
         except ImportError as error:

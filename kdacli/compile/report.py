@@ -1,7 +1,7 @@
 """The tables of `kda compile`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.problem import Problem
@@ -55,13 +55,22 @@ def show_changes(changes: "Sequence[Change]", name: str, compared: int, stderr: 
             output.say(f"{change.kernel} {change.variant} {change.arch}: {change.what}: {change.fatal}", stderr=stderr)
 
 
-def summary(rows: Sequence[Row], folder: str | None) -> str:
-    """One line: how much was compiled, and where it is."""
+def summary(rows: Sequence[Row], folders: Mapping[str, str | None] | None) -> list[str]:
+    """A line for each cache: how much was compiled, and where it is.
+
+    Args:
+        folders: by kernel, where what was compiled lies; None: nothing was kept on purpose.
+    """
     compiled = [row for row in rows if "binary_bytes" in row]
-    if folder is None:
-        return f"{len(compiled)} compiled; the cache was left alone"
-    cached = sum(row["cached"] for row in compiled)
-    return f"{len(compiled) - cached} compiled, {cached} taken from the cache: {folder}"
+    if folders is None:
+        return [f"{len(compiled)} compiled; the cache was left alone"]
+    lines = []
+    for folder in dict.fromkeys(folders.values()):
+        mine = [row for row in compiled if folders[row["kernel"]] == folder]
+        cached = sum(row["cached"] for row in mine)
+        where = folder or "nothing is kept, KDA_CACHE_DIR is empty"
+        lines.append(f"{len(mine) - cached} compiled, {cached} taken from the cache: {where}")
+    return lines
 
 
 def _by(change: "Change") -> str:

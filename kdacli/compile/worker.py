@@ -31,12 +31,12 @@ def start(cache: str | None = None, believed: Arch | None = None) -> None:
     """Prepares a fresh process.
 
     Args:
-        cache: folder for Triton's cache instead of the one that launches use.
+        cache: folder for Triton's cache instead of the one that launches use; CuTe's stays in memory.
         believed: architecture of a GPU that the process is to believe it has, before it imports any kernel.
     """
     os.environ.pop("TRITON_INTERPRET", None)  # Triton reads these when it is imported
     if cache is not None:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ |= {"TRITON_CACHE_DIR": cache, "KDA_CACHE_DIR": ""}
     warnings.simplefilter("ignore")
     # LLVM writes to file descriptor 2 behind Python's back, up to hundreds of lines for an architecture it lacks
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -46,8 +46,12 @@ def start(cache: str | None = None, believed: Arch | None = None) -> None:
         _pretence.enter_context(pretend.gpu(believed))
 
 
-def cache_folder() -> str:
-    """Where Triton keeps what it compiles; launches on this machine look there."""
+def cache_folder(backend: str) -> str | None:
+    """Where what is compiled is kept, and launches here look: CuTe's folder, or Triton's; None: nowhere."""
+    if backend == "cute":
+        from kda_kernels.cute import cache
+
+        return str(folder) if (folder := cache.directory()) else None
     import triton
 
     return triton.knobs.cache.dir
@@ -74,7 +78,7 @@ def variant_names(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[s
         InputError: the kernel cannot run `problem`, wherever it is, or its launches cannot be recorded.
         UnavailableError: a package is missing.
     """
-    names = [variant.name for variant in _variants(kernel, problem, arch)]
+    names = [variant.name for variant in variants(kernel, problem, arch)]
     if not names and offers(kernel) and (reason := kernel.unsupported(problem)):
         raise UnavailableError(f"kernel {kernel.name} has nothing to compile: {reason}")
     reason = problem and kernel.unsupported(problem)
@@ -99,10 +103,9 @@ def compile_variant(
         compiler refuses, nothing but `error`: its reason in one line; where the kernel is not meant for that
         architecture, nothing but `unsupported`.
     """
-    variant = next(v for v in _variants(kernel, problem, arch) if v.name == name)
     began = time.perf_counter()
     try:
-        built = _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
+        built = build(kernel, problem, name, arch)
     except UnavailableError as error:
         return {"unsupported": str(error)}
     except Exception as error:  # whatever the compiler throws is its answer, and belongs in this variant's row
@@ -131,7 +134,23 @@ def compile_variant(
     return row
 
 
-def _variants(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[Variant]:
+def build(kernel: Kernel, problem: Problem | None, name: str, arch: Arch) -> Built:
+    """One of `variant_names` from the compiler, or from the cache, where it is left.
+
+    Raises:
+        UnavailableError: the kernel is not meant for that architecture.
+        Exception: the compiler's own.
+    """
+    variant = next(v for v in variants(kernel, problem, arch) if v.name == name)
+    return _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
+
+
+def variants(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[Variant]:
+    """What there is to compile: what the kernel's own `variants` say, else its launches, recorded.
+
+    Raises:
+        InputError: the user's `variants` raised, or launches cannot be recorded.
+    """
     if not offers(kernel):
         return _record(kernel, problem, arch)
     if isinstance(kernel, UserKernel):
@@ -140,9 +159,9 @@ def _variants(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[Varia
         except Exception as error:  # anything that the user's code raises
             said = " ".join(str(error).split())[:200]
             raise InputError(f"kernel {kernel.name}: its variants() raised {type(error).__name__}: {said}") from error
-    variants = importlib.import_module(kernel.module).variants
-    takes_gpu = "gpu" in inspect.signature(variants).parameters
-    return list(variants(problem, gpu=arch.gpu) if takes_gpu else variants(problem))
+    offered = importlib.import_module(kernel.module).variants
+    takes_gpu = "gpu" in inspect.signature(offered).parameters
+    return list(offered(problem, gpu=arch.gpu) if takes_gpu else offered(problem))
 
 
 def _record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:

@@ -105,8 +105,5 @@ def forward_only(run: Callable[[], tuple], inputs: Inputs) -> tuple:
 
 def _requires_grad(inputs: Inputs) -> bool:
     i = inputs  # spelled out: this is on the way of every decoding step
-    return (
-        i.q.requires_grad or i.k.requires_grad or i.v.requires_grad or i.g.requires_grad or i.beta.requires_grad
-        or (i.A_log is not None and i.A_log.requires_grad) or (i.dt_bias is not None and i.dt_bias.requires_grad)
-        or (i.state is not None and i.state.requires_grad)
-    )  # fmt: skip
+    tensors = (i.q, i.k, i.v, i.g, i.beta, i.A_log, i.dt_bias, i.state)
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)

@@ -22,6 +22,8 @@ CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES") == "1"  # what tensors hold is
 def decode_kernel(inputs: Inputs) -> str:
     """The registry's name of the kernel that decodes these tensors."""
     q = inputs.q
+    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (q, inputs.v)):
+        return TRITON  # whose check says what is wrong
     if not (q.is_cuda and _cute_can(q.device, q.shape[-1], inputs.v.shape[-1])):
         return TRITON
     return CUTE if _cute().unsupported_tensors(inputs) is None else TRITON

@@ -3,6 +3,9 @@
 A kernel's module may have `variants(problem=None, gpu=H100) -> Iterator[Variant]`: what it launches for `problem` on
 `gpu`, or its usual specialisations. `gpu` may be left out where nothing depends on it. Triton's variants are
 `kda_kernels.triton.variant.Variant`; anything else with the attributes of the protocol below will do.
+
+A variant may also have `missing(arch) -> str | None`: what the cache that launches use would know it by, if it is not
+there; None if it is there, or if nothing is kept. `kda verify` builds beforehand what is missing.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ inputs unmodified, guard zones untouched, no NaN left where nothing was written,
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from kda_kernels.problem import Op
+from kda_kernels.problem import Op, Problem
 from kdacli.verify.properties import (
     after_error,
     after_nan,
@@ -35,19 +35,21 @@ class Property:
         reason: why a kernel must have it. check: see the package.
         ops: of which ops it can be asked.
         gpu_only: it is about something that only a GPU has.
+        asked: problem of a case -> that of the calls it makes, where they differ in more than their sequences' lengths.
     """
 
     reason: str
     check: Callable[[Subject], Iterator[str]]
     ops: tuple[Op, ...] = tuple(Op)
     gpu_only: bool = False
+    asked: Callable[[Problem], Problem] | None = None
 
 
 PROPERTIES = {
     "neighbours": Property(neighbours.REASON, neighbours.check),
     "split": Property(split.REASON, split.check, _RECURRENT),
-    "k-first": Property(k_first.REASON, k_first.check, _RECURRENT),
-    "dtype-change": Property(dtype_change.REASON, dtype_change.check),
+    "k-first": Property(k_first.REASON, k_first.check, _RECURRENT, asked=k_first.asked),
+    "dtype-change": Property(dtype_change.REASON, dtype_change.check, asked=dtype_change.asked),
     "after-nan": Property(after_nan.REASON, after_nan.check),
     "after-error": Property(after_error.REASON, after_error.check),
     "threads": Property(threads.REASON, threads.check),

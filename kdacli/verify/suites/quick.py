@@ -187,7 +187,7 @@ QUICK = (
     ),
     row("serving", _P, (1300, 547, 2048, 963, 271, 3063), "a batch of prompts into a pool", options=SOFTPLUS, dim=128,
         heads=8, gates="init", pool_slots=20, gpu_only=True),
-    row("collinear-2048", _P, (2048,), "nearly singular chunks, one after the other", dim=128, heads=4, gates="weak",
+    row("collinear-2048", _P, (2048,), "nearly singular chunks, one after the other", dim=128, heads=12, gates="weak",
         keys="near-collinear", gpu_only=True),
     row("far-pool", _P, (65, 17, 80, 30, 3), "offsets over 2^31 elements wrap in 32 bits", dim=128, pool_slots=6,
         state_dtype="bfloat16", transforms=("far-pool",), gpu_only=True),

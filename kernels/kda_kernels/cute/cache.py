@@ -166,6 +166,12 @@ def keep(made: Any, label: str) -> None:
                 _store(made, path)
 
 
+def lacks(label: str) -> bool:
+    """Whether it is not on disk, and could be."""
+    path = _path(label)
+    return path is not None and not any(path.with_suffix(suffix).exists() for suffix in (".so", ".o"))
+
+
 def _from_disk_or(build: Callable[[], Any], label: str) -> tuple[Callable[..., Any], str]:
     path = _path(label)
     if path is None:
@@ -211,13 +217,13 @@ def _store(made: Any, path: Path) -> None:
         with file.open("r+b") as stream:
             stream.write(_digest(stream.read()))
         os.replace(file, path.with_suffix(file.suffix))
-        _prune(path.parent)
     except OSError as error:
         warnings.warn(f"compile cache: {path.name} was not written ({error})", RuntimeWarning, stacklevel=4)
     finally:
         for file in (objects, library):
             with contextlib.suppress(OSError):
                 file.unlink()
+    _prune(path.parent)
 
 
 def _digest(content: bytes) -> bytes:
@@ -294,7 +300,14 @@ def _runtime_libraries() -> Iterator[Path]:
 
 
 def _prune(where: Path) -> None:
-    files = sorted((f for f in where.iterdir() if f.suffix in (".so", ".o")), key=lambda f: f.stat().st_mtime)
+    files = sorted((f for f in where.iterdir() if f.suffix in (".so", ".o")), key=_age)
     for file in files[: max(0, len(files) - DISK_FILES)]:
         with contextlib.suppress(OSError):
             file.unlink()
+
+
+def _age(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another process took it away
+        return 0.0

@@ -9,18 +9,20 @@ only when it refuses are the tensors looked at in Python, to say in our words wh
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from kda_kernels import ranges
+from kda_kernels.boundary import check_out, check_token_states
 from kda_kernels.checks import check_inputs
 from kda_kernels.cute.cache import CACHE
 from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import architecture, unsupported_here
 from kda_kernels.cute.variant import CuteVariant
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.errors import InputError, KdaError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors
@@ -59,13 +61,18 @@ def decode(
     Raises:
         InputError: a tensor is not as it should be.
     """
-    v, h0, indices = inputs.v, inputs.state, inputs.state_indices
-    o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-    ht = None
-    if indices is None:
-        ht = _new_state(inputs) if final_state is None and inputs.output_final_state else final_state
+    o, ht = out, None
+    try:
+        if out is None:
+            o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+        if inputs.state_indices is None:
+            ht = _new_state(inputs) if final_state is None and inputs.output_final_state else final_state
+    except (AttributeError, IndexError, TypeError):  # not even tensors of four dimensions
+        check_inputs(inputs)
+        raise
     launch(inputs, o, ht, token_states, config)
-    return Outputs(o, (h0 if indices is not None else ht) if inputs.output_final_state else None)
+    final = inputs.state if inputs.state_indices is not None else ht
+    return Outputs(o, final if inputs.output_final_state else None)
 
 
 def launch(
@@ -77,20 +84,24 @@ def launch(
 ) -> None:
     """`decode` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
     global _last
-    if config is None and again(inputs, o, ht, token_states):
-        return
-    q, options = inputs.q, inputs.options
-    if not q.shape[0] * q.shape[1]:
-        check_inputs(inputs)
-        _hand_on(inputs.state, ht)
-        return
-    function = _function(inputs, ht, token_states, config)
-    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
-    last = (options, q.shape, q.device), function, scale, options.lower_bound or 0.0
     try:
+        if config is None and again(inputs, o, ht, token_states):
+            return
+        q, options = inputs.q, inputs.options
+        if not q.shape[0] * q.shape[1]:
+            check_inputs(inputs)
+            return _hand_on(inputs.state, ht)
+        function = _function(inputs, o, ht, token_states, config)
+        scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+        last = (options, q.shape, q.device), function, scale, options.lower_bound or 0.0
         _call(last, inputs, o, ht, token_states)
-    except (TypeError, ValueError) as error:
-        _explain(inputs, error)
+    except KdaError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
+        _check_all(inputs, o, ht, token_states)
+        if isinstance(error, (TypeError, ValueError)):
+            raise InputError(f"cute-decode: {' '.join(str(error).split())}") from None
+        raise
     if config is None:
         _last = last
 
@@ -103,11 +114,11 @@ def again(
     Options, shape and device are compared; what is not compared the function checks itself.
     """
     last, q = _last, inputs.q
-    if last[0] != (inputs.options, q.shape, q.device):
-        return False
     try:
+        if last[0] != (inputs.options, q.shape, q.device):
+            return False
         _call(last, inputs, o, ht, token_states)
-    except (TypeError, ValueError):  # other dtypes, say
+    except (AttributeError, IndexError, TypeError, ValueError):  # other dtypes, say; or wrong, as `launch` will tell
         return False
     return True
 
@@ -118,21 +129,31 @@ def _call(
     """Calls the compiled function of `last`.
 
     Raises:
-        InputError: two things that the function cannot see: which way round a square state lies, and sizes that differ
-            by one.
-        TypeError, ValueError: it does not take these tensors.
+        Exception: it does not take these tensors; nothing was launched.
     """
-    indices, offsets, bias = inputs.state_indices, inputs.cu_seqlens, inputs.dt_bias
-    if not inputs.state_v_first and (inputs.state is not None or ht is not None):
-        raise InputError("cute-decode: the state is K-first: this kernel's is V-first")
-    if offsets is not None and indices is not None and indices.shape[0] != offsets.shape[0] - 1:
-        raise InputError(f"state_indices has shape {list(indices.shape)}: it should be [{offsets.shape[0] - 1}]")
+    A_log, bias, h0, indices, offsets = (
+        inputs.A_log, inputs.dt_bias, inputs.state, inputs.state_indices, inputs.cu_seqlens
+    )  # fmt: skip
+    # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
+    if not inputs.state_v_first and (h0 is not None or ht is not None):
+        raise ValueError("the state is K-first")
+    if indices is not None:
+        _, HV, V, K = h0.shape
+        if h0.stride(0) < HV * V * K and h0.shape[0] > 1:
+            raise ValueError("slots overlap")
+    if offsets is not None:
+        N = offsets.shape[0] - 1
+        for one_each in (indices if indices is not None else h0, ht):
+            if one_each is not None and one_each.shape[0] != N:
+                raise ValueError("not one for each sequence")
+    if A_log is not None and A_log.ndim != 1:
+        A_log = _flat(A_log, A_log.numel())
     if bias is not None and bias.ndim != 1:
-        bias = bias.reshape(-1)
+        bias = _flat(bias, inputs.g.shape[3])
     _, function, scale, bound = last
     arguments = (
-        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.A_log, bias, o, inputs.state, ht, indices, offsets,
-        token_states, scale, bound,
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets, token_states,
+        scale, bound,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
@@ -141,10 +162,21 @@ def _call(
         function(*arguments)
 
 
+def _flat(parameter: torch.Tensor, last: int) -> torch.Tensor:
+    """A_log of any shape, or dt_bias [HV, K], in one dimension, as the function takes it. Raises `ValueError`."""
+    if not parameter.is_contiguous() or (parameter.numel() != last and parameter.shape[-1] != last):
+        raise ValueError("a parameter lies in another order")
+    return parameter.view(-1)
+
+
 def _function(
-    inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig | None
+    inputs: Inputs,
+    o: torch.Tensor,
+    ht: torch.Tensor | None,
+    token_states: torch.Tensor | None,
+    config: DecodeConfig | None,
 ) -> Callable[..., Any]:
-    """The compiled function for these tensors."""
+    """The compiled function for these tensors; where it is not in memory, they are checked first."""
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
     N = B if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
@@ -158,7 +190,13 @@ def _function(
     )  # fmt: skip
     dtypes = tuple(None if x is None else x.dtype for x in parts)
     key = ("decode", inputs.options, config, H, HV, K, V, one_token, inputs.q.device, dtypes)
-    return CACHE.get(key) or _make(key, inputs, ht, token_states, config)
+    if (function := CACHE.get(key)) is not None:
+        return function
+    _check_all(inputs, o, ht, token_states)
+    if (reason := unsupported_here(inputs.q.device)) is not None:
+        raise UnavailableError(f"cute-decode: {reason}")
+    spec, arch = spec_of(inputs, ht, token_states, config), architecture(inputs.q.device)
+    return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
 
 
 def _new_state(inputs: Inputs) -> torch.Tensor:
@@ -174,29 +212,18 @@ def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
         ht.zero_() if h0 is None else ht.copy_(h0)
 
 
-def _explain(inputs: Inputs, error: Exception) -> None:
-    """What the compiled function refused, in the words of `check_inputs` where that refuses it too.
-
-    Raises:
-        InputError: always.
-    """
+def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, token_states: torch.Tensor | None) -> None:
+    """Everything that the function relies on, in the words that all our kernels use. Raises `InputError`."""
     check_inputs(inputs)
-    if (reason := unsupported_tensors(inputs)) is not None:
-        raise InputError(f"cute-decode: {reason}") from None
-    raise InputError(f"cute-decode: {' '.join(str(error).split())}") from None
-
-
-def _make(
-    key: tuple, inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig
-) -> Any:
-    """Compiles, or loads, the function for these tensors; this is where they are first checked."""
-    check_inputs(inputs)
-    if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3])) is not None:
+    if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3]) or unsupported_tensors(inputs)) is not None:
         raise InputError(f"cute-decode: {reason}")
-    if (reason := unsupported_here(inputs.q.device)) is not None:
-        raise UnavailableError(f"cute-decode: {reason}")
-    spec, arch = spec_of(inputs, ht, token_states, config), architecture(inputs.q.device)
-    return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
+    check_out(o, inputs.v)
+    check_token_states(token_states, inputs)
+    if ht is not None:
+        try:
+            check_inputs(dataclasses.replace(inputs, state=ht, state_indices=None))
+        except InputError as error:
+            raise InputError(f"final_{error}") from None
 
 
 def spec_of(
@@ -260,10 +287,12 @@ def unsupported_tensors(inputs: Inputs) -> str | None:
 
 
 def run(inputs: Inputs) -> Outputs:
-    """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
-    check_inputs(inputs)
-    if (reason := unsupported_tensors(inputs)) is not None:
-        raise InputError(f"cute-decode: {reason}")
+    """Runs the inputs, which the compiled function checks; a pool in `inputs.state` is updated in place.
+
+    With KDA_CHECK_VALUES=1 in the environment what cu_seqlens and state_indices hold is checked, too.
+    """
+    if os.environ.get("KDA_CHECK_VALUES") == "1":
+        check_inputs(inputs)
     return decode(inputs)
 
 

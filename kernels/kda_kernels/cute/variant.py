@@ -29,6 +29,11 @@ class CuteVariant:
     num_warps: int
     shared_bytes: int
 
+    def missing(self, arch: str) -> str | None:
+        """Its label, if a launch on that architecture would have to compile it though there is a cache on disk."""
+        label = self.label(arch)
+        return label if cache.lacks(label) else None
+
     def build(self, arch: str) -> Built:
         """Compiles it, and leaves it where a launch on that architecture looks first.
 

@@ -85,7 +85,7 @@ def inverse_norm(x, stride_t, here, K: tl.constexpr, BK: tl.constexpr):
     return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T", "slots", "b_b"])  # all that change with T; beta's batch stride is T * HV
 def chunk_factors_kernel(
     q,  # [B, T, H, K], row strides given
     k,  # [B, T, H, K]

@@ -73,7 +73,7 @@ def middle_of_half(G, early, col, BK: tl.constexpr, C: tl.constexpr):
     return tl.where(early, first, second)
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T", "slots", "b_b"])  # all that change with T; beta's batch stride is T * HV
 def chunk_factors_bounded_kernel(
     q,  # [B, T, H, K], row strides given
     k,  # [B, T, H, K]

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import io
 import math
 import re
@@ -91,6 +93,20 @@ class Variant:
             attrs |= {path: [*attrs[path], ["tt.pointer_range", 32]] for path in pointers if path in attrs}
         return ASTSource(self.fn, self.signature, self.constexprs, attrs)
 
+    def missing(self, arch: str) -> str | None:
+        """The key that Triton's cache would know it by, if a launch would not find it there; None if it would."""
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+        from triton.compiler import make_backend
+        from triton.runtime.cache import get_cache_key, get_cache_manager
+
+        target = target_of(arch)
+        backend, source = make_backend(target), self.source(target.backend)
+        said = get_cache_key(
+            source, backend, backend.parse_options(dict(self.options)), get_cache_invalidating_env_vars()
+        )
+        key, name = hashlib.sha256(said.encode()).hexdigest(), f"{source.name[:150]}.json"
+        return None if name in (get_cache_manager(key).get_group(name) or {}) else key
+
     def build(self, arch: str) -> Built:
         """Compiles it for sm_90a, gfx942, ..., by way of Triton's cache: a launch there of the same finds it.
 
@@ -163,13 +179,23 @@ def aligned(fn: "JITFunction", types: dict[str, str], fixed: Any, multiples: lis
     """`Variant.attrs` that promise a multiple of 16 for each of `multiples`.
 
     As a launch says it, which is part of the key in Triton's cache: an empty list for every other parameter, and
-    nothing for floats and for those that are `fixed`, not specialised.
+    nothing for floats, for those that are `fixed`, not specialised, and, before Triton 3.7, for constexprs.
     """
+    named = _names_constexprs()
     return {
         (i,): [["tt.divisibility", 16]] if name in multiples else []
         for i, name in enumerate(fn.arg_names)
-        if types[name] == "constexpr" or (types[name][0] in "*i" and name not in fixed)
+        if (named if types[name] == "constexpr" else types[name][0] in "*i" and name not in fixed)
     }
+
+
+@functools.cache
+def _names_constexprs() -> bool:
+    """Whether this Triton's launches list constexprs among the attributes, without any: 3.7 began to."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 7)
 
 
 def batch(problem: Problem) -> tuple[int, int]:

@@ -1,0 +1,567 @@
+"""The CuTe decode kernel on a GPU, against the fp64 token recurrence.
+
+pytest tests/test_cute_decode.py        about a minute, most of it the compiler
+"""
+
+import dataclasses
+import itertools
+import threading
+import time
+
+import cute_cases
+import pytest
+import torch
+import wrong_tensors
+from decode_inputs import (
+    DEVICE,
+    SAFE,
+    close,
+    make,
+    states_after_tokens,
+    tokens_of,
+    with_pool,
+    with_state,
+)
+
+from kda_kernels.cute import cache
+from kda_kernels.cute import decode as module
+from kda_kernels.cute.decode import decode
+from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.errors import InputError, KdaError
+from kda_kernels.problem import Op, Options, Problem
+from kda_kernels.reference import plain_recurrent
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.serving import kda_decode, kda_prefill
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.synthetic import make_inputs
+
+pytestmark = pytest.mark.gpu
+KEPT = 7.0  # what a buffer held before
+SLOTS = [4, 1, 6]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def files(tmp_path_factory):
+    """Compiled functions of this run only."""
+    if (reason := module.unsupported()) is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+def usual(N=3, slots=None, P=None, T=1, gap=0, state_dtype=torch.float32, **given) -> Inputs:
+    """K = V = 128, two value heads for each of two heads, a pool with NaN where no sequence lives.
+
+    For a large batch the slots run backwards through a larger pool.
+    """
+    slots = slots or (SLOTS if N == 3 else list(range(N + 3, 3, -1)))
+    tokens = make(N=N, T=T, **({"H": 2, "HV": 4, "K": 128, "V": 128} | given))
+    return with_pool(tokens, slots, P=P or max(7, N + 5), gap=gap, dtype=state_dtype)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """A copy of all memory that the tensor is a view of: NaN equals NaN, and gaps count."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer of NaN with 4 KiB of something else on both sides, and the whole."""
+    numel, guard = torch.Size(shape).numel(), 4096 // dtype.itemsize
+    whole = torch.full((numel + 2 * guard,), KEPT, dtype=dtype, device=DEVICE)
+    buffer = whole[guard : guard + numel].view(shape)
+    buffer.fill_(float("nan"))
+    return buffer, whole
+
+
+def judge_state(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """fp32: 2e-7 of the norm of the exact state. NaN where the exact one has it: the unused slots of a pool."""
+    if actual.dtype != torch.float32:
+        close(actual, exact)
+        return
+    assert actual.isnan().equal(exact.isnan())
+    error = (actual.double() - exact).nan_to_num()
+    assert error.norm() <= 2e-7 * exact.nan_to_num().norm()
+
+
+def check(
+    inputs: Inputs, config: DecodeConfig | None = None, token_states: torch.Tensor | None = None, **given
+) -> Outputs:
+    """Runs the kernel and judges all that it wrote, and that it wrote nothing else."""
+    exact = recurrence(inputs)
+    exact_states = None if token_states is None else states_after_tokens(inputs)
+    o, whole = guarded(tuple(inputs.v.shape), inputs.v.dtype)
+    before = None if inputs.state is None else bits(inputs.state)
+    if token_states is not None:
+        token_states.fill_(KEPT)
+    outputs = decode(inputs, o, config, token_states=token_states, **given)
+    torch.cuda.synchronize()
+    assert outputs.o is o
+    close(o, exact.o)
+    guard = (whole.numel() - o.numel()) // 2
+    assert whole[:guard].eq(KEPT).all() and whole[guard + o.numel() :].eq(KEPT).all(), "guards around o"
+    assert (outputs.final_state is None) == (exact.final_state is None)
+    if exact.final_state is not None:
+        judge_state(outputs.final_state, exact.final_state)
+    if inputs.state is not None and "final_state" not in given:
+        _only_used_slots_changed(inputs, before)
+    if token_states is not None:
+        padding = exact_states.isnan()
+        assert token_states[padding].eq(KEPT).all(), "nothing is written for padding"
+        judge_state(token_states.masked_fill(padding, 0), exact_states.masked_fill(padding, 0))
+    if inputs.state_indices is not None and inputs.cu_seqlens is None:
+        assert o[inputs.state_indices < 0].eq(0).all(), "padding gives zeros, exactly"
+    return outputs
+
+
+def _only_used_slots_changed(inputs: Inputs, before: torch.Tensor) -> None:
+    after = bits(inputs.state)
+    if inputs.state_indices is not None:
+        view = torch.empty(0, dtype=inputs.state.dtype, device=DEVICE)
+        view.set_(before.untyped_storage(), inputs.state.storage_offset(), inputs.state.shape, inputs.state.stride())
+        used = inputs.state_indices[inputs.state_indices >= 0].long()
+        view[used] = inputs.state[used]
+    assert before.equal(after), "a plain state, unused slots and the gaps between slots stay as they are"
+
+
+# --- against the oracle
+
+
+@pytest.mark.parametrize("row", cute_cases.rows(), ids=cute_cases.name)
+def test_every_two_options(row):
+    case = cute_cases.case_of(row)
+    check(case.inputs, case.config, case.token_states)
+
+
+@pytest.mark.parametrize("T", [1, 4], ids=["one", "draft"])
+@pytest.mark.parametrize("N", [1, 3, 200])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_the_schedule_of_every_batch(N, T, state_dtype):
+    check(usual(N, T=T, state_dtype=state_dtype))
+
+
+def test_bulk_copies_with_several_tokens():
+    """Not chosen by itself."""
+    check(usual(T=3), DecodeConfig(rows=32, bulk=True))
+    check(usual(lens=[2, 0, 5]), DecodeConfig(rows=32, bulk=True))
+
+
+@pytest.mark.parametrize("lens", [[1, 1, 1], [0, 3, 0], [8, 1, 2], [0, 0, 1]])
+def test_lengths(lens):
+    """An empty sequence leaves its slot alone."""
+    check(usual(lens=lens))
+    inputs = with_state(make(H=2, HV=4, K=128, V=128, lens=lens))
+    final = check(inputs).final_state
+    empty = [n for n, length in enumerate(lens) if length == 0]
+    assert final[empty].equal(inputs.state[empty]), "a state that is not in place is handed on"
+
+
+def test_padding_whose_tensors_are_nan():
+    """Neither the pool nor what stands in the rows of padding reaches anything."""
+    inputs = usual(5, slots=[4, -1, 0, -1, 6])
+    for name in ("q", "k", "v", "g", "beta"):
+        getattr(inputs, name)[[1, 3]] = float("nan")
+    clean = usual(5, slots=[4, -1, 0, -1, 6])
+    o = decode(inputs).o
+    close(o, recurrence(clean).o)
+    assert o[[1, 3]].eq(0).all()
+    all_padding = usual(3, slots=[-1, -1, -1])
+    assert decode(all_padding).o.eq(0).all()
+    assert all_padding.state.isnan().all()
+
+
+@pytest.mark.parametrize("raw", [-1e4, -50.0, 50.0, 1e4])
+@pytest.mark.parametrize("options", [Options(), SAFE], ids=["softplus", "safe"])
+def test_strong_and_weak_gates_stay_finite(options, raw):
+    inputs = usual(T=4, options=options)
+    check(dataclasses.replace(inputs, g=torch.full_like(inputs.g, raw)))
+
+
+def test_a_plain_state_in_place():
+    inputs = with_state(make(N=3, H=2, HV=4, K=128, V=128))
+    outputs = check(inputs, final_state=inputs.state)
+    assert outputs.final_state is inputs.state
+
+
+# --- where tensors lie
+
+
+def test_row_strided_views_of_one_projection():
+    """q, k and v as views of one projection, gates head-major, beta a slice of a wider row, o too: read where they lie;
+    nothing that is not theirs is read, for it is NaN."""
+    base = usual(3, T=2)
+    wide = torch.full((3, 2, 2 * 256 + 512 + 5), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    q, k, v, _ = wide.split([256, 256, 512, 5], dim=-1)
+    q, k, v = q.view(3, 2, 2, 128), k.view(3, 2, 2, 128), v.view(3, 2, 4, 128)
+    g = torch.empty(3, 4, 2, 128, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+    beta = torch.full((3, 2, 11), float("nan"), dtype=torch.bfloat16, device=DEVICE)[..., 3:7]
+    views = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    for name, view in views.items():
+        view.copy_(getattr(base, name))
+    assert not any(view.is_contiguous() for view in views.values())
+    views = dataclasses.replace(base, **views)
+    expected = recurrence(base)
+    entries = len(cache.CACHE.entries())
+    wide_o = torch.full((3, 2, 4, 192), KEPT, dtype=torch.bfloat16, device=DEVICE)
+    same = decode(base.fresh()).o
+    decode(views.fresh(), wide_o[..., 32:160])
+    close(wide_o[..., 32:160], expected.o)
+    assert same_bits(wide_o[..., 32:160], same)
+    assert wide_o[..., :32].eq(KEPT).all() and wide_o[..., 160:].eq(KEPT).all()
+    assert len(cache.CACHE.entries()) <= entries + 1, "strides compile nothing new"
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_activations_at_any_address(offset):
+    """A bf16 tensor may start at any even address: nothing but the state is moved 16 bytes at a time."""
+    inputs = usual()
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        memory = torch.empty(x.numel() + 8, dtype=x.dtype, device=DEVICE)
+        return memory[offset : offset + x.numel()].view(x.shape).copy_(x)
+
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
+    check(dataclasses.replace(inputs, **{name: shifted(getattr(inputs, name)) for name in names}))
+
+
+@pytest.mark.parametrize("gap", [8, 4096])
+@pytest.mark.parametrize("N", [3, 200])
+def test_slots_that_lie_apart(N, gap):
+    check(usual(N, gap=gap))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [(torch.bfloat16, None), (torch.float32, DecodeConfig(rows=32, bulk=True))],
+    ids=["bf16", "bulk"],
+)
+def test_pool_past_2_31_elements(dtype, config):
+    inputs, size, stride = usual(2, slots=[2, 0]), 4 * 128 * 128, 2**30 + 64
+    pool = torch.empty_strided((3, 4, 128, 128), (stride, 128 * 128, 128, 1), dtype=dtype, device=DEVICE)
+    assert 2 * stride > 2**31
+    small = inputs.state[[2, 0]].to(dtype)
+    pool[2], pool[0], pool[1] = small[0], small[1], float("nan")
+    expected = recurrence(dataclasses.replace(inputs, state=small, state_indices=None))
+    o = decode(dataclasses.replace(inputs, state=pool), config=config).o
+    close(o, expected.o)
+    judge_state(pool[[2, 0]], expected.final_state)
+    assert pool[1].isnan().all() and pool[0].numel() == size
+
+
+def test_activations_past_2_31_elements():
+    """The second row of q, g, o and of the states after each token lies beyond 2^31 elements."""
+    inputs = usual(2, slots=[5, 3])
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        stride = (2**31 + 64, *x.stride()[1:])
+        return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=DEVICE)
+
+    expected, states = recurrence(inputs), states_after_tokens(inputs)
+    o = far(inputs.v)
+    token_states = far(torch.empty(2, 1, 4, 128, 128, dtype=torch.bfloat16, device=DEVICE))
+    for name in ("q", "g"):
+        moved = far(getattr(inputs, name)).copy_(getattr(inputs, name))
+        decode(dataclasses.replace(inputs.fresh(), **{name: moved}), o)
+        close(o, expected.o)
+        del moved
+    decode(inputs, o, token_states=token_states)
+    close(o, expected.o)
+    close(token_states, states)
+
+
+# --- bits
+
+
+@pytest.mark.parametrize("N", [3, 200])
+def test_the_same_bits_in_every_run(N):
+    inputs = usual(N, T=2)
+    first = inputs.fresh()
+    o = decode(first).o
+    for _ in range(5):
+        again = inputs.fresh()
+        assert same_bits(decode(again).o, o)
+        assert same_bits(again.state, first.state)
+
+
+@pytest.mark.parametrize("T", [1, 3], ids=["one", "draft"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(T, state_dtype):
+    """The same sequence alone, which small CTAs share, and among 199 others, which stream."""
+    batch = usual(200, T=T, state_dtype=state_dtype)
+    whole = batch.fresh()
+    o = decode(whole).o
+    for n in (0, 1, 77, 199):
+        alone = dataclasses.replace(
+            tokens_of(batch.fresh(), slice(n, n + 1), slice(None)), state_indices=batch.state_indices[n : n + 1]
+        )
+        slot = int(batch.state_indices[n])
+        assert same_bits(decode(alone).o, o[n : n + 1])
+        assert same_bits(alone.state[slot], whole.state[slot])
+
+
+def test_a_row_does_not_depend_on_what_the_others_hold():
+    inputs, other = usual(200), usual(200, seed=5)
+    o = decode(inputs.fresh()).o
+    names = ("q", "k", "v", "g", "beta")
+    mixed = {name: torch.cat((getattr(inputs, name)[:100], getattr(other, name)[100:])) for name in names}
+    mixed = dataclasses.replace(inputs.fresh(), **mixed)
+    mixed.state[inputs.state_indices[100:].long()] *= 3
+    assert same_bits(decode(mixed).o[:100], o[:100])
+
+
+# --- long runs
+
+
+@pytest.mark.parametrize("gates", ["bench", "weak"])
+def test_ten_thousand_steps_drift_no_further_than_torch(gates):
+    """The same loop in plain fp32 torch is the measure: errors against fp64, over all steps and over the last 1000."""
+    problem = Problem(
+        Op.DECODE, (10_000,), H=2, HV=2, packed=False, dtype="float32", g_dtype="float32", beta_dtype="float32"
+    )
+    inputs = make_inputs(problem, gates=gates).to(DEVICE)
+    exact, plain = recurrence(inputs), plain_recurrent.run(inputs)
+    pool, index = inputs.state.clone(), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    o = torch.empty_like(inputs.v)
+    stepwise = dataclasses.replace(inputs, state=pool, state_indices=index)
+    for t in range(10_000):
+        token = slice(t, t + 1)
+        decode(tokens_of(stepwise, slice(None), token), o[:, token])
+
+    def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((actual.double() - expected).norm() / expected.norm())
+
+    def holds(ours: torch.Tensor, theirs: torch.Tensor, expected: torch.Tensor) -> None:
+        assert error(ours, expected) <= 1.5 * error(theirs, expected)
+
+    holds(o, plain.o, exact.o)
+    holds(o[:, -1000:], plain.o[:, -1000:], exact.o[:, -1000:])
+    holds(pool, plain.final_state, exact.final_state)
+
+
+def test_decode_goes_on_where_triton_prefilled():
+    """100 tokens of prompt and 20 one by one, on one pool, are one recurrence of 120."""
+    prompt, steps, slots = 100, 20, [4, 1, 6]
+    inputs = usual(3, T=prompt + steps, slots=slots)
+    expected = recurrence(inputs)
+    tensors = {name: getattr(inputs, name) for name in ("q", "k", "v", "g", "beta")}
+    rest = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "state", "state_indices")}
+    parts = [kda_prefill(**{name: x[:, :prompt] for name, x in tensors.items()}, **rest)]
+    for t in range(prompt, prompt + steps):
+        token = {name: x[:, t : t + 1] for name, x in tensors.items()}
+        parts.append(kda_decode(**token, **rest, kernel="cute-decode"))
+    o = torch.cat(parts, 1)
+    # the prefill multiplies in tf32
+    assert (o.double() - expected.o).abs().max() <= 5e-3 * expected.o.abs().max()
+    error = (inputs.state.double() - expected.final_state)[slots]
+    assert error.abs().max() <= 5e-3 * expected.final_state[slots].abs().max()
+    assert inputs.state[[0, 2, 3, 5]].isnan().all()
+
+
+def test_back_to_an_accepted_token():
+    """Verifying a draft of 4 of which 2 are accepted: the state after the second, put back, is what 2 tokens alone
+    leave, bit by bit, and what decoding one by one leaves."""
+    inputs = usual(3, T=4)
+    draft, short, honest = inputs.fresh(), inputs.fresh(), inputs.fresh()
+    token_states = torch.empty(3, 4, 4, 128, 128, device=DEVICE)
+    o = decode(draft, token_states=token_states).o
+    draft.state[SLOTS] = token_states[:, 1]
+    accepted = tokens_of(short, slice(None), slice(2))
+    assert same_bits(decode(accepted, token_states=torch.empty_like(token_states[:, :2])).o, o[:, :2])
+    assert same_bits(draft.state[SLOTS], short.state[SLOTS])
+    for t in range(2):
+        one = decode(tokens_of(honest, slice(None), slice(t, t + 1))).o
+        torch.testing.assert_close(one.float(), o[:, t : t + 1].float(), rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(draft.state[SLOTS], honest.state[SLOTS], rtol=1e-5, atol=1e-5)
+
+
+# --- streams, graphs, threads, devices
+
+
+def test_a_graph_replays_what_eager_calls_do():
+    inputs, eager = usual(200), usual(200)
+    static = inputs.fresh()
+    o = torch.empty_like(inputs.v)
+    decode(static, o)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(static, o)
+    static.state.copy_(inputs.state)
+    for step in range(3):
+        # other tokens, other slots: a graph reads what lies there when it runs
+        tokens = usual(200, seed=step)
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        slots = inputs.state_indices[order]
+        for name in ("q", "k", "v", "g", "beta"):
+            getattr(static, name).copy_(getattr(tokens, name))
+        static.state_indices.copy_(slots)
+        graph.replay()
+        now = dataclasses.replace(
+            tokens, state=eager.state, state_indices=slots, A_log=inputs.A_log, dt_bias=inputs.dt_bias
+        )
+        assert same_bits(decode(now).o, o)
+        assert same_bits(eager.state, static.state)
+
+
+def test_it_runs_on_the_stream_of_the_caller_and_waits_for_nothing():
+    inputs = usual(200)
+    expected = decode(inputs.fresh()).o
+    late = dataclasses.replace(inputs.fresh(), q=torch.zeros_like(inputs.q))
+    o = torch.empty_like(inputs.v)
+    decode(late.fresh(), o)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)  # over half a second
+        late.q.copy_(inputs.q)
+        began = time.perf_counter()
+        decode(late, o)
+        took = time.perf_counter() - began
+        busy = not stream.query()
+    assert busy and took < 0.2, "the host did not wait"
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before, "nothing was allocated"
+    stream.synchronize()
+    assert same_bits(o, expected), "it came after what was on its stream before it"
+
+
+def test_sixteen_threads_with_new_keys():
+    """Each of four keys is compiled once, and every thread gets its own results."""
+    calls = [usual(3, HV=HV, H=1, seed=seed) for seed, HV in enumerate((5, 6, 7, 9) * 4)]
+    expected = [recurrence(inputs) for inputs in calls]
+    results, failures, barrier = [None] * 16, [], threading.Barrier(16)
+    torch.cuda.synchronize()
+
+    def work(i: int) -> None:
+        try:
+            barrier.wait()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(3):
+                    fresh = calls[i].fresh()
+                    results[i] = decode(fresh)
+                torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    before = len(cache.CACHE.entries())
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(cache.CACHE.entries()) == before + 4
+    for outputs, exact in zip(results, expected, strict=True):
+        close(outputs.o, exact.o)
+        judge_state(outputs.final_state, exact.final_state)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_tensors_on_another_gpu_than_the_current_one():
+    inputs = usual()
+    expected = decode(inputs.fresh()).o
+    other = inputs.to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    o = decode(other).o
+    assert o.device == torch.device("cuda:1")
+    assert same_bits(o.cpu(), expected.cpu())
+
+
+# --- one call after another
+
+
+def test_calls_that_alternate_are_not_mixed_up():
+    """Each follows one that has the same q and another function; two rounds, so that all are compiled in the second."""
+    names = ("as it is", "no norm", "safe", "state in bf16", "no dt_bias", "plain", "g in fp32", "fewer rows")
+    calls = cute_cases.unlike(usual())
+    for name in (*names, *names, *reversed(names)):
+        check(calls[name].fresh())
+
+
+def test_sizes_that_change_from_call_to_call():
+    """Batch, pool, tokens, scale and bound: values, and the function of the call before takes some of them."""
+    entries = None
+    for _ in range(2):
+        for N, slots in itertools.product((1, 3, 5), (None, 40)):
+            check(usual(N, P=slots))
+        check(usual(2, T=3))
+        check(usual(2, T=8))
+        for bound, scale in ((-5.0, None), (-2.0, None), (-2.0, 0.5)):
+            check(usual(options=dataclasses.replace(SAFE, lower_bound=bound, scale=scale)))
+        assert entries in (None, len(cache.CACHE.entries())), "the second round compiles nothing"
+        entries = len(cache.CACHE.entries())
+
+
+def test_gradients_are_refused_where_they_are_asked_for():
+    inputs = usual()
+    expected = decode(inputs.fresh()).o
+    q = inputs.q.clone().requires_grad_()
+    A_log = torch.nn.Parameter(inputs.A_log)
+    o = kda_decode(
+        q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log=A_log, dt_bias=inputs.dt_bias, state=inputs.state,
+        state_indices=inputs.state_indices, kernel="cute-decode",
+    )  # fmt: skip
+    assert same_bits(o.detach(), expected)
+    with pytest.raises(KdaError, match="kda has no backward"):
+        o.sum().backward()
+
+
+# --- wrong tensors
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """As a new process: nothing in memory."""
+    monkeypatch.setattr(module, "CACHE", cache.CompileCache())
+    monkeypatch.setattr(module, "_last", (None, None, 0.0, 0.0))
+
+
+def refuse(good: Inputs, wrong: wrong_tensors.Wrong, warm: bool) -> None:
+    if warm:
+        decode(good.fresh())
+    bad = wrong_tensors.apply(wrong, good)
+    before = None if good.state is None else bits(good.state)
+    with pytest.raises(InputError, match=wrong_tensors.message(wrong)):
+        decode(bad)
+    torch.cuda.synchronize()  # had anything been launched, it would have failed, or written
+    if before is not None:
+        assert before.equal(bits(good.state))
+
+
+both = pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+
+
+def small(**given) -> Inputs:
+    return usual(3, K=32, V=32, **given)
+
+
+@both
+@pytest.mark.parametrize("name", list(wrong_tensors.DENSE | wrong_tensors.NOT_CUTE))
+def test_wrong_tensors(cold, name, warm):
+    refuse(small(), (wrong_tensors.DENSE | wrong_tensors.NOT_CUTE)[name], warm)
+
+
+@both
+@pytest.mark.parametrize("name", list(wrong_tensors.PACKED))
+def test_wrong_tensors_of_a_packed_batch(cold, name, warm):
+    refuse(small(lens=[2, 1, 3]), wrong_tensors.PACKED[name], warm)
+
+
+@both
+@pytest.mark.parametrize("name", list(wrong_tensors.PLAIN))
+def test_wrong_plain_states(cold, name, warm):
+    inputs = with_state(make(N=3, H=2, HV=4, K=32, V=32, lens=[2, 1, 3], output_final_state=False))
+    refuse(inputs, wrong_tensors.PLAIN[name], warm)
+
+
+@both
+@pytest.mark.parametrize("name", list(wrong_tensors.BUFFERS))
+def test_wrong_buffers(cold, name, warm):
+    inputs, wrong = small(), wrong_tensors.BUFFERS[name]
+    if warm:
+        decode(inputs.fresh())
+    with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
+        decode(inputs, **{wrong.argument: wrong.make(inputs)})

@@ -1,0 +1,215 @@
+"""Which decode kernel a call gets."""
+
+import dataclasses
+
+import fake_gpu
+import pytest
+import torch
+import wrong_tensors
+from decode_inputs import DEVICE, close, make, with_pool, with_state
+
+from kda_kernels import dispatch
+from kda_kernels.api import fused_recurrent_kda_fwd
+from kda_kernels.cute import decode as cute
+from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.serving import kda_decode
+from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton import decode as triton
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+
+
+def pooled(lens=None, **given) -> Inputs:
+    return with_pool(make(N=3, **({"H": 2, "HV": 4, "K": 32, "V": 32} | given), lens=lens), [4, 1, 6])
+
+
+NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens")
+
+
+def call(inputs: Inputs, **given) -> torch.Tensor:
+    """`kda_decode` on the tensors of `inputs`."""
+    return kda_decode(**{name: getattr(inputs, name) for name in NAMES}, **given)
+
+
+# --- on the CPU
+
+
+@no_gpu
+def test_on_the_cpu_it_is_triton():
+    inputs = pooled()
+    assert dispatch.decode_kernel(inputs) == "triton-decode"
+    expected = recurrence(inputs)
+    close(dispatch.decode(inputs.fresh()).o, expected.o)
+    close(call(inputs.fresh(), kernel="triton-decode"), expected.o)
+    close(call(inputs), expected.o)
+    close(inputs.state, expected.final_state)
+
+
+@no_gpu
+@pytest.mark.parametrize("run", [dispatch.decode, call], ids=["dispatch", "kda_decode"])
+def test_cute_by_name_on_the_cpu_says_what_is_missing(run):
+    inputs = pooled()
+    before = inputs.state.clone()
+    reason = "no CUDA GPU: CuTe DSL kernels need|is not installed: pip install|or newer is needed, pip install"
+    with pytest.raises(UnavailableError, match=rf"^cute-decode: .*({reason})") as raised:
+        run(inputs, kernel="cute-decode")
+    assert "\n" not in str(raised.value)
+    torch.testing.assert_close(inputs.state, before, rtol=0, atol=0, equal_nan=True)
+
+
+@no_gpu
+def test_cpu_tensors_on_a_machine_that_could(monkeypatch):
+    monkeypatch.setattr(cute, "unsupported_here", lambda device=None: None)
+    with pytest.raises(UnavailableError, match="^cute-decode: the tensors lie on the CPU$"):
+        dispatch.decode(pooled(), kernel="cute-decode")
+
+
+@pytest.mark.parametrize("run", [dispatch.decode, call], ids=["dispatch", "kda_decode"])
+@pytest.mark.parametrize("name", ["x", "triton", "cute-Decode", "fla-decode"])
+def test_a_name_that_is_none(run, name):
+    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-decode or triton-decode$"):
+        run(pooled(), kernel=name)
+
+
+# --- on a pretended GPU
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says otherwise."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What was compiled, in order."""
+    dispatch._cute_can.cache_clear()
+    yield fake_gpu.install(monkeypatch)
+    dispatch._cute_can.cache_clear()
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, q=inputs.q.as_subclass(OnGpu))
+
+
+@no_gpu
+@pytest.mark.parametrize("sizes", [{}, {"K": 128, "V": 128}, {"K": 96, "V": 48}, {"V": 16}, {"lens": [2, 0, 3]}])
+def test_cute_where_it_can(gpu, sizes):
+    inputs = on_gpu(pooled(**sizes))
+    assert dispatch.decode_kernel(inputs) == "cute-decode"
+    expected = recurrence(inputs)
+    close(call(inputs.fresh()), expected.o)
+    close(call(inputs), expected.o)
+    close(inputs.state, expected.final_state)
+    assert [function.calls for function in gpu] == [2]
+
+
+@no_gpu
+@pytest.mark.parametrize("sizes", [{"K": 48}, {"V": 24}, {"K": 16}, {"K": 60, "V": 100}, {"v_first": False}])
+def test_triton_for_what_cute_has_no_code_for(gpu, sizes):
+    assert dispatch.decode_kernel(on_gpu(pooled(**sizes))) == "triton-decode"
+
+
+@no_gpu
+@pytest.mark.parametrize("wrong", wrong_tensors.NOT_CUTE.values(), ids=list(wrong_tensors.NOT_CUTE))
+def test_triton_for_states_that_cute_cannot_address(gpu, wrong):
+    assert dispatch.decode_kernel(wrong_tensors.apply(wrong, on_gpu(pooled()))) == "triton-decode"
+
+
+@no_gpu
+def test_triton_on_an_older_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(cute, "unsupported_here", lambda device=None: "the GPU is sm_80: ...")
+    assert dispatch.decode_kernel(on_gpu(pooled())) == "triton-decode"
+
+
+@no_gpu
+def test_whoever_names_a_kernel_gets_it(gpu, monkeypatch):
+    inputs, expected = on_gpu(pooled()), recurrence(pooled())
+    monkeypatch.setattr(triton, "decode", lambda inputs, *_, **__: Outputs("triton"))
+    assert call(inputs.fresh(), kernel="triton-decode") == "triton"
+    assert call(on_gpu(pooled(K=48))) == "triton"
+    assert not gpu
+    close(call(inputs.fresh(), kernel="cute-decode"), expected.o)
+    assert len(gpu) == 1
+    with pytest.raises(InputError, match="^cute-decode: K is 48"):
+        call(on_gpu(pooled(K=48)), kernel="cute-decode")
+
+
+@no_gpu
+def test_a_plain_state_in_place(gpu):
+    """As vLLM calls it: the final states over the initial ones."""
+    inputs = on_gpu(with_state(make(H=2, HV=4, K=32, V=32)))
+    expected = recurrence(inputs)
+    o, state = fused_recurrent_kda_fwd(
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state,
+        state_v_first=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+    )  # fmt: skip
+    assert state is inputs.state and len(gpu) == 1
+    close(o, expected.o)
+    close(state, expected.final_state)
+
+
+@no_gpu
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("wrong", wrong_tensors.DENSE.values(), ids=list(wrong_tensors.DENSE))
+def test_wrong_tensors_of_kda_decode(gpu, wrong, warm):
+    """What CuTe's function refuses comes back in the words of the other kernels, naming the argument."""
+    good = on_gpu(pooled())
+    if warm:
+        call(good.fresh())
+    wrong_inputs = wrong_tensors.apply(wrong, good)
+    argument = "state" if wrong_inputs.state is None else wrong.argument
+    with pytest.raises(InputError, match=rf"^{argument}\b"):
+        call(wrong_inputs)
+
+
+@no_gpu
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("wrong", wrong_tensors.BUFFERS.values(), ids=list(wrong_tensors.BUFFERS))
+def test_wrong_buffers_of_kda_decode(gpu, wrong, warm):
+    good = on_gpu(pooled())
+    if warm:
+        call(good.fresh())
+    with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
+        call(good, **{wrong.argument: wrong.make(good)})
+
+
+@pytest.mark.parametrize("wrong", wrong_tensors.BUFFERS.values(), ids=list(wrong_tensors.BUFFERS))
+def test_wrong_buffers_of_triton(wrong):
+    good = pooled()
+    with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
+        call(good, kernel="triton-decode", **{wrong.argument: wrong.make(good)})
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+def test_kda_decode_on_a_gpu(monkeypatch):
+    """CuTe's kernel on Hopper and newer, Triton's for the sizes that CuTe's has no code for."""
+    if (reason := cute.unsupported()) is not None:
+        pytest.skip(reason)
+    used = []
+    monkeypatch.setattr(cute, "_call", lambda *args, real=cute._call: used.append("cute-decode") or real(*args))
+    for sizes, kernel in (({"K": 128, "V": 128}, "cute-decode"), ({"K": 60, "V": 100}, "triton-decode")):
+        inputs = pooled(**sizes)
+        assert inputs.q.device.type == DEVICE == "cuda"
+        expected = recurrence(inputs)
+        assert dispatch.decode_kernel(inputs) == kernel
+        close(call(inputs.fresh()), expected.o)
+        assert used == ["cute-decode"]
+    inputs = pooled(K=128, V=128)
+    close(call(inputs.fresh(), kernel="triton-decode"), recurrence(inputs).o)
+    assert used == ["cute-decode"]
+
+
+@pytest.mark.gpu
+def test_values_are_checked_on_request(monkeypatch):
+    if (reason := cute.unsupported()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("KDA_CHECK_VALUES", "1")
+    monkeypatch.setattr(dispatch, "CHECK_VALUES", True)
+    inputs = pooled(K=128, V=128)
+    with pytest.raises(InputError, match="^state_indices holds 7"):
+        call(dataclasses.replace(inputs, state_indices=inputs.state_indices + 1))

@@ -1,0 +1,113 @@
+"""What `kda verify` compiles ahead of its cases on a GPU, against what their launches ask for. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kda_kernels import registry
+from kda_kernels.cute.runtime import missing_packages
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Op
+from kdacli.commands import verify
+from kdacli.compile import arch, pool
+from kdacli.main import cli
+from kdacli.verify import ahead
+from kdacli.verify.suites import cases_for
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ("triton-decode", "triton-prefill", "triton-gate", "triton-gate-unfused", "cute-decode")
+
+
+def script(name: str, caches: Path, *words: str) -> dict:
+    """What a script of this folder prints, run in a process that compiles, with caches of its own."""
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
+    env |= {"TRITON_CACHE_DIR": str(caches / "triton"), "KDA_CACHE_DIR": str(caches / "kda")}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / name), *words], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict:
+    return script("foresee_launches.py", tmp_path_factory.mktemp("caches"), "sm_90a", *KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_launch_of_the_quick_suite_is_foreseen(quick, name):
+    """Whatever a case launches, its properties included, would be in the cache; and nothing else is compiled."""
+    if name == "cute-decode" and (reason := missing_packages()) is not None:
+        pytest.skip(reason)
+    found = quick[name]
+    foreseen, cases = set(found["foreseen"]), found["launched"]
+    assert len(cases) >= 14, "these cases are the suite"
+    assert {case: keys for case, keys in cases.items() if not foreseen.issuperset(keys)} == {}
+    assert foreseen == {key for keys in cases.values() for key in keys}
+    assert found["named"] > (name != "triton-gate-unfused") * 0.7 * len(foreseen) - 1
+
+
+def test_what_was_compiled_ahead_is_found_by_launches(tmp_path):
+    """Real compilations in two processes: contiguous tensors by the kernel's variants, unaligned ones recorded."""
+    cases = ["gate-softplus", "gate-weak", "gate-activated", "gate-mixed-dtypes", "gate-offset"]
+    found = script("compile_ahead.py", tmp_path, "sm_86", "triton-gate", "2", *cases)
+    assert found["cases"] == 5
+    assert found["before"] == {"named": 5, "launches": 7}, "with the tables of chunks, for int32 and int64 offsets"
+    assert found["after"] == {"named": 0, "launches": 0}
+
+
+def test_few_are_left_to_their_launches(monkeypatch):
+    """No processes are started for them, nor where all of it lies in the caches."""
+    started = []
+    monkeypatch.setattr(ahead, "here", lambda: arch.ARCHS["sm_90a"])
+    monkeypatch.setattr(ahead, "_carry_out", lambda found, *more: started.append(found))
+    one = ahead.Named(registry.get("triton-gate"), cases_for("cuda", op=Op.GATE)[0].problem, "safe gate")
+    for count in (0, ahead.FEW - 1, ahead.FEW):
+        monkeypatch.setattr(ahead, "plan", lambda *_, n=count: ahead.Plan({str(i): one for i in range(n)}, ()))
+        ahead.compile_ahead([], [])
+    assert [len(found.named) for found in started] == [ahead.FEW]
+
+
+def test_what_is_wrong_is_left_to_the_run(monkeypatch):
+    def unknown():
+        raise InputError("arch is sm_91: it should be one of sm_80")
+
+    monkeypatch.setattr(ahead, "here", unknown)
+    ahead.compile_ahead([registry.get("triton-gate")], cases_for("cuda", op=Op.GATE))
+
+
+def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ahead, "compile_ahead", lambda *given: asked.append(given))
+    words = ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", "--json", "-"]
+    assert CliRunner().invoke(cli, [*words, "--device", "cpu"]).exit_code == 0
+    assert asked == []
+    run = object.__new__(verify._Run)
+    kernel, case = registry.get("torch-decode"), cases_for("cpu", op=Op.DECODE)[0]
+    run.device, run.kernels, run.cases = "cuda", [kernel], {case.name: case}
+    run.compile_ahead(3)
+    assert asked == [([kernel], [case], 3)]
+
+
+@pytest.mark.parametrize(("words", "asked"), [([], [None]), (["--jobs", "2"], [2]), (["--jobs", "0"], [])])
+def test_jobs(monkeypatch, words, asked):
+    given = []
+    monkeypatch.setattr(verify._Run, "compile_ahead", lambda self, jobs: given.append(jobs))
+    done = CliRunner().invoke(cli, ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", *words])
+    assert done.exit_code == 0, done.output
+    assert given == asked
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("max 100000", 8), ("150000 100000", 2), ("10 100000", 1), ("", 8)])
+def test_cores_of_a_container(monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(pool, "Path", lambda name: types.SimpleNamespace(read_text=lambda encoding: limit))
+    assert pool.cores() == cores
