@@ -155,6 +155,26 @@ def test_a_launch_finds_what_was_compiled(cache, monkeypatch):
         assert list((cache / launch["folder"]).glob("*.cubin")), launch
 
 
+def test_keys_do_not_depend_on_what_ran_before(monkeypatch):
+    """In whatever order a process first launches our kernels, it looks for each in the same folder."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = (
+        "import importlib, json, sys\n"
+        "names = sys.argv[1:]\n"
+        "found = [getattr(importlib.import_module(f'kda_kernels.triton.{n}'), k) for n, k in map(str.split, names)]\n"
+        "print(json.dumps({kernel.__name__: kernel.cache_key for kernel in found}))\n"
+    )
+    kernels = [
+        "gate gate_cumsum_kernel", "chunk_indices chunk_indices_kernel", "decode_kernel decode_kernel",
+        "chunk_factors chunk_factors_kernel", "chunk_factors_bounded chunk_factors_bounded_kernel",
+        "chunk_inverse chunk_inverse_kernel", "chunk_chain chunk_chain_kernel",
+    ]  # fmt: skip
+    orders = [kernels[i:] + kernels[:i] for i in range(0, 7, 2)] + [kernels[::-1]]
+    keys = [json.loads(python("-c", code, *order).stdout) for order in orders]
+    assert len(keys[0]) == 7
+    assert all(other == keys[0] for other in keys)
+
+
 @pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
 def test_cute_has_a_cache_of_its_own(tmp_path, monkeypatch):
     """Where it lies is said beside Triton's, and it is left alone where that is asked for."""

@@ -908,19 +908,6 @@ def test_gpu_times_agree_with_the_bandwidth():
 
 
 @pytest.mark.gpu
-def test_gpu_cold_is_slower_than_warm():
-    """A sum over 8 MB, which the L2 cache holds."""
-    x = torch.ones(1 << 21, device="cuda")
-    out = torch.empty((), device="cuda")
-    median = {}
-    for cold in (True, False):
-        timed = GpuTimer(cold=cold).prepare(lambda: torch.sum(x, dim=0, out=out))
-        samples, _ = interleave({"sum": timed}, Budget(seconds=0.1))
-        median[cold] = Statistics.of(samples["sum"]).median_us
-    assert median[True] > median[False]
-
-
-@pytest.mark.gpu
 def test_gpu_a_call_that_waits_is_timed_eagerly():
     """And the next call is captured as if nothing had happened."""
     x = torch.ones(1024, device="cuda")

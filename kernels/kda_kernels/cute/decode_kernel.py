@@ -122,7 +122,7 @@ class DecodeKernel:
                 self.fetch_tile(tile, arrived, h0, slot, first_row, tid)
                 mine = tile.iterator + cute.assume(row % self.rows * spec.K + col, divby=spec.vector)
             elif cutlass.const_expr(spec.h0 is not None):
-                self.load_state(S, self.start(h0, slot, None, inside), 0)
+                self.load_state(S, self.start(h0, slot, None, inside))
             else:
                 S.fill(0.0)
             raw_v, raw_beta = self.fetch_rows(v, beta, b, first, i_hv, row, n_tokens > 0)
@@ -132,48 +132,33 @@ class DecodeKernel:
             sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS * self.warps, 2)), byte_alignment=16)
             if cutlass.const_expr(spec.one_token):
                 parts = self.share(raw, A, bias, lower_bound, shared, sums, 0, tid)
-                token = (raw_v, raw_beta, scale, shared, parts, 0, b, first, i_hv, row, col)
                 if cutlass.const_expr(self.bulk):
-                    # a row a time: the fewer registers, the more CTAs, the more bytes on their way
                     cute.arch.mbarrier_wait(arrived, 0)
-                    for p in cutlass.range_constexpr(self.passes):
-                        if cutlass.const_expr(p > 0):
-                            cute.arch.sync_warp()  # or the compiler takes all rows together after all
-                        one = cute.make_rmem_tensor((spec.vector, spec.steps, 1), Float32)
-                        self.load_state(one, mine, p)
-                        self.step(one, p, o, *token)
-                        self.store_state(one, mine, p)
-                        if cutlass.const_expr(spec.token_states is not None):
-                            self.store_state(one, self.start(token_states, Int64(b), first, inside), p)
-                        if cutlass.const_expr(spec.ht is not None):
-                            self.store_state(one, self.start(ht, slot, None, inside), p)
-                else:
-                    self.step(S, 0, o, *token)
-                    if cutlass.const_expr(spec.token_states is not None):
-                        self.store_state(S, self.start(token_states, Int64(b), first, inside), 0)
+                    self.load_state(S, mine)
+                self.step(S, o, raw_v, raw_beta, scale, shared, parts, 0, b, first, i_hv, row, col)
+                if cutlass.const_expr(spec.token_states is not None):
+                    self.store_state(S, self.start(token_states, Int64(b), first, inside))
             else:
                 if cutlass.const_expr(self.bulk):
                     cute.arch.sync_threads()  # the barrier is made
                     cute.arch.mbarrier_wait(arrived, 0)
-                    self.load_state(S, mine, 0)
+                    self.load_state(S, mine)
                 for t in cutlass.range(n_tokens, unroll=1):
                     more = t + 1 < n_tokens
                     next_raw = self.fetch(q, k, g, b, first + t + 1, i_h, i_hv, tid, more)
                     next_v, next_beta = self.fetch_rows(v, beta, b, first + t + 1, i_hv, row, more)
                     parts = self.share(raw, A, bias, lower_bound, shared, sums, t % 2, tid)
-                    self.step(S, 0, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
+                    self.step(S, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
                     if cutlass.const_expr(spec.token_states is not None):
-                        self.store_state(S, self.start(token_states, Int64(b), first + t, inside), 0)
+                        self.store_state(S, self.start(token_states, Int64(b), first + t, inside))
                     for now, then in zip((*raw, raw_v, raw_beta), (*next_raw, next_v, next_beta), strict=True):
                         now.store(then.load())
 
-            done = spec.one_token and self.bulk  # then every row was stored above
-            if cutlass.const_expr(not done and self.bulk and spec.pooled):
-                self.store_state(S, mine, 0)
-            elif cutlass.const_expr(not done and (spec.pooled or spec.ht is not None)):
-                self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside), 0)
             if cutlass.const_expr(self.bulk and spec.pooled):
+                self.store_state(S, mine)
                 self.send_tile(tile, h0, slot, first_row, tid)
+            elif cutlass.const_expr(spec.pooled or spec.ht is not None):
+                self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
 
     @cute.jit
     def mine(self, tid: Int32, m: cutlass.Constexpr[int]):
@@ -248,11 +233,10 @@ class DecodeKernel:
 
     @cute.jit
     def step(
-        self, S, p0: cutlass.Constexpr[int], o, raw_v, raw_beta, scale: Float32, shared, parts, half,
+        self, S, o, raw_v, raw_beta, scale: Float32, shared, parts, half,
         b: Int32, t: Int32, i_hv: Int32, row: Int32, col: Int32,
     ):  # fmt: skip
-        """One token in the rows that S holds, from pass p0 on: S <- diag(decay) S; u = beta (v - S k);
-        o = S q + (k.q) u; S <- S + u k.
+        """One token: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
 
         o is made of the decayed state, so that both sums run together. q and k are raw here: their norms are factors.
         """
@@ -267,28 +251,27 @@ class DecodeKernel:
         if cutlass.const_expr(spec.qk_l2norm):
             norm_q, norm_k = scale * rsqrt(qq + L2_EPS), rsqrt(kk + L2_EPS)
 
-        passes = S.shape[2]
-        hk = cute.make_rmem_tensor(passes, Float32)
-        hq = cute.make_rmem_tensor(passes, Float32)
+        hk = cute.make_rmem_tensor(self.passes, Float32)
+        hq = cute.make_rmem_tensor(self.passes, Float32)
         hk.fill(0.0)
         hq.fill(0.0)
         for s in cutlass.range_constexpr(self.spec.steps):
             x, y, d = (self.columns(source, s, col, half) for source in shared)
-            for p in cutlass.range_constexpr(passes):
+            for p in cutlass.range_constexpr(self.passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     decayed = S[i, s, p] * d[i]
                     hk[p] += decayed * y[i]
                     hq[p] += decayed * x[i]
                     S[i, s, p] = decayed
-        for p in cutlass.range_constexpr(passes):
-            u = beta * (raw_v[p0 + p].to(Float32) - lane_sum(hk[p], LANES) * norm_k)
+        for p in cutlass.range_constexpr(self.passes):
+            u = beta * (raw_v[p].to(Float32) - lane_sum(hk[p], LANES) * norm_k)
             out = lane_sum(hq[p], LANES) * norm_q + (qk * norm_k * norm_q) * u
             if col == 0:
-                o[b, t, i_hv, row + (p0 + p) * self.apart] = out.to(o.element_type)
+                o[b, t, i_hv, row + p * self.apart] = out.to(o.element_type)
             hk[p] = u * norm_k
         for s in cutlass.range_constexpr(self.spec.steps):
             y = self.columns(shared[1], s, col, half)
-            for p in cutlass.range_constexpr(passes):
+            for p in cutlass.range_constexpr(self.passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     S[i, s, p] += hk[p] * y[i]
 
@@ -337,20 +320,19 @@ class DecodeKernel:
         return cute.make_tensor(first + offset, cute.make_layout(self.spec.vector))
 
     @cute.jit
-    def load_state(self, S, first: cute.Pointer, p0: cutlass.Constexpr[int]):
-        """The rows that S holds, from pass p0 on."""
+    def load_state(self, S, first: cute.Pointer):
         raw = cute.make_rmem_tensor(S.shape, first.dtype)
-        for p in cutlass.range_constexpr(S.shape[2]):
+        for p in cutlass.range_constexpr(self.passes):
             for s in cutlass.range_constexpr(self.spec.steps):
-                raw[None, s, p].store(self.vectors(first, s, p0 + p).load())
+                raw[None, s, p].store(self.vectors(first, s, p).load())
         S.store(raw.load().to(Float32))
 
     @cute.jit
-    def store_state(self, S, first: cute.Pointer, p0: cutlass.Constexpr[int]):
+    def store_state(self, S, first: cute.Pointer):
         """Rounded to the dtype of the state."""
-        for p in cutlass.range_constexpr(S.shape[2]):
+        for p in cutlass.range_constexpr(self.passes):
             for s in cutlass.range_constexpr(self.spec.steps):
-                self.vectors(first, s, p0 + p).store(S[None, s, p].load().to(first.dtype))
+                self.vectors(first, s, p).store(S[None, s, p].load().to(first.dtype))
 
     @cute.jit
     def write_zeros(self, o, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, row: Int32, lane: Int32):

@@ -113,3 +113,11 @@ def beta_value(raw, IS_LOGIT: tl.constexpr, NEG_EIGVAL: tl.constexpr):
         if NEG_EIGVAL:
             b = b * 2.0
     return b
+
+
+# Triton merges the globals of a called function before it hashes that function, so that a kernel's key in the cache
+# depends on what was hashed earlier in the process. With the called functions hashed first, always, it does not: a
+# launch finds what `kda compile` made, whatever ran before it.
+for _function in list(globals().values()):  # in order of definition
+    if isinstance(_function, triton.JITFunction):
+        _function.cache_key  # noqa: B018
