@@ -16,14 +16,15 @@ REASON = "engines replay decode as a graph: what the host read, or baked in, at 
 def check(subject: Subject) -> Iterator[str]:
     """Captures one call, replays it on its numbers, then on others.
 
-    A peer that cannot be captured is not asked for more; ours must be.
+    A peer that cannot be captured is not asked for more, nor is plain torch, which reads lengths on the host; our GPU
+    kernels must be.
     """
     static = own_memory(subject.inputs)
     try:
         graph, outputs = _capture(subject, static)
     except Exception as error:
         torch.cuda.synchronize()
-        if not subject.ours:
+        if not subject.ours or getattr(subject.kernel, "backend", None) == "torch":
             raise NotApplicableError(f"it cannot be captured: {type(error).__name__}: {error}") from error
         yield f"it cannot be captured in a CUDA graph: {type(error).__name__}: {' '.join(str(error).split())}"
         return

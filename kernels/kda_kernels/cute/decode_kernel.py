@@ -215,12 +215,12 @@ class DecodeKernel:
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
             x, y = raw[0][m].to(Float32), raw[1][m].to(Float32)
-            log2 = log2_decay(raw[2][m].to(Float32), exp2(A * LOG2_E), bias[m], lower_bound, self.spec.gate)
-            if self.mine(tid, m):
+            qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
+            if self.mine(tid, m):  # whole warps have no channel where there are more threads than channels
+                log2 = log2_decay(raw[2][m].to(Float32), exp2(A * LOG2_E), bias[m], lower_bound, self.spec.gate)
                 channel = tid + m * self.threads
                 for target, value in zip(shared, (x, y, exp2(log2)), strict=True):
                     target[channel, half] = value
-            qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
         parts = tuple(lane_sum(x, 32) for x in (qq, kk, qk))
         if tid % 32 == 0:
             for i in cutlass.range_constexpr(SUMS):
@@ -296,6 +296,8 @@ class DecodeKernel:
         if tid == 0:
             cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
+        if tid == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(arrived, cute.size(tile) * tile.element_type.width // 8)
             source = cute.make_tensor(self.start(state, slot, None, first_row), tile.layout)
             atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type)
