@@ -23,9 +23,9 @@ from kdacli.comparison.judging import Place
 from kdacli.comparison.pair import judge_streamed
 from kdacli.dumps import Dump, load, save
 from kdacli.judge import judge
+from kdacli.judge.baseline import expect, plain
 from kdacli.main import cli
 from kdacli.synthetic import make_inputs
-from kdacli.verify.baseline import expect, plain
 
 ROOT = Path(__file__).parents[1]
 SAFE = Options(gate="safe", lower_bound=-5.0)

@@ -9,8 +9,8 @@ from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Verdict, judge
+from kdacli.judge.baseline import expect, plain
 from kdacli.synthetic import make_inputs
-from kdacli.verify.baseline import expect, plain
 
 LENS = (3, 70, 0, 64, 17)
 

@@ -9,9 +9,9 @@ import pytest
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
+from kdacli.judge.blocks import Blocks
 from kdacli.synthetic import make_inputs
 from kdacli.verify import spec
-from kdacli.verify.blocks import Blocks
 from kdacli.verify.properties import PROPERTIES
 from kdacli.verify.runner import inputs_of
 from kdacli.verify.suites import NAMES, cases_for, suite

@@ -21,8 +21,8 @@ from kdacli.device import free_memory
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_with_strides
 from kdacli.judge import Verdict, judge
+from kdacli.judge.baseline import expect, plain
 from kdacli.userkernels import resolve
-from kdacli.verify.baseline import expect, plain
 from kdacli.verify.memory import poisoned_memory
 from kdacli.verify.runner import one_line
 

@@ -1,6 +1,6 @@
 """The fp64 truth, and a plain implementation's errors, a stretch of tokens at a time: memory is bounded, length is not.
 
-The same arithmetic as `kdacli.verify.baseline`, with the state carried from stretch to stretch in full precision.
+The same arithmetic as `kdacli.judge.baseline`, with the state carried from stretch to stretch in full precision.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from kda_kernels.reference.recurrent import token_recurrence
 from kda_kernels.reference.rounding import operand_rounding
 from kda_kernels.tensors import Inputs
 from kdacli.comparison.layout import Layout, Stretch, stack, state_of
-from kdacli.verify.baseline import expect, operand_dtype, plain
+from kdacli.judge.baseline import expect, operand_dtype, plain
 
 _TOKENS = ("q", "k", "v", "g", "beta")
 

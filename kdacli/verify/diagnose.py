@@ -8,8 +8,8 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Verdict, said
-from kdacli.verify.baseline import expect
-from kdacli.verify.blocks import Blocks
+from kdacli.judge.baseline import expect
+from kdacli.judge.blocks import Blocks
 from kdacli.verify.suspects import suspects
 
 Rows = dict[str, tuple[Blocks, torch.Tensor, torch.Tensor]]  # by tensor: its blocks, what came out, the reference

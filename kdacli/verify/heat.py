@@ -5,7 +5,7 @@ import torch
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Inputs
 from kdacli.judge import ELEMENT_FACTOR
-from kdacli.verify.blocks import Blocks
+from kdacli.judge.blocks import Blocks
 
 WIDTH, HEIGHT = 64, 12
 # Each character stands for the worst element under it, in multiples of what it may be off.

@@ -13,9 +13,9 @@ from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import interpreted
 from kdacli.judge import Verdict, judge
+from kdacli.judge.baseline import expect, plain
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
-from kdacli.verify.baseline import expect, plain
 from kdacli.verify.call import Call, call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.blocks import Blocks
+from kdacli.judge.blocks import Blocks
 from kdacli.verify.memory import own_memory, same_bits
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 

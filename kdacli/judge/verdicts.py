@@ -20,8 +20,8 @@ import torch
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.reference.gate import L2NORM_EPS
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.baseline import expect, plain
-from kdacli.verify.blocks import Blocks
+from kdacli.judge.baseline import expect, plain
+from kdacli.judge.blocks import Blocks
 from kdacli.verify.memory import bits
 
 # Another legal order of the same roundings (other sub-chunks, other reduction trees) makes an error of the same size:

@@ -1,0 +1,5 @@
+"""Is a result good enough? `verdicts` has the rule, `baseline` what it goes by, `blocks` the parts it looks at."""
+
+from kdacli.judge.verdicts import ELEMENT_FACTOR, FACTOR, FLOOR, SMALLEST, UNIT_ROUNDOFF, Verdict, judge, said
+
+__all__ = ["ELEMENT_FACTOR", "FACTOR", "FLOOR", "SMALLEST", "UNIT_ROUNDOFF", "Verdict", "judge", "said"]
