@@ -48,19 +48,24 @@ def print_kernels(results: Sequence[Result], title: str) -> None:
 
 
 def refusals(results: Sequence[Result]) -> list[str]:
-    """Every refusal of a case or a property, those of one kernel for one reason together."""
-    cases: dict[tuple[str, str, str], list[str]] = {}
+    """Every refusal: of cases, those of one kernel for one reason together; of properties, all for one reason."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    properties: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for result in results:
         if result.status == "refused":
-            cases.setdefault((result.kernel, "", result.notes[0]), []).append(result.case)
+            cases.setdefault((result.kernel, result.notes[0]), []).append(result.case)
         for held in result.properties:
             if held.status == "refused":
-                cases.setdefault((result.kernel, held.name, held.notes[0]), []).append(result.case)
-    lines = []
-    for (kernel, what, reason), names in cases.items():
-        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        lines.append(f"refused: {kernel}, {where}{', ' + what if what else ''}: {reason}")
-    return lines
+                names, kernels = properties.setdefault(held.notes[0], ({}, {}))
+                names[held.name] = kernels[result.kernel] = None
+    return [f"refused: {kernel}, {_and_more(names)}: {reason}" for (kernel, reason), names in cases.items()] + [
+        f"refused: {', '.join(names)} of {_and_more(list(kernels))}: {reason}"
+        for reason, (names, kernels) in properties.items()
+    ]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def print_failures(
