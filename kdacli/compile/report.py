@@ -1,7 +1,9 @@
 """The tables of `kda compile`."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.problem import Problem
@@ -69,7 +71,7 @@ def summary(rows: Sequence[Row], folders: Mapping[str, str | None] | None) -> li
         mine = [row for row in compiled if folders[row["kernel"]] == folder]
         cached = sum(row["cached"] for row in mine)
         where = folder or "nothing is kept, KDA_CACHE_DIR is empty"
-        lines.append(f"{len(mine) - cached} compiled, {cached} taken from the cache: {where}")
+        lines.append(f"{len(mine) - cached} compiled, {cached} taken from the cache: {_tilde(where)}")
     return lines
 
 
@@ -136,3 +138,9 @@ def _isa(row: Row) -> list[object]:
     counts = row["isa"]
     scratch = output.bad(counts["scratch"]) if counts["scratch"] else 0
     return [counts["instructions"], counts["MFMA"], counts["global_x4"], counts["lds_b128"], scratch, counts["barrier"]]
+
+
+def _tilde(where: str) -> str:
+    """A path in the user's home as a shell would take it."""
+    home = str(Path.home())
+    return f"~{where[len(home) :]}" if where.startswith(home + os.sep) else where
