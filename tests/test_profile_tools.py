@@ -13,6 +13,7 @@ import torch
 from kda_kernels import ranges
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
+from kdacli import plots
 from kdacli.commands.profile import command
 from kdacli.presets import PRESETS
 from kdacli.profile import chrome, halflife, inner, layer, ncu, nvtx, plot, report, report_ncu
@@ -139,7 +140,7 @@ def point(kernel, n, us, **extra):
 def test_a_sweep_is_drawn(suffix, tmp_path):
     pytest.importorskip("matplotlib")
     path = str(tmp_path / f"p.{suffix}")
-    plot.require(path)
+    plots.require(path)
     plot.draw(record(*(point(k, n, n + 3.0) for k in ("ours", "peer") for n in (1, 2, 4))), path)
     head = (tmp_path / f"p.{suffix}").read_bytes()
     assert head.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
@@ -172,10 +173,10 @@ def test_a_roofline():
 
 def test_a_picture_that_cannot_be(monkeypatch):
     with pytest.raises(InputError, match="should end in"):
-        plot.require("x.gif")
+        plots.require("x.gif")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnavailableError, match=r"pip install matplotlib, or kdacli\[plot\]"):
-        plot.require("x.png")
+        plots.require("x.png")
 
 
 # Ranges and the trace

@@ -67,8 +67,8 @@ def command(
       kda compare dump.pt --kernel mine.py:prefill --detail
     """
     if plot:
-        from kdacli.comparison.plot import require
         from kdacli.output import check_dest
+        from kdacli.plots import require
 
         check_dest(plot, force)
         require(plot)

@@ -83,9 +83,9 @@ def command(ctx: click.Context, /, **params: Any) -> None:
         check_dest(params[dest], params["force"])
     _check_tools(params)
     if params["plot"]:
-        from kdacli.profile import plot
+        from kdacli import plots
 
-        plot.require(params["plot"])
+        plots.require(params["plot"])
     if params["source"]:
         _from_recording(params)
     else:

@@ -1,30 +1,12 @@
 """`--plot`: differences as a picture, a row for each tensor. matplotlib is an extra."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from kda_kernels.errors import InputError, UnavailableError
 from kdacli.comparison.difference import ULPS, Difference
 from kdacli.comparison.heat import shrink
 
-FORMATS = (".png", ".svg", ".pdf")
 _COLUMNS = 512
 _SMALLEST = 1e-12
-
-
-def require(path: str) -> None:
-    """To be called before the work that would be lost.
-
-    Raises:
-        InputError: the file's format is none that can be written.
-        UnavailableError: matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in FORMATS:
-        raise InputError(f"--plot is {path}: it should end in {', '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnavailableError("--plot needs matplotlib: pip install matplotlib, or kdacli[plot]") from None
 
 
 def draw(differences: Sequence[tuple[str, Difference]], path: str) -> None:

@@ -1,12 +1,14 @@
 """`kda profile` inside a profiler: the same command line again, in a process that knows it is watched."""
 
+import glob
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, UnavailableError
 
 TRACE_ENV = "KDA_PROFILE_TRACE"  # set for the process that is watched, to the profiler's name
 # The flags that are for the outer process, and how many words follow each.
@@ -28,6 +30,25 @@ def arguments(words: Sequence[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def find(program: str, path: str | None, places: Sequence[str], how_to_get: str) -> str:
+    """The profiler to use: `path` if given, else on PATH, else the newest that one of the patterns `places` meets.
+
+    Raises:
+        InputError: `path` is no program.
+        UnavailableError: there is none.
+    """
+    if path is not None:
+        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+            raise InputError(f"--{program}-path is {path}: it should be the program {program}")
+        return path
+    if found := shutil.which(program):
+        return found
+    for place in places:
+        if found := sorted(glob.glob(place), key=by_version):
+            return found[-1]
+    raise UnavailableError(f"{program} is not here: {how_to_get}")
 
 
 def command(words: Sequence[str]) -> list[str]:

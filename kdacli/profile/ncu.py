@@ -8,9 +8,7 @@ report as CSV; then the ranges are not known.
 import csv
 import glob
 import importlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
+from kda_kernels.errors import CheckFailedError
 from kdacli.profile import inner, nvtx
 
 SUFFIX = ".ncu-rep"
@@ -50,22 +48,8 @@ Action = tuple[str, tuple[str, ...], Mapping[str, float]]  # CUDA kernel, ranges
 
 
 def find(path: str | None = None, places: Sequence[str] = PLACES) -> str:
-    """The ncu to use: `path` if given, else on PATH, else in one of `places`.
-
-    Raises:
-        InputError: `path` is no program.
-        UnavailableError: there is none.
-    """
-    if path is not None:
-        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
-            raise InputError(f"--ncu-path is {path}: it should be the program ncu")
-        return path
-    if found := shutil.which("ncu"):
-        return found
-    for place in places:
-        if found := sorted(glob.glob(place), key=inner.by_version):
-            return found[-1]
-    raise UnavailableError(f"ncu is not here: {HOW_TO_GET}")
+    """The ncu to use, see `inner.find`."""
+    return inner.find("ncu", path, places, HOW_TO_GET)
 
 
 def command(ncu: str, report: Path, words: Sequence[str]) -> list[str]:

@@ -1,17 +1,14 @@
 """Nsight Systems around a `kda profile`: find it, run it, read its summaries."""
 
 import csv
-import glob
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
+from kda_kernels.errors import CheckFailedError, UnavailableError
 from kdacli.profile import inner
 from kdacli.profile.nvtx import SCAFFOLD
 
@@ -31,22 +28,8 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def find(path: str | None = None, places: Sequence[str] = PLACES) -> str:
-    """The nsys to use: `path` if given, else on PATH, else in one of `places`.
-
-    Raises:
-        InputError: `path` is no program.
-        UnavailableError: there is none.
-    """
-    if path is not None:
-        if not (os.path.isfile(path) and os.access(path, os.X_OK)):
-            raise InputError(f"--nsys-path is {path}: it should be the program nsys")
-        return path
-    if found := shutil.which("nsys"):
-        return found
-    for place in places:
-        if found := sorted(glob.glob(place), key=inner.by_version):
-            return found[-1]
-    raise UnavailableError(f"nsys is not here: {HOW_TO_GET}")
+    """The nsys to use, see `inner.find`."""
+    return inner.find("nsys", path, places, HOW_TO_GET)
 
 
 def command(nsys: str, report: Path, words: Sequence[str]) -> list[str]:

@@ -1,33 +1,16 @@
 """`--plot`: times against T or N, or a roofline, from a record. matplotlib is an extra."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.errors import InputError
 from kdacli.profile.sweep import UNITS, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 _SIZE = (7.5, 4.8)  # inches
 _MARKERS = "osD^vP*X<>"
-
-
-def require(path: str) -> None:
-    """Checked before the work that would be lost.
-
-    Raises:
-        InputError: the file's format is none that can be written.
-        UnavailableError: matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in FORMATS:
-        raise InputError(f"--plot is {path}: it should end in {', '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnavailableError("--plot needs matplotlib: pip install matplotlib, or kdacli[plot]") from None
 
 
 def draw(record: Mapping[str, Any], path: str) -> None:
