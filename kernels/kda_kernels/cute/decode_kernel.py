@@ -104,6 +104,7 @@ class DecodeKernel:
 
         # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
         # their way: the channels of the first token do not wait for the slot, and the state only for the slot.
+        raw_beta = self.fetch_beta(beta, b, first, i_hv, n_tokens > 0)
         raw = self.fetch(q, k, g, b, first, i_h, i_hv, tid, n_tokens > 0)
         A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
 
@@ -125,7 +126,7 @@ class DecodeKernel:
                 self.load_state(S, self.start(h0, slot, None, inside))
             else:
                 S.fill(0.0)
-            raw_v, raw_beta = self.fetch_rows(v, beta, b, first, i_hv, row, n_tokens > 0)
+            raw_v = self.fetch_rows(v, b, first, i_hv, row, n_tokens > 0)
 
             layout = cute.make_layout((spec.K, 2))  # two tokens: one is read while the next is written
             shared = tuple(smem.allocate_tensor(Float32, layout, byte_alignment=16) for _ in range(3))
@@ -145,8 +146,9 @@ class DecodeKernel:
                     self.load_state(S, mine)
                 for t in cutlass.range(n_tokens, unroll=1):
                     more = t + 1 < n_tokens
+                    next_beta = self.fetch_beta(beta, b, first + t + 1, i_hv, more)
                     next_raw = self.fetch(q, k, g, b, first + t + 1, i_h, i_hv, tid, more)
-                    next_v, next_beta = self.fetch_rows(v, beta, b, first + t + 1, i_hv, row, more)
+                    next_v = self.fetch_rows(v, b, first + t + 1, i_hv, row, more)
                     parts = self.share(raw, A, bias, lower_bound, shared, sums, t % 2, tid)
                     self.step(S, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
                     if cutlass.const_expr(spec.token_states is not None):
@@ -197,17 +199,23 @@ class DecodeKernel:
         return A, bias
 
     @cute.jit
-    def fetch_rows(self, v, beta, b: Int32, t: Int32, i_hv: Int32, row: Int32, live):
-        """v of this thread's rows and beta, as they lie in memory."""
-        raw_v = cute.make_rmem_tensor(self.passes, v.element_type)
-        raw_beta = cute.make_rmem_tensor(1, beta.element_type)
-        raw_v.fill(0.0)
-        raw_beta.fill(0.0)
+    def fetch_beta(self, beta, b: Int32, t: Int32, i_hv: Int32, live):
+        """beta as it lies in memory; 0 where there is no token."""
+        raw = cute.make_rmem_tensor(1, beta.element_type)
+        raw.fill(0.0)
         if live:
-            raw_beta[0] = beta[b, t, i_hv]
+            raw[0] = beta[b, t, i_hv]
+        return raw
+
+    @cute.jit
+    def fetch_rows(self, v, b: Int32, t: Int32, i_hv: Int32, row: Int32, live):
+        """v of this thread's rows, as it lies in memory."""
+        raw_v = cute.make_rmem_tensor(self.passes, v.element_type)
+        raw_v.fill(0.0)
+        if live:
             for p in cutlass.range_constexpr(self.passes):
                 raw_v[p] = v[b, t, i_hv, row + p * self.apart]
-        return raw_v, raw_beta
+        return raw_v
 
     @cute.jit
     def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, half, tid: Int32):
