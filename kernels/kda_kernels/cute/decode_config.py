@@ -106,6 +106,16 @@ class DecodeSpec:
         return self.K // (LANES * self.vector)
 
     @property
+    def exact(self) -> bool:
+        """Whether anything that goes out is fp32, which shows what the hardware's approximations cost."""
+        return "float32" in (self.dtype, self.h0, self.ht, self.token_states)
+
+    @property
+    def width(self) -> int:
+        """Channels that a CTA prepares: K, or more where it has more threads, so that none of them has to branch."""
+        return -(-self.K // self.config.threads) * self.config.threads
+
+    @property
     def bulk(self) -> bool:
         """Whether the state goes through shared memory."""
         return self.config.bulk and self.h0 is not None
@@ -113,7 +123,7 @@ class DecodeSpec:
     @property
     def shared_bytes(self) -> int:
         """Of a CTA: q, k, the decays and each warp's sums, for two tokens; with `bulk` a tile and its barrier."""
-        channels = 3 * 2 * self.K * 4 + SUMS * 2 * (self.config.threads // 32) * 4
+        channels = 3 * 2 * self.width * 4 + SUMS * 2 * (self.config.threads // 32) * 4
         tile = self.config.rows * self.K * (4 if self.h0 == "float32" else 2) + 16 if self.bulk else 0
         return tile + channels
 

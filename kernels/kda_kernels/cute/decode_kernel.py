@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.decode_config import LANES, SUMS, DecodeSpec
-from kda_kernels.cute.math import LOG2_E, exp2, lane_sum, log2_decay, rsqrt, sigmoid
+from kda_kernels.cute.math import LOG2_E, exp2, lane_sum, load_now, log2_decay, rsqrt, sigmoid
 
 L2_EPS = 1e-6
 
@@ -104,9 +104,9 @@ class DecodeKernel:
 
         # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
         # their way: the channels of the first token do not wait for the slot, and the state only for the slot.
-        raw_beta = self.fetch_beta(beta, b, first, i_hv, n_tokens > 0)
         raw = self.fetch(q, k, g, b, first, i_h, i_hv, tid, n_tokens > 0)
         A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
+        raw_v, raw_beta = self.fetch_rows(v, beta, b, first, i_hv, row, n_tokens > 0)
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
@@ -126,9 +126,7 @@ class DecodeKernel:
                 self.load_state(S, self.start(h0, slot, None, inside))
             else:
                 S.fill(0.0)
-            raw_v = self.fetch_rows(v, b, first, i_hv, row, n_tokens > 0)
-
-            layout = cute.make_layout((spec.K, 2))  # two tokens: one is read while the next is written
+            layout = cute.make_layout((spec.width, 2))  # two tokens: one is read while the next is written
             shared = tuple(smem.allocate_tensor(Float32, layout, byte_alignment=16) for _ in range(3))
             sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS * self.warps, 2)), byte_alignment=16)
             if cutlass.const_expr(spec.one_token):
@@ -146,9 +144,8 @@ class DecodeKernel:
                     self.load_state(S, mine)
                 for t in cutlass.range(n_tokens, unroll=1):
                     more = t + 1 < n_tokens
-                    next_beta = self.fetch_beta(beta, b, first + t + 1, i_hv, more)
                     next_raw = self.fetch(q, k, g, b, first + t + 1, i_h, i_hv, tid, more)
-                    next_v = self.fetch_rows(v, b, first + t + 1, i_hv, row, more)
+                    next_v, next_beta = self.fetch_rows(v, beta, b, first + t + 1, i_hv, row, more)
                     parts = self.share(raw, A, bias, lower_bound, shared, sums, t % 2, tid)
                     self.step(S, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
                     if cutlass.const_expr(spec.token_states is not None):
@@ -163,72 +160,71 @@ class DecodeKernel:
                 self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
 
     @cute.jit
-    def mine(self, tid: Int32, m: cutlass.Constexpr[int]):
-        """Whether there is an m-th channel for this thread."""
-        if cutlass.const_expr((m + 1) * self.threads <= self.spec.K):
-            return True
-        else:
-            return tid + m * self.threads < self.spec.K
+    def channel(self, tid: Int32, m: cutlass.Constexpr[int]):
+        """The m-th channel of this thread; the last one for threads that have no m-th, so that none has to branch."""
+        channel = tid + m * self.threads
+        if cutlass.const_expr((m + 1) * self.threads > self.spec.K):
+            channel = cutlass.min(channel, self.spec.K - 1)
+        return channel
+
+    @cute.jit
+    def once(self, x: Float32, tid: Int32, m: cutlass.Constexpr[int]):
+        """x of this thread's m-th channel; 0 for threads that have no m-th."""
+        if cutlass.const_expr((m + 1) * self.threads > self.spec.K):
+            x = Float32(cutlass.select_(tid + m * self.threads < self.spec.K, x, Float32(0.0)))
+        return x
 
     @cute.jit
     def fetch(self, q, k, g, b: Int32, t: Int32, i_h: Int32, i_hv: Int32, tid: Int32, live):
-        """This thread's channels of q, k and g as they lie in memory; 0 where there is no token or no channel."""
+        """This thread's channels of q, k and g as they lie in memory; 0 where there is no token."""
         raw = tuple(cute.make_rmem_tensor(self.channels, x.element_type) for x in (q, k, g))
         for x in raw:
             x.fill(0.0)
         if live:
             for m in cutlass.range_constexpr(self.channels):
-                if self.mine(tid, m):
-                    channel = tid + m * self.threads
-                    raw[0][m] = q[b, t, i_h, channel]
-                    raw[1][m] = k[b, t, i_h, channel]
-                    raw[2][m] = g[b, t, i_hv, channel]
+                channel = self.channel(tid, m)
+                raw[0][m] = load_now(q, (b, t, i_h, channel))
+                raw[1][m] = load_now(k, (b, t, i_h, channel))
+                raw[2][m] = load_now(g, (b, t, i_hv, channel))
         return raw
 
     @cute.jit
     def gate_parameters(self, A_log, dt_bias, i_hv: Int32, tid: Int32):
-        """A_log of the head and dt_bias of this thread's channels, fp32; 0 where there is none."""
+        """A_log of the head and dt_bias of this thread's channels, fp32; 0 where there are none."""
         A, bias = Float32(0.0), cute.make_rmem_tensor(self.channels, Float32)
         bias.fill(0.0)
         if cutlass.const_expr(A_log is not None):
-            A = A_log[i_hv].to(Float32)
+            A = load_now(A_log, (i_hv,)).to(Float32)
         if cutlass.const_expr(dt_bias is not None):
             for m in cutlass.range_constexpr(self.channels):
-                if self.mine(tid, m):
-                    bias[m] = dt_bias[i_hv * self.spec.K + tid + m * self.threads].to(Float32)
+                bias[m] = load_now(dt_bias, (i_hv * self.spec.K + self.channel(tid, m),)).to(Float32)
         return A, bias
 
     @cute.jit
-    def fetch_beta(self, beta, b: Int32, t: Int32, i_hv: Int32, live):
-        """beta as it lies in memory; 0 where there is no token."""
-        raw = cute.make_rmem_tensor(1, beta.element_type)
-        raw.fill(0.0)
-        if live:
-            raw[0] = beta[b, t, i_hv]
-        return raw
-
-    @cute.jit
-    def fetch_rows(self, v, b: Int32, t: Int32, i_hv: Int32, row: Int32, live):
-        """v of this thread's rows, as it lies in memory."""
+    def fetch_rows(self, v, beta, b: Int32, t: Int32, i_hv: Int32, row: Int32, live):
+        """v of this thread's rows and beta, as they lie in memory."""
         raw_v = cute.make_rmem_tensor(self.passes, v.element_type)
+        raw_beta = cute.make_rmem_tensor(1, beta.element_type)
         raw_v.fill(0.0)
+        raw_beta.fill(0.0)
         if live:
+            raw_beta[0] = load_now(beta, (b, t, i_hv))
             for p in cutlass.range_constexpr(self.passes):
-                raw_v[p] = v[b, t, i_hv, row + p * self.apart]
-        return raw_v
+                raw_v[p] = load_now(v, (b, t, i_hv, row + p * self.apart))
+        return raw_v, raw_beta
 
     @cute.jit
     def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, half, tid: Int32):
         """One thread a channel: q, k and the decay into shared memory, and the sums over K: q.q, k.k and q.k."""
+        exact = self.spec.exact
+        A = exp2(A * LOG2_E, exact)
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
-            x, y = raw[0][m].to(Float32), raw[1][m].to(Float32)
+            x, y = (self.once(raw[i][m].to(Float32), tid, m) for i in range(2))
             qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
-            if self.mine(tid, m):  # whole warps have no channel where there are more threads than channels
-                log2 = log2_decay(raw[2][m].to(Float32), exp2(A * LOG2_E), bias[m], lower_bound, self.spec.gate)
-                channel = tid + m * self.threads
-                for target, value in zip(shared, (x, y, exp2(log2)), strict=True):
-                    target[channel, half] = value
+            log2 = log2_decay(raw[2][m].to(Float32), A, bias[m], lower_bound, self.spec.gate, exact)
+            for target, value in zip(shared, (x, y, exp2(log2, exact)), strict=True):
+                target[tid + m * self.threads, half] = value
         parts = tuple(lane_sum(x, 32) for x in (qq, kk, qk))
         if tid % 32 == 0:
             for i in cutlass.range_constexpr(SUMS):
@@ -251,13 +247,13 @@ class DecodeKernel:
         spec = self.spec
         beta = raw_beta[0].to(Float32)
         if cutlass.const_expr(spec.beta_is_logit):
-            beta = sigmoid(beta)
+            beta = sigmoid(beta, spec.exact)
             if cutlass.const_expr(spec.allow_neg_eigval):
                 beta = 2.0 * beta
         qq, kk, qk = parts
         norm_q, norm_k = scale, Float32(1.0)
         if cutlass.const_expr(spec.qk_l2norm):
-            norm_q, norm_k = scale * rsqrt(qq + L2_EPS), rsqrt(kk + L2_EPS)
+            norm_q, norm_k = scale * rsqrt(qq + L2_EPS, spec.exact), rsqrt(kk + L2_EPS, spec.exact)
 
         hk = cute.make_rmem_tensor(self.passes, Float32)
         hq = cute.make_rmem_tensor(self.passes, Float32)
@@ -273,10 +269,11 @@ class DecodeKernel:
                     S[i, s, p] = decayed
         for p in cutlass.range_constexpr(self.passes):
             u = beta * (raw_v[p].to(Float32) - lane_sum(hk[p], LANES) * norm_k)
-            out = lane_sum(hq[p], LANES) * norm_q + (qk * norm_k * norm_q) * u
-            if col == 0:
-                o[b, t, i_hv, row + p * self.apart] = out.to(o.element_type)
+            hq[p] = lane_sum(hq[p], LANES) * norm_q + (qk * norm_k * norm_q) * u
             hk[p] = u * norm_k
+        if col == 0:  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
+            for p in cutlass.range_constexpr(self.passes):
+                o[b, t, i_hv, row + p * self.apart] = hq[p].to(o.element_type)
         for s in cutlass.range_constexpr(self.spec.steps):
             y = self.columns(shared[1], s, col, half)
             for p in cutlass.range_constexpr(self.passes):
@@ -286,7 +283,7 @@ class DecodeKernel:
     @cute.jit
     def columns(self, source, s: cutlass.Constexpr[int], col: Int32, half):
         """What shared memory holds for this thread's columns of access s."""
-        offset = col + (s * LANES * self.spec.vector + half * self.spec.K)
+        offset = col + (s * LANES * self.spec.vector + half * self.spec.width)
         words = source.iterator + cute.assume(offset, divby=4)
         return cute.make_tensor(words, cute.make_layout(self.spec.vector)).load()
 

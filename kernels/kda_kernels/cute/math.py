@@ -19,44 +19,55 @@ LN_2 = 0.6931471805599453
 
 
 # Decays multiply a state token after token, so what they are made of is accurate to about an ulp: the approximations of
-# the hardware (2 ulp, and lg2 an absolute 2**-22) would be three times the error of plain fp32 after three tokens. One
-# thread a channel pays for it, once a token.
+# the hardware (2 ulp) would be three times the error of plain fp32 after three tokens. One thread a channel pays for it,
+# once a token. Where all that goes out is rounded to 8 or 11 bits, nobody could see it: `exact` is False there.
 EXP2 = [LN_2**n / math.factorial(n) for n in range(8)]  # 2**f, |f| <= 1/2: the next term is under 5e-9
 ATANH = [1 / (2 * n + 1) for n in range(8)]  # atanh(z) / z in z**2, z <= 1/3: the next term is under 2e-9
+# log(1 + e) / e, 0 <= e <= 1, within 1.5e-6 of it and 1 at 0: a fit by least squares of relative errors, reweighted
+LOG1P = [1.0, -0.49990746, 0.33140427, -0.23611343, 0.15102768, -0.067851186, 0.014588313]
 
 
 @cute.jit
-def exp2(x: Float32) -> Float32:
-    """2**x, 1 ulp; results under 2**-126 are 0. NaN stays NaN, here and below."""
-    x = cute.arch.fmin(cute.arch.fmax(x, Float32(-127.0), nan=True), Float32(128.0), nan=True)
-    shifted = x + 12582912.0  # 1.5 * 2**23: the sum's last bits are x, rounded to an integer
-    f = x - (shifted - 12582912.0)
-    power = (_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
-    return _horner(EXP2, f) * _float(power)
+def exp2(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
+    """2**x, 1 ulp, or 2 in one instruction; results under 2**-126 are 0. NaN stays NaN, here and below."""
+    if cutlass.const_expr(exact):
+        x = cute.arch.fmin(cute.arch.fmax(x, Float32(-127.0), nan=True), Float32(128.0), nan=True)
+        shifted = x + 12582912.0  # 1.5 * 2**23: the sum's last bits are x, rounded to an integer
+        f = x - (shifted - 12582912.0)
+        power = (_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
+        return _horner(EXP2, f) * _float(power)
+    else:
+        return _approx("ex2.approx.ftz.f32", x)
 
 
 @cute.jit
-def rsqrt(x: Float32) -> Float32:
-    """x**-0.5, 1 ulp: a Newton step on the hardware's."""
+def rsqrt(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
+    """x**-0.5, 1 ulp by a Newton step on the hardware's, which is within 2."""
     y = _approx("rsqrt.approx.ftz.f32", x)
-    return y + (0.5 * y) * (1.0 - (x * y) * y)
+    if cutlass.const_expr(exact):
+        y = y + (0.5 * y) * (1.0 - (x * y) * y)
+    return y
 
 
 @cute.jit
-def sigmoid(x: Float32) -> Float32:
+def sigmoid(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
     """1 / (1 + exp(-x))."""
-    return reciprocal(1.0 + exp2(x * -LOG2_E))
+    return reciprocal(1.0 + exp2(x * -LOG2_E, exact))
 
 
 @cute.jit
-def softplus(x: Float32) -> Float32:
+def softplus(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
     """log(1 + exp(x)) = max(x, 0) + log(1 + e), e = exp(-|x|): no overflow, and full precision where it is small.
 
-    log(1 + e) = 2 atanh(z), z = e / (2 + e): no 1 + e that would round a small e away.
+    No 1 + e, which would round a small e away: log(1 + e) = 2 atanh(z), z = e / (2 + e), or a polynomial times e.
     """
-    e = exp2(cute.arch.fmax(x, -x, nan=True) * -LOG2_E)
-    z = e * reciprocal(2.0 + e)
-    return cute.arch.fmax(x, Float32(0.0), nan=True) + 2.0 * z * _horner(ATANH, z * z)
+    e = exp2(cute.arch.fmax(x, -x, nan=True) * -LOG2_E, exact)
+    top = cute.arch.fmax(x, Float32(0.0), nan=True)
+    if cutlass.const_expr(exact):
+        z = e * reciprocal(2.0 + e)
+        return top + 2.0 * z * _horner(ATANH, z * z)
+    else:
+        return top + e * _horner(LOG1P, e)
 
 
 @cute.jit
@@ -96,12 +107,19 @@ def _float(x: Int32, *, loc=None, ip=None) -> Float32:
 
 
 @cute.jit
-def log2_decay(raw: Float32, A: Float32, bias: Float32, lower_bound: Float32, gate: cutlass.Constexpr[Gate]) -> Float32:
+def log2_decay(
+    raw: Float32,
+    A: Float32,
+    bias: Float32,
+    lower_bound: Float32,
+    gate: cutlass.Constexpr[Gate],
+    exact: cutlass.Constexpr[bool] = True,
+) -> Float32:
     """log2 of the decay, <= 0, of a raw gate. `A` is exp(A_log)."""
     if cutlass.const_expr(gate is Gate.SOFTPLUS):
-        return (A * -LOG2_E) * softplus(raw + bias)
+        return (A * -LOG2_E) * softplus(raw + bias, exact)
     elif cutlass.const_expr(gate is Gate.SAFE):
-        return (lower_bound * LOG2_E) * sigmoid(A * (raw + bias))
+        return (lower_bound * LOG2_E) * sigmoid(A * (raw + bias), exact)
     else:
         return raw * LOG2_E
 
@@ -110,3 +128,16 @@ def log2_decay(raw: Float32, A: Float32, bias: Float32, lower_bound: Float32, ga
 def lane_sum(x: Float32, lanes: cutlass.Constexpr[int]) -> Float32:
     """The sum over groups of so many neighbouring lanes, in each of them."""
     return cute.arch.warp_reduction(x, operator.add, threads_in_group=lanes)
+
+
+@dsl_user_op
+def load_now(x: cute.Tensor, at: tuple, *, loc=None, ip=None):
+    """x[at], asked for here and nowhere else: a plain load the compiler moves to where its value is first used."""
+    first = x.iterator + cute.crd2idx(at, x.layout, loc=loc, ip=ip)
+    bits = x.element_type.width
+    word, letter = {16: (T.i16(), "h"), 32: (T.i32(), "r")}[bits]
+    result = llvm.inline_asm(
+        word, [first.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)], f"ld.global.b{bits} $0, [$1];", f"={letter},l",
+        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+    return x.element_type(llvm.bitcast(x.element_type.mlir_type, result, loc=loc, ip=ip))

@@ -1,0 +1,64 @@
+"""Compiles the prefill kernel for a spec: the one place that knows how its arguments look to the DSL."""
+
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32
+
+from kda_kernels.cute.decode_build import DTYPES
+from kda_kernels.cute.prefill_config import PrefillSpec
+from kda_kernels.cute.prefill_kernel import PrefillKernel
+
+
+def compile_prefill(spec: PrefillSpec, arch: str, options: str = "") -> Any:
+    """What `cute.compile` returns: called with torch tensors in the order of `PrefillKernel.__call__`.
+
+    Args:
+        arch: the DSL's name of an architecture; no GPU has to be there.
+        options: further options of the compiler.
+    """
+    return cute.compile(PrefillKernel(spec), *_arguments(spec), options=f"--enable-tvm-ffi --gpu-arch {arch} {options}")
+
+
+def _arguments(spec: PrefillSpec) -> tuple:
+    """Stand-ins for the tensors: dtypes, which sizes are equal, and what strides are known to be."""
+    B = 1 if spec.packed else cute.sym_int()
+    T = cute.sym_int()
+    N = cute.sym_int() if spec.packed else B
+
+    def rows(dtype: str, heads: int, size: int):
+        """Rows of 16-byte pieces anywhere."""
+        strides = [cute.sym_int64(divisibility=128 // DTYPES[dtype].width) for _ in range(3)]
+        return _tensor(dtype, (B, T, heads, size), (*strides, 1), 16)
+
+    def vector(dtype: str | None, size):
+        return dtype and _tensor(dtype, (size,), (1,))
+
+    def states(dtype: str | None, outer):
+        if dtype is None:
+            return None
+        shape, inner = (outer, spec.HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
+        return _tensor(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
+
+    return (
+        rows(spec.dtype, spec.H, spec.K),
+        rows(spec.dtype, spec.H, spec.K),
+        rows(spec.dtype, spec.HV, spec.V),
+        rows(spec.g, spec.HV, spec.K),
+        _tensor(spec.beta, (B, T, spec.HV), tuple(cute.sym_int64() for _ in range(3))),
+        vector(spec.A_log, spec.HV),
+        vector(spec.dt_bias, spec.HV * spec.K),
+        rows(spec.dtype, spec.HV, spec.V),
+        states(spec.h0, cute.sym_int() if spec.pooled else N),
+        states(spec.ht, N),
+        vector(spec.index, N),
+        vector(spec.offsets, cute.sym_int()),
+        Float32(0.0),
+        Float32(0.0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+
+
+def _tensor(dtype: str, shape: tuple, strides, align: int | None = None):
+    kind = DTYPES[dtype]
+    return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or kind.width // 8)

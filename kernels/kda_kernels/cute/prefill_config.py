@@ -1,0 +1,46 @@
+"""What the prefill kernel is compiled for."""
+
+import dataclasses
+
+from kda_kernels.problem import Gate
+
+CHUNK = 32  # tokens: the widest with which decays from its middle, exp(+-80), stay inside bf16's range
+STAGES = 4  # prepared chunks between the warps that prepare and those that run the chain
+CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
+PRODUCERS = 256  # threads: two warpgroups, every other chunk each
+THREADS = CONSUMERS + PRODUCERS
+MAX_LOG_DECAY = 80.0  # of 16 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSpec:
+    """What a compiled prefill kernel depends on: nothing that changes from batch to batch.
+
+    Dtypes are torch's names; None where there is no such tensor.
+    """
+
+    H: int
+    HV: int
+    gate: Gate
+    beta_is_logit: bool
+    allow_neg_eigval: bool
+    qk_l2norm: bool
+    dtype: str
+    g: str
+    beta: str
+    A_log: str | None
+    dt_bias: str | None
+    h0: str | None
+    ht: str | None
+    index: str | None
+    offsets: str | None
+    K: int = 128
+    V: int = 128
+
+    @property
+    def pooled(self) -> bool:
+        return self.index is not None
+
+    @property
+    def packed(self) -> bool:
+        return self.offsets is not None

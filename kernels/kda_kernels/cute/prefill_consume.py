@@ -1,0 +1,162 @@
+"""The half of the prefill kernel that holds the state and runs the chain over chunks; see `prefill_kernel.py`."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass.cute.nvgpu import warpgroup
+
+from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
+from kda_kernels.cute.prefill_shared import DECAYS, Kind, operand, swizzled_token, vector
+from kda_kernels.cute.ptx import bfloat16_pair, load_transposed, store_transposed
+
+
+class Consumer:
+    """A warpgroup with 64 value channels. Everything is transposed: value channels are the rows of all products.
+
+    A lane's accumulators 4j + 2h + e are row 16 warp + lane // 4 + 8h, column 8j + 2 (lane % 4) + e.
+    """
+
+    spec: PrefillSpec
+
+    @cute.jit
+    def consume(
+        self, shared, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32,
+        group: Int32, read: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+    ):  # fmt: skip
+        spec = self.spec
+        p = cute.arch.thread_idx()[0] % 128
+        warp, lane = p // 32, p % 32
+        v0 = 64 * group + 16 * warp  # the warp's first value channel
+        col = 2 * (lane % 4)
+
+        S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
+        inside = (i_hv * spec.V + v0 + lane // 4) * spec.K + col
+        if cutlass.const_expr(spec.h0 is not None):
+            for j in cutlass.range_constexpr(spec.K // 8):
+                for h in cutlass.range_constexpr(2):
+                    pair = vector(h0.iterator, slot * h0.stride[0] + (inside + 8 * h * spec.K + 8 * j)).load()
+                    for e in cutlass.range_constexpr(2):
+                        S[4 * j + 2 * h + e] = pair[e].to(Float32)
+        else:
+            S.fill(0.0)
+
+        rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+        cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, STAGES), (1, 0, 2))
+        square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, 2 * STAGES), (0, 1, 2))
+        read_b = read.make_fragment_B(read.get_slice(p).partition_B(rows))
+        write_b = write.make_fragment_B(write.get_slice(p).partition_B(cols))
+        mix_b = mix.make_fragment_B(mix.get_slice(p).partition_B(square))
+        acc = cute.make_rmem_tensor(read.partition_shape_C((64, 2 * CHUNK)), Float32)
+        w = cute.make_rmem_tensor(mix.partition_shape_C((64, CHUNK)), Float32)
+        out = cute.make_rmem_tensor(w.shape, Float32)
+        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), BFloat16)
+        w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), BFloat16)
+
+        for chunk in cutlass.range(n_chunks, unroll=1):
+            stage = chunk % STAGES
+            cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES % 2)
+            self.decay(S, shared, chunk, col, True)
+            self.round(S, S_operand)
+            self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
+
+            # this warp's 16 value channels of 8 tokens a matrix: lanes give the addresses of tokens
+            token = lane // 16 * 8 + lane % 8
+            place = shared.v + stage * (CHUNK * spec.V) + swizzled_token(token, v0 // 8 + lane // 8 % 2)
+            factors = shared.token + stage * (3 * CHUNK)
+            values = []
+            for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
+                for word in load_transposed(place + j * 8 * spec.V):
+                    values.extend(bfloat16_pair(word))
+            a, scaled_b = ([vector(factors, i * CHUNK + 8 * j + col).load() for j in range(CHUNK // 8)] for i in range(2))
+            warpgroup.wait_group(0)
+            for j in cutlass.range_constexpr(CHUNK // 8):
+                for h in cutlass.range_constexpr(2):
+                    for e in cutlass.range_constexpr(2):
+                        i = 4 * j + 2 * h + e
+                        w[i] = a[j][e] * values[i] - scaled_b[j][e] * acc[i]
+                        out[i] = acc[cute.size(w) + i]
+            self.round(w, w_operand)
+            self.product(mix, w, w_operand, mix_b, 2 * stage, CHUNK // 16, True)
+            warpgroup.wait_group(0)
+
+            self.round(w, w_operand)
+            self.product(mix, out, w_operand, mix_b, 2 * stage + 1, CHUNK // 16, True)
+            self.product(write, S, w_operand, write_b, stage, CHUNK // 16, True)
+            warpgroup.wait_group(1)
+            self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
+            warpgroup.wait_group(0)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(shared.empty + stage)
+
+        self.decay(S, shared, n_chunks, col, False)
+        if cutlass.const_expr(spec.pooled or spec.ht is not None):
+            state = h0 if cutlass.const_expr(spec.pooled) else ht
+            for j in cutlass.range_constexpr(spec.K // 8):
+                for h in cutlass.range_constexpr(2):
+                    target = vector(state.iterator, slot * state.stride[0] + (inside + 8 * h * spec.K + 8 * j))
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    for e in cutlass.range_constexpr(2):
+                        pair[e] = S[4 * j + 2 * h + e]
+                    target.store(pair.load().to(state.element_type))
+
+    @cute.jit
+    def decay(self, S, shared, chunk: Int32, col: Int32, enter: cutlass.Constexpr[bool]):
+        """S from the frame of the chunk before to its end, and with `enter` on into the frame of this chunk's middle.
+
+        Two factors: their product may be too small for fp32 where S in the frame before is large.
+        """
+        K = self.spec.K
+        before = shared.decay + (DECAYS + (chunk + DECAYS - 1) % DECAYS) * K
+        now = shared.decay + chunk % DECAYS * K
+        for j in cutlass.range_constexpr(K // 8):
+            leave = vector(before, 8 * j + col).load()
+            for i in cutlass.range_constexpr(4):
+                S[4 * j + i] = S[4 * j + i] * leave[i % 2]
+            if cutlass.const_expr(enter):
+                to_middle = vector(now, 8 * j + col).load()
+                for i in cutlass.range_constexpr(4):
+                    S[4 * j + i] = S[4 * j + i] * to_middle[i % 2]
+
+    @cute.jit
+    def round(self, acc, target):
+        """Accumulators as the left operand of the next product: the same places, in bf16."""
+        cute.make_tensor(target.iterator, acc.layout).store(acc.load().to(BFloat16))
+
+    @cute.jit
+    def product(
+        self, mma: cute.TiledMma, acc, left, right, stage: Int32, steps: cutlass.Constexpr[int],
+        add: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """Starts acc (+)= left right."""
+        warpgroup.fence()
+        for i in cutlass.range_constexpr(steps):
+            mma.set(warpgroup.Field.ACCUMULATE, add or i != 0)
+            cute.gemm(mma, acc, left[None, None, i], right[None, None, i, stage], acc)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def write_out(
+        self, out, place, o, shared, b: Int32, first: Int32, n_tokens: Int32, chunk: Int32, stage: Int32,
+        i_hv: Int32, v0: Int32, lane: Int32,
+    ):  # fmt: skip
+        """o through shared memory, where this warp's part of v was: 16 value channels of a token a lane."""
+        spec = self.spec
+        factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane % 4)
+        rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
+        for j in cutlass.range_constexpr(CHUNK // 8):
+            scale = vector(factors, 8 * j).load()
+            for h in cutlass.range_constexpr(2):
+                for e in cutlass.range_constexpr(2):
+                    rounded[4 * j + 2 * h + e] = (out[4 * j + 2 * h + e] * scale[e]).to(BFloat16)
+        words = cute.recast_tensor(rounded, Int32)
+        cute.arch.sync_warp()  # all lanes have their v
+        for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
+            store_transposed(place + j * 8 * spec.V, tuple(words[2 * j + i] for i in range(4)))
+        cute.arch.sync_warp()
+        token = chunk * CHUNK + lane
+        if token < n_tokens:
+            offset = Int64(b) * o.stride[0] + Int64(first + token) * o.stride[1] + Int64(i_hv) * o.stride[2] + v0
+            for i in cutlass.range_constexpr(2):
+                source = shared.v + stage * (CHUNK * spec.V) + swizzled_token(lane, v0 // 8 + i)
+                vector(o.iterator, offset + 8 * i, 8).store(vector(source, 0, 8).load())

@@ -1,0 +1,159 @@
+"""The fused prefill kernel: chunk-local work and the chain over chunks meet in one CTA, through shared memory.
+
+A CTA has one value head of one sequence. Two warpgroups (`prefill_produce.py`) turn every other chunk of 32 tokens each
+into what the chain needs; two (`prefill_consume.py`) hold the state, 64 value channels each, and run the chain.
+
+With G the running sum of log2 decays in a chunk and m its middle (after token 15), for token i and channel c:
+
+    kE = k exp2(G - m)     qE = q exp2(G - m)     kI = k exp2(m - G)
+
+so that kE . kI of tokens i >= j is k_i . (exp2(G_i - G_j) k_j), and one reference does for the whole chunk: gates are
+bounded by -5, hence all exponents by 16 * 5. L2 norms and beta are factors of whole tokens, a = |k|^-1 beta,
+b = |k|^-2 beta, and are left out of the operands. With the state S (V x K) in the frame of m, S~ = S diag(exp2(m)):
+
+    L = b tril(kE kI^T, -1)                  w = (I + L)^-1 (a v - b S~ kE)
+    o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)      S~ <- S~ + w kI,  S = S~ diag(exp2(G_31 - m))
+
+w is u / |k|: the update that the delta rule writes. The inverse is made in fp32 by substitution.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
+
+from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, PrefillSpec
+from kda_kernels.cute.prefill_consume import Consumer
+from kda_kernels.cute.prefill_produce import Producer
+from kda_kernels.cute.prefill_shared import DECAYS, allocate, vector
+
+K_MAJOR, MN_MAJOR = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
+
+
+class PrefillKernel(Producer, Consumer):
+    """Called with tensors of the shapes of `Inputs`; see `prefill_build.py`."""
+
+    def __init__(self, spec: PrefillSpec) -> None:
+        self.spec = spec
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # [B, T, H, K]
+        k: cute.Tensor,  # [B, T, H, K]
+        v: cute.Tensor,  # [B, T, HV, V]
+        g: cute.Tensor,  # [B, T, HV, K]
+        beta: cute.Tensor,  # [B, T, HV]
+        A_log: cute.Tensor | None,  # [HV]
+        dt_bias: cute.Tensor | None,  # [HV * K]
+        o: cute.Tensor,  # [B, T, HV, V]
+        h0: cute.Tensor | None,  # [N or P, HV, V, K]
+        ht: cute.Tensor | None,  # [N, HV, V, K]
+        state_indices: cute.Tensor | None,  # [N]
+        cu_seqlens: cute.Tensor | None,  # [N + 1]
+        scale: Float32,
+        lower_bound: Float32,
+        stream,
+    ):
+        N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
+        rmem = warpgroup.OperandSource.RMEM
+
+        def product(n, b_major=K_MAJOR, source=rmem):
+            return make_trivial_tiled_mma(
+                BFloat16, BFloat16, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source
+            )
+
+        products = (
+            product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
+            product(2 * CHUNK),  # S~ [kE; qE]^T
+            product(CHUNK),  # with the inverse, with Aqk
+            product(self.spec.K, MN_MAJOR),  # w kI
+        )
+        self.kernel(
+            q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, scale, lower_bound, *products
+        ).launch(grid=(self.spec.HV * N, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        g: cute.Tensor,
+        beta: cute.Tensor,
+        A_log: cute.Tensor | None,
+        dt_bias: cute.Tensor | None,
+        o: cute.Tensor,
+        h0: cute.Tensor | None,
+        ht: cute.Tensor | None,
+        state_indices: cute.Tensor | None,
+        cu_seqlens: cute.Tensor | None,
+        scale: Float32,
+        lower_bound: Float32,
+        gram: cute.TiledMma,
+        read: cute.TiledMma,
+        mix: cute.TiledMma,
+        write: cute.TiledMma,
+    ):
+        spec = self.spec
+        tid = cute.arch.thread_idx()[0]
+        pid = cute.arch.block_idx()[0]
+        i_n, i_hv = pid // spec.HV, pid % spec.HV
+        slot = Int64(i_n)
+        if cutlass.const_expr(spec.pooled):
+            slot = Int64(state_indices[i_n])
+        b, first, n_tokens = i_n, Int32(0), Int32(q.shape[1])
+        if cutlass.const_expr(spec.packed):
+            b, first = Int32(0), Int32(cu_seqlens[i_n])
+            n_tokens = Int32(cu_seqlens[i_n + 1]) - first
+
+        live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
+        if slot < 0:  # padding: the pool is neither read nor written
+            self.write_zeros(o, b, first, n_tokens, i_hv, tid)
+        elif live:
+            self.work(
+                q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot, b, first, n_tokens, i_hv, scale, lower_bound,
+                gram, read, mix, write,
+            )  # fmt: skip
+
+    @cute.jit
+    def work(
+        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32,
+        i_hv: Int32, scale: Float32, lower_bound: Float32,
+        gram: cute.TiledMma, read: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+    ):  # fmt: skip
+        """One head of one sequence."""
+        K, heads_per_q = self.spec.K, self.spec.HV // self.spec.H
+        tid = cute.arch.thread_idx()[0]
+        n_chunks = (n_tokens + CHUNK - 1) // CHUNK
+        shared = allocate(self.spec, g.element_type)
+        if tid == 0:
+            for s in cutlass.range_constexpr(STAGES):
+                cute.arch.mbarrier_init(shared.full + s, 1)
+                cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // 32)
+            cute.arch.mbarrier_init_fence()
+        if tid < K:  # the decay after the chunk before the first
+            vector(shared.decay, (2 * DECAYS - 1) * K + tid, 1)[0] = Float32(1.0)
+        cute.arch.sync_threads()
+
+        group = cute.arch.make_warp_uniform(tid // 128)
+        if group < CONSUMERS // 128:
+            cute.arch.setmaxregister_increase(REGISTERS["consume"])
+            self.consume(shared, o, h0, ht, slot, b, first, n_tokens, n_chunks, i_hv, group, read, mix, write)
+        else:
+            cute.arch.setmaxregister_decrease(REGISTERS["produce"])
+            self.produce(
+                shared, q, k, v, g, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
+                i_hv // heads_per_q, i_hv, scale, lower_bound, group - CONSUMERS // 128, gram,
+            )  # fmt: skip
+
+    @cute.jit
+    def write_zeros(self, o, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, tid: Int32):
+        per_row = self.spec.V // 8
+        zeros = cute.make_rmem_tensor(8, o.element_type)
+        zeros.fill(0.0)
+        for t in cutlass.range(tid // per_row, n_tokens, THREADS // per_row, unroll=1):
+            offset = Int64(b) * o.stride[0] + Int64(first + t) * o.stride[1] + Int64(i_hv) * o.stride[2]
+            vector(o.iterator, offset + tid % per_row * 8, 8).store(zeros.load())

@@ -1,0 +1,67 @@
+"""PTX instructions that the DSL offers only behind its layout algebra: asynchronous copies and transposing matrix moves."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+@dsl_user_op
+def copy_16_bytes(target: cute.Pointer, source: cute.Pointer, live, *, loc=None, ip=None) -> None:
+    """Global to shared memory, asynchronously (cp.async): 16 bytes of `source`, or zeros unless `live`."""
+    size = Int32(live) * 16
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), source.toint(), size)]
+    _asm(None, operands, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", loc, ip)
+
+
+@dsl_user_op
+def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
+    """ldmatrix.x4.trans: four 8x8 matrices of 16-bit elements, lane 8m + r giving the address of row r of matrix m.
+
+    A lane gets, of each, column lane // 4 and rows 2 (lane % 4) and the next: as accumulators of a product lie.
+    """
+    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    result = _asm(
+        struct, [source.toint().ir_value(loc=loc, ip=ip)],
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
+    )  # fmt: skip
+    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def store_transposed(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -> None:
+    """stmatrix.x4.trans, the inverse of `load_transposed`."""
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), *words)]
+    _asm(None, operands, "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", loc, ip)
+
+
+@dsl_user_op
+def bfloat16_pair(word: Int32, *, loc=None, ip=None) -> tuple:
+    """Both bf16 halves of a word as fp32, the lower first."""
+    word = Int32(word)
+    halves = (word << 16, word & Int32(-65536))
+    return tuple(
+        Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip)) for x in halves
+    )
+
+
+@dsl_user_op
+def exp2_approx(x: Float32, *, loc=None, ip=None) -> Float32:
+    """2**x, 2 ulp; 0 under 2**-126. One instruction."""
+    operand = Float32(x).ir_value(loc=loc, ip=ip)
+    return Float32(_asm(T.f32(), [operand], "ex2.approx.ftz.f32 $0, $1;", "=f,f", loc, ip, effects=False))
+
+
+@cute.jit
+def select(condition, a: Float32, b: Float32) -> Float32:
+    """a or b, with no branch."""
+    return Float32(cutlass.select_(condition, a, b))
+
+
+def _asm(result, operands, text, constraints, loc, ip, effects=True):
+    return llvm.inline_asm(
+        result, operands, text, constraints, has_side_effects=effects, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
