@@ -11,6 +11,7 @@ from foresee_launches import launched
 from kda_kernels import registry
 from kdacli.compile import arch, pretend
 from kdacli.verify import ahead
+from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
 if __name__ == "__main__":
@@ -20,9 +21,9 @@ if __name__ == "__main__":
 
     def left() -> dict[str, int]:
         keys = {key for case in cases for key in launched(kernel, case, where)}
-        return {"named": len(ahead.plan([kernel], cases, where).named), "launches": len(keys - {None})}
+        return {"named": len(ahead.plan(pairs([kernel], cases), where).named), "launches": len(keys - {None})}
 
     with pretend.gpu(where):
         before = left()
-        ahead.compile_ahead([kernel], cases, jobs)
+        ahead.compile_ahead(pairs([kernel], cases), jobs)
         print(json.dumps({"cases": len(cases), "before": before, "after": left()}))

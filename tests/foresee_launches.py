@@ -19,7 +19,7 @@ from kdacli.verify.call import call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
 from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject, subject
-from kdacli.verify.runner import inputs_of
+from kdacli.verify.runner import inputs_of, pairs
 from kdacli.verify.suites import cases_for
 
 
@@ -76,7 +76,7 @@ if __name__ == "__main__":
                 for case in cases_for("cuda", op=kernel.op)
                 if "far-pool" not in case.transforms and kernel.unsupported(case.problem) is None
             ]
-            plan = ahead.plan([kernel], cases, where)
+            plan = ahead.plan(pairs([kernel], cases), where)
             found[kernel.name] = {
                 "named": len(plan.named),
                 "foreseen": sorted(set(foreseen(plan, where))),

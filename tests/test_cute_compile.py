@@ -94,6 +94,30 @@ def test_usual_variants_spill_nothing(variant):
     assert built.ptx and not built.cached
 
 
+@pytest.mark.parametrize("variant", list(module.variants()), ids=lambda v: v.name)
+def test_nothing_is_made_before_all_loads_are_on_their_way(variant):
+    """The first token's channels do not wait for the slot, nor the state for the gates."""
+    listing = sass.disassemble(variant.build("sm_90a").cubin, toolchain.tool("nvdisasm"))
+    opcodes = [op for op in sass.INSTRUCTION.findall(listing) if op.split(".")[0] in ("LDG", "UBLKCP", "MUFU", "BAR")]
+    made = next(i for i, op in enumerate(opcodes) if op.startswith(("MUFU", "BAR")))
+    ahead = opcodes[:made]
+    assert {"LDG.E.128", "UBLKCP.S.G"} & set(ahead)
+    if "packed" not in variant.name:  # whose loop asks for the next token in between
+        assert not any(op.startswith("LDG") for op in opcodes[made:])
+
+
+@pytest.mark.parametrize(
+    ("change", "exact"),
+    [({}, True), (BF16_STATE, False), ({**BF16_STATE, "dtype": "float32"}, True), ({**BF16_STATE, **DRAFT}, False)],
+    ids=["fp32", "bf16", "bf16, fp32 out", "bf16 draft"],
+)
+def test_the_hardware_approximates_only_what_is_rounded(change, exact):
+    """MUFU.EX2 is the approximation of exp; without it there is the polynomial."""
+    (variant,) = module.variants(dataclasses.replace(DECODE, **change))
+    listing = sass.disassemble(variant.build("sm_90a").cubin, toolchain.tool("nvdisasm"))
+    assert ("MUFU.EX2" in listing) == (not exact)
+
+
 def test_variants_are_what_launches_look_for(monkeypatch, tmp_path):
     """`kda compile` leaves a file, and the cache finds it under the label of the spec that a launch asks for."""
     monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))

@@ -176,9 +176,25 @@ def test_padding_whose_tensors_are_nan():
 
 @pytest.mark.parametrize("raw", [-1e4, -50.0, 50.0, 1e4])
 @pytest.mark.parametrize("options", [Options(), SAFE], ids=["softplus", "safe"])
-def test_strong_and_weak_gates_stay_finite(options, raw):
-    inputs = usual(T=4, options=options)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_strong_and_weak_gates_stay_finite(options, raw, state_dtype):
+    inputs = usual(T=4, options=options, state_dtype=state_dtype)
     check(dataclasses.replace(inputs, g=torch.full_like(inputs.g, raw)))
+
+
+@pytest.mark.parametrize("N", [3, 200])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_small_softplus_times_a_large_rate(N, state_dtype):
+    """softplus(-15) is 3.06e-7, and the decay 0.69: as log(1 + e) it would be off by a fifth."""
+    inputs = usual(N, state_dtype=state_dtype)
+    check(
+        dataclasses.replace(
+            inputs,
+            g=torch.full_like(inputs.g, -15.0),
+            A_log=torch.full_like(inputs.A_log, 14.0),
+            dt_bias=torch.zeros_like(inputs.dt_bias),
+        )
+    )
 
 
 def test_a_plain_state_in_place():

@@ -18,6 +18,7 @@ from kdacli.commands import verify
 from kdacli.compile import arch, pool
 from kdacli.main import cli
 from kdacli.verify import ahead
+from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ def test_few_are_left_to_their_launches(monkeypatch):
     one = ahead.Named(registry.get("triton-gate"), cases_for("cuda", op=Op.GATE)[0].problem, "safe gate")
     for count in (0, ahead.FEW - 1, ahead.FEW):
         monkeypatch.setattr(ahead, "plan", lambda *_, n=count: ahead.Plan({str(i): one for i in range(n)}, ()))
-        ahead.compile_ahead([], [])
+        ahead.compile_ahead([])
     assert [len(found.named) for found in started] == [ahead.FEW]
 
 
@@ -81,7 +82,7 @@ def test_what_is_wrong_is_left_to_the_run(monkeypatch):
         raise InputError("arch is sm_91: it should be one of sm_80")
 
     monkeypatch.setattr(ahead, "here", unknown)
-    ahead.compile_ahead([registry.get("triton-gate")], cases_for("cuda", op=Op.GATE))
+    ahead.compile_ahead(pairs([registry.get("triton-gate")], cases_for("cuda", op=Op.GATE)))
 
 
 def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
@@ -92,9 +93,9 @@ def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
     assert asked == []
     run = object.__new__(verify._Run)
     kernel, case = registry.get("torch-decode"), cases_for("cpu", op=Op.DECODE)[0]
-    run.device, run.kernels, run.cases = "cuda", [kernel], {case.name: case}
+    run.device, run.table = "cuda", [(case, [kernel])]
     run.compile_ahead(3)
-    assert asked == [([kernel], [case], 3)]
+    assert asked == [([(case, [kernel])], 3)]
 
 
 @pytest.mark.parametrize(("words", "asked"), [([], [None]), (["--jobs", "2"], [2]), (["--jobs", "0"], [])])

@@ -11,13 +11,18 @@ from kdacli import options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
+    from kda_kernels.registry import Kernel
     from kdacli.verify.case import Case
-    from kdacli.verify.runner import Bench, Result
+    from kdacli.verify.checker import Checker
+    from kdacli.verify.isolated import IsolatedChecker
+    from kdacli.verify.runner import Result
     from kdacli.verify.verdict import Explanation
 
 EXPLAINED = 3  # failures of a kernel that are shrunk and explained
 STRESS_SECONDS = 60.0
+HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune themselves meanwhile
 
 
 @click.command("verify", cls=options.SectionedCommand)
@@ -41,6 +46,18 @@ STRESS_SECONDS = 60.0
     metavar="COUNT",
     help="Processes that compile ahead of the cases, on a GPU. Default: one a core; 0: none.",
 )
+@click.option(
+    "--isolate/--no-isolate",
+    default=None,
+    help="Check in a process apart, which a kernel may crash or hang without ending the run. Default: on a GPU.",
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(0.1, 86400),
+    default=HUNG_SECONDS,
+    metavar="SECONDS",
+    help="A check that takes longer, in a process apart, counts as hung. Default: 300.",
+)
 @click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
 @click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
 @options.problem_options
@@ -57,6 +74,8 @@ def command(
     fail_fast: bool,
     shrink: float,
     jobs: int | None,
+    isolate: bool | None,
+    limit: float,
     save_dir: str | None,
     junit: str | None,
     device: str,
@@ -80,7 +99,8 @@ def command(
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure.
 
     On a GPU, kernels that a suite launches and the caches of Triton and CuTe lack are compiled first, in --jobs
-    processes.
+    processes; and the checks run in a process apart, so that a kernel which crashes it, breaks the GPU's context, or
+    hangs, fails its case, and the next case runs. Ctrl-C ends a run early: what was checked is reported.
 
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
@@ -109,13 +129,29 @@ def command(
 
         require()
     folder = _folder(save_dir)
-    run = _Run(kernels, suite_name or "quick", case_names, seconds, device, shrink, params)
-    if jobs != 0:
-        run.compile_ahead(jobs)
-    run.check(fail_fast)
-    run.explain(folder, force)
+    from kdacli.device import pick_device
+
+    device = pick_device(device)
+    with _checker(device, params["seed"] or 0, isolate, limit) as checker:
+        run = _Run(kernels, suite_name or "quick", case_names, seconds, device, shrink, params, checker)
+        run.go(jobs, fail_fast, folder, force)
     run.report(json_dest, junit, verbose, force)
     run.conclude()
+
+
+def _checker(
+    device: str, seed: int, isolate: bool | None, limit: float
+) -> "AbstractContextManager[Checker | IsolatedChecker]":
+    """What does the checks: here, or, on a GPU by default, in a process that may crash."""
+    if isolate or (isolate is None and device == "cuda"):
+        from kdacli.verify.isolated import IsolatedChecker
+
+        return IsolatedChecker(device, seed, limit)
+    from contextlib import nullcontext
+
+    from kdacli.verify.checker import Checker
+
+    return nullcontext(Checker(device, seed))
 
 
 def _check_flags(
@@ -174,11 +210,11 @@ class _Run:
         device: str,
         shrink: float,
         params: options.Params,
+        checker: "Checker | IsolatedChecker",
     ) -> None:
-        from kdacli.device import pick_device
-        from kdacli.verify.selection import select_cases, select_kernels
+        from kdacli.verify.selection import select_kernels, select_table
 
-        self.params, self.shrink = params, shrink
+        self.params, self.shrink, self.device, self.checker = params, shrink, device, checker
         self.seed = params["seed"] or 0
         self.one_problem = bool(_one_problem(params))
         self.searching = suite_name == "stress" and not self.one_problem and not case_names
@@ -187,70 +223,71 @@ class _Run:
             from kdacli.verify.search import require
 
             require()
-        self.device = pick_device(device)
         self.kernels, self.not_run = select_kernels(names, params["op"] and Op(params["op"]))
-        self.cases: dict[str, Case] = {}
+        checker.prepare(self.kernels)
+        self.table: list[tuple[Case, list[Kernel]]] = []
         if not self.one_problem:
-            chosen = select_cases(case_names, self.kernels, self.device, suite_name)
-            self.cases = {case.name: case for case in chosen}
+            self.table = select_table(case_names, self.kernels, device, suite_name)
+        self.cases = {case.name: case for case, _ in self.table}
+        self.total = len(self.kernels) if self.one_problem else sum(len(served) for _, served in self.table)
         self.results: list[Result] = []
         self.explained: dict[tuple[str, str], Explanation] = {}
         self.saved: dict[tuple[str, str], Path] = {}
         self.searched: list[str] = []
-        self.bench: Bench | None = None  # of flags or a dump
+        self.complete = False  # everything that was asked for was checked
+        self.interrupted = False
+
+    def go(self, jobs: int | None, fail_fast: bool, folder: Path | None, force: bool) -> None:
+        """Compiles, checks, explains, as far as nobody interrupts it."""
+        try:
+            if jobs != 0:
+                self.compile_ahead(jobs)
+            self.complete = self.check(fail_fast)
+            self.explain(folder, force)
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def compile_ahead(self, jobs: int | None) -> None:
         """On a GPU: in parallel, what the cases would compile one after the other."""
-        if self.device == "cuda" and self.cases:
+        if self.device == "cuda" and self.table:
             from kdacli.verify.ahead import compile_ahead
 
-            compile_ahead(self.kernels, list(self.cases.values()), jobs)
+            compile_ahead(self.table, jobs)
 
-    def check(self, fail_fast: bool) -> None:
-        """Everything that was asked for, or as far as the first failure."""
+    def check(self, fail_fast: bool) -> bool:
+        """Everything that was asked for; False: it ended before, at a failure."""
         from kdacli.output import progress
-        from kdacli.verify.runner import pairs
 
-        total = (
-            len(self.kernels) if self.one_problem else sum(len(k) for _, k in pairs(self.kernels, self.cases.values()))
-        )
-        with progress("verifying", total) as advance:
-            for result in self._one() if self.one_problem else self._table():
+        with progress("verifying", self.total) as advance:
+            for result in self._given() if self.one_problem else self._suite():
                 self.results.append(result)
                 advance(f"{result.case}, {result.kernel}")
                 if fail_fast and not result.ok:
-                    return
-        if self.searching:
-            self._search(fail_fast)
+                    return False
+        return not self.searching or self._search(fail_fast)
 
-    def _table(self) -> "Iterator[Result]":
-        from kdacli.verify.runner import verify
+    def _suite(self) -> "Iterator[Result]":
+        for case, kernels in self.table:
+            yield from self.checker.check_case(case, kernels)
 
-        return verify(self.kernels, self.cases.values(), self.device, self.seed)
-
-    def _one(self) -> "Iterator[Result]":
+    def _given(self) -> "Iterator[Result]":
         """The problem that the flags or the dump hold, for those of the kernels that serve its op."""
-        from kdacli.verify.runner import Bench, check
-
         ops = {kernel.op for kernel in self.kernels}
-        default = ops.pop() if len(ops) == 1 else Op.PREFILL
-        problem, inputs, _, label = options.inputs_from(self.params, self.device, default)
-        served = [kernel for kernel in self.kernels if kernel.op is problem.op]
+        label, op = self.checker.give(self.params, ops.pop() if len(ops) == 1 else Op.PREFILL)
+        served = [kernel for kernel in self.kernels if kernel.op is op]
         if not served:
-            raise InputError(f"{label}: no kernel chosen serves {problem.op}; --op chooses what to do with it")
-        self.bench = Bench.of_inputs(label, problem, inputs)
-        for kernel in served:
-            yield check(kernel, self.bench)
+            raise InputError(f"{label}: no kernel chosen serves {op}; --op chooses what to do with it")
+        self.total = len(served)
+        yield from self.checker.check_given(served)
 
-    def _search(self, fail_fast: bool) -> None:
-        """Random cases, the time shared out among the kernels."""
+    def _search(self, fail_fast: bool) -> bool:
+        """Random cases, the time shared out among the kernels; False: it ended before, at a failure."""
         from kdacli.output import progress
-        from kdacli.verify.search import search
 
         with progress("searching", len(self.kernels)) as advance:
             for kernel in self.kernels:
                 advance(kernel.name)
-                found = search(kernel, self.device, self.seconds / len(self.kernels), self.seed)
+                found = self.checker.search(kernel, self.seconds / len(self.kernels))
                 said = "one failed" if found.failure else "none failed"
                 refused = f", {found.refused} refused" if found.refused else ""
                 self.searched.append(f"searched: {kernel.name}: {found.tried} random cases, {said}{refused}")
@@ -259,34 +296,29 @@ class _Run:
                     self.cases[case.name] = case
                     self.results.append(result)
                     if fail_fast:
-                        return
+                        return False
+        return True
 
     def failures(self) -> "list[Result]":
         return [result for result in self.results if not result.ok]
 
     def explain(self, folder: Path | None, force: bool) -> None:
-        """Looks closely at the first failures of each kernel, and saves their tensors."""
+        """Looks closely at the first failures of each kernel that can be had again, and saves their tensors."""
         from kdacli.output import progress
-        from kdacli.verify import verdict
 
         by_name = {kernel.name: kernel for kernel in self.kernels}
-        first = [
-            result for name in by_name for result in [r for r in self.failures() if _kernel_name(r) == name][:EXPLAINED]
-        ]
+        again = [result for result in self.failures() if not result.crashed]
+        first = [result for name in by_name for result in [r for r in again if _kernel_name(r) == name][:EXPLAINED]]
         if folder is not None and first:
             folder.mkdir(parents=True, exist_ok=True)
         with progress("explaining", len(first)) as advance:
             for result in first:
-                key = (result.case, result.kernel)
+                key, case = (result.case, result.kernel), self.cases.get(result.case)
                 kernel = by_name[_kernel_name(result)]
-                if self.bench is not None:
-                    found = verdict.explain_bench(self.bench, result)
-                else:
-                    case = self.cases[result.case]
-                    found = verdict.explain_case(kernel, case, result, self.seed, self.device, self.shrink)
+                found, path = self.checker.explain(kernel, case, result, self.shrink, folder, force)
                 self.explained[key] = found
-                if folder is not None:
-                    self.saved[key] = verdict.save(folder, kernel.name, result.case, result.op, found, force)
+                if path is not None:
+                    self.saved[key] = path
                 advance(result.case)
 
     def reproduce(self, result: "Result") -> str:
@@ -318,7 +350,7 @@ class _Run:
                 )
                 for r in self.failures()
             }
-            write(junit, self.results, details)
+            write(junit, self.results, details, self.complete)
         if json_dest:
             self._write_json(json_dest, again, force)
         if json_dest == "-":
@@ -330,7 +362,13 @@ class _Run:
             say(line)
         why = {case.name: case.why for case in self.cases.values()}
         report.print_failures(self.results, why, self.explained, again, self.saved)
-        say(("\n" if again else "") + report.summary(self.results, self.not_run))
+        say(("\n" if again else "") + self._summary())
+
+    def _summary(self) -> str:
+        from kdacli.verify import report
+
+        left = "" if self.complete else f"; ended early, {self.total - len(self.results)} of {self.total} were not made"
+        return report.summary(self.results, self.not_run) + left
 
     def _write_json(self, dest: str, again: dict[tuple[str, str], str], force: bool) -> None:
         from kdacli.device import describe
@@ -351,14 +389,17 @@ class _Run:
                 ],
                 "not_run": [{"kernel": kernel, "reason": reason} for kernel, reason in self.not_run],
                 "searched": self.searched,
-                "summary": report.summary(self.results, self.not_run),
+                "complete": self.complete,
+                "summary": self._summary(),
             },
             dest,
             force,
         )
 
     def conclude(self) -> None:
-        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran."""
+        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran; after Ctrl-C, `Abort`."""
+        if self.interrupted:
+            raise click.Abort
         if failed := self.failures():
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckFailedError(f"{failed[0].kernel} failed {failed[0].case}{more}")

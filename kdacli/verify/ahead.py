@@ -6,7 +6,7 @@ it does not foresee, or cannot compile, is compiled, and reported, at its launch
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from kdacli.output import progress
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
 from kdacli.verify.properties import PROPERTIES
-from kdacli.verify.runner import pairs
+from kdacli.verify.runner import Table
 from kdacli.verify.transforms import LAYOUTS, transformed
 
 FEW = 4  # to compile so few, processes would take longer to start than they save
@@ -55,22 +55,23 @@ class Plan:
         return len(self.named) >= FEW
 
 
-def compile_ahead(kernels: Sequence[Kernel], cases: Sequence[Case], jobs: int | None = None) -> None:
-    """Compiles for this machine's GPU what `kernels` will launch in `cases`, as far as it can be foreseen.
+def compile_ahead(table: Table, jobs: int | None = None) -> None:
+    """Compiles for this machine's GPU what kernels will launch in cases, as far as it can be foreseen.
 
     Args:
+        table: the cases, each with its kernels.
         jobs: processes; None: one a core.
     """
     with contextlib.suppress(Exception):  # whatever is wrong, the run meets it too, and says so
-        if (arch := here()) is not None and (found := plan(kernels, cases, arch)).pays:
+        if (arch := here()) is not None and (found := plan(table, arch)).pays:
             _carry_out(found, arch, jobs or pool.cores())
 
 
-def plan(kernels: Iterable[Kernel], cases: Iterable[Case], arch: Arch) -> Plan:
+def plan(table: Table, arch: Arch) -> Plan:
     """What the cases launch on a GPU of that architecture, and the caches do not hold."""
     named: dict[str, Named] = {}
     unnamed: dict[Unnamed, None] = {}
-    for case, served in pairs(kernels, cases):
+    for case, served in table:
         layouts = tuple(name for name in case.transforms if name in LAYOUTS and name != _TOO_LARGE)
         for kernel, problem in [call for one in served for call in _calls(one, case)]:
             offered = worker.offers(kernel)

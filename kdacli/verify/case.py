@@ -12,6 +12,8 @@ FP32 = {"dtype": "float32", "g_dtype": "float32", "beta_dtype": "float32"}
 FP16 = {"dtype": "float16", "g_dtype": "float16", "beta_dtype": "float16"}
 MIXED = {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16", "state_dtype": "bfloat16"}
 NO_STATE = {"initial_state": False, "final_state": False}
+_FIELDS = ("HV", "packed", "padding", "initial_state", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype",
+           "state_dtype")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Case:
         decode_steps: for prefill: the last so many tokens of each sequence are decoded from the pool, one by one.
         gpu_only: too large for an interpreter, or about something that only a GPU has.
         seed: added to the seed of the run.
+        about: what makes it this case, as groups of fields by their names in `kdacli.verify.spec`: while one group is
+            as it is here, others may be changed for a kernel that does not support them (`kdacli.verify.fit`). Empty:
+            it is about its values, memory or properties, which stay.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Case:
     decode_steps: int = 0
     gpu_only: bool = False
     seed: int = 0
+    about: tuple[tuple[str, ...], ...] = ()
 
 
 def row(
@@ -57,12 +63,32 @@ def row(
     properties: tuple[str, ...] = (),
     decode_steps: int = 0,
     gpu_only: bool = False,
+    about: str = "",
     **fields,
 ) -> Case:
-    """A case in few words; `fields` are those of `Problem`. Its name begins with the op."""
+    """A case in few words; `fields` are those of `Problem`. Its name begins with the op.
+
+    Args:
+        about: the one field that it is about; "": whichever differ from the usual, unless it has transforms, keys,
+            gates, properties or decode steps of its own, which say enough.
+    """
     sizes = {"H": heads, "HV": v_heads or heads, "K": dim, "V": dim}
     problem = Problem(op, seq_lens, options=options, **{**sizes, **fields})
-    return Case(f"{op}-{name}", why, problem, gates, keys, transforms, properties, decode_steps, gpu_only)
+    says_enough = transforms or properties or decode_steps or (gates, keys) != ("bench", "random")
+    groups = ((about,),) if about else () if says_enough else _unusual(problem)
+    return Case(f"{op}-{name}", why, problem, gates, keys, transforms, properties, decode_steps, gpu_only, about=groups)
+
+
+def _unusual(problem: Problem) -> tuple[tuple[str, ...], ...]:
+    """The fields, by their names in `kdacli.verify.spec`, that are not as in most cases; lengths and sizes may be."""
+    usual = Problem(problem.op, problem.seq_lens, H=problem.H, HV=problem.H, options=SAFE)
+    names = {"pool": "pool_slots", "v_first": "state_v_first"} | {name: name for name in _FIELDS}
+    found = [key for key, name in names.items() if getattr(problem, name) != getattr(usual, name)]
+    options = {"logit": "beta_is_logit", "neg_eigval": "allow_neg_eigval", "l2norm": "qk_l2norm"} | {
+        name: name for name in ("gate", "lower_bound", "scale")
+    }
+    found += [key for key, name in options.items() if getattr(problem.options, name) != getattr(SAFE, name)]
+    return tuple((key,) for key in found)
 
 
 def change(options: Options, **changes) -> Options:

@@ -16,11 +16,12 @@ def require() -> None:
         raise UnavailableError("--junit needs junitparser: pip install junitparser") from None
 
 
-def write(path: str, results: Sequence[Result], details: Mapping[tuple[str, str], str]) -> None:
+def write(path: str, results: Sequence[Result], details: Mapping[tuple[str, str], str], complete: bool) -> None:
     """A test suite for each kernel, a test for each case; a refusal is a skipped test.
 
     Args:
         details: by (case, kernel): what is printed of a failure.
+        complete: whether the run came to its end, which each suite has as a property.
 
     Raises:
         InputError: the file cannot be written.
@@ -30,6 +31,7 @@ def write(path: str, results: Sequence[Result], details: Mapping[tuple[str, str]
     xml = junitparser.JUnitXml("kda verify")
     for kernel in dict.fromkeys(result.kernel for result in results):
         suite = junitparser.TestSuite(kernel)
+        suite.add_property("complete", str(complete).lower())
         for result in results:
             if result.kernel == kernel:
                 suite.add_testcase(_testcase(result, details.get((result.case, result.kernel), "")))

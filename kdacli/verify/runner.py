@@ -16,7 +16,7 @@ from kdacli.judge import Verdict, judge
 from kdacli.judge.baseline import expect, plain
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
-from kdacli.verify.call import Call, call
+from kdacli.verify.call import Call, Runner, call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
 from kdacli.verify.memory import modified, same_bits
@@ -24,6 +24,7 @@ from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject
 from kdacli.verify.transforms import LAYOUTS, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
+Table = list[tuple[Case, list[Kernel]]]  # cases, each with the kernels that it is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Result:
         verdicts: one for each output tensor, when it ran.
         notes: why it was refused, what it raised, or what is wrong beside the values.
         properties: those of the case, in its order.
+        crashed: an error that took the GPU's context, or the process, along.
         seconds: that the check took.
         outputs: of its first call, for a closer look at a failure; else None.
     """
@@ -56,6 +58,7 @@ class Result:
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
     properties: tuple[Held, ...] = ()
+    crashed: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
     outputs: Outputs | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -107,31 +110,16 @@ def inputs_of(case: Case, seed: int, device: str) -> Inputs:
     return transformed(drawn, case.transforms)
 
 
-def pairs(kernels: Iterable[Kernel], cases: Iterable[Case]) -> list[tuple[Case, list[Kernel]]]:
+def pairs(kernels: Iterable[Kernel], cases: Iterable[Case]) -> Table:
     """Each case with the kernels of its op, in order; cases that no kernel serves are left out."""
     kernels = list(kernels)
     table = [(case, [kernel for kernel in kernels if kernel.op is case.problem.op]) for case in cases]
     return [(case, served) for case, served in table if served]
 
 
-def verify(kernels: Iterable[Kernel], cases: Iterable[Case], device: str, seed: int = 0) -> Iterator[Result]:
-    """Checks every kernel in every case of its op, case by case, and yields each result as it is there.
-
-    Args:
-        kernels: to check. A kernel that cannot run a case is a result too ("refused").
-        cases: see `kdacli.verify.suites`.
-        device: "cpu" or "cuda".
-        seed: of the synthetic inputs.
-    """
-    for case, served in pairs(kernels, cases):
-        try:
-            bench = Bench.of_case(case, seed, device)
-        except torch.OutOfMemoryError:
-            why = ("the GPU has too little memory free for this case",)
-            yield from (Result(case.name, kernel.name, case.problem.op, "refused", notes=why) for kernel in served)
-            continue
-        for kernel in served:
-            yield check(kernel, bench)
+def runner_of(kernel: Kernel, decode_steps: int) -> Runner:
+    """What is run for a kernel: itself, or itself and then a decode kernel for the last so many tokens."""
+    return PrefillThenDecode.of(kernel, decode_steps) if decode_steps else kernel
 
 
 def check(kernel: Kernel, bench: Bench) -> Result:
@@ -142,7 +130,7 @@ def check(kernel: Kernel, bench: Bench) -> Result:
 
 
 def _check(kernel: Kernel, bench: Bench) -> Result:
-    runner = PrefillThenDecode.of(kernel, bench.decode_steps) if bench.decode_steps else kernel
+    runner = runner_of(kernel, bench.decode_steps)
 
     def result(status: Status, notes: Iterable[str] = (), **found) -> Result:
         return Result(bench.name, runner.name, bench.problem.op, status, notes=tuple(notes), **found)

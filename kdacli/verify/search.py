@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kda_kernels.errors import UnavailableError
@@ -46,10 +47,17 @@ def require() -> None:
         raise UnavailableError("the suite stress needs hypothesis: pip install hypothesis") from None
 
 
-def search(kernel: Kernel, device: str, seconds: float, seed: int = 0, examples: int = 1_000_000) -> Found:
+def search(
+    kernel: Kernel,
+    device: str,
+    seconds: float,
+    seed: int = 0,
+    examples: int = 1_000_000,
+    before: Callable[[Case], None] = lambda case: None,
+) -> Found:
     """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
 
-    The same seed draws the same cases; how many there is time for depends on the machine.
+    The same seed draws the same cases; how many there is time for depends on the machine. `before` is called with each.
     """
     import hypothesis
 
@@ -72,6 +80,7 @@ def search(kernel: Kernel, device: str, seconds: float, seed: int = 0, examples:
         nonlocal tried, refused
         if failure or time.monotonic() > deadline:
             raise _StopError
+        before(case)
         result = check(kernel, Bench.of_case(case, seed, device))
         tried += 1
         refused += result.status == "refused"

@@ -9,6 +9,8 @@ from kda_kernels.registry import Kernel
 from kdacli.userkernels import resolve
 from kdacli.verify import spec
 from kdacli.verify.case import Case
+from kdacli.verify.fit import fitted
+from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
 
@@ -71,3 +73,11 @@ def select_cases(names: Sequence[str], kernels: Sequence[Kernel], device: str, s
         if case.problem.op not in served:
             raise InputError(f"case {case.name} is of the op {case.problem.op}: no kernel chosen serves it")
     return cases
+
+
+def select_table(
+    names: Sequence[str], kernels: Sequence[Kernel], device: str, suite_name: str = "quick"
+) -> list[tuple[Case, list[Kernel]]]:
+    """The cases of `select_cases`, each with its kernels; those of a suite are fitted to what each kernel supports."""
+    cases = select_cases(names, kernels, device, suite_name)
+    return pairs(kernels, cases) if names else fitted(kernels, cases)

@@ -135,13 +135,21 @@ def write(case: Case) -> str:
     return min((_changes(base, case) for base in bases), key=len)
 
 
+def renamed(case: Case) -> str:
+    """As `write`, but always as changes of the case it is named after."""
+    return _changes(table()[case.name.split("/")[0]], case)
+
+
+def changed(old: Case, new: Case) -> list[str]:
+    """The fields in which two cases differ, by their names here."""
+    return [
+        key for key, f in FIELDS.items() if getattr(_part(old, f.part), f.name) != getattr(_part(new, f.part), f.name)
+    ]
+
+
 def _changes(base: Case, case: Case) -> str:
-    words = [base.name]
-    for key, field in FIELDS.items():
-        old, new = (getattr(_part(c, field.part), field.name) for c in (base, case))
-        if old != new:
-            words.append(f"{key}={_text(new)}")
-    return "/".join(words)
+    fields = ((key, FIELDS[key]) for key in changed(base, case))
+    return "/".join([base.name, *(f"{key}={_text(getattr(_part(case, f.part), f.name))}" for key, f in fields)])
 
 
 def _part(case: Case, part: str) -> Any:

@@ -24,7 +24,7 @@ class Explanation:
         maps: lines of heat maps.
         smallest: the smallest failing case, as a word for `kda verify --case`; None for a dump's tensors.
         complete: whether nothing simpler fails (else the time was up, or it does not fail every time).
-        bench, outputs: its tensors, and what the kernel made of them (None if it raised).
+        bench, outputs: its tensors, and what the kernel made of them (None if it raised), until they are saved.
     """
 
     wrong: tuple[str, ...]
@@ -32,8 +32,8 @@ class Explanation:
     maps: tuple[str, ...]
     smallest: str | None
     complete: bool
-    bench: Bench
-    outputs: Outputs | None
+    bench: Bench | None = None
+    outputs: Outputs | None = None
 
 
 def explain_case(kernel: Kernel, case: Case, result: Result, seed: int, device: str, seconds: float) -> Explanation:

@@ -1,5 +1,7 @@
 """The generated part of the suite `full`: every two options of the operation together, in some case."""
 
+import dataclasses
+
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.verify.case import Case
 from kdacli.verify.suites.cover import Pair, Row, pairwise_cover
@@ -51,13 +53,28 @@ LENGTHS = {
     Op.DECODE: {"one": (5,), "edges": (1, 0, 3, 2), "even": (1, 1)},
     Op.GATE: {"one": (65,), "edges": (1, 0, 17), "even": (20, 20)},
 }
+# What an axis sets, by the names in `kdacli.verify.spec`, where that is not its own name alone.
+_FIELDS = {
+    "gate": ("gate", "lower_bound"),
+    "beta": ("logit", "neg_eigval"),
+    "state": ("initial_state", "final_state", "pool", "padding"),
+    "heads": ("H", "HV"),
+    "sizes": ("K", "V"),
+    "layout": ("transforms",),
+    "values": ("transforms",),
+    "lengths": ("lens",),
+}
 _SHOWN = 4  # pairs told of a case
 
 
 def pair_cases(op: Op) -> list[Case]:
     """The cover of one op as cases, each with the pairs of options that it is there for."""
     found = pairwise_cover(axes_of(op), _mend)
-    return [case_of(f"{op}-pair-{i:02}", op, row, _why(new)) for i, (row, new) in enumerate(found, 1)]
+    cases = [case_of(f"{op}-pair-{i:02}", op, row, _why(new)) for i, (row, new) in enumerate(found, 1)]
+    return [
+        dataclasses.replace(case, about=tuple(_FIELDS.get(a, (a,)) + _FIELDS.get(b, (b,)) for a, _, b, _ in new))
+        for case, (_, new) in zip(cases, found, strict=True)
+    ]
 
 
 def axes_of(op: Op) -> dict[str, tuple]:

@@ -103,7 +103,8 @@ class DecodeKernel:
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
 
         # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
-        # their way: the channels of the first token do not wait for the slot, and the state only for the slot.
+        # their way: the channels of the first token do not wait for the slot, and the state only for the slot. A branch
+        # among them, or a plain load, and the compiler puts most of the state's behind the gates.
         raw = self.fetch(q, k, g, b, first, i_h, i_hv, tid, n_tokens > 0)
         A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
         raw_v, raw_beta = self.fetch_rows(v, beta, b, first, i_hv, row, n_tokens > 0)
@@ -126,6 +127,7 @@ class DecodeKernel:
                 self.load_state(S, self.start(h0, slot, None, inside))
             else:
                 S.fill(0.0)
+
             layout = cute.make_layout((spec.width, 2))  # two tokens: one is read while the next is written
             shared = tuple(smem.allocate_tensor(Float32, layout, byte_alignment=16) for _ in range(3))
             sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS * self.warps, 2)), byte_alignment=16)

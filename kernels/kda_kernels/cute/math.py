@@ -1,4 +1,4 @@
-"""Device functions that every CuTe kernel here shares: the gate, sigmoid and sums within a warp, all fp32.
+"""Device functions that every CuTe kernel here shares: the gate, sigmoid and sums within a warp, all fp32; early loads.
 
 The formulas are those of `kda_kernels.reference.gate`.
 """
@@ -19,8 +19,8 @@ LN_2 = 0.6931471805599453
 
 
 # Decays multiply a state token after token, so what they are made of is accurate to about an ulp: the approximations of
-# the hardware (2 ulp) would be three times the error of plain fp32 after three tokens. One thread a channel pays for it,
-# once a token. Where all that goes out is rounded to 8 or 11 bits, nobody could see it: `exact` is False there.
+# the hardware (2 ulp) would be three times the error of plain fp32 after three tokens. One thread a channel pays for
+# it, once a token. Where all that goes out is rounded to 8 or 11 bits, nobody could see it: `exact` is False there.
 EXP2 = [LN_2**n / math.factorial(n) for n in range(8)]  # 2**f, |f| <= 1/2: the next term is under 5e-9
 ATANH = [1 / (2 * n + 1) for n in range(8)]  # atanh(z) / z in z**2, z <= 1/3: the next term is under 2e-9
 # log(1 + e) / e, 0 <= e <= 1, within 1.5e-6 of it and 1 at 0: a fit by least squares of relative errors, reweighted
@@ -132,7 +132,7 @@ def lane_sum(x: Float32, lanes: cutlass.Constexpr[int]) -> Float32:
 
 @dsl_user_op
 def load_now(x: cute.Tensor, at: tuple, *, loc=None, ip=None):
-    """x[at], asked for here and nowhere else: a plain load the compiler moves to where its value is first used."""
+    """x[at], of 16 or 32 bits, asked for here: a plain load moves to where the compiler finds its value first used."""
     first = x.iterator + cute.crd2idx(at, x.layout, loc=loc, ip=ip)
     bits = x.element_type.width
     word, letter = {16: (T.i16(), "h"), 32: (T.i32(), "r")}[bits]

@@ -6,7 +6,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
-from kda_kernels.cute.prefill_shared import DECAYS, Kind, operand, swizzled_token, vector
+from kda_kernels.cute.prefill_shared import Kind, operand, swizzled_token, vector
 from kda_kernels.cute.ptx import bfloat16_pair, load_transposed, store_transposed
 
 
@@ -21,7 +21,7 @@ class Consumer:
     @cute.jit
     def consume(
         self, shared, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32,
-        group: Int32, read: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+        group: Int32, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
         p = cute.arch.thread_idx()[0] % 128
@@ -43,8 +43,10 @@ class Consumer:
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, STAGES), (1, 0, 2))
         square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, 2 * STAGES), (0, 1, 2))
+        inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, 2 * STAGES), (1, 0, 2))
         read_b = read.make_fragment_B(read.get_slice(p).partition_B(rows))
         write_b = write.make_fragment_B(write.get_slice(p).partition_B(cols))
+        solve_b = solve.make_fragment_B(solve.get_slice(p).partition_B(inverse))
         mix_b = mix.make_fragment_B(mix.get_slice(p).partition_B(square))
         acc = cute.make_rmem_tensor(read.partition_shape_C((64, 2 * CHUNK)), Float32)
         w = cute.make_rmem_tensor(mix.partition_shape_C((64, CHUNK)), Float32)
@@ -55,7 +57,8 @@ class Consumer:
         for chunk in cutlass.range(n_chunks, unroll=1):
             stage = chunk % STAGES
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES % 2)
-            self.decay(S, shared, chunk, col, True)
+            decay = shared.decay + stage * (2 * spec.K)
+            self.decay(S, decay, col)  # into the frame of the chunk's middle
             self.round(S, S_operand)
             self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
 
@@ -76,7 +79,7 @@ class Consumer:
                         w[i] = a[j][e] * values[i] - scaled_b[j][e] * acc[i]
                         out[i] = acc[cute.size(w) + i]
             self.round(w, w_operand)
-            self.product(mix, w, w_operand, mix_b, 2 * stage, CHUNK // 16, True)
+            self.product(solve, w, w_operand, solve_b, 2 * stage, CHUNK // 16, True)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
@@ -85,11 +88,12 @@ class Consumer:
             warpgroup.wait_group(1)
             self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
             warpgroup.wait_group(0)
+            # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
+            self.decay(S, decay + spec.K, col)
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(shared.empty + stage)
 
-        self.decay(S, shared, n_chunks, col, False)
         if cutlass.const_expr(spec.pooled or spec.ht is not None):
             state = h0 if cutlass.const_expr(spec.pooled) else ht
             for j in cutlass.range_constexpr(spec.K // 8):
@@ -101,22 +105,12 @@ class Consumer:
                     target.store(pair.load().to(state.element_type))
 
     @cute.jit
-    def decay(self, S, shared, chunk: Int32, col: Int32, enter: cutlass.Constexpr[bool]):
-        """S from the frame of the chunk before to its end, and with `enter` on into the frame of this chunk's middle.
-
-        Two factors: their product may be too small for fp32 where S in the frame before is large.
-        """
-        K = self.spec.K
-        before = shared.decay + (DECAYS + (chunk + DECAYS - 1) % DECAYS) * K
-        now = shared.decay + chunk % DECAYS * K
-        for j in cutlass.range_constexpr(K // 8):
-            leave = vector(before, 8 * j + col).load()
+    def decay(self, S, factors, col: Int32):
+        """S diag(factors)."""
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
-                S[4 * j + i] = S[4 * j + i] * leave[i % 2]
-            if cutlass.const_expr(enter):
-                to_middle = vector(now, 8 * j + col).load()
-                for i in cutlass.range_constexpr(4):
-                    S[4 * j + i] = S[4 * j + i] * to_middle[i % 2]
+                S[4 * j + i] = S[4 * j + i] * pair[i % 2]
 
     @cute.jit
     def round(self, acc, target):

@@ -26,7 +26,7 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
-from kda_kernels.cute.prefill_shared import DECAYS, allocate, vector
+from kda_kernels.cute.prefill_shared import allocate, vector
 
 K_MAJOR, MN_MAJOR = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
 REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
@@ -68,7 +68,8 @@ class PrefillKernel(Producer, Consumer):
         products = (
             product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
             product(2 * CHUNK),  # S~ [kE; qE]^T
-            product(CHUNK),  # with the inverse, with Aqk
+            product(CHUNK, MN_MAJOR),  # with the inverse
+            product(CHUNK),  # with tril(qE kI^T)
             product(self.spec.K, MN_MAJOR),  # w kI
         )
         self.kernel(
@@ -94,6 +95,7 @@ class PrefillKernel(Producer, Consumer):
         lower_bound: Float32,
         gram: cute.TiledMma,
         read: cute.TiledMma,
+        solve: cute.TiledMma,
         mix: cute.TiledMma,
         write: cute.TiledMma,
     ):
@@ -115,17 +117,17 @@ class PrefillKernel(Producer, Consumer):
         elif live:
             self.work(
                 q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot, b, first, n_tokens, i_hv, scale, lower_bound,
-                gram, read, mix, write,
+                gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
     def work(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32,
         i_hv: Int32, scale: Float32, lower_bound: Float32,
-        gram: cute.TiledMma, read: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+        gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         """One head of one sequence."""
-        K, heads_per_q = self.spec.K, self.spec.HV // self.spec.H
+        heads_per_q = self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
         shared = allocate(self.spec, g.element_type)
@@ -134,14 +136,12 @@ class PrefillKernel(Producer, Consumer):
                 cute.arch.mbarrier_init(shared.full + s, 1)
                 cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // 32)
             cute.arch.mbarrier_init_fence()
-        if tid < K:  # the decay after the chunk before the first
-            vector(shared.decay, (2 * DECAYS - 1) * K + tid, 1)[0] = Float32(1.0)
         cute.arch.sync_threads()
 
         group = cute.arch.make_warp_uniform(tid // 128)
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
-            self.consume(shared, o, h0, ht, slot, b, first, n_tokens, n_chunks, i_hv, group, read, mix, write)
+            self.consume(shared, o, h0, ht, slot, b, first, n_tokens, n_chunks, i_hv, group, read, solve, mix, write)
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(

@@ -8,9 +8,11 @@ from cutlass.cute.nvgpu import warpgroup
 from kda_kernels.cute.math import LOG2_E, reciprocal, rsqrt, sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
-    DECAYS, INVERSE_PITCH, Kind, Shared, operand, swizzled_row, swizzled_token, vector,
+    INVERSE_PITCH, Kind, operand, vector,
 )  # fmt: skip
-from kda_kernels.cute.ptx import copy_16_bytes, exp2_approx, select
+from kda_kernels.cute.ptx import (
+    bfloat16_pair, copy_16_bytes, exp2_approx, load_matrices, multiply_16x8x16, select,
+)  # fmt: skip
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
@@ -30,7 +32,7 @@ class Producer:
         spec = self.spec
         p = cute.arch.thread_idx()[0] % 128
         warp, lane = p // 32, p % 32
-        channel, half = 2 * (p % 64), p // 64
+        pair, half = p % 64, p // 64
 
         A = Float32(LOG2_E)
         bias = cute.make_rmem_tensor(2, Float32)
@@ -39,13 +41,13 @@ class Producer:
             A = cute.math.exp2(A_log[i_hv].to(Float32) * LOG2_E) * LOG2_E
         if cutlass.const_expr(dt_bias is not None):
             for e in cutlass.range_constexpr(2):
-                bias[e] = dt_bias[i_hv * spec.K + channel + e].to(Float32) * A
+                bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
 
         raw_q = shared.raw + group * (2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
         L = shared.L + group * (CHUNK * INVERSE_PITCH)
-        sums = shared.sums + group * (5 * CHUNK)
+        sums = shared.sums + group * (3 * CHUNK)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, STAGES), (0, 1, 2))
@@ -70,8 +72,10 @@ class Producer:
             cute.arch.cp_async_wait_group(1)
             self.barrier(group)
 
-            G = self.gates(raw_g, A, bias, lower_bound, channel, half, tokens)
-            self.operands(shared, raw_q, raw_k, G, sums, chunk, stage, channel, half, lane, p)
+            if cutlass.const_expr(spec.qk_l2norm):
+                self.squares(raw_q, sums, warp, lane)
+            G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens, shared.decay + stage * (2 * spec.K))
+            self.operands(shared, raw_q, raw_k, G, stage, pair, half)
             if warp == 0:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
@@ -80,7 +84,7 @@ class Producer:
                         value = 2.0 * value
                 if lane >= tokens:
                     value = Float32(0.0)
-                vector(sums, 4 * CHUNK + lane, 1)[0] = value
+                vector(sums, 2 * CHUNK + lane, 1)[0] = value
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
 
@@ -96,7 +100,7 @@ class Producer:
             cute.arch.cp_async_commit_group()
             if warp == 3:
                 norm_k, norm_q = self.norms(sums, lane)
-                value = vector(sums, 4 * CHUNK + lane, 1)[0]
+                value = vector(sums, 2 * CHUNK + lane, 1)[0]
                 token = shared.token + stage * (3 * CHUNK)
                 vector(token, lane, 1)[0] = value * norm_k
                 vector(token, lane + CHUNK, 1)[0] = value * norm_k * norm_k
@@ -136,90 +140,109 @@ class Producer:
             copy_16_bytes(target + offset, start + step, at + token < n_tokens)
 
     @cute.jit
-    def raw_pair(self, source, token, channel: Int32):
-        """Two channels of a token, fp32."""
-        size = cutlass.const_expr(128 // source.dtype.width)
-        offset = token * 128 + ((channel // size) ^ (token % 8)) * size + channel % size
-        return vector(source, offset).load().to(Float32)
+    def raw_pairs(self, source, pair: Int32, half: Int32):
+        """Two channels of this thread's tokens as they lie in shared memory: [2, HALF]."""
+        raw = cute.make_rmem_tensor((2, HALF), source.dtype)
+        for i in cutlass.range_constexpr(HALF):
+            if cutlass.const_expr(source.dtype.width == 16):
+                offset = (pair ^ (i % 8 * 4)) * 2 + (half * HALF + i) * 128
+            else:
+                offset = (pair ^ (i % 8 * 2)) * 2 + (half * HALF + i) * 128
+            raw[None, i].store(vector(source, offset).load())
+        return raw
 
     @cute.jit
-    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, channel: Int32, half: Int32, tokens: Int32):
-        """The sums of log2 decays from the middle of the chunk to each token: [2, HALF]. Tokens after the end do not decay."""
-        G = cute.make_rmem_tensor((2, HALF), Float32)
+    def pair_of(self, raw, i: cutlass.Constexpr[int]):
+        """Pair i of `raw_pairs`, fp32."""
+        if cutlass.const_expr(raw.element_type is BFloat16):
+            return bfloat16_pair(cute.recast_tensor(raw, Int32)[i])
+        else:
+            return raw[0, i].to(Float32), raw[1, i].to(Float32)
+
+    @cute.jit
+    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32, decay):
+        """The sums of log2 decays from the middle of the chunk to each token: [2, HALF]; the whole decay of this half.
+
+        Tokens after the end do not decay.
+        """
+        raw = self.raw_pairs(raw_g, pair, half)
+        log2 = cute.make_rmem_tensor((2, HALF), Float32)
         for i in cutlass.range_constexpr(HALF):
-            raw = self.raw_pair(raw_g, half * HALF + i, channel)
+            values = self.pair_of(raw, i)
             for e in cutlass.range_constexpr(2):
                 if cutlass.const_expr(self.spec.gate is Gate.SAFE):
-                    G[e, i] = reciprocal(1.0 + exp2_approx(-(raw[e] * A + bias[e])))
+                    log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
                 else:
-                    G[e, i] = raw[e]
+                    log2[e, i] = values[e]
         if tokens < CHUNK:
             for i in cutlass.range_constexpr(HALF):
                 if half * HALF + i >= tokens:
                     for e in cutlass.range_constexpr(2):
-                        G[e, i] = Float32(0.0)
+                        log2[e, i] = Float32(0.0)
         factor = Float32(LOG2_E)
         if cutlass.const_expr(self.spec.gate is Gate.SAFE):
             factor = lower_bound * LOG2_E
+        G = cute.make_rmem_tensor((2, HALF), Float32)
+        whole = cute.make_rmem_tensor(2, Float32)
+        if half == 0:  # backwards from the middle
+            for e in cutlass.range_constexpr(2):
+                total = Float32(0.0)
+                for i in cutlass.range_constexpr(HALF - 1, -1, -1):
+                    G[e, i] = -total
+                    total = total + log2[e, i] * factor
+                whole[e] = total
+        else:
+            for e in cutlass.range_constexpr(2):
+                total = Float32(0.0)
+                for i in cutlass.range_constexpr(HALF):
+                    total = total + log2[e, i] * factor
+                    G[e, i] = total
+                whole[e] = total
         for e in cutlass.range_constexpr(2):
-            total = Float32(0.0)
-            for i in cutlass.range_constexpr(HALF):
-                total = total + G[e, i] * factor
-                G[e, i] = total
+            vector(decay, half * self.spec.K + 2 * pair + e, 1)[0] = exp2_approx(whole[e])
         return G
 
     @cute.jit
-    def operands(
-        self, shared, raw_q, raw_k, G, sums, chunk: Int32, stage: Int32, channel: Int32, half: Int32, lane: Int32, p: Int32,
-    ):  # fmt: skip
-        """kE, qE and kI into shared memory, the decays of the halves, and the sums q.q and k.k over 64 channels."""
+    def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
+        """kE, qE and kI into shared memory."""
         K = self.spec.K
-        # this half's whole decay: exp2(m) of the first, exp2(G_31 - m) of the second
-        decay = vector(shared.decay, (half * DECAYS + chunk % DECAYS) * K + channel)
-        for e in cutlass.range_constexpr(2):
-            decay[e] = exp2_approx(G[e, HALF - 1])
-        middle = cute.make_rmem_tensor(2, Float32)
-        for e in cutlass.range_constexpr(2):
-            middle[e] = G[e, HALF - 1] if half == 0 else Float32(0.0)
-        rows = shared.rows + stage * (2 * CHUNK * K) + half * (HALF * 64)
-        cols = shared.cols + stage * (CHUNK * K) + half * (HALF * 64)
-        out = cute.make_rmem_tensor((2, 3), Float32)
-        squares = cute.make_rmem_tensor(2 * HALF, Float32)
+        q, k = self.raw_pairs(raw_q, pair, half), self.raw_pairs(raw_k, pair, half)
+        rows = shared.rows + (stage * (2 * CHUNK * K) + pair // 32 * (2 * CHUNK * 64) + half * (HALF * 64))
+        cols = shared.cols + (stage * (CHUNK * K) + pair // 32 * (CHUNK * 64) + half * (HALF * 64))
         for i in cutlass.range_constexpr(HALF):
-            x, y = self.raw_pair(raw_q, half * HALF + i, channel), self.raw_pair(raw_k, half * HALF + i, channel)
+            x, y = self.pair_of(q, i), self.pair_of(k, i)
+            out = cute.make_rmem_tensor((2, 3), Float32)
             for e in cutlass.range_constexpr(2):
-                log2 = G[e, i] - middle[e]
-                grow = exp2_approx(log2)
+                grow = exp2_approx(G[e, i])
                 out[e, 0] = y[e] * grow
                 out[e, 1] = x[e] * grow
-                out[e, 2] = y[e] * exp2_approx(-log2)
-            squares[i] = x[0] * x[0] + x[1] * x[1]
-            squares[HALF + i] = y[0] * y[0] + y[1] * y[1]
+                out[e, 2] = y[e] * exp2_approx(-G[e, i])
+            place = ((pair % 32) ^ (i % 8 * 4)) * 2  # 128-byte swizzle
             for j, target in enumerate((rows, rows + CHUNK * 64, cols)):
-                n_rows = CHUNK if j == 2 else 2 * CHUNK
-                pair = cute.make_rmem_tensor(2, Float32)
-                pair[0] = out[0, j]
-                pair[1] = out[1, j]
-                vector(target, swizzled_row(i, channel, n_rows)).store(pair.load().to(BFloat16))
-        # each step halves the values a lane has: lane n ends with the n-th of all lanes
-        values = [squares[i] for i in range(2 * HALF)]
-        for step in (16, 8, 4, 2, 1):
-            upper = (lane & step) != 0
-            n = len(values) // 2
-            for m in cutlass.range_constexpr(n):
-                keep = select(upper, values[m + n], values[m])
-                send = select(upper, values[m], values[m + n])
-                values[m] = keep + cute.arch.shuffle_sync_bfly(send, step)
-            values = values[:n]
-        vector(sums, (p // 32 % 2 * 2 + lane // HALF) * CHUNK + half * HALF + lane % HALF, 1)[0] = values[0]
+                vector(target, place + i * 64).store(out[None, j].load().to(BFloat16))
+
+    @cute.jit
+    def squares(self, raw, sums, warp: Int32, lane: Int32):
+        """q.q and k.k of all tokens: the diagonal of a product of 16 rows of a warp, q or k, with themselves."""
+        kind = cutlass.const_expr("bf16" if raw.dtype is BFloat16 else "f16")
+        row = lane // 8 % 2 * 8 + lane % 8
+        upper, lower = ((Float32(0.0),) * 4,) * 2
+        for i in cutlass.range_constexpr(self.spec.K // 16):
+            a = load_matrices(raw + (warp * 16 + row) * 128 + ((2 * i + lane // 16) ^ (row % 8)) * 8)
+            upper = multiply_16x8x16(upper, a, (a[0], a[2]), kind)
+            lower = multiply_16x8x16(lower, a, (a[1], a[3]), kind)
+        if lane % 4 == lane // 8:
+            odd = lane // 4 % 2 == 1
+            vector(sums, warp * 16 + lane // 4, 1)[0] = select(odd, upper[1], upper[0])
+            vector(sums, warp * 16 + lane // 4 + 8, 1)[0] = select(odd, lower[3], lower[2])
 
     @cute.jit
     def norms(self, sums, token):
         """1 / |k| and 1 / |q| of a token; 1 where they come normalised."""
         norm_k, norm_q = Float32(1.0), Float32(1.0)
         if cutlass.const_expr(self.spec.qk_l2norm):
-            qq, kk, qq2, kk2 = (vector(sums, i * CHUNK + token, 1)[0] for i in range(4))
-            norm_k, norm_q = rsqrt(kk + kk2 + L2_EPS), rsqrt(qq + qq2 + L2_EPS)
+            qq, kk = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
+            norm_k, norm_q = rsqrt(kk + L2_EPS), rsqrt(qq + L2_EPS)
         return norm_k, norm_q
 
     @cute.jit
@@ -230,10 +253,11 @@ class Producer:
             row = 16 * warp + lane // 4 + 8 * h
             if row < CHUNK:
                 norm_k, norm_q = self.norms(sums, row)
-                factor = vector(sums, 4 * CHUNK + row, 1)[0] * norm_k * norm_k
+                factor = vector(sums, 2 * CHUNK + row, 1)[0] * norm_k * norm_k
                 for j in cutlass.range_constexpr(CHUNK // 8):
                     for e in cutlass.range_constexpr(2):
-                        vector(L, (8 * j + col + e) * INVERSE_PITCH + row, 1)[0] = acc[4 * j + 2 * h + e] * factor
+                        value = acc[4 * j + 2 * h + e] * factor if 8 * j + col + e < row else Float32(0.0)
+                        vector(L, (8 * j + col + e) * INVERSE_PITCH + row, 1)[0] = value
             else:
                 i = row - CHUNK
                 for j in cutlass.range_constexpr(CHUNK // 8):
@@ -244,14 +268,20 @@ class Producer:
 
     @cute.jit
     def invert(self, L, mix, lane: Int32):
-        """(I + L)^-1 - I by substitution in fp32, lane n making column n. L is strictly lower."""
-        x = [select(lane == i, Float32(1.0), Float32(0.0)) for i in range(CHUNK)]
-        for m in cutlass.range_constexpr(CHUNK - 1):
+        """(I + L)^-1 - I = Z by substitution in fp32: (I + L) Z = -L, lane n making column n. L is strictly lower."""
+        x = []  # of -Z
+        for quad in cutlass.range_constexpr(CHUNK // 4):
+            entries = vector(L, lane * INVERSE_PITCH + 4 * quad, 4).load()
+            x.extend([entries[e] for e in range(4)])
+        for m in cutlass.range_constexpr(1, CHUNK - 1):
             for quad in cutlass.range_constexpr((m + 1) // 4, CHUNK // 4):
                 entries = vector(L, m * INVERSE_PITCH + 4 * quad, 4).load()
                 for e in cutlass.range_constexpr(4):
                     if cutlass.const_expr(4 * quad + e > m):
                         x[4 * quad + e] = x[4 * quad + e] - entries[e] * x[m]
-        for i in cutlass.range_constexpr(CHUNK):
-            value = select(lane == i, Float32(0.0), x[i])
-            vector(mix, i * CHUNK + ((lane // 8) ^ (i // 2 % 4)) * 8 + lane % 8, 1)[0] = value.to(BFloat16)
+        for piece in cutlass.range_constexpr(CHUNK // 8):
+            column = cute.make_rmem_tensor(8, Float32)
+            for e in cutlass.range_constexpr(8):
+                column[e] = -x[8 * piece + e]
+            offset = lane * CHUNK + (piece ^ (lane // 2 % 4)) * 8  # 64-byte swizzle
+            vector(mix, offset, 8).store(column.load().to(BFloat16))

@@ -12,7 +12,6 @@ from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
 INVERSE_PITCH = CHUNK + 4  # floats a column of L: 16-byte aligned, and four columns begin in different banks
-DECAYS = 2 * STAGES  # chunks whose decays are kept: the last of a chunk is read when its stage may be in use again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +20,13 @@ class Shared:
 
     rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
     cols:  kI: [CHUNK, K], the same
-    mix:   (I + L)^-1 - I: [CHUNK, CHUNK], 64-byte swizzle; then the same of tril(qE kI^T)
+    mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle; then tril(qE kI^T), not transposed
     v:     [CHUNK, V] as it comes, rows of 2 V bytes, 16-byte pieces xor token % 8; o on its way out
     token: a, b and the factor of o: [3, CHUNK], fp32
-    decay: exp2(m) [DECAYS, K], then exp2(G_31 - m), fp32
+    decay: exp2(m) [K], then exp2(G_31 - m), fp32
     raw:   for each producing warpgroup q, k and g of its next chunk, as v
     L:     for each producing warpgroup, transposed, fp32
-    sums:  for each producing warpgroup [2, 2, CHUNK]: q.q and k.k over 64 channels; then sigmoid(beta) [CHUNK]
+    sums:  for each producing warpgroup q.q, k.k and sigmoid(beta): [3, CHUNK]
     """
 
     full: Any
@@ -59,9 +58,9 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
         raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
-        decay=array(Float32, 2 * DECAYS * K),
+        decay=array(Float32, STAGES * 2 * K),
         L=array(Float32, 2 * CHUNK * INVERSE_PITCH),
-        sums=array(Float32, 2 * 5 * CHUNK),
+        sums=array(Float32, 2 * 3 * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
     )
@@ -76,12 +75,6 @@ def operand(pointer, kind, shape, order):
 def vector(pointer, offset, size: int = 2):
     """`size` elements from `offset` on, a multiple of it."""
     return cute.make_tensor(pointer + cute.assume(offset, divby=size), cute.make_layout(size))
-
-
-def swizzled_row(row: int, channel: Int32, rows: int):
-    """Where (row, channel) of a K-major operand of so many rows lies within its stage; channel even."""
-    inside = channel % 64
-    return (channel // 64) * (rows * 64) + row * 64 + ((inside // 8) ^ (row % 8)) * 8 + inside % 8
 
 
 def swizzled_token(token, piece):

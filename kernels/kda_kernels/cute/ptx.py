@@ -31,6 +31,28 @@ def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
+def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
+    """ldmatrix.x4: as `load_transposed`, but a lane gets row lane // 4 and columns 2 (lane % 4) and the next."""
+    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    result = _asm(
+        struct, [source.toint().ir_value(loc=loc, ip=ip)],
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
+    )  # fmt: skip
+    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, kind: str, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k16 of 16-bit `kind` (bf16, f16): acc + a b, fp32."""
+    struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, "
+    text += "{$10, $11, $12, $13};"
+    result = _asm(struct, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
+    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
 def store_transposed(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -> None:
     """stmatrix.x4.trans, the inverse of `load_transposed`."""
     operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), *words)]

@@ -55,9 +55,10 @@ class Contract:
 
     def refusal(self, problem: Problem) -> str | None:
         """The first thing about `problem` that the kernel does not declare to support; None if there is none."""
-        return next(self._refusals(problem), None)
+        return next(self.refusals(problem), None)
 
-    def _refusals(self, problem: Problem) -> Iterator[str]:
+    def refusals(self, problem: Problem) -> Iterator[str]:
+        """Everything about `problem` that the kernel does not declare to support."""
         yield from self._dtypes(problem)
         yield from self._shapes(problem)
         yield from self._options(problem)

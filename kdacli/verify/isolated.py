@@ -1,0 +1,236 @@
+"""The checks of `kda verify` in a process apart, so that a kernel which kills it, or its GPU context, ends one check.
+
+An illegal address or instruction breaks a CUDA context for good: whatever the process does next fails too. So on a GPU
+the command does its checks through an `IsolatedChecker`: one process that lives until something breaks it. The check
+that did is a failure, and the next one gets a fresh process.
+"""
+
+import dataclasses
+import inspect
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kda_kernels.errors import KdaError
+from kda_kernels.problem import Op
+from kda_kernels.registry import Kernel
+from kdacli.verify.case import Case
+from kdacli.verify.checker import Begun, Checker, ContextLostError
+from kdacli.verify.runner import Result
+from kdacli.verify.search import Found
+from kdacli.verify.verdict import Explanation
+
+
+class LostError(Exception):
+    """The process is gone, or of no more use; the message says why."""
+
+
+class InnerError(Exception):
+    """An error of ours in the other process; its note holds the traceback there."""
+
+
+class IsolatedChecker:
+    """A `Checker` in another process. Close it, or use it in a `with`.
+
+    Args:
+        device, seed: as of `Checker`.
+        limit: seconds that one check may take before it counts as hung.
+    """
+
+    def __init__(self, device: str, seed: int, limit: float) -> None:
+        self.limit = limit
+        self._made_with = (device, seed)
+        self._given: tuple[dict[str, Any], Op] | None = None
+        self._begun: list[Begun] = []  # checks that began since the last question
+        self._open: Begun | None = None  # the one that has not ended
+        self._start()
+
+    def __enter__(self) -> "IsolatedChecker":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _start(self) -> None:
+        # Spawned, since CUDA does not survive a fork; no daemon, since a kernel may start processes of its own.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *self._made_with), name="kda-verify-checks")
+        self._process.start()
+        theirs.close()
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """As `Checker.prepare`, without waiting for it."""
+        self._pipe.send(("prepare", (kernels,)))
+
+    def check_case(self, case: Case, kernels: Sequence[Kernel]) -> Iterator[Result]:
+        """As `Checker.check_case`, but goes on with the other kernels after one that broke the process."""
+        unnamed = Result(case.name, "", case.problem.op, "error")
+        yield from self._checks(unnamed, kernels, "check_case", case)
+
+    def give(self, params: dict[str, Any], op: Op) -> tuple[str, Op]:
+        """As `Checker.give`."""
+        self._given = (params, op)
+        self._label, self._op = next(self._ask("give", *self._given))
+        return self._label, self._op
+
+    def check_given(self, kernels: Sequence[Kernel]) -> Iterator[Result]:
+        """As `Checker.check_given`, but goes on as `check_case` does."""
+        yield from self._checks(Result(self._label, "", self._op, "error"), kernels, "check_given")
+
+    def search(self, kernel: Kernel, seconds: float) -> Found:
+        """As `Checker.search`; a case that broke the process is what was found."""
+        try:
+            return next(self._ask("search", kernel, seconds))
+        except LostError as lost:
+            if not self._begun:
+                raise InnerError(f"the search with {kernel.name} {lost}") from lost
+            last = self._begun[-1]
+            return Found(kernel.name, len(self._begun), 0, (last.case, last.lost(str(lost))))
+
+    def explain(
+        self, kernel: Kernel, case: Case | None, result: Result, seconds: float, folder: Path | None, force: bool
+    ) -> tuple[Explanation, Path | None]:
+        """As `Checker.explain`; where a smaller case breaks the process, that is all it says."""
+        asked = ("explain", kernel, case, dataclasses.replace(result, outputs=None), seconds, folder, force)
+        try:
+            return next(self._ask(*asked, limit=seconds + 2 * self.limit))
+        except LostError as lost:
+            said = (f"a simpler case, tried in search of the smallest, {lost}",)
+            return Explanation((), said, (), None, False), None
+
+    def _checks(self, unnamed: Result, kernels: Sequence[Kernel], method: str, *args: Any) -> Iterator[Result]:
+        """The results of a method that checks `kernels`, and those of the checks that broke the process."""
+        left = list(kernels)
+        while left:
+            before = len(left)
+            try:
+                for result in self._ask(method, *args, tuple(left)):
+                    del left[0]
+                    yield result
+            except LostError as lost:
+                if self._open is not None:
+                    del left[0]
+                    yield self._open.lost(str(lost))
+                elif len(left) == before:  # no check had begun
+                    result = dataclasses.replace(unnamed, kernel=left.pop(0).name)
+                    yield Begun(result, None).lost(f"{lost}, while its inputs were made")
+
+    def _ask(self, method: str, *args: Any, limit: float | None = None) -> Iterator[Any]:
+        """What the other process's `Checker` returns, or yields, for this call.
+
+        Args:
+            limit: seconds to wait for the next answer; None: for a check's end `self.limit`, else for ever.
+
+        Raises:
+            LostError: what was asked broke the process, which is gone now.
+            KdaError: as the method raised it. InnerError: it raised anything else.
+        """
+        if self._pipe.closed:
+            self._start()
+            if self._given is not None:
+                next(self._ask("give", *self._given))
+        self._begun, self._open = [], None
+        try:
+            self._pipe.send((method, args))
+        except OSError:  # it died while nobody asked anything of it
+            raise self._lost() from None
+        while True:
+            waits = self.limit if limit is None and self._open is not None else limit
+            try:
+                if not self._pipe.poll(waits):
+                    raise self._lost(f"hung: there was no answer after {waits:g} seconds")
+                kind, value = self._pipe.recv()
+            except (EOFError, OSError):
+                raise self._lost() from None
+            if kind == "begun":
+                self._begun.append(value)
+                self._open = value
+            elif kind == "item":
+                self._open = None
+                yield value
+            elif kind == "lost":
+                raise self._lost(value)
+            elif kind == "raised":
+                raise value
+            else:
+                return
+
+    def _lost(self, why: str | None = None) -> LostError:
+        """Ends the process. `why` None: it ended by itself."""
+        if why is None:
+            self._process.join(5)  # its end of the pipe closes first
+            code = self._process.exitcode
+            why = f"killed its process: {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
+        self.close()
+        return LostError(why)
+
+
+def _serve(pipe: Connection, device: str, seed: int) -> None:
+    """The other process: answers until nobody asks any more, or its GPU context is broken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one in front decides
+    os.dup2(sys.stderr.fileno(), 1)  # stdout may be JSON
+    from kdacli.device import pick_device
+
+    pick_device(device)
+    checker = Checker(device, seed, announce=lambda begun: pipe.send(("begun", begun)))
+    try:
+        while True:
+            method, args = pipe.recv()
+            for answer in _answers(checker, method, args):
+                pipe.send(answer)
+            if (line := checker.lost_context()) is not None:
+                pipe.send(("lost", f"crashed the GPU context: {line}"))
+                break
+    except (EOFError, OSError):
+        pass
+    os._exit(0)  # a broken context, or a peer's own tidying up, has nothing to say any more
+
+
+def _answers(checker: Checker, method: str, args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """The messages that answer one call."""
+    if method == "prepare":
+        checker.prepare(*args)
+        return
+    try:
+        found = getattr(checker, method)(*args)
+        for item in found if inspect.isgenerator(found) else (found,):
+            yield "item", _without_tensors(item)
+    except ContextLostError:
+        return
+    except Exception as error:
+        if checker.lost_context() is None:
+            yield "raised", _portable(error)
+        return
+    if checker.lost_context() is None:
+        yield "done", None
+
+
+def _without_tensors(item: Any) -> Any:
+    if isinstance(item, Result):
+        return dataclasses.replace(item, outputs=None)
+    if isinstance(item, Found) and item.failure is not None:
+        case, result = item.failure
+        return dataclasses.replace(item, failure=(case, _without_tensors(result)))
+    return item
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it is if it is one of ours for users, else one that holds its words and its traceback."""
+    if isinstance(error, KdaError):
+        return type(error)(str(error))
+    inner = InnerError(f"{type(error).__name__}: {error}")
+    inner.add_note("".join(traceback.format_exception(error)))
+    return inner
