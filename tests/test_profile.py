@@ -542,11 +542,12 @@ Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (n
 5.0,400000,1,400000.0,400000.0,400000,400000,0.0,"void evict_not<int, 2>(float *)"
 
 Processing [kda-profile-1.sqlite] with [nvtx_gpu_proj_sum.py]...
-Range,Style,Total Proj Time (ns),Total Range Time (ns),Range Instances,Proj Avg (ns),Total GPU Ops
-kda:P1 bench,PushPop,9000000,9500000,1,9000000.0,12
-kda:warm-up,PushPop,9000000,9500000,1,9000000.0,12
-:evict,PushPop,9000000,9500000,1,9000000.0,12
-kda:chain,PushPop,5000000,60000,5,1000000.0,5
+Range,Style,Total Proj Time (ns),Total Range Time (ns),Range Instances,Proj Avg (ns),Total GPU Ops,Avg Range Lvl
+kda:P1 bench,PushPop,9000000,9500000,1,9000000.0,12,0
+kda:warm-up,PushPop,9000000,9500000,1,9000000.0,12,1
+:evict,PushPop,9000000,9500000,1,9000000.0,12,1.0
+kda:ours,PushPop,6000000,70000,5,1200000.0,15,1.0
+kda:chain,PushPop,5000000,60000,5,1000000.0,5,2.0
 
 """
 
@@ -560,17 +561,25 @@ def test_kernels_of_an_nsys_summary():
 
 
 def test_ranges_of_an_nsys_summary():
-    assert nsys.parse_ranges(CSV) == [
-        {"range": "P1 bench", "instances": 1, "gpu_us": 9000.0, "host_us": 9500.0},
-        {"range": "chain", "instances": 5, "gpu_us": 5000.0, "host_us": 60.0},
-    ]
+    """Means, without cases: theirs would count compiling, too."""
+    ours = {"range": "ours", "instances": 5, "launches": 3.0, "gpu_us": 1200.0, "host_us": 14.0}
+    chain = {"range": "chain", "instances": 5, "launches": 1.0, "gpu_us": 1000.0, "host_us": 12.0}
+    assert nsys.parse_ranges(CSV) == [ours, chain]
+    older = "\n".join(
+        line.rpartition(",")[0] if "Push" in line or "Style" in line else line for line in CSV.splitlines()
+    )
+    assert [row["range"] for row in nsys.parse_ranges(older)] == ["P1 bench", "ours", "chain"]
 
 
 def test_nsys_tables_show_both():
     text = rendered(report.nsys_tables(nsys.parse_kernels(CSV), nsys.parse_ranges(CSV)))
     assert max(map(len, text.splitlines())) <= 100
     assert "kda:chain:chunk_chain_kernel" in text
-    assert "P1 bench" in text
+    assert "ours" in text and "P1 bench" not in text
+    assert "All 3 cases are taken together" in report.nsys_notes(3, True)[0]
+    assert "together" not in report.nsys_notes(1, True)[0]
+    assert report.nsys_notes(1, True)[2].endswith("has its shape as payload.")
+    assert "pip install -U nvtx" in report.nsys_notes(1, False)[2]
 
 
 def test_the_inner_run_gets_the_same_problem():
@@ -637,7 +646,7 @@ def test_a_run_under_nsys(fake_nsys, capfd):
 @pytest.mark.parametrize(
     ("suffix", "code", "error", "message"),
     [
-        ("qdstrm", 0, UnavailableError, "lacks the importer"),
+        ("qdstrm", 0, UnavailableError, "there is no QdstrmImporter beside it"),
         ("nothing", 7, CheckFailedError, "exit code 7"),
         ("nsys-rep", 1, CheckFailedError, "exit code 1"),
     ],
@@ -645,6 +654,33 @@ def test_a_run_under_nsys(fake_nsys, capfd):
 def test_a_run_under_nsys_that_fails(fake_nsys, suffix, code, error, message):
     program, path = fake_nsys(suffix, code)
     with pytest.raises(error, match=message):
+        nsys.profile(program, path, ["profile"])
+
+
+def test_an_importer_that_cannot_start(tmp_path, monkeypatch, capfd):
+    """As in Nsight Compute's copy on a machine without libdw and libelf; said before anything runs."""
+    for name in ("target-linux-x64/nsys", "linux-desktop-glibc_2_11_3-x64/QdstrmImporter"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("#!/bin/sh\necho started\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ldd").write_text("""#!/bin/sh
+echo '	libdw.so.1 => not found'
+echo '	libelf.so.1 => not found'
+echo '	libdw.so.1 => not found'
+echo '	libc.so.6 => /lib/libc.so.6 (0x7f)'
+""")
+    (tmp_path / "ldd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program, path = str(tmp_path / "target-linux-x64" / "nsys"), tmp_path / "r.nsys-rep"
+    with pytest.raises(UnavailableError, match="lacks libdw.so.1, libelf.so.1; .*apt-get install libdw1 libelf1$"):
+        nsys.profile(program, path, ["profile"])
+    assert "started" not in capfd.readouterr().err
+    (tmp_path / "ldd").write_text("#!/bin/sh\necho '	libc.so.6 => /lib/libc.so.6 (0x7f)'\n")
+    with pytest.raises(CheckFailedError, match="wrote no report"):
+        nsys.profile(program, path, ["profile"])
+    assert "started" in capfd.readouterr().err
+    path.with_suffix(".qdstrm").touch()
+    with pytest.raises(UnavailableError, match="QdstrmImporter, failed: see above"):
         nsys.profile(program, path, ["profile"])
 
 

@@ -106,6 +106,9 @@ def test_the_cost_of_a_models_layers():
     assert cost["tokens_per_ms"] == pytest.approx(8192 / 6.9)
     (table,) = report.layer_tables(found)
     assert table.title.plain == "kimi-k3, TP 8, 69 KDA layers, prefill of 8192 tokens"
+    assert [str(cell) for column in table.columns for cell in column.cells][3:5] == ["6.900", "0.103"]
+    (table,) = report.layer_tables(layer.costs("kimi-k3", 8, [row | {"median_us": 324.0, "high_us": 324.4}]))
+    assert [str(cell) for column in table.columns for cell in column.cells][3] == "22.36"
 
 
 # Tables that fit

@@ -147,7 +147,7 @@ def _measured(ctx: click.Context, params: dict[str, Any]) -> None:
     watched = _profiler(params)
     run.require_gpu(cases, kernels)
     if watched is not None:
-        run.under_profiler(*watched, words, params)
+        run.under_profiler(*watched, words, params, len(cases))
     elif inner.TRACE_ENV in os.environ:
         run.traced(cases, load, kernels)
     else:

@@ -238,7 +238,9 @@ class _Run:
         self.interrupted = False
 
     def go(self, jobs: int | None, fail_fast: bool, folder: Path | None, force: bool) -> None:
-        """Compiles, checks, explains, as far as nobody interrupts it."""
+        """Compiles, checks, explains, as far as neither Ctrl-C nor a kernel ends it."""
+        from kdacli.verify.checker import ContextLostError
+
         try:
             if jobs != 0:
                 self.compile_ahead(jobs)
@@ -246,6 +248,8 @@ class _Run:
             self.explain(folder, force)
         except KeyboardInterrupt:
             self.interrupted = True
+        except ContextLostError:
+            pass  # which check it was, the results say
 
     def compile_ahead(self, jobs: int | None) -> None:
         """On a GPU: in parallel, what the cases would compile one after the other."""
@@ -367,8 +371,9 @@ class _Run:
     def _summary(self) -> str:
         from kdacli.verify import report
 
-        left = "" if self.complete else f"; ended early, {self.total - len(self.results)} of {self.total} were not made"
-        return report.summary(self.results, self.not_run) + left
+        said = report.summary(self.results, self.not_run)
+        left = self.total - len(self.results)
+        return said if self.complete or left <= 0 else f"{said}; ended early, {left} of {self.total} were not made"
 
     def _write_json(self, dest: str, again: dict[tuple[str, str], str], force: bool) -> None:
         from kdacli.device import describe

@@ -36,11 +36,16 @@ def shape(problem: "Problem") -> Any:
     nvtx = _nvtx()
     if nvtx is None or not _listening(nvtx):
         return None
-    if not hasattr(nvtx, "numpy_dtype"):  # it came with structured payloads
+    if not structured():
         return problem.T
     import numpy as np
 
     return np.array([tuple(getattr(problem, f) for f in FIELDS)], dtype=[(f, "<i8") for f in FIELDS])
+
+
+def structured() -> bool:
+    """Whether the package nvtx is here and takes structures as payloads."""
+    return hasattr(_nvtx(), "numpy_dtype")  # which came with them
 
 
 def _listening(nvtx: Any) -> bool:

@@ -176,7 +176,8 @@ def footer(record: dict[str, Any], left_out: Sequence[str] = ()) -> list[str]:
         caches = " and ".join(dict.fromkeys(row["cache"] for row in good))
         lines.append(
             f"us: median of {many} samples, L2 {caches}. 95%: how far off it may be. Spread: 10th to 90th percentile. "
-            "Host: CPU time of an eager call. GB/s: bytes that must move once; ceiling: their share of it."
+            "Host: CPU time of an eager call, its output allocated. "
+            "GB/s: bytes that must move once; ceiling: their share of it."
         )
         lines += _comparison_lines(good)
     return lines + left_out_lines(left_out)
@@ -253,16 +254,21 @@ def layer_tables(layer: Mapping[str, Any]) -> "Iterator[Table]":
         title = f"{layer['model']}, TP {layer['tp']}, {layer['kda_layers']} KDA layers, {what}"
         lines = [
             [
-                r["gates"], r["kernel"], output.fmt_us(r["layer_us"]), f"{r['ms']:.2f}",
-                f"{(r['high_ms'] - r['low_ms']) / 2:.2f}", f"{r['tokens_per_ms']:.1f}",
+                r["gates"], r["kernel"], output.fmt_us(r["layer_us"]), f"{r['ms']:.{_digits(r)}f}",
+                f"{(r['high_ms'] - r['low_ms']) / 2:.{_digits(r)}f}", f"{r['tokens_per_ms']:.1f}",
             ]
             for r in rows
         ]  # fmt: skip
         yield output.table(title, ("gates", "kernel", "us a layer", "ms", "± ms", "tokens/ms"), lines)
 
 
+def _digits(row: Row) -> int:
+    """After the point, of ms: an interval of a hundredth of a millisecond counts where there are few."""
+    return 3 if row["ms"] < 10 else 2
+
+
 def nsys_tables(kernels: Sequence[dict[str, Any]], ranges: Sequence[dict[str, Any]]) -> "Iterator[Table]":
-    """What Nsight Systems saw: kernels by GPU time, and the ranges with the GPU time under each."""
+    """What Nsight Systems saw: kernels by GPU time, and the ranges of calls and stages."""
     total = sum(row["total_us"] for row in kernels)
     yield output.table(
         "Kernels, named range and kernel",
@@ -274,10 +280,37 @@ def nsys_tables(kernels: Sequence[dict[str, Any]], ranges: Sequence[dict[str, An
         ],
     )  # fmt: skip
     yield output.table(
-        "Ranges",
-        ("range", "instances", "GPU us", "host us"),
-        [[r["range"], r["instances"], output.fmt_us(r["gpu_us"]), output.fmt_us(r["host_us"])] for r in ranges],
+        "Ranges, mean of each",
+        ("range", "instances", "launches", "GPU us", "host us"),
+        [
+            [
+                r["range"],
+                r["instances"],
+                f"{r['launches']:.3g}",
+                output.fmt_us(r["gpu_us"]),
+                output.fmt_us(r["host_us"]),
+            ]
+            for r in ranges
+        ],
     )
+
+
+def nsys_notes(cases: int, payloads: bool) -> list[str]:
+    """What must be known to read `nsys_tables`.
+
+    Args:
+        cases: how many were run.
+        payloads: whether ranges carry their shapes.
+    """
+    together = f" All {cases} cases are taken together: for figures of one, run one." if cases > 1 else ""
+    shapes = "each range of the domain kda has its shape as payload" if payloads else (
+        "each range would have its shape as payload with a newer package nvtx: pip install -U nvtx"
+    )  # fmt: skip
+    return [
+        f"Eager calls, the L2 cache emptied before each.{together}",
+        "GPU us of a range: from its first kernel's start to its last one's end, with the gaps that launching leaves.",
+        f"In nsys-ui {shapes}.",
+    ]
 
 
 def short(name: str) -> str:

@@ -21,6 +21,7 @@ from kdacli.profile import (
     layer,
     ncu,
     nsys,
+    nvtx,
     plot,
     report,
     report_baseline,
@@ -167,11 +168,13 @@ def traced(cases: Sequence[Case], load: Load, kernels: Sequence[Kernel]) -> None
     # Nsight Compute replays each launch some dozen times, so it looks at one call, between start and stop.
     once = Ranges(measured=torch.cuda.profiler.profile, calls=1)
     shown = once if os.environ[inner.TRACE_ENV] == "ncu" else Ranges()
-    trace(cases, load, kernels, gpu_timer.Evictor(), torch.cuda.synchronize, shown)
+    with nvtx.open_range(nvtx.EVICT):  # it fills its buffer
+        evict = gpu_timer.Evictor()
+    trace(cases, load, kernels, evict, torch.cuda.synchronize, shown)
 
 
-def under_profiler(name: str, program: str, path: Path, words: Sequence[str], params: Params) -> None:
-    """Runs this command again under nsys or ncu and prints what it saw.
+def under_profiler(name: str, program: str, path: Path, words: Sequence[str], params: Params, cases: int) -> None:
+    """Runs this command again under nsys or ncu and prints what it saw of so many cases.
 
     Raises:
         CheckFailedError: the run inside failed, or nothing was seen.
@@ -182,7 +185,7 @@ def under_profiler(name: str, program: str, path: Path, words: Sequence[str], pa
         nsys.profile(program, path, words)
         found["kernels"], found["ranges"] = nsys.stats(program, path)
         tables = list(report.nsys_tables(found["kernels"], found["ranges"]))
-        lines = ["Eager calls, the L2 cache emptied before each."]
+        lines = report.nsys_notes(cases, nvtx.structured())
     else:
         ncu.profile(program, path, words)
         found["launches"], note = ncu.stats(program, path)

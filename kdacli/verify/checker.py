@@ -20,7 +20,7 @@ from kdacli.verify.runner import Bench, Result
 from kdacli.verify.search import Found, search
 from kdacli.verify.verdict import Explanation
 
-_CRASHED = "crashed the GPU context: "
+CRASHED = "crashed the GPU context: "
 
 
 class ContextLostError(Exception):
@@ -101,7 +101,7 @@ class Checker:
 
         found = search(kernel, self.device, seconds, self.seed, before=before)
         if begun and (line := self.lost_context()) is not None:
-            return dataclasses.replace(found, failure=(begun[0].case, begun[0].lost(_CRASHED + line)))
+            return dataclasses.replace(found, failure=(begun[0].case, begun[0].lost(CRASHED + line)))
         return found
 
     def explain(
@@ -152,5 +152,5 @@ class Checker:
                 if (line := self.lost_context()) is None:
                     yield result
                     continue
-            yield begun.lost(_CRASHED + line)
+            yield begun.lost(CRASHED + line)
             raise ContextLostError(line)

@@ -7,14 +7,14 @@ A case keeps what it is about, and where that is what a kernel lacks, it is refu
 """
 
 import dataclasses
-import importlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kda_kernels.errors import InputError
+from kda_kernels.peers.contract import Contract
 from kda_kernels.problem import Gate, Op, Problem
 from kda_kernels.registry import Kernel
-from kdacli.userkernels import UserKernel
 from kdacli.verify import spec
 from kdacli.verify.call import Runner
 from kdacli.verify.case import Case
@@ -66,8 +66,8 @@ def _one_change(case: Case, fitting: Case) -> Iterator[Case]:
 
 def _hurdles(kernel: Kernel, runner: Runner, problem: Problem) -> int:
     """How much keeps a kernel from running a problem: a peer's `CONTRACT` tells all of it at once, others the first."""
-    contract = getattr(importlib.import_module(kernel.module), "CONTRACT", None) if not kernel.ours else None
-    known = 0 if contract is None or isinstance(kernel, UserKernel) else sum(1 for _ in contract.refusals(problem))
+    contract = getattr(sys.modules.get(kernel.module), "CONTRACT", None)  # asked before, so it is imported
+    known = sum(1 for _ in contract.refusals(problem)) if isinstance(contract, Contract) else 0
     return known or int(runner.unsupported(problem) is not None)
 
 

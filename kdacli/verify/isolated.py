@@ -21,7 +21,7 @@ from kda_kernels.errors import KdaError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.verify.case import Case
-from kdacli.verify.checker import Begun, Checker, ContextLostError
+from kdacli.verify.checker import CRASHED, Begun, Checker
 from kdacli.verify.runner import Result
 from kdacli.verify.search import Found
 from kdacli.verify.verdict import Explanation
@@ -49,6 +49,7 @@ class IsolatedChecker:
         self._given: tuple[dict[str, Any], Op] | None = None
         self._begun: list[Begun] = []  # checks that began since the last question
         self._open: Begun | None = None  # the one that has not ended
+        self._asked = 0  # questions: what answers an earlier one, which nobody waits for any more, is passed over
         self._start()
 
     def __enter__(self) -> "IsolatedChecker":
@@ -73,7 +74,7 @@ class IsolatedChecker:
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """As `Checker.prepare`, without waiting for it."""
-        self._pipe.send(("prepare", (kernels,)))
+        self._pipe.send((0, "prepare", (kernels,)))
 
     def check_case(self, case: Case, kernels: Sequence[Kernel]) -> Iterator[Result]:
         """As `Checker.check_case`, but goes on with the other kernels after one that broke the process."""
@@ -82,8 +83,9 @@ class IsolatedChecker:
 
     def give(self, params: dict[str, Any], op: Op) -> tuple[str, Op]:
         """As `Checker.give`."""
+        self._given = None
+        ((self._label, self._op),) = self._ask("give", params, op)
         self._given = (params, op)
-        self._label, self._op = next(self._ask("give", *self._given))
         return self._label, self._op
 
     def check_given(self, kernels: Sequence[Kernel]) -> Iterator[Result]:
@@ -93,7 +95,8 @@ class IsolatedChecker:
     def search(self, kernel: Kernel, seconds: float) -> Found:
         """As `Checker.search`; a case that broke the process is what was found."""
         try:
-            return next(self._ask("search", kernel, seconds))
+            (found,) = self._ask("search", kernel, seconds)
+            return found
         except LostError as lost:
             if not self._begun:
                 raise InnerError(f"the search with {kernel.name} {lost}") from lost
@@ -106,7 +109,8 @@ class IsolatedChecker:
         """As `Checker.explain`; where a smaller case breaks the process, that is all it says."""
         asked = ("explain", kernel, case, dataclasses.replace(result, outputs=None), seconds, folder, force)
         try:
-            return next(self._ask(*asked, limit=seconds + 2 * self.limit))
+            (found,) = self._ask(*asked, limit=seconds + 2 * self.limit)
+            return found
         except LostError as lost:
             said = (f"a simpler case, tried in search of the smallest, {lost}",)
             return Explanation((), said, (), None, False), None
@@ -141,10 +145,12 @@ class IsolatedChecker:
         if self._pipe.closed:
             self._start()
             if self._given is not None:
-                next(self._ask("give", *self._given))
+                list(self._ask("give", *self._given))
         self._begun, self._open = [], None
         try:
-            self._pipe.send((method, args))
+            self._asked += 1
+            asked = self._asked
+            self._pipe.send((asked, method, args))
         except OSError:  # it died while nobody asked anything of it
             raise self._lost() from None
         while True:
@@ -152,9 +158,11 @@ class IsolatedChecker:
             try:
                 if not self._pipe.poll(waits):
                     raise self._lost(f"hung: there was no answer after {waits:g} seconds")
-                kind, value = self._pipe.recv()
+                number, kind, value = self._pipe.recv()
             except (EOFError, OSError):
                 raise self._lost() from None
+            if number != asked:
+                continue
             if kind == "begun":
                 self._begun.append(value)
                 self._open = value
@@ -185,14 +193,15 @@ def _serve(pipe: Connection, device: str, seed: int) -> None:
     from kdacli.device import pick_device
 
     pick_device(device)
-    checker = Checker(device, seed, announce=lambda begun: pipe.send(("begun", begun)))
+    number = 0
+    checker = Checker(device, seed, announce=lambda begun: pipe.send((number, "begun", begun)))
     try:
         while True:
-            method, args = pipe.recv()
-            for answer in _answers(checker, method, args):
-                pipe.send(answer)
+            number, method, args = pipe.recv()
+            for kind, value in _answers(checker, method, args):
+                pipe.send((number, kind, value))
             if (line := checker.lost_context()) is not None:
-                pipe.send(("lost", f"crashed the GPU context: {line}"))
+                pipe.send((number, "lost", CRASHED + line))
                 break
     except (EOFError, OSError):
         pass
@@ -200,22 +209,16 @@ def _serve(pipe: Connection, device: str, seed: int) -> None:
 
 
 def _answers(checker: Checker, method: str, args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    """The messages that answer one call."""
-    if method == "prepare":
-        checker.prepare(*args)
-        return
+    """What answers one question: items, and then that it is done or what was raised."""
     try:
         found = getattr(checker, method)(*args)
         for item in found if inspect.isgenerator(found) else (found,):
             yield "item", _without_tensors(item)
-    except ContextLostError:
-        return
+        end = ("done", None)
     except Exception as error:
-        if checker.lost_context() is None:
-            yield "raised", _portable(error)
-        return
+        end = ("raised", _portable(error))
     if checker.lost_context() is None:
-        yield "done", None
+        yield end
 
 
 def _without_tensors(item: Any) -> Any:

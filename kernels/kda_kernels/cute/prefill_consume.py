@@ -6,8 +6,8 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
-from kda_kernels.cute.prefill_shared import Kind, operand, swizzled_token, vector
-from kda_kernels.cute.ptx import bfloat16_pair, load_transposed, store_transposed
+from kda_kernels.cute.prefill_shared import Kind, operand, swizzled, vector
+from kda_kernels.cute.ptx import bfloat16_pair, fresh, load_transposed, store_transposed
 
 
 class Consumer:
@@ -55,7 +55,10 @@ class Consumer:
         w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), BFloat16)
 
         for chunk in cutlass.range(n_chunks, unroll=1):
-            stage = chunk % STAGES
+            p = fresh(p)
+            warp, lane = p // 32, p % 32
+            v0, col = 64 * group + 16 * warp, 2 * (lane % 4)
+            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES % 2)
             decay = shared.decay + stage * (2 * spec.K)
             self.decay(S, decay, col)  # into the frame of the chunk's middle
@@ -64,19 +67,21 @@ class Consumer:
 
             # this warp's 16 value channels of 8 tokens a matrix: lanes give the addresses of tokens
             token = lane // 16 * 8 + lane % 8
-            place = shared.v + stage * (CHUNK * spec.V) + swizzled_token(token, v0 // 8 + lane // 8 % 2)
+            place = stage * (CHUNK * spec.V) + swizzled(token, v0 // 8 + lane // 8 % 2, 8, BFloat16)
             factors = shared.token + stage * (3 * CHUNK)
-            values = []
+            words = []
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
-                for word in load_transposed(place + j * 8 * spec.V):
-                    values.extend(bfloat16_pair(word))
-            a, scaled_b = ([vector(factors, i * CHUNK + 8 * j + col).load() for j in range(CHUNK // 8)] for i in range(2))
+                # what follows the last token in memory is another's, and may be no number
+                ours = 8 * j + token < tokens
+                words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else STAGES * CHUNK * spec.V)))
             warpgroup.wait_group(0)
             for j in cutlass.range_constexpr(CHUNK // 8):
+                a, scaled_b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
                 for h in cutlass.range_constexpr(2):
+                    values = bfloat16_pair(words[2 * j + h])
                     for e in cutlass.range_constexpr(2):
                         i = 4 * j + 2 * h + e
-                        w[i] = a[j][e] * values[i] - scaled_b[j][e] * acc[i]
+                        w[i] = a[e] * values[e] - scaled_b[e] * acc[i]
                         out[i] = acc[cute.size(w) + i]
             self.round(w, w_operand)
             self.product(solve, w, w_operand, solve_b, 2 * stage, CHUNK // 16, True)
@@ -87,9 +92,11 @@ class Consumer:
             self.product(write, S, w_operand, write_b, stage, CHUNK // 16, True)
             warpgroup.wait_group(1)
             self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
-            warpgroup.wait_group(0)
             # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
-            self.decay(S, decay + spec.K, col)
+            after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]
+            warpgroup.wait_group(0)
+            for i in cutlass.range_constexpr(cute.size(S)):
+                S[i] = S[i] * after[i // 4][i % 2]
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(shared.empty + stage)
@@ -146,11 +153,11 @@ class Consumer:
         words = cute.recast_tensor(rounded, Int32)
         cute.arch.sync_warp()  # all lanes have their v
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
-            store_transposed(place + j * 8 * spec.V, tuple(words[2 * j + i] for i in range(4)))
+            store_transposed(shared.v + (place + j * 8 * 64), tuple(words[2 * j + i] for i in range(4)))
         cute.arch.sync_warp()
         token = chunk * CHUNK + lane
         if token < n_tokens:
             offset = Int64(b) * o.stride[0] + Int64(first + token) * o.stride[1] + Int64(i_hv) * o.stride[2] + v0
             for i in cutlass.range_constexpr(2):
-                source = shared.v + stage * (CHUNK * spec.V) + swizzled_token(lane, v0 // 8 + i)
+                source = shared.v + stage * (CHUNK * spec.V) + swizzled(lane, v0 // 8 + i, 8, BFloat16)
                 vector(o.iterator, offset + 8 * i, 8).store(vector(source, 0, 8).load())

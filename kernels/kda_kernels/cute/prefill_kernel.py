@@ -20,13 +20,13 @@ w is u / |k|: the update that the delta rule writes. The inverse is made in fp32
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
-from kda_kernels.cute.prefill_shared import allocate, vector
+from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
 
 K_MAJOR, MN_MAJOR = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
 REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
@@ -72,17 +72,27 @@ class PrefillKernel(Producer, Consumer):
             product(CHUNK),  # with tril(qE kI^T)
             product(self.spec.K, MN_MAJOR),  # w kI
         )
+        inputs = [self.by_tile(x) for x in (q, k, v, g)]
         self.kernel(
-            q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, scale, lower_bound, *products
+            [atom for atom, _ in inputs], [x for _, x in inputs], g.element_type, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, scale, lower_bound, *products
         ).launch(grid=(self.spec.HV * N, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.jit
+    def by_tile(self, x: cute.Tensor):
+        """TMA's view of q, k, v or g: [T, K, heads, B] in tiles of a chunk."""
+        order = (1, 3, 2, 0)
+        layout = cute.make_layout(tuple(x.shape[i] for i in order), stride=tuple(x.stride[i] for i in order))
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout),
+            tile_layout(x.element_type, x.shape[3]), (CHUNK, x.shape[3]),
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        g: cute.Tensor,
+        atoms: list[cute.CopyAtom],  # of q, k, v, g
+        inputs: list[cute.Tensor],
+        g_dtype: cutlass.Constexpr,
         beta: cute.Tensor,
         A_log: cute.Tensor | None,
         dt_bias: cute.Tensor | None,
@@ -106,7 +116,7 @@ class PrefillKernel(Producer, Consumer):
         slot = Int64(i_n)
         if cutlass.const_expr(spec.pooled):
             slot = Int64(state_indices[i_n])
-        b, first, n_tokens = i_n, Int32(0), Int32(q.shape[1])
+        b, first, n_tokens = i_n, Int32(0), Int32(o.shape[1])
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
@@ -116,26 +126,30 @@ class PrefillKernel(Producer, Consumer):
             self.write_zeros(o, b, first, n_tokens, i_hv, tid)
         elif live:
             self.work(
-                q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot, b, first, n_tokens, i_hv, scale, lower_bound,
+                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, slot, b, first, n_tokens, i_hv, scale, lower_bound,
                 gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
     def work(
-        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32,
+        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32,
         i_hv: Int32, scale: Float32, lower_bound: Float32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         """One head of one sequence."""
-        heads_per_q = self.spec.HV // self.spec.H
+        V, heads_per_q = self.spec.V, self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
-        shared = allocate(self.spec, g.element_type)
+        shared = allocate(self.spec, g_dtype)
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
-                cute.arch.mbarrier_init(shared.full + s, 1)
+                cute.arch.mbarrier_init(shared.full + s, 2)  # what is prepared, and v
                 cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // 32)
+            for s in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(shared.loaded + s, 1)
             cute.arch.mbarrier_init_fence()
+        if tid < 8:
+            vector(shared.v, STAGES * CHUNK * V + tid, 1)[0] = BFloat16(0.0)
         cute.arch.sync_threads()
 
         group = cute.arch.make_warp_uniform(tid // 128)
@@ -145,7 +159,7 @@ class PrefillKernel(Producer, Consumer):
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(
-                shared, q, k, v, g, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
+                shared, atoms, inputs, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
                 i_hv // heads_per_q, i_hv, scale, lower_bound, group - CONSUMERS // 128, gram,
             )  # fmt: skip
 

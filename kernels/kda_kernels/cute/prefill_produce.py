@@ -2,21 +2,22 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
-from cutlass.cute.nvgpu import warpgroup
+from cutlass import BFloat16, Float32, Int32
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.math import LOG2_E, reciprocal, rsqrt, sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
-    INVERSE_PITCH, Kind, operand, vector,
+    INVERSE_PITCH, Kind, operand, swizzled, tile, vector,
 )  # fmt: skip
 from kda_kernels.cute.ptx import (
-    bfloat16_pair, copy_16_bytes, exp2_approx, load_matrices, multiply_16x8x16, select,
+    bfloat16_pair, exp2_approx, fresh, load_matrices, multiply_16x8x16, select,
 )  # fmt: skip
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
 L2_EPS = 1e-6
+LOADER = 3  # the warp that asks for the next chunk: not the one that inverts
 
 
 class Producer:
@@ -26,7 +27,7 @@ class Producer:
 
     @cute.jit
     def produce(
-        self, shared, q, k, v, g, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
+        self, shared, atoms, inputs, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
         i_h: Int32, i_hv: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -56,22 +57,40 @@ class Producer:
         gram_b = gram.make_fragment_B(thread.partition_B(cols))
         acc = cute.make_rmem_tensor(gram.partition_shape_C((2 * CHUNK, CHUNK)), Float32)
 
-        self.fetch(raw_q, q, b, first, group * CHUNK, n_tokens, i_h, p)
-        self.fetch(raw_k, k, b, first, group * CHUNK, n_tokens, i_h, p)
-        self.fetch(raw_g, g, b, first, group * CHUNK, n_tokens, i_hv, p)
-        cute.arch.cp_async_commit_group()
+        atom_q, atom_k, atom_v, atom_g = atoms
+        q, q_tiles = self.tiles(atom_q, inputs[0], raw_q, b, first, i_h)
+        k, k_tiles = self.tiles(atom_k, inputs[1], raw_k, b, first, i_h)
+        g, g_tiles = self.tiles(atom_g, inputs[3], raw_g, b, first, i_hv)
+        loaded = shared.loaded + group
+        size = CHUNK * spec.K * (16 + 16 + raw_g.dtype.width) // 8
+        if warp == LOADER:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
+            cute.copy(atom_q, q[None, group], q_tiles, tma_bar_ptr=loaded)
+            cute.copy(atom_k, k[None, group], k_tiles, tma_bar_ptr=loaded)
+            cute.copy(atom_g, g[None, group], g_tiles, tma_bar_ptr=loaded)
+
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
-            stage, at = chunk % STAGES, chunk * CHUNK
-            tokens = n_tokens - at
+            p = fresh(p)
+            warp, lane, pair, half = p // 32, p % 32, p % 64, p // 64
+            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES % 2) ^ 1)
-            self.fetch(shared.v + stage * (CHUNK * spec.V), v, b, first, at, n_tokens, i_hv, p)
-            cute.arch.cp_async_commit_group()
+            if warp == LOADER:
+                full = shared.full + stage
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
+                place = shared.v + stage * (CHUNK * spec.V)
+                v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
+                cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
             raw_beta = Float32(0.0)
             if warp == 0 and lane < tokens:
-                raw_beta = beta[b, first + at + lane, i_hv].to(Float32)
-            cute.arch.cp_async_wait_group(1)
-            self.barrier(group)
+                raw_beta = beta[b, first + chunk * CHUNK + lane, i_hv].to(Float32)
+            cute.arch.mbarrier_wait(loaded, chunk // 2 % 2)
 
+            if tokens < CHUNK:
+                self.clear(raw_q, tokens, p)
+                self.clear(raw_k, tokens, p)
+                self.barrier(group)
             if cutlass.const_expr(spec.qk_l2norm):
                 self.squares(raw_q, sums, warp, lane)
             G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens, shared.decay + stage * (2 * spec.K))
@@ -82,8 +101,6 @@ class Producer:
                     value = sigmoid(raw_beta)
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
-                if lane >= tokens:
-                    value = Float32(0.0)
                 vector(sums, 2 * CHUNK + lane, 1)[0] = value
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
@@ -94,21 +111,17 @@ class Producer:
                 cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, stage], acc)
             warpgroup.commit_group()
 
-            self.fetch(raw_q, q, b, first, at + 2 * CHUNK, n_tokens, i_h, p)
-            self.fetch(raw_k, k, b, first, at + 2 * CHUNK, n_tokens, i_h, p)
-            self.fetch(raw_g, g, b, first, at + 2 * CHUNK, n_tokens, i_hv, p)
-            cute.arch.cp_async_commit_group()
-            if warp == 3:
-                norm_k, norm_q = self.norms(sums, lane)
-                value = vector(sums, 2 * CHUNK + lane, 1)[0]
-                token = shared.token + stage * (3 * CHUNK)
-                vector(token, lane, 1)[0] = value * norm_k
-                vector(token, lane + CHUNK, 1)[0] = value * norm_k * norm_k
-                vector(token, lane + 2 * CHUNK, 1)[0] = norm_q * scale
+            if warp == LOADER:
+                if chunk + 2 < n_chunks:
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
+                    cute.copy(atom_q, q[None, chunk + 2], q_tiles, tma_bar_ptr=loaded)
+                    cute.copy(atom_k, k[None, chunk + 2], k_tiles, tma_bar_ptr=loaded)
+                    cute.copy(atom_g, g[None, chunk + 2], g_tiles, tma_bar_ptr=loaded)
+                self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             warpgroup.wait_group(0)
             mix = shared.mix + stage * (2 * CHUNK * CHUNK)
-            self.spread(acc, L, mix + CHUNK * CHUNK, sums, warp, lane)
-            cute.arch.cp_async_wait_group(1)
+            self.spread(acc, L, mix + CHUNK * CHUNK, sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
             if warp == 0:
@@ -117,7 +130,6 @@ class Producer:
                 cute.arch.sync_warp()
                 if lane == 0:
                     cute.arch.mbarrier_arrive(shared.full + stage)
-        cute.arch.cp_async_wait_group(0)
 
     @cute.jit
     def barrier(self, group: Int32):
@@ -125,30 +137,31 @@ class Producer:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
 
     @cute.jit
-    def fetch(self, target, source, b: Int32, first: Int32, at: Int32, n_tokens: Int32, head: Int32, p: Int32):
-        """Asks for CHUNK tokens of a head from `at` on; zeros after the end."""
-        size = 128 // source.element_type.width  # elements in 16 bytes
-        pieces = 128 // size
-        a_row = 128 // pieces  # rows that the threads cover at once
-        piece, row = p % pieces, p // pieces
-        base = Int64(b) * source.stride[0] + Int64(first + at + row) * source.stride[1] + Int64(head) * source.stride[2]
-        start = source.iterator + cute.assume(base + piece * size, divby=size)
-        for i in cutlass.range_constexpr(CHUNK // a_row):
-            token = row + i * a_row
-            step = cute.assume(Int64(i * a_row) * source.stride[1], divby=size)
-            offset = token * 128 + (piece ^ (token % 8)) * size
-            copy_16_bytes(target + offset, start + step, at + token < n_tokens)
+    def tiles(self, atom: cute.CopyAtom, source, target, b: Int32, first: Int32, head: Int32):
+        """A head's chunks from token `first` on, and the tile at `target` that takes one, as TMA wants them."""
+        size = source.shape[1]
+        chunks = cute.local_tile(cute.domain_offset((first, 0), source[None, None, head, b]), (CHUNK, size), (None, 0))
+        there, here = cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(tile(target, target.dtype, size), 0, 2),
+            cute.group_modes(chunks, 0, 2),
+        )  # fmt: skip
+        return here, there
+
+    @cute.jit
+    def clear(self, raw, tokens: Int32, p: Int32):
+        """Zeros after the last token: what follows it in memory is another's, and may be no number."""
+        zeros = cute.make_rmem_tensor(8, raw.dtype)
+        zeros.fill(0.0)
+        for row in cutlass.range(tokens + p // 16, CHUNK, 8, unroll=1):
+            vector(raw, swizzled(row, p % 16, 8, raw.dtype), 8).store(zeros.load())
 
     @cute.jit
     def raw_pairs(self, source, pair: Int32, half: Int32):
         """Two channels of this thread's tokens as they lie in shared memory: [2, HALF]."""
         raw = cute.make_rmem_tensor((2, HALF), source.dtype)
+        start = source + half * (HALF * 1024 // source.dtype.width)
         for i in cutlass.range_constexpr(HALF):
-            if cutlass.const_expr(source.dtype.width == 16):
-                offset = (pair ^ (i % 8 * 4)) * 2 + (half * HALF + i) * 128
-            else:
-                offset = (pair ^ (i % 8 * 2)) * 2 + (half * HALF + i) * 128
-            raw[None, i].store(vector(source, offset).load())
+            raw[None, i].store(vector(start, swizzled(i, pair, 2, source.dtype)).load())
         return raw
 
     @cute.jit
@@ -175,8 +188,9 @@ class Producer:
                 else:
                     log2[e, i] = values[e]
         if tokens < CHUNK:
+            last = fresh(tokens)  # a branch, where the compiler would select for every chunk
             for i in cutlass.range_constexpr(HALF):
-                if half * HALF + i >= tokens:
+                if half * HALF + i >= last:
                     for e in cutlass.range_constexpr(2):
                         log2[e, i] = Float32(0.0)
         factor = Float32(LOG2_E)
@@ -207,8 +221,8 @@ class Producer:
         """kE, qE and kI into shared memory."""
         K = self.spec.K
         q, k = self.raw_pairs(raw_q, pair, half), self.raw_pairs(raw_k, pair, half)
-        rows = shared.rows + (stage * (2 * CHUNK * K) + pair // 32 * (2 * CHUNK * 64) + half * (HALF * 64))
-        cols = shared.cols + (stage * (CHUNK * K) + pair // 32 * (CHUNK * 64) + half * (HALF * 64))
+        rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
+        cols = shared.cols + (stage * (CHUNK * K) + half * (HALF * 64))
         for i in cutlass.range_constexpr(HALF):
             x, y = self.pair_of(q, i), self.pair_of(k, i)
             out = cute.make_rmem_tensor((2, 3), Float32)
@@ -217,9 +231,9 @@ class Producer:
                 out[e, 0] = y[e] * grow
                 out[e, 1] = x[e] * grow
                 out[e, 2] = y[e] * exp2_approx(-G[e, i])
-            place = ((pair % 32) ^ (i % 8 * 4)) * 2  # 128-byte swizzle
             for j, target in enumerate((rows, rows + CHUNK * 64, cols)):
-                vector(target, place + i * 64).store(out[None, j].load().to(BFloat16))
+                place = swizzled(i, pair, 2, BFloat16, CHUNK if j == 2 else 2 * CHUNK)
+                vector(target, place).store(out[None, j].load().to(BFloat16))
 
     @cute.jit
     def squares(self, raw, sums, warp: Int32, lane: Int32):
@@ -228,7 +242,7 @@ class Producer:
         row = lane // 8 % 2 * 8 + lane % 8
         upper, lower = ((Float32(0.0),) * 4,) * 2
         for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(raw + (warp * 16 + row) * 128 + ((2 * i + lane // 16) ^ (row % 8)) * 8)
+            a = load_matrices(raw + warp // 2 * (CHUNK * 128) + swizzled(warp % 2 * 16 + row, 2 * i + lane // 16, 8, raw.dtype))
             upper = multiply_16x8x16(upper, a, (a[0], a[2]), kind)
             lower = multiply_16x8x16(lower, a, (a[1], a[3]), kind)
         if lane % 4 == lane // 8:
@@ -246,14 +260,24 @@ class Producer:
         return norm_k, norm_q
 
     @cute.jit
-    def spread(self, acc, L, mix, sums, warp: Int32, lane: Int32):
+    def factors(self, target, sums, scale: Float32, lane: Int32, tokens: Int32):
+        """a, b and the factor of o of the token of this lane; 0 after the end."""
+        norm_k, norm_q = self.norms(sums, lane)
+        a = vector(sums, 2 * CHUNK + lane, 1)[0] * norm_k
+        b = a * norm_k
+        vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
+        vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
+        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
+
+    @cute.jit
+    def spread(self, acc, L, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
         """Of [kE; qE] kI^T, the upper half times b to L, the lower without what lies over its diagonal to `mix`."""
         col = 2 * (lane % 4)
         for h in cutlass.range_constexpr(2):
             row = 16 * warp + lane // 4 + 8 * h
             if row < CHUNK:
                 norm_k, norm_q = self.norms(sums, row)
-                factor = vector(sums, 2 * CHUNK + row, 1)[0] * norm_k * norm_k
+                factor = vector(sums, 2 * CHUNK + row, 1)[0] * norm_k * norm_k if row < tokens else Float32(0.0)
                 for j in cutlass.range_constexpr(CHUNK // 8):
                     for e in cutlass.range_constexpr(2):
                         value = acc[4 * j + 2 * h + e] * factor if 8 * j + col + e < row else Float32(0.0)

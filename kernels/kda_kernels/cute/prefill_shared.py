@@ -21,16 +21,18 @@ class Shared:
     rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
     cols:  kI: [CHUNK, K], the same
     mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle; then tril(qE kI^T), not transposed
-    v:     [CHUNK, V] as it comes, rows of 2 V bytes, 16-byte pieces xor token % 8; o on its way out
+    v:     [CHUNK, V], as `cols`; o on its way out. After the last stage 8 zeros
     token: a, b and the factor of o: [3, CHUNK], fp32
     decay: exp2(m) [K], then exp2(G_31 - m), fp32
-    raw:   for each producing warpgroup q, k and g of its next chunk, as v
+    raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
+    loaded: for each producing warpgroup, that raw is there
     L:     for each producing warpgroup, transposed, fp32
     sums:  for each producing warpgroup q.q, k.k and sigmoid(beta): [3, CHUNK]
     """
 
     full: Any
     empty: Any
+    loaded: Any
     rows: Any
     cols: Any
     mix: Any
@@ -54,7 +56,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         rows=array(BFloat16, STAGES * 2 * CHUNK * K, 1024),
         cols=array(BFloat16, STAGES * CHUNK * K, 1024),
         mix=array(BFloat16, STAGES * 2 * CHUNK * CHUNK, 1024),
-        v=array(BFloat16, STAGES * CHUNK * V, 1024),
+        v=array(BFloat16, STAGES * CHUNK * V + 8, 1024),
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
         raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
@@ -63,6 +65,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         sums=array(Float32, 2 * 3 * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
+        loaded=array(Int64, 2, 8),
     )
 
 
@@ -77,6 +80,20 @@ def vector(pointer, offset, size: int = 2):
     return cute.make_tensor(pointer + cute.assume(offset, divby=size), cute.make_layout(size))
 
 
-def swizzled_token(token, piece):
-    """Where 16-byte piece `piece` of a token's 128 16-bit elements lies."""
-    return token * 128 + (piece ^ (token % 8)) * 8
+def tile_layout(dtype, channels: int):
+    """[CHUNK, channels] of an input: 128 bytes of channels beside each other, rows of 128 bytes, 128-byte swizzle."""
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(Kind.K_SW128, dtype), (CHUNK, channels), order=(0, 1))
+
+
+def tile(pointer, dtype, channels: int):
+    """The tensor at `pointer` that TMA writes."""
+    layout = tile_layout(dtype, channels)
+    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype), layout.outer)
+
+
+def swizzled(row, index, unit: int, dtype, rows: int = CHUNK):
+    """Where a row's unit `index`, of so many elements (16 bytes at most), lies in a tile of so many rows."""
+    line, piece = 1024 // dtype.width // unit, 128 // dtype.width // unit  # units in 128 and in 16 bytes
+    inside = index % line
+    place = index // line * (rows * line) + row * line + ((inside // piece) ^ (row % 8)) * piece + inside % piece
+    return place * unit

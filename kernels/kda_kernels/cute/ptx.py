@@ -1,4 +1,4 @@
-"""PTX instructions that the DSL offers only behind its layout algebra: asynchronous copies and transposing matrix moves."""
+"""PTX instructions that the DSL does not offer, or only behind its layout algebra."""
 
 import cutlass
 import cutlass.cute as cute
@@ -9,11 +9,9 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 
 @dsl_user_op
-def copy_16_bytes(target: cute.Pointer, source: cute.Pointer, live, *, loc=None, ip=None) -> None:
-    """Global to shared memory, asynchronously (cp.async): 16 bytes of `source`, or zeros unless `live`."""
-    size = Int32(live) * 16
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), source.toint(), size)]
-    _asm(None, operands, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", loc, ip)
+def fresh(x: Int32, *, loc=None, ip=None) -> Int32:
+    """x, but for the compiler a new value: what is made of it is not made ahead of a loop, kept and spilled."""
+    return Int32(_asm(T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,r", loc, ip))
 
 
 @dsl_user_op

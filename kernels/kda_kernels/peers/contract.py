@@ -28,6 +28,8 @@ class Contract:
         one_token: every sequence has exactly one token.
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
         padding: takes index -1.
+        aligned: names of the tensors whose addresses should be multiples of 16 bytes. A `Problem` says nothing of
+            addresses: the adapter refuses them when it runs, by `given.require_aligned`.
         why: reasons to print in place of the plain ones: (field, reason).
     """
 
@@ -51,6 +53,7 @@ class Contract:
     plain_state: bool = True
     pool: bool = True
     padding: bool = False
+    aligned: tuple[str, ...] = ()
     why: tuple[tuple[str, str], ...] = ()
 
     def refusal(self, problem: Problem) -> str | None:

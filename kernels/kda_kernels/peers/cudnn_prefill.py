@@ -2,6 +2,9 @@
 
 Written against nvidia-cudnn-frontend 1.32.0. The engine is named in every call, so that no other one stands in for it.
 It compiles with NVRTC when it first runs.
+
+What it does not take: the softplus gate, head sizes but 128, K-first states, allow_neg_eigval, padding rows, and
+addresses that are not multiples of 16 bytes.
 """
 
 import importlib
@@ -12,7 +15,7 @@ import torch
 from kda_kernels.checks import check_inputs
 from kda_kernels.peers import here
 from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, offsets
+from kda_kernels.peers.given import gate_parameters, offsets, require_aligned
 from kda_kernels.problem import DTYPES, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 
@@ -20,7 +23,8 @@ ENGINE = "kda_hopper_cuda"
 OP = "cudnn.linear_attention.ops"
 
 # From the engine's check_support and the op's docstring. Gates and beta in 16 bits it converts to fp32 itself, which is
-# part of its time.
+# part of its time. Of addresses the package says, beside its other Hopper engine, that all but cu_seqlens are multiples
+# of 16 bytes; this one copies 16 bytes at a time and does not check ("misaligned address").
 CONTRACT = Contract(
     g_dtypes=DTYPES,
     beta_dtypes=("float32", "bfloat16"),
@@ -28,6 +32,7 @@ CONTRACT = Contract(
     gates=(Gate.SAFE, Gate.NONE),
     beta_values=True,
     l2norm=(True, False),
+    aligned=("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state"),
     why=(
         ("neg_eigval", "it declines allow_neg_eigval: where it drops a forgotten state it counts on beta < 1"),
         ("padding", "the Hopper engine has no padding: index -1 would gather the last slot of the pool"),
@@ -63,11 +68,15 @@ def run(inputs: Inputs) -> Outputs:
     It takes packed tokens: a dense batch is passed as one with equal lengths. Strided tokens the engine packs itself.
     It knows no state pool: the slots are gathered before the call and the final states scattered back after it, two
     copies of the states that are part of what is timed, as an engine has to make them too.
+
+    Raises:
+        InputError: a tensor that goes in as it is does not start at a multiple of 16 bytes.
     """
     op = here.load((OP,)).kimi_delta_attention
     check_inputs(inputs)
     options, pool, indices = inputs.options, inputs.state, inputs.state_indices
     pooled, safe = indices is not None, options.gate is Gate.SAFE
+    require_aligned(inputs, _in_place(inputs))
     A_log, dt_bias = gate_parameters(inputs) if safe else (None, None)
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o, final = op(
@@ -88,3 +97,10 @@ def run(inputs: Inputs) -> Outputs:
             pool[indices] = final
             final = pool
     return Outputs(o.view(inputs.v.shape), final if inputs.output_final_state else None)
+
+
+def _in_place(inputs: Inputs) -> set[str]:
+    """The tensors that it reads where they are: it converts narrower ones, and a pool's slots are gathered."""
+    wide = {name for name, tensor in inputs.tensors().items() if tensor.dtype is torch.float32}
+    kept = wide - ({"state"} if inputs.state_indices is not None else set())
+    return set(CONTRACT.aligned) & ({"q", "k", "v"} | kept)

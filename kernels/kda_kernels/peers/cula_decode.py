@@ -26,6 +26,7 @@ CONTRACT = Contract(
     k_first=True,
     one_token=True,
     plain_state=False,
+    aligned=("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices"),
     why=(("padding", "it leaves the output of padding rows (index -1) unwritten, where zeros are asked for"),),
 )
 
@@ -52,7 +53,7 @@ def run(inputs: Inputs) -> Outputs:
     """
     kda_decode = here.load(MODULES).kda_decode
     check_inputs(inputs)
-    require_aligned(inputs)
+    require_aligned(inputs, CONTRACT.aligned)
     if not inputs.state.is_contiguous():
         raise InputError(
             f"state has strides {list(inputs.state.stride())}: cuLA takes a pool without gaps between slots"

@@ -21,17 +21,18 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """Runs FLA's kernel on checked inputs; a pool is updated in place.
 
-    The kernel addresses tokens as contiguous, so strided ones are copied first, as FLA's public function does. The
-    output buffer is handed in: without one FLA fills a new one with zeros first.
+    The kernel addresses tokens, and a state that is no pool, as contiguous, so strided ones are copied first, as FLA's
+    public function does. The output buffer is handed in: without one FLA fills a new one with zeros first.
     """
     from fla.ops.kda.fused_recurrent import fused_recurrent_kda_fwd
 
     check_inputs(inputs)
     pooled = inputs.state_indices is not None
+    state = inputs.state if pooled or inputs.state is None else inputs.state.contiguous()
     with torch.no_grad(), torch.cuda.device(inputs.q.device):
         o, final_state = fused_recurrent_kda_fwd(
             *(x.contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)),
-            initial_state=inputs.state,
+            initial_state=state,
             output_final_state=inputs.output_final_state,
             inplace_final_state=pooled,
             ssm_state_indices=inputs.state_indices,

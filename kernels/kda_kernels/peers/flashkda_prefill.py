@@ -1,5 +1,8 @@
 """FlashKDA's prefill as vLLM ships it: `torch.ops._flashkda_C.fwd`, CUTLASS, chunks of 16 tokens.
 
+What it does not take: any gate but the safe one with a bound of -5 or more, head sizes but 128, grouped heads, K-first
+states, betas that are no logits, allow_neg_eigval, padding rows, and addresses that are not multiples of 16 bytes.
+
 The library is vLLM's `_flashkda_C.abi3.so` (written against 0.33.0): found in an installed vllm, which is not imported
 for it, or where the environment variable KDA_FLASHKDA_LIB says.
 """
@@ -15,19 +18,21 @@ from kda_kernels.checks import check_inputs
 from kda_kernels.errors import UnavailableError
 from kda_kernels.peers import here
 from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters
+from kda_kernels.peers.given import gate_parameters, require_aligned
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 
 LIBRARY = "KDA_FLASHKDA_LIB"
 
 # From FlashKDA's README ("Kernel API") and the checks in csrc/flash_kda.cpp. A_log and dt_bias go in as fp32, which
-# narrower ones become without loss.
+# narrower ones become without loss. It reads its tensors through TMA descriptors, which take addresses that are
+# multiples of 16 bytes; it does not check, goes on without the descriptor, and ends with an illegal instruction.
 CONTRACT = Contract(
     square=True,
     grouped_heads=False,
     gates=(Gate.SAFE,),
     least_bound=-5.0,
+    aligned=("q", "k", "v", "g", "beta", "dt_bias", "state"),
     why=(("padding", "FlashKDA has no padding: vLLM takes the padding rows out of the batch before it"),),
 )
 
@@ -86,11 +91,17 @@ def run(inputs: Inputs) -> Outputs:
     Strided q, k, v and g are copied first, for the kernel takes them as contiguous. It knows no state pool: the slots
     are gathered before the call and the final states scattered back after it, two copies of the states that are part
     of what is timed, as an engine has to make them too.
+
+    Raises:
+        InputError: a tensor that goes in as it is does not start at a multiple of 16 bytes.
     """
     fwd, get_workspace_size = _load(_library())
     check_inputs(inputs)
     q, cu_seqlens, options = inputs.q, inputs.cu_seqlens, inputs.options
     pool, indices = inputs.state, inputs.state_indices
+    copied = {"dt_bias"} if inputs.dt_bias is not None and inputs.dt_bias.dtype is not torch.float32 else set()
+    copied |= {"state"} if indices is not None else set()
+    require_aligned(inputs, set(CONTRACT.aligned) - copied)
     B, T, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     with torch.no_grad(), torch.cuda.device_of(q):

@@ -6,6 +6,7 @@ graph's.
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -66,11 +67,16 @@ def _offsets(B: int, T: int, device: torch.device) -> torch.Tensor:
     return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
 
 
-def require_aligned(inputs: Inputs, size: int = 16) -> None:
+def require_aligned(inputs: Inputs, names: Iterable[str], size: int = 16) -> None:
     """Raises `InputError` where a tensor that a kernel reads in place does not start at a multiple of `size` bytes.
 
-    The peers that ask for this copy strided tokens, so of them only contiguous ones matter; a pool they never copy.
+    The peers that ask for this copy strided tensors, or have them copied, so of them only contiguous ones matter; a
+    pool they never copy.
+
+    Args:
+        names: of the tensors that matter, among those that there are.
     """
     for name, tensor in inputs.tensors().items():
-        if (tensor.is_contiguous() or name == "state") and tensor.data_ptr() % size:
+        in_place = tensor.is_contiguous() or (name == "state" and inputs.state_indices is not None)
+        if name in names and in_place and tensor.data_ptr() % size:
             raise InputError(f"{name} is not aligned: its address should be a multiple of {size} bytes for this kernel")

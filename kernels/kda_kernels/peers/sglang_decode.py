@@ -28,6 +28,7 @@ CONTRACT = Contract(
     any_scale=False,
     one_token=True,
     plain_state=False,
+    aligned=("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices"),
     why=(
         ("param_dtypes", "dt_bias would be rounded: it takes bf16 (--param-dtype bf16)"),
         ("padding", "it leaves the output of padding rows (index -1) unwritten, where zeros are asked for"),
@@ -52,7 +53,7 @@ def run(inputs: Inputs) -> Outputs:
     """
     update = here.load(MODULES).cutedsl_fused_sigmoid_gating_kda_update
     check_inputs(inputs)
-    require_aligned(inputs)
+    require_aligned(inputs, CONTRACT.aligned)
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.bfloat16)
         o = update(
