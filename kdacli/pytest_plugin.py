@@ -28,12 +28,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kernel, chosen = _read(metafunc.definition.get_closest_marker("kda"))
     from kda_kernels.errors import KdaError
     from kdacli.device import pick_device
-    from kdacli.verify.selection import get_kernel, select_cases
+    from kdacli.verify.selection import get_kernel, select_table
 
     try:
         device = pick_device(chosen["device"])
         found = get_kernel(kernel, chosen["op"])
-        cases = select_cases(chosen["cases"], [found], device, chosen["suite"])
+        cases = [case for case, _ in select_table(chosen["cases"], [found], device, chosen["suite"])]
     except KdaError as error:
         raise pytest.UsageError(f"kda: {error}") from error
     params = [(found, case, device, chosen) for case in cases]

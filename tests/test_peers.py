@@ -1,6 +1,9 @@
 """FLA's kernels as peers: what they refuse and why; on a GPU, that they get our inputs right."""
 
+import contextlib
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from kda_kernels.peers import fla, fla_prefill
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import gate_cumsum, recurrence
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.synthetic import make_inputs
+from kdacli.verify.layouts import pool_with_gaps
 
 PEERS = ("fla-decode", "fla-prefill", "fla-gate")
 
@@ -44,6 +49,27 @@ def test_flash_kda_does_not_stand_in_for_fla(monkeypatch):
     assert "FLA_FLASH_KDA=0" in fla_prefill.unsupported()
     monkeypatch.setenv("FLA_FLASH_KDA", "0")
     assert fla_prefill.unsupported() is None
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_fla_gets_a_plain_state_contiguous_and_a_pool_as_it_is(pooled, monkeypatch):
+    """FLA's kernel takes the stride from slot to slot of a pool; states that are no pool it addresses as contiguous."""
+    given = {}
+
+    def fused_recurrent_kda_fwd(q, k, v, g, beta, *, initial_state, out, **more):
+        given.update(state=initial_state)
+        return out, initial_state
+
+    fake = types.SimpleNamespace(fused_recurrent_kda_fwd=fused_recurrent_kda_fwd)
+    monkeypatch.setitem(sys.modules, "fla.ops.kda.fused_recurrent", fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    problem = Problem(Op.DECODE, (1, 1), 1, 1, 16, 16, options=Options(), pool_slots=3 if pooled else None)
+    inputs = pool_with_gaps(make_inputs(problem))
+    assert not inputs.state.is_contiguous()
+    registry.get("fla-decode").run(inputs)
+    assert given["state"].is_contiguous() != pooled
+    assert torch.equal(given["state"].nan_to_num(), inputs.state.nan_to_num())
+    assert (given["state"].data_ptr() == inputs.state.data_ptr()) == pooled
 
 
 @pytest.mark.gpu

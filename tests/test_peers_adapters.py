@@ -401,12 +401,37 @@ def test_cula_refuses_a_pool_with_gaps(stand_ins):
         adapter("cula_decode").run(dataclasses.replace(inputs, state=pool))
 
 
-@pytest.mark.parametrize("name", ["sglang_decode", "cula_decode"])
-def test_cute_kernels_refuse_unaligned_tensors(name, stand_ins):
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, one element off every alignment."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("sglang_decode", ("q", "beta", "dt_bias", "state")),
+        ("cula_decode", ("q", "beta", "dt_bias", "state")),
+        ("flashkda_prefill", ("q", "k", "v", "g", "beta", "dt_bias", "state")),
+        ("cudnn_prefill", ("q", "k", "v", "dt_bias", "state")),
+    ],
+)
+def test_unaligned_tensors_are_refused(name, tensors, stand_ins):
+    """Each by its name: handed over, they would end the kernel's process."""
     inputs = make_inputs(problem_for(name, **TAKES[name]))
-    shifted = torch.empty(inputs.q.numel() + 1, dtype=inputs.q.dtype)[1:].view(inputs.q.shape).copy_(inputs.q)
-    with pytest.raises(InputError, match="q is not aligned"):
-        adapter(name).run(dataclasses.replace(inputs, q=shifted))
+    for tensor in tensors:
+        moved = dataclasses.replace(inputs, **{tensor: shifted(getattr(inputs, tensor))})
+        with pytest.raises(InputError, match=f"^{tensor} is not aligned: .* multiple of 16 bytes"):
+            adapter(name).run(moved)
+
+
+@pytest.mark.parametrize("name", ["flashkda_prefill", "cudnn_prefill"])
+def test_what_is_copied_anyway_may_lie_anywhere(name, stand_ins):
+    """Pools are gathered, narrow parameters widened, strided tokens packed."""
+    inputs = make_inputs(problem_for(name, **{**TAKES[name], "pool_slots": 5, "param_dtype": "bfloat16"}))
+    wide = torch.zeros(*inputs.q.shape[:-1], inputs.q.shape[-1] + 1, dtype=inputs.q.dtype)
+    q = wide[..., 1:].copy_(inputs.q)
+    moved = dataclasses.replace(inputs, q=q, dt_bias=shifted(inputs.dt_bias), state=shifted(inputs.state))
+    assert torch.equal(adapter(name).run(moved).o, adapter(name).run(inputs.fresh()).o)
 
 
 def test_nothing_of_a_peer_is_imported_to_ask_about_it():

@@ -135,7 +135,7 @@ def test_flags_and_search_are_isolated_too(bad):
         with pytest.raises(InputError, match="nowhere.pt"):
             checker.give(_given("--dump", "nowhere.pt"), Op.DECODE)
         with pytest.raises(InnerError, match="AttributeError"):
-            list(checker.check_case(None, [kernel]))
+            list(checker._ask("no_such_method"))
 
 
 def test_here_a_broken_context_ends_the_run(bad, monkeypatch):
@@ -165,8 +165,8 @@ def test_an_interrupted_run_reports_what_it_checked(bad, tmp_path, flag):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     process = subprocess.Popen(
         [sys.executable, "-c", _WAKING, "kda", *words(bad, case(1), case(4), case(6)), *more],
-        env=env | {"COLUMNS": "160", "KDA_TEST_FLAG": str(tmp_path / "asleep")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        env=env | {"COLUMNS": "160", "KDA_TEST_FLAG": str(tmp_path / "asleep")}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "asleep").exists() and time.monotonic() < deadline:

@@ -96,7 +96,8 @@ def command(
     that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
-    a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure.
+    a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a
+    suite, a case is first changed, in what it is not about, to what a kernel supports, as its name then shows.
 
     On a GPU, kernels that a suite launches and the caches of Triton and CuTe lack are compiled first, in --jobs
     processes; and the checks run in a process apart, so that a kernel which crashes it, breaks the GPU's context, or

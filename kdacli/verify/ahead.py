@@ -105,8 +105,13 @@ def _carry_out(found: Plan, arch: Arch, jobs: int) -> None:
             processes.believing().submit(worker.build, one.kernel, one.problem, one.variant, arch): (one,)
             for one in found.named.values()
         }
-        for future in as_completed(futures):
-            advance(futures[future][0].kernel.name, len(futures[future]))
+        try:
+            for future in as_completed(futures):
+                advance(futures[future][0].kernel.name, len(futures[future]))
+        except KeyboardInterrupt:  # the processes would go on to the last of them
+            for future in futures:
+                future.cancel()
+            raise
 
 
 def laid_out(layouts: tuple[str, ...]) -> Callable[[Inputs], Inputs]:

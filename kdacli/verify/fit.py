@@ -66,9 +66,10 @@ def _one_change(case: Case, fitting: Case) -> Iterator[Case]:
 
 def _hurdles(kernel: Kernel, runner: Runner, problem: Problem) -> int:
     """How much keeps a kernel from running a problem: a peer's `CONTRACT` tells all of it at once, others the first."""
-    contract = getattr(sys.modules.get(kernel.module), "CONTRACT", None)  # asked before, so it is imported
-    known = sum(1 for _ in contract.refusals(problem)) if isinstance(contract, Contract) else 0
-    return known or int(runner.unsupported(problem) is not None)
+    if runner.unsupported(problem) is None:
+        return 0
+    contract = getattr(sys.modules.get(kernel.module), "CONTRACT", None)  # asked just now, so it is imported
+    return max(1, sum(1 for _ in contract.refusals(problem))) if isinstance(contract, Contract) else 1
 
 
 Change = dict[str, Any]  # fields of a problem or of its options, and their values

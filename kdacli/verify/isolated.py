@@ -5,12 +5,14 @@ the command does its checks through an `IsolatedChecker`: one process that lives
 that did is a failure, and the next one gets a fresh process.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -69,7 +71,8 @@ class IsolatedChecker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, *self._made_with), name="kda-verify-checks")
-        self._process.start()
+        with _without_ctrl_c():
+            self._process.start()
         theirs.close()
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
@@ -186,9 +189,22 @@ class IsolatedChecker:
         return LostError(why)
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process started inside ignores Ctrl-C from its first moment: it reaches all, and the one in front decides."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _serve(pipe: Connection, device: str, seed: int) -> None:
     """The other process: answers until nobody asks any more, or its GPU context is broken."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the one in front decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(sys.stderr.fileno(), 1)  # stdout may be JSON
     from kdacli.device import pick_device
 

@@ -157,6 +157,7 @@ def json_row(result: Result, found: Explanation | None, reproduce: str | None, s
         "tensors": result.verdicts,
         "properties": result.properties,
         "notes": result.notes,
+        "crashed": result.crashed,
         "smallest": found.smallest if found else None,
         "looks_like": found.looks_like if found else (),
         "reproduce": reproduce,
