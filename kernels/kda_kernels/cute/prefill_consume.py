@@ -24,13 +24,13 @@ class Consumer:
         group: Int32, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
-        p = cute.arch.thread_idx()[0] % 128
-        warp, lane = p // 32, p % 32
+        p = cute.arch.thread_idx()[0] & 127
+        warp, lane = p >> 5, p & 31
         v0 = 64 * group + 16 * warp  # the warp's first value channel
-        col = 2 * (lane % 4)
+        col = 2 * (lane & 3)
 
         S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
-        inside = (i_hv * spec.V + v0 + lane // 4) * spec.K + col
+        inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
         if cutlass.const_expr(spec.h0 is not None):
             for j in cutlass.range_constexpr(spec.K // 8):
                 for h in cutlass.range_constexpr(2):
@@ -56,18 +56,18 @@ class Consumer:
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
-            warp, lane = p // 32, p % 32
-            v0, col = 64 * group + 16 * warp, 2 * (lane % 4)
-            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
-            cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES % 2)
+            warp, lane = p >> 5, p & 31
+            v0, col = 64 * group + 16 * warp, 2 * (lane & 3)
+            stage, tokens = chunk & (STAGES - 1), n_tokens - chunk * CHUNK
+            cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
             self.decay(S, decay, col)  # into the frame of the chunk's middle
             self.round(S, S_operand)
             self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
 
             # this warp's 16 value channels of 8 tokens a matrix: lanes give the addresses of tokens
-            token = lane // 16 * 8 + lane % 8
-            place = stage * (CHUNK * spec.V) + swizzled(token, v0 // 8 + lane // 8 % 2, 8, BFloat16)
+            token = (lane >> 4) * 8 + (lane & 7)
+            place = stage * (CHUNK * spec.V) + swizzled(token, (v0 >> 3) + (lane >> 3 & 1), 8, BFloat16)
             factors = shared.token + stage * (3 * CHUNK)
             words = []
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
@@ -143,7 +143,7 @@ class Consumer:
     ):  # fmt: skip
         """o through shared memory, where this warp's part of v was: 16 value channels of a token a lane."""
         spec = self.spec
-        factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane % 4)
+        factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane & 3)
         rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
         for j in cutlass.range_constexpr(CHUNK // 8):
             scale = vector(factors, 8 * j).load()
@@ -159,5 +159,5 @@ class Consumer:
         if token < n_tokens:
             offset = Int64(b) * o.stride[0] + Int64(first + token) * o.stride[1] + Int64(i_hv) * o.stride[2] + v0
             for i in cutlass.range_constexpr(2):
-                source = shared.v + stage * (CHUNK * spec.V) + swizzled(lane, v0 // 8 + i, 8, BFloat16)
+                source = shared.v + stage * (CHUNK * spec.V) + swizzled(lane, (v0 >> 3) + i, 8, BFloat16)
                 vector(o.iterator, offset + 8 * i, 8).store(vector(source, 0, 8).load())

@@ -150,9 +150,11 @@ class PrefillKernel(Producer, Consumer):
             cute.arch.mbarrier_init_fence()
         if tid < 8:
             vector(shared.v, STAGES * CHUNK * V + tid, 1)[0] = BFloat16(0.0)
+        for i in cutlass.range(tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1):  # what lies over the diagonals stays zero
+            vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)
         cute.arch.sync_threads()
 
-        group = cute.arch.make_warp_uniform(tid // 128)
+        group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
             self.consume(shared, o, h0, ht, slot, b, first, n_tokens, n_chunks, i_hv, group, read, solve, mix, write)

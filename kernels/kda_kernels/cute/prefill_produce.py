@@ -8,10 +8,10 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from kda_kernels.cute.math import LOG2_E, reciprocal, rsqrt, sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
-    INVERSE_PITCH, Kind, operand, swizzled, tile, vector,
+    BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, Kind, operand, swizzled, tile, vector,
 )  # fmt: skip
 from kda_kernels.cute.ptx import (
-    bfloat16_pair, exp2_approx, fresh, load_matrices, multiply_16x8x16, select,
+    bfloat16_pair, exp2_approx, fresh, load_matrices, load_transposed, multiply_16x8x16, select,
 )  # fmt: skip
 from kda_kernels.problem import Gate
 
@@ -31,9 +31,8 @@ class Producer:
         i_h: Int32, i_hv: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
-        p = cute.arch.thread_idx()[0] % 128
-        warp, lane = p // 32, p % 32
-        pair, half = p % 64, p // 64
+        p = cute.arch.thread_idx()[0] & 127
+        warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
 
         A = Float32(LOG2_E)
         bias = cute.make_rmem_tensor(2, Float32)
@@ -47,7 +46,7 @@ class Producer:
         raw_q = shared.raw + group * (2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
-        L = shared.L + group * (CHUNK * INVERSE_PITCH)
+        scratch = shared.solve + group * (3 * TILE)
         sums = shared.sums + group * (3 * CHUNK)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
@@ -70,11 +69,12 @@ class Producer:
             cute.copy(atom_k, k[None, group], k_tiles, tma_bar_ptr=loaded)
             cute.copy(atom_g, g[None, group], g_tiles, tma_bar_ptr=loaded)
 
+        raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
-            warp, lane, pair, half = p // 32, p % 32, p % 64, p // 64
-            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
-            cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES % 2) ^ 1)
+            warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
+            stage, tokens = chunk & (STAGES - 1), n_tokens - chunk * CHUNK
+            cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
                 with cute.arch.elect_one():
@@ -82,10 +82,7 @@ class Producer:
                 place = shared.v + stage * (CHUNK * spec.V)
                 v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
                 cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
-            raw_beta = Float32(0.0)
-            if warp == 0 and lane < tokens:
-                raw_beta = beta[b, first + chunk * CHUNK + lane, i_hv].to(Float32)
-            cute.arch.mbarrier_wait(loaded, chunk // 2 % 2)
+            cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
 
             if tokens < CHUNK:
                 self.clear(raw_q, tokens, p)
@@ -102,6 +99,7 @@ class Producer:
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 2 * CHUNK + lane, 1)[0] = value
+            raw_beta = self.fetch_beta(beta, b, first, (chunk + 2) * CHUNK + lane, n_tokens, i_hv)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
 
@@ -121,11 +119,11 @@ class Producer:
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             warpgroup.wait_group(0)
             mix = shared.mix + stage * (2 * CHUNK * CHUNK)
-            self.spread(acc, L, mix + CHUNK * CHUNK, sums, warp, lane, tokens)
+            self.spread(acc, scratch, mix + CHUNK * CHUNK, sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
             if warp == 0:
-                self.invert(L, mix, lane)
+                self.invert(scratch, mix, lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
                 if lane == 0:
@@ -135,6 +133,14 @@ class Producer:
     def barrier(self, group: Int32):
         """Among the threads of this warpgroup."""
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+
+    @cute.jit
+    def fetch_beta(self, beta, b: Int32, first: Int32, token: Int32, n_tokens: Int32, i_hv: Int32):
+        """beta of a token as it comes; 0 after the end."""
+        raw = Float32(0.0)
+        if token < n_tokens:
+            raw = beta[b, first + token, i_hv].to(Float32)
+        return raw
 
     @cute.jit
     def tiles(self, atom: cute.CopyAtom, source, target, b: Int32, first: Int32, head: Int32):
@@ -152,8 +158,8 @@ class Producer:
         """Zeros after the last token: what follows it in memory is another's, and may be no number."""
         zeros = cute.make_rmem_tensor(8, raw.dtype)
         zeros.fill(0.0)
-        for row in cutlass.range(tokens + p // 16, CHUNK, 8, unroll=1):
-            vector(raw, swizzled(row, p % 16, 8, raw.dtype), 8).store(zeros.load())
+        for row in cutlass.range(tokens + (p >> 4), CHUNK, 8, unroll=1):
+            vector(raw, swizzled(row, p & 15, 8, raw.dtype), 8).store(zeros.load())
 
     @cute.jit
     def raw_pairs(self, source, pair: Int32, half: Int32):
@@ -239,16 +245,16 @@ class Producer:
     def squares(self, raw, sums, warp: Int32, lane: Int32):
         """q.q and k.k of all tokens: the diagonal of a product of 16 rows of a warp, q or k, with themselves."""
         kind = cutlass.const_expr("bf16" if raw.dtype is BFloat16 else "f16")
-        row = lane // 8 % 2 * 8 + lane % 8
+        row = (lane >> 3 & 1) * 8 + (lane & 7)
         upper, lower = ((Float32(0.0),) * 4,) * 2
         for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(raw + warp // 2 * (CHUNK * 128) + swizzled(warp % 2 * 16 + row, 2 * i + lane // 16, 8, raw.dtype))
+            a = load_matrices(raw + (warp >> 1) * (CHUNK * 128) + swizzled((warp & 1) * 16 + row, 2 * i + (lane >> 4), 8, raw.dtype))
             upper = multiply_16x8x16(upper, a, (a[0], a[2]), kind)
             lower = multiply_16x8x16(lower, a, (a[1], a[3]), kind)
-        if lane % 4 == lane // 8:
-            odd = lane // 4 % 2 == 1
-            vector(sums, warp * 16 + lane // 4, 1)[0] = select(odd, upper[1], upper[0])
-            vector(sums, warp * 16 + lane // 4 + 8, 1)[0] = select(odd, lower[3], lower[2])
+        if lane & 3 == lane >> 3:
+            odd = lane >> 2 & 1 == 1
+            vector(sums, warp * 16 + (lane >> 2), 1)[0] = select(odd, upper[1], upper[0])
+            vector(sums, warp * 16 + (lane >> 2) + 8, 1)[0] = select(odd, lower[3], lower[2])
 
     @cute.jit
     def norms(self, sums, token):
@@ -270,42 +276,115 @@ class Producer:
         vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
 
     @cute.jit
-    def spread(self, acc, L, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
-        """Of [kE; qE] kI^T, the upper half times b to L, the lower without what lies over its diagonal to `mix`."""
-        col = 2 * (lane % 4)
-        for h in cutlass.range_constexpr(2):
-            row = 16 * warp + lane // 4 + 8 * h
-            if row < CHUNK:
-                norm_k, norm_q = self.norms(sums, row)
-                factor = vector(sums, 2 * CHUNK + row, 1)[0] * norm_k * norm_k if row < tokens else Float32(0.0)
-                for j in cutlass.range_constexpr(CHUNK // 8):
-                    for e in cutlass.range_constexpr(2):
-                        value = acc[4 * j + 2 * h + e] * factor if 8 * j + col + e < row else Float32(0.0)
-                        vector(L, (8 * j + col + e) * INVERSE_PITCH + row, 1)[0] = value
-            else:
-                i = row - CHUNK
-                for j in cutlass.range_constexpr(CHUNK // 8):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    for e in cutlass.range_constexpr(2):
-                        pair[e] = acc[4 * j + 2 * h + e] if 8 * j + col + e <= i else Float32(0.0)
-                    vector(mix, i * CHUNK + (j ^ (i // 2 % 4)) * 8 + col).store(pair.load().to(BFloat16))
+    def spread(self, acc, scratch, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
+        """[kE; qE] kI^T, 16 rows a warp: L's blocks on and under the diagonal to `scratch`, tril(qE kI^T) to `mix`."""
+        for w in cutlass.range_constexpr(4):
+            if warp == w:
+                for h in cutlass.range_constexpr(2):
+                    if cutlass.const_expr(w < 2):
+                        self.spread_k(acc, scratch, sums, w, h, lane, tokens)
+                    else:
+                        self.spread_q(acc, mix, w - 2, h, lane)
 
     @cute.jit
-    def invert(self, L, mix, lane: Int32):
-        """(I + L)^-1 - I = Z by substitution in fp32: (I + L) Z = -L, lane n making column n. L is strictly lower."""
-        x = []  # of -Z
-        for quad in cutlass.range_constexpr(CHUNK // 4):
-            entries = vector(L, lane * INVERSE_PITCH + 4 * quad, 4).load()
-            x.extend([entries[e] for e in range(4)])
-        for m in cutlass.range_constexpr(1, CHUNK - 1):
-            for quad in cutlass.range_constexpr((m + 1) // 4, CHUNK // 4):
-                entries = vector(L, m * INVERSE_PITCH + 4 * quad, 4).load()
+    def spread_k(self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32):
+        """8 rows of kE kI^T, times b."""
+        col, row = 2 * (lane & 3), (lane >> 2) + 8 * h
+        norm_k, norm_q = self.norms(sums, 16 * w + row)
+        factor = vector(sums, 2 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
+        factor = select(16 * w + row < tokens, factor, Float32(0.0))
+        diagonal, tiles = scratch + (w * L_BLOCK + row), cute.recast_ptr(scratch, dtype=BFloat16)
+        for j in cutlass.range_constexpr(2 * w + h + 1):
+            values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
+            if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
+                pair = cute.make_rmem_tensor((2, 2), Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e, 0] = values[e].to(BFloat16).to(Float32)
+                    pair[e, 1] = values[e] - pair[e, 0]
+                for part in cutlass.range_constexpr(2):
+                    place = (4 + part) * TILE + row * TILE_PITCH + 8 * j + col
+                    vector(tiles, place).store(pair[None, part].load().to(BFloat16))
+            else:
+                for e in cutlass.range_constexpr(2):
+                    vector(diagonal, (8 * (j - 2 * w) + col + e) * L_PITCH, 1)[0] = values[e]
+
+    @cute.jit
+    def spread_q(self, acc, mix, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
+        """8 rows of tril(qE kI^T)."""
+        col, row = 2 * (lane & 3), 16 * w + (lane >> 2) + 8 * h
+        for j in cutlass.range_constexpr(2 * w + h + 1):
+            pair = cute.make_rmem_tensor(2, Float32)
+            for e in cutlass.range_constexpr(2):
+                pair[e] = acc[4 * j + 2 * h + e]
+                if cutlass.const_expr(j == 2 * w + h):
+                    pair[e] = select(col + e <= lane >> 2, pair[e], Float32(0.0))
+            vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(BFloat16))
+
+    @cute.jit
+    def invert(self, scratch, mix, lane: Int32):
+        """(I + L)^-1 - I to `mix`, transposed.
+
+        The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's diagonal
+        is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits together.
+        """
+        block, n = lane >> 4, lane & 15
+        L, tiles = scratch + block * L_BLOCK, cute.recast_ptr(scratch, dtype=BFloat16)
+        x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
+        for m in cutlass.range_constexpr(BLOCK - 1):
+            for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
+                entries = vector(L, m * L_PITCH + 4 * quad, 4).load()
                 for e in cutlass.range_constexpr(4):
                     if cutlass.const_expr(4 * quad + e > m):
                         x[4 * quad + e] = x[4 * quad + e] - entries[e] * x[m]
-        for piece in cutlass.range_constexpr(CHUNK // 8):
-            column = cute.make_rmem_tensor(8, Float32)
-            for e in cutlass.range_constexpr(8):
-                column[e] = -x[8 * piece + e]
-            offset = lane * CHUNK + (piece ^ (lane // 2 % 4)) * 8  # 64-byte swizzle
-            vector(mix, offset, 8).store(column.load().to(BFloat16))
+        cute.arch.sync_warp()  # all have read L: X takes its place
+        upper, lower = self.parts(x)
+        column = tiles + (block * (2 * TILE) + n * TILE_PITCH)
+        row = lane * CHUNK
+        for piece in cutlass.range_constexpr(2):
+            half = upper[None, piece].load()
+            vector(column, 8 * piece, 8).store(half)
+            vector(column, TILE + 8 * piece, 8).store(lower[None, piece].load())
+            vector(mix, row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8, 8).store(half)
+        vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = BFloat16(0.0)  # the diagonal
+        cute.arch.sync_warp()
+
+        place = tiles + (((lane >> 3 & 1) * 8 + (lane & 7)) * TILE_PITCH + (lane >> 4) * 8)
+        X0, L10 = ([load_matrices(place + (i + part) * TILE) for part in range(2)] for i in (0, 4))
+        X1 = [load_transposed(place + (2 + part) * TILE) for part in range(2)]
+        L10 = [[(a[0], a[2]), (a[1], a[3])] for a in L10]
+        X1 = [[(a[0], a[1]), (a[2], a[3])] for a in X1]
+        inner = self.three(X0, L10)  # X0^T L10^T
+        upper, lower = self.parts(inner)
+        words = [cute.recast_tensor(part, Int32) for part in (upper, lower)]
+        outer = self.three([tuple(w[i] for i in range(4)) for w in words], X1)
+        for tile_n in cutlass.range_constexpr(2):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = -outer[4 * tile_n + 2 * h + e]
+                j = (lane >> 2) + 8 * h
+                target = j * CHUNK + ((2 + tile_n) ^ (j >> 1 & 3)) * 8 + 2 * (lane & 3)
+                vector(mix, target).store(pair.load().to(BFloat16))
+
+    @cute.jit
+    def parts(self, values):
+        """16 or 8 numbers as two of bf16 each, [8, n / 8]."""
+        exact = cute.make_rmem_tensor((8, len(values) // 8), Float32)
+        for i in cutlass.range_constexpr(len(values)):
+            exact[i] = values[i]
+        upper = cute.make_rmem_tensor(exact.shape, BFloat16)
+        lower = cute.make_rmem_tensor(exact.shape, BFloat16)
+        upper.store(exact.load().to(BFloat16))
+        lower.store((exact.load() - upper.load().to(Float32)).to(BFloat16))
+        return upper, lower
+
+    @cute.jit
+    def three(self, a, b):
+        """The 16 x 16 product of operands in two parts each, but for that of the lower ones."""
+        out = []
+        for tile_n in cutlass.range_constexpr(2):
+            acc = (Float32(0.0),) * 4
+            for i, j in ((1, 0), (0, 1), (0, 0)):
+                acc = multiply_16x8x16(acc, a[i], b[j][tile_n], "bf16")
+            out.extend(acc)
+        return out

@@ -11,7 +11,11 @@ from cutlass.utils import SmemAllocator
 from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
-INVERSE_PITCH = CHUNK + 4  # floats a column of L: 16-byte aligned, and four columns begin in different banks
+BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
+# Columns are 16-byte aligned, and those accessed at once begin in different banks; the same of both diagonal blocks, too.
+L_PITCH, L_BLOCK = BLOCK + 4, BLOCK * (BLOCK + 4) + 16  # floats
+TILE_PITCH = BLOCK + 8  # elements
+TILE = BLOCK * TILE_PITCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Shared:
     decay: exp2(m) [K], then exp2(G_31 - m), fp32
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
-    L:     for each producing warpgroup, transposed, fp32
+    solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16 parts each,
+           those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup q.q, k.k and sigmoid(beta): [3, CHUNK]
     """
 
@@ -41,7 +46,7 @@ class Shared:
     decay: Any
     raw: Any
     raw_g: Any
-    L: Any
+    solve: Any
     sums: Any
 
 
@@ -61,7 +66,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
-        L=array(Float32, 2 * CHUNK * INVERSE_PITCH),
+        solve=array(Float32, 2 * 3 * TILE),
         sums=array(Float32, 2 * 3 * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
@@ -77,7 +82,9 @@ def operand(pointer, kind, shape, order):
 
 def vector(pointer, offset, size: int = 2):
     """`size` elements from `offset` on, a multiple of it."""
-    return cute.make_tensor(pointer + cute.assume(offset, divby=size), cute.make_layout(size))
+    if not isinstance(offset, int):
+        offset = cute.assume(offset, divby=size)
+    return cute.make_tensor(pointer + offset, cute.make_layout(size))
 
 
 def tile_layout(dtype, channels: int):
@@ -92,8 +99,10 @@ def tile(pointer, dtype, channels: int):
 
 
 def swizzled(row, index, unit: int, dtype, rows: int = CHUNK):
-    """Where a row's unit `index`, of so many elements (16 bytes at most), lies in a tile of so many rows."""
+    """Where a row's unit `index`, of so many elements (16 bytes at most), lies in a tile of so many rows.
+
+    All sizes are powers of two: shifts and masks, since a signed division costs five instructions.
+    """
     line, piece = 1024 // dtype.width // unit, 128 // dtype.width // unit  # units in 128 and in 16 bytes
-    inside = index % line
-    place = index // line * (rows * line) + row * line + ((inside // piece) ^ (row % 8)) * piece + inside % piece
-    return place * unit
+    inside = (index & (line - 1)) ^ ((row & 7) * piece)
+    return ((index >> (line.bit_length() - 1)) * (rows * line) + row * line + inside) * unit
