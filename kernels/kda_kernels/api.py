@@ -4,10 +4,9 @@
 import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place;
 `chunk_kda_fwd` is the pipeline behind the prefills, with every switch.
 
-All of them check their tensors once and then call a kernel directly: the prefills Triton's, the decodes the one that
-`kda_kernels.dispatch` names for these tensors. Nothing else is tried when it fails. Everything wrong with an argument
-is an `InputError` (a ValueError). There is no backward: results of tensors that require grad can be used, but not
-differentiated.
+All of them check their tensors once and then call a kernel directly, the one that `kda_kernels.dispatch` names for
+these tensors. Nothing else is tried when it fails. Everything wrong with an argument is an `InputError` (a ValueError).
+There is no backward: results of tensors that require grad can be used, but not differentiated.
 """
 
 import warnings
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 
 from kda_kernels.boundary import check, check_out, forward_only, options_of
-from kda_kernels.dispatch import decode
+from kda_kernels.dispatch import decode, prefill
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
 from kda_kernels.serving import chunk_kda_fwd, kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs
-from kda_kernels.triton.prefill import prefill
+from kda_kernels.triton import prefill as triton
 
 __all__ = ["chunk_kda", "chunk_kda_fwd", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
 
@@ -117,7 +116,7 @@ def chunk_kda(
         if not return_intermediate_states:
             outputs = prefill(inputs)
             return outputs.o, outputs.final_state
-        outputs, h = prefill(inputs, return_intermediate_states=True)
+        outputs, h = triton.prefill(inputs, return_intermediate_states=True)
         return outputs.o, outputs.final_state, h.mT if state_v_first else h
 
     return forward_only(run, inputs)

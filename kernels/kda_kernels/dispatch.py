@@ -1,8 +1,14 @@
-"""Which of our decode kernels runs a call of the public functions: CuTe DSL's where it can, else Triton's.
+"""Which of our kernels runs a call of the public functions.
 
-The rule, and all there is to it: `cute-decode` runs on a GPU of sm_90a or newer with the DSL installed, when K is a
+Decode, and all there is to its rule: `cute-decode` runs on a GPU of sm_90a or newer with the DSL installed, when K is a
 multiple of 32, V of 16, the state is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
-`decode_kernel` says which it is for given tensors, and whoever names a kernel gets that one or an error.
+
+Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128, gates
+bounded by -5, V-first states, rows that are multiples of 16 bytes) where `cute_is_faster`; `triton-prefill` runs
+everything else, and whatever asks for the states between chunks.
+
+`decode_kernel` and `prefill_kernel` say which it is for given tensors, and whoever names a kernel gets that one or an
+error.
 """
 
 import functools
@@ -15,6 +21,7 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.tensors import Inputs, Outputs
 
 CUTE, TRITON = "cute-decode", "triton-decode"
+CUTE_PREFILL, TRITON_PREFILL = "cute-prefill", "triton-prefill"
 CUTE_MODULE = "kda_kernels.cute.decode"
 CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES") == "1"  # what tensors hold is checked, too; see `kda_kernels.checks`
 
@@ -62,6 +69,50 @@ def decode_again(inputs: Inputs, out: torch.Tensor, token_states: torch.Tensor |
     return CUTE_MODULE in sys.modules and _cute().again(inputs, out, None, token_states)
 
 
+def cute_is_faster(N: int, HV: int) -> bool:
+    """Whether the fused prefill of `N` sequences and `HV` value heads beats Triton's.
+
+    It walks through a sequence's head in one CTA, one a multiprocessor; where there are too few of them to fill an
+    H100's 132, Triton's three kernels, of which two spread over the chunks, are faster.
+    """
+    return N * HV >= 96
+
+
+def prefill_kernel(inputs: Inputs, out: torch.Tensor | None = None) -> str:
+    """The registry's name of the kernel that prefills these checked tensors, with `out` as in `prefill`."""
+    if not (inputs.q.is_cuda and _cute_prefill_can(inputs.q.device)):
+        return TRITON_PREFILL
+    N = inputs.q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    if not cute_is_faster(N, inputs.v.shape[2]):
+        return TRITON_PREFILL
+    return CUTE_PREFILL if _cute_prefill().unsupported_tensors(inputs, out) is None else TRITON_PREFILL
+
+
+def prefill(
+    inputs: Inputs,
+    out: torch.Tensor | None = None,
+    *,
+    chunk_indices: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> Outputs:
+    """Runs a checked problem with `kernel`, or the one that `prefill_kernel` names.
+
+    Args, Returns: as `kda_kernels.triton.prefill.prefill`; cute-prefill needs no `chunk_indices`.
+
+    Raises:
+        InputError: there is no such prefill kernel, or it does not take these tensors.
+        UnavailableError: it cannot run on this machine.
+    """
+    kernel = kernel or prefill_kernel(inputs, out)
+    if kernel == CUTE_PREFILL:
+        return _cute_prefill().prefill(inputs, out)
+    if kernel != TRITON_PREFILL:
+        raise InputError(f"kernel is {kernel}: it should be {CUTE_PREFILL} or {TRITON_PREFILL}")
+    from kda_kernels.triton.prefill import prefill as triton_prefill
+
+    return triton_prefill(inputs, chunk_indices=chunk_indices, out=out)
+
+
 @functools.cache
 def _cute_can(device: torch.device, K: int, V: int) -> bool:
     cute = _cute()
@@ -71,5 +122,17 @@ def _cute_can(device: torch.device, K: int, V: int) -> bool:
 @functools.cache
 def _cute():
     from kda_kernels.cute import decode as module
+
+    return module
+
+
+@functools.cache
+def _cute_prefill_can(device: torch.device) -> bool:
+    return _cute_prefill().unsupported_here(device) is None
+
+
+@functools.cache
+def _cute_prefill():
+    from kda_kernels.cute import prefill as module
 
     return module

@@ -105,6 +105,7 @@ _P = "kda_kernels.peers"
 for _kernel in (
     Kernel("cute-decode", Op.DECODE, "cute", "kda_kernels.cute.decode", "fused recurrent update, in place, sm_90a"),
     Kernel("triton-decode", Op.DECODE, "triton", f"{_T}.decode", "fused recurrent update, in place"),
+    Kernel("cute-prefill", Op.PREFILL, "cute", "kda_kernels.cute.prefill", "chunks and chain in one kernel, sm_90a"),
     Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "chunk factors, their inverse, then the chain"),
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),

@@ -17,7 +17,6 @@ from kda_kernels.boundary import (
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate
 from kda_kernels.tensors import Inputs
-from kda_kernels.triton.prefill import prefill
 
 
 def kda_decode(
@@ -105,19 +104,26 @@ def kda_prefill(
     cu_seqlens: torch.Tensor | None = None,
     chunk_indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    kernel: str | None = None,
 ) -> torch.Tensor:
     """Whole prompts, on the same pool as `kda_decode`: a sequence is decoded from where its prefill left it.
 
     Args, Returns, Raises: as `kda_decode`, and
         chunk_indices: from `prepare_chunk_indices(cu_seqlens, total tokens)`; an engine makes them once a batch and
-            passes them to every layer. Made here if not given.
+            passes them to every layer. Where triton-prefill runs, they are made here if not given; cute-prefill needs
+            none.
+        kernel: "cute-prefill" or "triton-prefill"; by default `kda_kernels.dispatch.prefill_kernel` says which.
     """
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
     inputs = _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out)
     check_chunk_indices(chunk_indices, cu_seqlens)
-    return forward_only(lambda: (prefill(inputs, chunk_indices=chunk_indices, out=out).o,), inputs)[0]
+
+    def run() -> tuple[torch.Tensor]:
+        return (dispatch.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel).o,)
+
+    return forward_only(run, inputs)[0]
 
 
 def chunk_kda_fwd(
@@ -151,7 +157,7 @@ def chunk_kda_fwd(
         dt_bias: only with A_log.
         initial_state: [N, HV, V, K] ([N, HV, K, V] without state_v_first), fp32 or bf16, not modified; with
             state_indices a pool [P, ..] that is updated in place.
-        chunk_indices: from `prepare_chunk_indices`; made here if not given. The others: as in `kda_prefill`.
+        The others: as in `kda_prefill`.
 
     Returns:
         o [B, T, HV, V] in the dtype of v, and the final state (the pool, if there is one) or None.
@@ -173,7 +179,7 @@ def chunk_kda_fwd(
     check_chunk_indices(chunk_indices, cu_seqlens)
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
-        outputs = prefill(inputs, chunk_indices=chunk_indices, out=out)
+        outputs = dispatch.prefill(inputs, out, chunk_indices=chunk_indices)
         return outputs.o, outputs.final_state
 
     return forward_only(run, inputs)

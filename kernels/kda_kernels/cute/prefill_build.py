@@ -3,10 +3,10 @@
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 
 from kda_kernels.cute.decode_build import DTYPES
-from kda_kernels.cute.prefill_config import PrefillSpec
+from kda_kernels.cute.prefill_config import Part, PrefillSpec
 from kda_kernels.cute.prefill_kernel import PrefillKernel
 
 
@@ -40,6 +40,12 @@ def _arguments(spec: PrefillSpec) -> tuple:
         shape, inner = (outer, spec.HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
         return _tensor(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
 
+    def segments():
+        if spec.part is Part.WHOLE:
+            return None
+        inner = (spec.HV * spec.V * spec.K, spec.V * spec.K, spec.K, 1)
+        return _tensor("float32", (cute.sym_int(), spec.HV, spec.V, spec.K), inner, 16)
+
     return (
         rows(spec.dtype, spec.H, spec.K),
         rows(spec.dtype, spec.H, spec.K),
@@ -53,8 +59,11 @@ def _arguments(spec: PrefillSpec) -> tuple:
         states(spec.ht, N),
         vector(spec.index, N),
         vector(spec.offsets, cute.sym_int()),
+        segments(),
         Float32(0.0),
         Float32(0.0),
+        Int32(0),
+        Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
 

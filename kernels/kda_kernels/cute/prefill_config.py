@@ -1,6 +1,7 @@
 """What the prefill kernel is compiled for."""
 
 import dataclasses
+import enum
 
 from kda_kernels.problem import Gate
 
@@ -10,6 +11,14 @@ CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
 MAX_LOG_DECAY = 80.0  # of 16 tokens
+
+
+class Part(enum.Enum):
+    """What a launch does with the sequences."""
+
+    WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
+    SUMMARY = "summary"  # of each segment, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
+    SEGMENTS = "segments"  # a CTA runs a head of a segment, from a state that is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,7 @@ class PrefillSpec:
     ht: str | None
     index: str | None
     offsets: str | None
+    part: Part = Part.WHOLE
     K: int = 128
     V: int = 128
 

@@ -5,9 +5,9 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, operand, swizzled, vector
-from kda_kernels.cute.ptx import bfloat16_pair, fresh, load_transposed, store_transposed
+from kda_kernels.cute.ptx import bfloat16_pair, fresh, load_transposed, select, store_transposed
 
 
 class Consumer:
@@ -20,8 +20,8 @@ class Consumer:
 
     @cute.jit
     def consume(
-        self, shared, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32,
-        group: Int32, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+        self, shared, o, h0, ht, segments, slot: Int64, unit: Int32, kind: Int32, last, b: Int32, first: Int32,
+        n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
@@ -31,24 +31,29 @@ class Consumer:
 
         S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
         inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
-        if cutlass.const_expr(spec.h0 is not None):
-            for j in cutlass.range_constexpr(spec.K // 8):
-                for h in cutlass.range_constexpr(2):
-                    pair = vector(h0.iterator, slot * h0.stride[0] + (inside + 8 * h * spec.K + 8 * j)).load()
-                    for e in cutlass.range_constexpr(2):
-                        S[4 * j + 2 * h + e] = pair[e].to(Float32)
+        if cutlass.const_expr(spec.part is Part.SUMMARY):
+            for i in cutlass.range_constexpr(cute.size(S)):  # nothing, or the identity
+                row, channel = v0 + (lane >> 2) + i // 2 % 2 * 8, i // 4 * 8 + col + i % 2
+                S[i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
+        elif cutlass.const_expr(spec.part is Part.SEGMENTS):
+            self.load_state(S, segments, Int64(unit), inside)
+        elif cutlass.const_expr(spec.h0 is not None):
+            self.load_state(S, h0, slot, inside)
         else:
             S.fill(0.0)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+        summary = cutlass.const_expr(spec.part is Part.SUMMARY)
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, STAGES), (1, 0, 2))
         square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, 2 * STAGES), (0, 1, 2))
         inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, 2 * STAGES), (1, 0, 2))
+        if cutlass.const_expr(summary):  # kE alone
+            rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
         read_b = read.make_fragment_B(read.get_slice(p).partition_B(rows))
         write_b = write.make_fragment_B(write.get_slice(p).partition_B(cols))
         solve_b = solve.make_fragment_B(solve.get_slice(p).partition_B(inverse))
         mix_b = mix.make_fragment_B(mix.get_slice(p).partition_B(square))
-        acc = cute.make_rmem_tensor(read.partition_shape_C((64, 2 * CHUNK)), Float32)
+        acc = cute.make_rmem_tensor(read.partition_shape_C((64, CHUNK if summary else 2 * CHUNK)), Float32)
         w = cute.make_rmem_tensor(mix.partition_shape_C((64, CHUNK)), Float32)
         out = cute.make_rmem_tensor(w.shape, Float32)
         S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), BFloat16)
@@ -73,6 +78,8 @@ class Consumer:
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
                 # what follows the last token in memory is another's, and may be no number
                 ours = 8 * j + token < tokens
+                if cutlass.const_expr(summary):
+                    ours = ours and kind == 0
                 words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else STAGES * CHUNK * spec.V)))
             warpgroup.wait_group(0)
             for j in cutlass.range_constexpr(CHUNK // 8):
@@ -82,34 +89,53 @@ class Consumer:
                     for e in cutlass.range_constexpr(2):
                         i = 4 * j + 2 * h + e
                         w[i] = a[e] * values[e] - scaled_b[e] * acc[i]
-                        out[i] = acc[cute.size(w) + i]
+                        if cutlass.const_expr(not summary):
+                            out[i] = acc[cute.size(w) + i]
             self.round(w, w_operand)
             self.product(solve, w, w_operand, solve_b, 2 * stage, CHUNK // 16, True)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
-            self.product(mix, out, w_operand, mix_b, 2 * stage + 1, CHUNK // 16, True)
+            if cutlass.const_expr(not summary):
+                self.product(mix, out, w_operand, mix_b, 2 * stage + 1, CHUNK // 16, True)
             self.product(write, S, w_operand, write_b, stage, CHUNK // 16, True)
-            warpgroup.wait_group(1)
-            self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
+            if cutlass.const_expr(not summary):
+                warpgroup.wait_group(1)
+                self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
             # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
             after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]
             warpgroup.wait_group(0)
             for i in cutlass.range_constexpr(cute.size(S)):
                 S[i] = S[i] * after[i // 4][i % 2]
+            cute.arch.fence_proxy("async.shared", space="cta")  # TMA writes the next v where o was
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(shared.empty + stage)
 
-        if cutlass.const_expr(spec.pooled or spec.ht is not None):
-            state = h0 if cutlass.const_expr(spec.pooled) else ht
-            for j in cutlass.range_constexpr(spec.K // 8):
-                for h in cutlass.range_constexpr(2):
-                    target = vector(state.iterator, slot * state.stride[0] + (inside + 8 * h * spec.K + 8 * j))
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    for e in cutlass.range_constexpr(2):
-                        pair[e] = S[4 * j + 2 * h + e]
-                    target.store(pair.load().to(state.element_type))
+        if cutlass.const_expr(summary):
+            self.store_state(S, segments, Int64(2 * unit + kind), inside)
+        elif cutlass.const_expr(spec.pooled or spec.ht is not None):
+            if last:
+                self.store_state(S, h0 if spec.pooled else ht, slot, inside)
+
+    @cute.jit
+    def load_state(self, S, states, slot: Int64, inside: Int32):
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            for h in cutlass.range_constexpr(2):
+                pair = vector(states.iterator, slot * states.stride[0] + (inside + 8 * h * self.spec.K + 8 * j)).load()
+                for e in cutlass.range_constexpr(2):
+                    S[4 * j + 2 * h + e] = pair[e].to(Float32)
+
+    @cute.jit
+    def store_state(self, S, states, slot: Int64, inside: Int32):
+        """Rounded to the dtype of the states."""
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = S[4 * j + 2 * h + e]
+                target = vector(states.iterator, slot * states.stride[0] + (inside + 8 * h * self.spec.K + 8 * j))
+                target.store(pair.load().to(states.element_type))
 
     @cute.jit
     def decay(self, S, factors, col: Int32):

@@ -23,7 +23,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
-from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
@@ -53,11 +53,19 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
+        segments: cute.Tensor | None,  # fp32, of all segments the first states [units, HV, V, K], or [2 units, ..] for E, T
         scale: Float32,
         lower_bound: Float32,
+        segment: Int32,  # tokens, a multiple of CHUNK
+        skip_last: Int32,  # no summary of last segments
         stream,
     ):
-        N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
+        if cutlass.const_expr(self.spec.part is not Part.WHOLE):
+            ctas = self.spec.HV * segments.shape[0]
+        elif cutlass.const_expr(self.spec.packed):
+            ctas = self.spec.HV * (cu_seqlens.shape[0] - 1)
+        else:
+            ctas = self.spec.HV * q.shape[0]
         rmem = warpgroup.OperandSource.RMEM
 
         def product(n, b_major=K_MAJOR, source=rmem):
@@ -67,15 +75,16 @@ class PrefillKernel(Producer, Consumer):
 
         products = (
             product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-            product(2 * CHUNK),  # S~ [kE; qE]^T
+            product(CHUNK if self.spec.part is Part.SUMMARY else 2 * CHUNK),  # S~ [kE; qE]^T
             product(CHUNK, MN_MAJOR),  # with the inverse
             product(CHUNK),  # with tril(qE kI^T)
             product(self.spec.K, MN_MAJOR),  # w kI
         )
         inputs = [self.by_tile(x) for x in (q, k, v, g)]
         self.kernel(
-            [atom for atom, _ in inputs], [x for _, x in inputs], g.element_type, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, scale, lower_bound, *products
-        ).launch(grid=(self.spec.HV * N, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+            [atom for atom, _ in inputs], [x for _, x in inputs], g.element_type, beta, A_log, dt_bias, o, h0, ht,
+            state_indices, cu_seqlens, segments, scale, lower_bound, segment, skip_last, *products,
+        ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     @cute.jit
     def by_tile(self, x: cute.Tensor):
@@ -101,8 +110,11 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
+        segments: cute.Tensor | None,
         scale: Float32,
         lower_bound: Float32,
+        segment: Int32,
+        skip_last: Int32,
         gram: cute.TiledMma,
         read: cute.TiledMma,
         solve: cute.TiledMma,
@@ -113,6 +125,13 @@ class PrefillKernel(Producer, Consumer):
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
         i_n, i_hv = pid // spec.HV, pid % spec.HV
+        unit, kind, index, last = i_n, Int32(0), Int32(0), True
+        if cutlass.const_expr(spec.part is Part.SUMMARY):
+            unit, kind = i_n >> 1, i_n & 1
+        if cutlass.const_expr(spec.part is not Part.WHOLE):
+            i_n, index, last = self.find(unit, cu_seqlens, Int32(o.shape[1]), segment)
+        found = i_n >= 0
+        i_n = i_n if found else Int32(0)
         slot = Int64(i_n)
         if cutlass.const_expr(spec.pooled):
             slot = Int64(state_indices[i_n])
@@ -120,23 +139,52 @@ class PrefillKernel(Producer, Consumer):
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
+        if cutlass.const_expr(spec.part is not Part.WHOLE):
+            first = first + index * segment
+            n_tokens = cutlass.min(n_tokens - index * segment, segment)
 
-        live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
-        if slot < 0:  # padding: the pool is neither read nor written
-            self.write_zeros(o, b, first, n_tokens, i_hv, tid)
-        elif live:
+        # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
+        live = found
+        if cutlass.const_expr(spec.part is Part.SUMMARY):
+            live = found and slot >= 0 and (skip_last == 0 or not last)
+        elif cutlass.const_expr(spec.pooled):
+            live = found and n_tokens > 0
+        if cutlass.const_expr(spec.part is not Part.SUMMARY):
+            if slot < 0 and found:  # padding: the pool is neither read nor written
+                self.write_zeros(o, b, first, n_tokens, i_hv, tid)
+                live = live and slot >= 0
+        if live and slot >= 0:
             self.work(
-                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, slot, b, first, n_tokens, i_hv, scale, lower_bound,
-                gram, read, solve, mix, write,
+                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, segments, slot, unit, kind, last, b, first, n_tokens,
+                i_hv, scale, lower_bound, gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
+    def find(self, unit: Int32, cu_seqlens, T: Int32, segment: Int32):
+        """The sequence of a segment (-1: there is none), which of its segments it is, and whether the last.
+
+        Segments are counted sequence by sequence; an empty sequence has one.
+        """
+        if cutlass.const_expr(self.spec.packed):
+            i_n, index, last, left = Int32(-1), Int32(0), False, unit
+            for n in cutlass.range(cu_seqlens.shape[0] - 1, unroll=1):
+                length = Int32(cu_seqlens[n + 1]) - Int32(cu_seqlens[n])
+                count = cutlass.max((length + segment - 1) // segment, 1)
+                if left >= 0 and left < count:
+                    i_n, index, last = Int32(n), left, left == count - 1
+                left = left - count
+            return i_n, index, last
+        else:
+            count = cutlass.max((T + segment - 1) // segment, 1)
+            return unit // count, unit % count, unit % count == count - 1
+
+    @cute.jit
     def work(
-        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, slot: Int64, b: Int32, first: Int32, n_tokens: Int32,
-        i_hv: Int32, scale: Float32, lower_bound: Float32,
+        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, segments, slot: Int64, unit: Int32,
+        kind: Int32, last, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32, lower_bound: Float32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
-        """One head of one sequence."""
+        """One head of one sequence or segment. `kind`: of a summary 0 makes E and 1 makes T."""
         V, heads_per_q = self.spec.V, self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
@@ -157,7 +205,10 @@ class PrefillKernel(Producer, Consumer):
         group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
-            self.consume(shared, o, h0, ht, slot, b, first, n_tokens, n_chunks, i_hv, group, read, solve, mix, write)
+            self.consume(
+                shared, o, h0, ht, segments, slot, unit, kind, last, b, first, n_tokens, n_chunks, i_hv, group,
+                read, solve, mix, write,
+            )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(

@@ -6,7 +6,7 @@ from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.math import LOG2_E, reciprocal, rsqrt, sigmoid
-from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
     BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, Kind, operand, swizzled, tile, vector,
 )  # fmt: skip
@@ -61,11 +61,13 @@ class Producer:
         k, k_tiles = self.tiles(atom_k, inputs[1], raw_k, b, first, i_h)
         g, g_tiles = self.tiles(atom_g, inputs[3], raw_g, b, first, i_hv)
         loaded = shared.loaded + group
-        size = CHUNK * spec.K * (16 + 16 + raw_g.dtype.width) // 8
+        summary = cutlass.const_expr(spec.part is Part.SUMMARY)  # needs no q
+        size = CHUNK * spec.K * ((16 if summary else 32) + raw_g.dtype.width) // 8
         if warp == LOADER:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
-            cute.copy(atom_q, q[None, group], q_tiles, tma_bar_ptr=loaded)
+            if cutlass.const_expr(not summary):
+                cute.copy(atom_q, q[None, group], q_tiles, tma_bar_ptr=loaded)
             cute.copy(atom_k, k[None, group], k_tiles, tma_bar_ptr=loaded)
             cute.copy(atom_g, g[None, group], g_tiles, tma_bar_ptr=loaded)
 
@@ -85,11 +87,16 @@ class Producer:
             cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
 
             if tokens < CHUNK:
-                self.clear(raw_q, tokens, p)
+                if cutlass.const_expr(not summary):
+                    self.clear(raw_q, tokens, p)
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
             if cutlass.const_expr(spec.qk_l2norm):
-                self.squares(raw_q, sums, warp, lane)
+                if cutlass.const_expr(summary):
+                    if warp >= 2:
+                        self.squares(raw_q, sums, warp, lane)
+                else:
+                    self.squares(raw_q, sums, warp, lane)
             G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens, shared.decay + stage * (2 * spec.K))
             self.operands(shared, raw_q, raw_k, G, stage, pair, half)
             if warp == 0:
@@ -113,7 +120,8 @@ class Producer:
                 if chunk + 2 < n_chunks:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
-                    cute.copy(atom_q, q[None, chunk + 2], q_tiles, tma_bar_ptr=loaded)
+                    if cutlass.const_expr(not summary):
+                        cute.copy(atom_q, q[None, chunk + 2], q_tiles, tma_bar_ptr=loaded)
                     cute.copy(atom_k, k[None, chunk + 2], k_tiles, tma_bar_ptr=loaded)
                     cute.copy(atom_g, g[None, chunk + 2], g_tiles, tma_bar_ptr=loaded)
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
@@ -226,7 +234,9 @@ class Producer:
     def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
         """kE, qE and kI into shared memory."""
         K = self.spec.K
-        q, k = self.raw_pairs(raw_q, pair, half), self.raw_pairs(raw_k, pair, half)
+        summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
+        k = self.raw_pairs(raw_k, pair, half)
+        q = k if summary else self.raw_pairs(raw_q, pair, half)
         rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
         cols = shared.cols + (stage * (CHUNK * K) + half * (HALF * 64))
         for i in cutlass.range_constexpr(HALF):
@@ -237,7 +247,7 @@ class Producer:
                 out[e, 0] = y[e] * grow
                 out[e, 1] = x[e] * grow
                 out[e, 2] = y[e] * exp2_approx(-G[e, i])
-            for j, target in enumerate((rows, rows + CHUNK * 64, cols)):
+            for j, target in ((0, rows), (2, cols)) if summary else ((0, rows), (1, rows + CHUNK * 64), (2, cols)):
                 place = swizzled(i, pair, 2, BFloat16, CHUNK if j == 2 else 2 * CHUNK)
                 vector(target, place).store(out[None, j].load().to(BFloat16))
 
@@ -283,7 +293,7 @@ class Producer:
                 for h in cutlass.range_constexpr(2):
                     if cutlass.const_expr(w < 2):
                         self.spread_k(acc, scratch, sums, w, h, lane, tokens)
-                    else:
+                    elif cutlass.const_expr(self.spec.part is not Part.SUMMARY):
                         self.spread_q(acc, mix, w - 2, h, lane)
 
     @cute.jit

@@ -1,6 +1,7 @@
 """A named compile variant of a CuTe kernel, as `kda compile` asks for it (`kda_kernels.variant.Variant`)."""
 
 import dataclasses
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,14 +21,16 @@ class CuteVariant:
         name: unique within its module.
         compile: (architecture, options of the DSL's compiler) -> what `cute.compile` returns.
         label: architecture -> what the compile cache knows the result by.
-        num_warps: of a CTA. shared_bytes: of a CTA.
+        num_warps: of a CTA. shared_bytes: of a CTA; None: what the compiled launch says.
+        only: the one architecture that it is for; None: sm_90a and newer.
     """
 
     name: str
     compile: Callable[[str, str], Any]
     label: Callable[[str], str]
     num_warps: int
-    shared_bytes: int
+    shared_bytes: int | None
+    only: str | None = None
 
     def missing(self, arch: str) -> str | None:
         """Its label, if a launch on that architecture would have to compile it though there is a cache on disk."""
@@ -38,22 +41,40 @@ class CuteVariant:
         """Compiles it, and leaves it where a launch on that architecture looks first.
 
         Raises:
-            UnavailableError: the architecture is older than sm_90, or the DSL is missing.
+            UnavailableError: it is not meant for that architecture, or the DSL is missing.
         """
         if (reason := missing_packages()) is not None:
             raise UnavailableError(reason)
         if not arch.startswith("sm_") or int(arch[3:].rstrip("af")) < 90:
             raise UnavailableError(f"CuTe DSL kernels are for sm_90a and newer, not {arch}")
+        if arch != (self.only or arch):
+            raise UnavailableError(f"this kernel is for {self.only} only, not {arch}")
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="kda-cute-") as folder:
             compiled = cache.compiled(lambda: self.compile(arch, f"--keep-cubin --keep-ptx --dump-dir {folder}"))
         seconds = time.perf_counter() - began
         cache.keep(compiled, self.label(arch))
+        mlir = str(compiled.ir_module)
         return Built(
             cubin=compiled.__cubin__,
             ptx=compiled.__ptx__,
-            ir={"mlir": str(compiled.ir_module)},
-            shared_bytes=self.shared_bytes,
+            ir={"mlir": mlir},
+            shared_bytes=launched_shared_bytes(mlir) if self.shared_bytes is None else self.shared_bytes,
             num_warps=self.num_warps,
             compile_s=seconds,
         )
+
+
+def launched_shared_bytes(mlir: str) -> int:
+    """The dynamic shared memory of the one launch in a compiled module: the third field of CUDA's launch configuration.
+
+    Raises:
+        ValueError: there is no such launch.
+    """
+    config = r"!llvm\.struct<\(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32\)>"
+    field = rf"(%\d+) = llvm\.getelementptr %\d+\[0, 2\] : .*{config}\n"
+    stored = re.search(rf"{field}\s*llvm\.store (%\d+), \1 : i64", mlir)
+    made = stored and re.findall(rf"{stored[2]} = llvm\.mlir\.constant\((\d+) : i64\)", mlir[: stored.start()])
+    if not made:
+        raise ValueError("the compiled module does not say how much shared memory its launch takes")
+    return int(made[-1])

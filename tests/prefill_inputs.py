@@ -1,0 +1,31 @@
+"""Inputs of the CuTe prefill's tests, on the GPU where there is one: what `decode_inputs` makes, within its contract."""
+
+import dataclasses
+
+import torch
+from decode_inputs import make, with_pool, with_state
+
+from kda_kernels.problem import Gate, Options
+from kda_kernels.tensors import Inputs
+
+SAFE = Options(Gate.SAFE, -5.0)
+GIVEN = Options(Gate.NONE, -5.0, beta_is_logit=False, qk_l2norm=False, scale=0.3)
+
+
+def tokens(lens=(40, 0, 3), N=None, T=None, *, options=SAFE, H=1, HV=2, **given) -> Inputs:
+    """Without a state. Packed with these lengths, or, with N and T, dense."""
+    shape = {"N": N, "T": T} if N is not None else {"lens": list(lens)}
+    inputs = make(H=H, HV=HV, K=128, V=128, options=options, **shape, **given)
+    if options.gate is Gate.NONE:
+        inputs = dataclasses.replace(inputs, g=inputs.g.clamp(min=options.lower_bound))
+    return inputs
+
+
+def plain(*args, state_dtype=torch.float32, **given) -> Inputs:
+    """With a state that comes in and is not modified."""
+    return with_state(tokens(*args, **given), state_dtype)
+
+
+def pooled(*args, slots=(4, 1, 6), P=7, gap=0, state_dtype=torch.float32, index_dtype=torch.int32, **given) -> Inputs:
+    """On a pool; NaN in its unused slots and in the gaps between slots."""
+    return with_pool(tokens(*args, **given), list(slots), P, gap, state_dtype, index_dtype)

@@ -1,0 +1,94 @@
+"""What the CuTe prefill compiles to, read from the binary. No GPU is needed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kda_kernels.checks import problem_of
+from kda_kernels.cute import cache
+from kda_kernels.cute import prefill as module
+from kda_kernels.cute.runtime import missing_packages
+from kda_kernels.cute.variant import launched_shared_bytes
+from kda_kernels.errors import UnavailableError
+from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.variant import H100
+from kdacli.compile import sass, toolchain
+from kdacli.synthetic import make_inputs
+
+SAFE = Options(Gate.SAFE, -5.0)
+PREFILL = Problem(Op.PREFILL, (70, 3), H=1, HV=2, pool_slots=4, options=SAFE)
+here = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+
+
+@here
+@pytest.mark.parametrize("name", ["safe", "activated"])
+def test_usual_variants(monkeypatch, tmp_path, name):
+    """Tiles come by TMA, products are wgmma's, nothing spills; and a launch finds the file."""
+    monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
+    (variant,) = (v for v in module.variants() if v.name == name)
+    assert variant.missing("sm_90a") is not None
+    built = variant.build("sm_90a")
+    found = sass.count(sass.disassemble(built.cubin, toolchain.tool("nvdisasm")))
+    resources = sass.resources_of_binary(built.cubin, toolchain.tool("cuobjdump"), found)
+    assert found["HGMMA"] >= 32 and found["UTMALDG"] >= 4
+    assert found["local"] == resources["spill_bytes"] == 0
+    assert resources["registers"] * 32 * built.num_warps <= 65536, "one CTA fits on a multiprocessor"
+    assert 150_000 < built.shared_bytes <= H100.shared
+    assert variant.missing("sm_90a") is None
+
+    def compiles():
+        raise AssertionError("compiled again")
+
+    mine = cache.CompileCache()
+    mine.make("key", variant.label("sm_90a"), compiles)
+    assert [entry.origin for entry in mine.entries()] == ["disk"]
+
+
+@here
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100a", "sm_120a", "gfx942"])
+def test_architectures_it_is_not_meant_for(arch):
+    (variant,) = module.variants(PREFILL)
+    with pytest.raises(UnavailableError, match=f"not {arch}$"):
+        variant.build(arch)
+
+
+def test_shared_memory_of_a_module_without_a_launch():
+    with pytest.raises(ValueError, match="does not say how much shared memory"):
+        launched_shared_bytes("llvm.func @nothing()")
+
+
+def test_names_are_unique():
+    names = [variant.name for variant in module.variants()]
+    assert len(set(names)) == len(names) == 3
+
+
+# --- the spec of a problem and that of its tensors
+
+CHANGES = {
+    "usual": {},
+    "bf16 state": {"state_dtype": "bfloat16"},
+    "dense": {"packed": False, "seq_lens": (5, 5)},
+    "padding": {"padding": 1},
+    "plain": {"pool_slots": None},
+    "plain bf16": {"pool_slots": None, "state_dtype": "bfloat16"},
+    "plain, not wanted": {"pool_slots": None, "final_state": False},
+    "no state": {"pool_slots": None, "initial_state": False},
+    "no state, not wanted": {"pool_slots": None, "initial_state": False, "final_state": False},
+    "dtypes": {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"},
+    "heads": {"H": 2, "HV": 6},
+    "2 sigmoid": {"options": Options(Gate.SAFE, -5.0, allow_neg_eigval=True)},
+    "given": {"options": Options(Gate.NONE, -5.0, beta_is_logit=False, qk_l2norm=False)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_the_spec_of_a_problem_is_that_of_its_launch(change):
+    """`kda compile` asks for what a launch will ask for."""
+    problem = dataclasses.replace(PREFILL, **change)
+    inputs = make_inputs(problem)
+    assert problem_of(inputs, Op.PREFILL) == problem
+    ht = module._new_state(inputs) if inputs.state_indices is None and inputs.output_final_state else None
+    spec = module.spec_of(inputs, ht)
+    assert spec == module._problem_spec(problem)
+    assert {torch.float32: "float32", torch.bfloat16: "bfloat16", None: None}[ht if ht is None else ht.dtype] == spec.ht

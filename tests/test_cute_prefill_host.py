@@ -1,0 +1,300 @@
+"""The host half of the CuTe prefill, and its reasons why it cannot run, on a machine without a GPU.
+
+Functions that the compiler would make are stand-ins here (`fake_prefill`); `test_cute_prefill` has the real ones.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import inspect
+
+import fake_prefill
+import pytest
+import torch
+from decode_inputs import close
+from prefill_inputs import GIVEN, SAFE, plain, pooled, tokens
+
+from kda_kernels import registry
+from kda_kernels.cute import prefill as module
+from kda_kernels.cute import runtime
+from kda_kernels.cute.prefill import prefill
+from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.tensors import Inputs, Outputs
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+PROBLEM = Problem(Op.PREFILL, (70, 0), H=2, HV=4, pool_slots=4, options=SAFE)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What was compiled, in order."""
+    return fake_prefill.install(monkeypatch)
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu))
+
+
+def check(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
+    expected = recurrence(inputs)
+    outputs = prefill(on_gpu(inputs), out)
+    close(outputs.o, expected.o)
+    assert (outputs.final_state is None) == (expected.final_state is None)
+    if expected.final_state is not None:
+        close(outputs.final_state, expected.final_state)
+    return outputs
+
+
+# --- what a call hands to its function
+
+
+@pytest.mark.skipif(runtime.missing_packages() is not None, reason=str(runtime.missing_packages()))
+def test_the_stand_in_takes_what_the_kernel_takes():
+    from kda_kernels.cute.prefill_kernel import PrefillKernel
+
+    real = list(inspect.signature(PrefillKernel.__call__).parameters)
+    assert list(inspect.signature(fake_prefill.FakeFunction.__call__).parameters) == real[:-1]
+    assert real[-1] == "stream"
+
+
+CALLS = {
+    "packed": lambda: pooled(),
+    "packed int64": lambda: dataclasses.replace((x := pooled(index_dtype=torch.int64)), cu_seqlens=x.cu_seqlens.long()),
+    "dense": lambda: plain(N=2, T=5),
+    "dense pool": lambda: pooled(N=3, T=2),
+    "one token": lambda: plain(lens=[1, 1]),
+    "padding": lambda: pooled(slots=(4, -1, 0)),
+    "bound -2": lambda: pooled(options=dataclasses.replace(SAFE, lower_bound=-2.0, scale=0.5)),
+    "2 sigmoid": lambda: pooled(options=dataclasses.replace(SAFE, allow_neg_eigval=True)),
+    "given": lambda: pooled(options=GIVEN),
+    "given, closer bound": lambda: pooled(options=dataclasses.replace(GIVEN, lower_bound=-3.0)),
+    "fp32 g and beta": lambda: dataclasses.replace((x := pooled()), g=x.g.float(), beta=x.beta.float()),
+    "bf16 state": lambda: pooled(state_dtype=torch.bfloat16),
+    "bf16 parameters": lambda: dataclasses.replace((x := pooled()), A_log=x.A_log.bfloat16(), dt_bias=x.dt_bias.half()
+                                                   .bfloat16()),
+    "flat dt_bias": lambda: dataclasses.replace((x := pooled()), dt_bias=x.dt_bias.flatten()),
+    "no parameters": lambda: dataclasses.replace(pooled(), A_log=None, dt_bias=None),
+    "A_log as FLA's layers have it": lambda: dataclasses.replace((x := pooled()), A_log=x.A_log.view(1, 1, -1, 1)),
+    "slots apart": lambda: pooled(gap=64),
+    "no state": lambda: tokens(),
+    "no state, not wanted": lambda: tokens(output_final_state=False),
+    "no final state": lambda: plain(output_final_state=False),
+    "K-first, but no state": lambda: tokens(v_first=False, output_final_state=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_calls(made, call):
+    for _ in range(2):
+        check(call())
+    assert len(made) == 1 and made[0].calls == 2
+
+
+def test_a_given_buffer(made):
+    inputs = plain()
+    wide = torch.full((1, 43, 2, 160), 7.0, dtype=torch.bfloat16)
+    out = wide[..., 16:144]
+    assert check(inputs, out).o is out
+    assert wide[..., :16].eq(7).all() and wide[..., 144:].eq(7).all()
+
+
+@pytest.mark.parametrize("lens", [[0, 0, 0], []])
+def test_a_batch_of_nothing_launches_nothing(made, lens):
+    assert prefill(on_gpu(tokens(lens))).final_state.eq(0).all()
+    inputs = plain(lens)
+    final = prefill(on_gpu(inputs)).final_state
+    assert final.equal(inputs.state) and final is not inputs.state
+    pool = pooled(lens, slots=(4, 1, 6)[: len(lens)])
+    before = pool.state.clone()
+    assert prefill(on_gpu(pool)).final_state is pool.state
+    torch.testing.assert_close(pool.state, before, rtol=0, atol=0, equal_nan=True)
+    assert not made
+
+
+# --- what is compiled, and what is not compiled again
+
+
+def test_what_changes_from_batch_to_batch_compiles_nothing_new(made):
+    """Lengths, pool, strides, scale and bound."""
+    check(pooled())
+    check(pooled([7], slots=(0,), P=3))
+    check(pooled([1, 2, 3, 4], slots=(0, 1, 2, 3), P=40, gap=64))
+    check(pooled(options=dataclasses.replace(SAFE, lower_bound=-2.0, scale=0.7)))
+    inputs = pooled()
+    check(dataclasses.replace(inputs, g=inputs.g.transpose(1, 2).contiguous().transpose(1, 2)))
+    assert len(made) == 1
+
+
+def test_what_it_is_compiled_for(made):
+    """Calls that need functions of their own, twice each, in turn."""
+    calls = [call for name, call in CALLS.items() if name not in ("padding", "bound -2", "given, closer bound",
+             "flat dt_bias", "A_log as FLA's layers have it", "slots apart", "K-first, but no state", "one token")]  # fmt: skip
+    for _ in range(2):
+        for call in calls:
+            check(call())
+    check(pooled(HV=3))
+    assert len(made) == len({function.spec for function in made}) == len(calls) + 1
+
+
+# --- what it does not take
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, *names: str) -> Inputs:
+    return dataclasses.replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in names})
+
+
+REFUSED = {
+    "q, k and v are fp16: it takes bf16": lambda: cast(pooled(), FP16, "q", "k", "v"),
+    "q, k and v are fp32: it takes bf16": lambda: cast(pooled(), FP32, "q", "k", "v"),
+    "g is fp16: it takes bf16 or fp32": lambda: cast(pooled(), FP16, "g"),
+    "beta is fp16: it takes bf16 or fp32": lambda: cast(pooled(), FP16, "beta"),
+    "A_log and dt_bias are fp16: it takes fp32 or bf16": lambda: cast(pooled(), FP16, "dt_bias"),
+    "the gate is softplus: it has safe or none only": lambda: pooled(options=Options()),
+    "lower_bound is -5.5: it takes -5.0 or more": lambda: pooled(options=Options(Gate.SAFE, -5.5)),
+    "activated gates have no bound: it takes -5.0 or more": lambda: dataclasses.replace(
+        pooled(options=GIVEN), options=dataclasses.replace(GIVEN, lower_bound=None)
+    ),
+    "activated gates have the bound -6.0: it takes -5.0 or more": lambda: pooled(
+        options=dataclasses.replace(GIVEN, lower_bound=-6.0)
+    ),
+    "it takes V-first states only": lambda: plain(v_first=False),
+    "a slot of the state is not 16-byte aligned": lambda: pooled(gap=2),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(made, reason):
+    inputs = REFUSED[reason]()
+    assert module.unsupported_tensors(inputs) == reason
+    with pytest.raises(InputError, match=f"^cute-prefill: {reason}$"):
+        prefill(on_gpu(inputs))
+    assert not made
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(x.numel() + 8, dtype=x.dtype)[1 : x.numel() + 1].view(x.shape).copy_(x)
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*x.shape[:-1], x.shape[-1] + 2, dtype=x.dtype)[..., : x.shape[-1]].copy_(x)
+
+
+LAYOUTS = {"shifted": shifted, "padded": padded, "broadcast": lambda x: x[:, :, :1].expand_as(x)}
+
+
+@pytest.mark.parametrize("change", LAYOUTS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "out"])
+def test_layouts_that_tma_cannot_move(made, name, change):
+    inputs = pooled(H=2)
+    good = torch.zeros_like(inputs.v) if name == "out" else getattr(inputs, name)
+    bad = LAYOUTS[change](good)
+    given = {"out": bad} if name == "out" else {}
+    if name != "out":
+        inputs = dataclasses.replace(inputs, **{name: bad})
+    reason = module.unsupported_tensors(inputs, **given)
+    assert reason.startswith(f"{name} has strides ") and reason.endswith(
+        "multiples of 16 bytes, as the beginning, and none 0"
+    )
+    with pytest.raises(InputError, match=f"^cute-prefill: {name} has strides"):
+        prefill(on_gpu(inputs), **given)
+    assert not made
+
+
+def test_what_may_lie_anywhere(made):
+    """beta and the parameters are not moved by TMA."""
+    inputs = pooled()
+    names = ("beta", "A_log", "dt_bias")
+    check(dataclasses.replace(inputs, **{name: shifted(getattr(inputs, name)) for name in names}))
+    check(dataclasses.replace(inputs, beta=padded(inputs.beta)))
+
+
+def test_wrong_buffers(made):
+    inputs = on_gpu(plain())
+    for out in (torch.empty_like(inputs.v, dtype=torch.float32), torch.empty_like(inputs.v)[:, :, :1]):
+        with pytest.raises(InputError, match="^cute-prefill: Mismatched"):
+            prefill(inputs, out)
+    with pytest.raises(InputError, match="^cute-prefill: Mismatched"):
+        module.launch(inputs, torch.empty_like(inputs.v), inputs.state[:1].clone())
+
+
+def test_run_checks_its_inputs(made):
+    inputs = on_gpu(pooled())
+    with pytest.raises(InputError, match="^beta has shape"):
+        module.run(dataclasses.replace(inputs, beta=inputs.beta[..., :1]))
+    expected = recurrence(inputs)
+    close(module.run(inputs).o, expected.o)
+
+
+# --- why it cannot run
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """What torch and the installed packages would say on a machine that has everything."""
+    runtime.missing_packages.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.8.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    yield
+    runtime.missing_packages.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"pool_slots": None}, {"packed": False, "seq_lens": (9, 9)}, {"state_dtype": "bfloat16", "padding": 1},
+     {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"}, {"options": GIVEN}],
+)  # fmt: skip
+def test_a_machine_that_has_everything(h100, change):
+    problem = dataclasses.replace(PROBLEM, **change)
+    assert module.unsupported() is None
+    assert module.unsupported(problem) is None
+    assert registry.choose(problem).name == "cute-prefill"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"K": 64, "V": 64}, "K is 64: it takes 128"),
+        ({"V": 64}, "V is 64: it takes V = K only"),
+        ({"dtype": "float16"}, "q, k and v are fp16: it takes bf16"),
+        ({"g_dtype": "float16"}, "g is fp16: it takes bf16 or fp32"),
+        ({"options": Options()}, "the gate is softplus: it has safe or none only"),
+        ({"options": Options(Gate.NONE)}, "activated gates have no bound: it takes -5.0 or more"),
+        ({"options": Options(Gate.SAFE, -8.0)}, "lower_bound is -8.0: it takes -5.0 or more"),
+        ({"state_v_first": False}, "it takes V-first states only"),
+    ],
+)
+def test_problems_that_are_left_to_triton(h100, monkeypatch, change, reason):
+    problem = dataclasses.replace(PROBLEM, **change)
+    assert module.unsupported(problem) == reason
+    monkeypatch.setattr("kda_kernels.triton.prefill.unsupported_here", lambda: None)
+    assert registry.choose(problem).name == "triton-prefill"
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)])
+def test_newer_gpus(h100, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    name = "sm_{}{}".format(*capability)
+    assert module.unsupported(PROBLEM) == f"the GPU is {name}: this kernel is for sm_90a only"
+
+
+def test_an_older_gpu(h100, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert module.unsupported() == "the GPU is sm_80: CuTe DSL kernels need sm_90a or newer"
+
+
+def test_nothing_runs_where_there_is_no_gpu():
+    with pytest.raises(UnavailableError, match="^cute-prefill: (no CUDA GPU|.* is not installed|.* is needed)"):
+        prefill(pooled())
+    assert module.unsupported(PROBLEM) is not None
+
+
+def test_tensors_on_the_cpu_of_a_machine_that_could(made):
+    with pytest.raises(UnavailableError, match="^cute-prefill: the tensors lie on the CPU$"):
+        prefill(pooled())
