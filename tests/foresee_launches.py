@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from kda_kernels import registry
-from kda_kernels.cute import decode as cute
+from kda_kernels.cute import decode, prefill
 from kda_kernels.errors import InputError
 from kdacli.compile import arch, pretend, recorder
 from kdacli.verify import ahead
@@ -42,8 +42,9 @@ def launched(kernel: registry.Kernel, case: Case, where: arch.Arch) -> list[str 
     variants, asked = {}, _Asked()
     with contextlib.ExitStack() as stack:
         stack.enter_context(recorder._caught(variants))
-        for name, value in {"CACHE": asked, "again": lambda *arguments: False}.items():
-            stack.enter_context(pretend.replaced(cute, name, value))
+        for module in (decode, prefill):
+            stack.enter_context(pretend.replaced(module, "CACHE", asked))
+        stack.enter_context(pretend.replaced(decode, "again", lambda *arguments: False))
         runner = PrefillThenDecode.of(kernel, case.decode_steps) if case.decode_steps else kernel
         inputs = inputs_of(case, 0, "cpu")
         try:

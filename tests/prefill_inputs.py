@@ -1,4 +1,4 @@
-"""Inputs of the CuTe prefill's tests, on the GPU where there is one: what `decode_inputs` makes, within its contract."""
+"""Inputs of the CuTe prefill's tests, on the GPU where there is one: `decode_inputs`', within its contract."""
 
 import dataclasses
 

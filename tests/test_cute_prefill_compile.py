@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import fake_prefill
 import pytest
 import torch
 
 from kda_kernels.checks import problem_of
 from kda_kernels.cute import cache
 from kda_kernels.cute import prefill as module
+from kda_kernels.cute.prefill_config import Part
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.cute.variant import launched_shared_bytes
 from kda_kernels.errors import UnavailableError
@@ -22,7 +24,7 @@ here = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_pac
 
 
 @here
-@pytest.mark.parametrize("name", ["safe", "activated"])
+@pytest.mark.parametrize("name", ["activated", "safe segments"])
 def test_usual_variants(monkeypatch, tmp_path, name):
     """Tiles come by TMA, products are wgmma's, nothing spills; and a launch finds the file."""
     monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
@@ -31,7 +33,7 @@ def test_usual_variants(monkeypatch, tmp_path, name):
     built = variant.build("sm_90a")
     found = sass.count(sass.disassemble(built.cubin, toolchain.tool("nvdisasm")))
     resources = sass.resources_of_binary(built.cubin, toolchain.tool("cuobjdump"), found)
-    assert found["HGMMA"] >= 32 and found["UTMALDG"] >= 4
+    assert found["HGMMA"] >= 5 and found["UTMALDG"] >= 4, "five products a chunk, four tensors"
     assert found["local"] == resources["spill_bytes"] == 0
     assert resources["registers"] * 32 * built.num_warps <= 65536, "one CTA fits on a multiprocessor"
     assert 150_000 < built.shared_bytes <= H100.shared
@@ -60,10 +62,12 @@ def test_shared_memory_of_a_module_without_a_launch():
 
 def test_names_are_unique():
     names = [variant.name for variant in module.variants()]
-    assert len(set(names)) == len(names) == 3
+    assert len(set(names)) == len(names) == 6
 
 
 # --- the spec of a problem and that of its tensors
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
 
 CHANGES = {
     "usual": {},
@@ -82,13 +86,16 @@ CHANGES = {
 }
 
 
+@no_gpu
+@pytest.mark.parametrize("part", Part)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_the_spec_of_a_problem_is_that_of_its_launch(change):
-    """`kda compile` asks for what a launch will ask for."""
+def test_the_spec_of_a_problem_is_that_of_its_launch(monkeypatch, part, change):
+    """`kda compile` asks for what launches will ask for."""
     problem = dataclasses.replace(PREFILL, **change)
     inputs = make_inputs(problem)
     assert problem_of(inputs, Op.PREFILL) == problem
-    ht = module._new_state(inputs) if inputs.state_indices is None and inputs.output_final_state else None
-    spec = module.spec_of(inputs, ht)
-    assert spec == module._problem_spec(problem)
-    assert {torch.float32: "float32", torch.bfloat16: "bfloat16", None: None}[ht if ht is None else ht.dtype] == spec.ht
+    made = fake_prefill.install(monkeypatch)
+    monkeypatch.setattr(module, "_segment", lambda *shape: None if part is Part.WHOLE else 32)
+    module.prefill(dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu)))
+    assert module._problem_spec(problem, part) in [function.spec for function in made]
+    assert len(made) == (1 if part is Part.WHOLE else 2)

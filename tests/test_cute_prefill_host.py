@@ -18,6 +18,7 @@ from kda_kernels import registry
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute import runtime
 from kda_kernels.cute.prefill import prefill
+from kda_kernels.cute.prefill_config import Part
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
@@ -100,17 +101,63 @@ def test_a_given_buffer(made):
     assert wide[..., :16].eq(7).all() and wide[..., 144:].eq(7).all()
 
 
-@pytest.mark.parametrize("lens", [[0, 0, 0], []])
-def test_a_batch_of_nothing_launches_nothing(made, lens):
-    assert prefill(on_gpu(tokens(lens))).final_state.eq(0).all()
-    inputs = plain(lens)
-    final = prefill(on_gpu(inputs)).final_state
-    assert final.equal(inputs.state) and final is not inputs.state
-    pool = pooled(lens, slots=(4, 1, 6)[: len(lens)])
+def test_a_batch_of_nothing_launches_nothing(made):
+    for lens in ([0, 0, 0], []):
+        assert prefill(on_gpu(tokens(lens))).final_state.eq(0).all()
+        inputs = plain(lens)
+        final = prefill(on_gpu(inputs)).final_state
+        assert final.equal(inputs.state) and final is not inputs.state
+    pool = pooled([0, 0, 0])
     before = pool.state.clone()
     assert prefill(on_gpu(pool)).final_state is pool.state
     torch.testing.assert_close(pool.state, before, rtol=0, atol=0, equal_nan=True)
     assert not made
+
+
+# --- sequences that are split
+
+SPLIT = {
+    "packed": lambda: pooled([70, 0, 33]),
+    "packed int64": lambda: dataclasses.replace(
+        (x := pooled([70, 0, 33], index_dtype=torch.int64)), cu_seqlens=x.cu_seqlens.long()
+    ),
+    "padding": lambda: pooled([33, 40, 64], slots=(4, -1, 0)),
+    "bf16 state": lambda: pooled([70, 0, 33], state_dtype=torch.bfloat16, gap=64),
+    "plain": lambda: plain([70, 0, 33]),
+    "dense": lambda: plain(N=2, T=70),
+    "dense pool": lambda: pooled(N=3, T=33),
+    "given": lambda: pooled([70, 0, 33], options=GIVEN),
+    "no state": lambda: tokens([70, 0, 33]),
+    "no state, not wanted": lambda: tokens([70, 0, 33], output_final_state=False),
+}
+
+
+@pytest.mark.parametrize("call", SPLIT.values(), ids=list(SPLIT))
+def test_splits(made, monkeypatch, call):
+    """Segments of 32 tokens, put together by the scan, are the recurrence."""
+    monkeypatch.setattr(module, "_segment", lambda *shape: 32)
+    inputs = call()
+    expected = recurrence(inputs)
+    outputs = prefill(on_gpu(inputs))
+    assert [function.spec.part for function in made] == [Part.SUMMARY, Part.SEGMENTS]
+    assert (outputs.final_state is None) == (expected.final_state is None)
+    for actual, exact in ((outputs.o, expected.o), (outputs.final_state, expected.final_state)):
+        if actual is not None:  # their order of sums is another one
+            rtol = 2e-4 if actual.dtype is torch.float32 else 2**-7
+            torch.testing.assert_close(actual.double(), exact, rtol=rtol, atol=2e-4, equal_nan=True)
+
+
+def test_what_is_split(made):
+    """Few heads of a long sequence; and nothing that fills the GPU."""
+    sizes = {(1, 8192, 12), (1, 32768, 16), (1, 8192, 96), (4, 300, 1)}
+    split = {size for size in sizes if module.workspace_bytes(*size)}
+    assert split == {(1, 8192, 12), (1, 32768, 16)}
+    assert module._units(3, 33 + 33 + 34, 32, packed=True) == 2 + 2 + 2
+    assert module._units(3, 3 * 33, 32, packed=False) == 3 * 2
+    for size in split:
+        segment = module._segment(*size, 132)
+        assert module.workspace_bytes(*size) == 3 * (1 + size[1] // segment) * size[2] * 65536
+    assert module.workspace_bytes(1, 1_000_000, 12) < 2e9
 
 
 # --- what is compiled, and what is not compiled again
@@ -129,8 +176,9 @@ def test_what_changes_from_batch_to_batch_compiles_nothing_new(made):
 
 def test_what_it_is_compiled_for(made):
     """Calls that need functions of their own, twice each, in turn."""
-    calls = [call for name, call in CALLS.items() if name not in ("padding", "bound -2", "given, closer bound",
-             "flat dt_bias", "A_log as FLA's layers have it", "slots apart", "K-first, but no state", "one token")]  # fmt: skip
+    alike = ("padding", "bound -2", "given, closer bound", "flat dt_bias", "A_log as FLA's layers have it",
+             "slots apart", "K-first, but no state", "one token")  # fmt: skip
+    calls = [call for name, call in CALLS.items() if name not in alike]
     for _ in range(2):
         for call in calls:
             check(call())

@@ -1,21 +1,26 @@
-"""Which decode kernel a call gets."""
+"""Which decode kernel a call gets, and which prefill kernel."""
 
 import dataclasses
 
 import fake_gpu
+import fake_prefill
+import prefill_inputs
 import pytest
 import torch
 import wrong_tensors
 from decode_inputs import DEVICE, close, make, with_pool, with_state
 
 from kda_kernels import dispatch
-from kda_kernels.api import fused_recurrent_kda_fwd
+from kda_kernels.api import chunk_kda, chunk_kda_fwd, fused_recurrent_kda_fwd
 from kda_kernels.cute import decode as cute
+from kda_kernels.cute import prefill as cute_prefill
 from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.problem import Options
 from kda_kernels.reference.oracle import recurrence
-from kda_kernels.serving import kda_decode
+from kda_kernels.serving import kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton import decode as triton
+from kda_kernels.triton import prefill as triton_prefill
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
 
@@ -182,6 +187,123 @@ def test_wrong_buffers_of_triton(wrong):
         call(good, kernel="triton-decode", **{wrong.argument: wrong.make(good)})
 
 
+# --- prefill
+
+
+def prompts(**given) -> Inputs:
+    return prefill_inputs.pooled(**given)
+
+
+def call_prefill(inputs: Inputs, **given) -> torch.Tensor:
+    """`kda_prefill` on the tensors of `inputs`."""
+    tensors = {name: getattr(inputs, name) for name in NAMES}
+    return kda_prefill(**tensors, lower_bound=inputs.options.lower_bound, **given)
+
+
+@pytest.mark.parametrize(
+    ("N", "HV", "cute"), [(1, 96, True), (8, 96, True), (6, 64, True), (1, 32, False), (1, 12, False), (4, 12, False)]
+)
+def test_where_the_fused_prefill_is_faster(N, HV, cute):
+    assert dispatch.cute_is_faster(N, HV) == cute
+
+
+@no_gpu
+def test_prefill_on_the_cpu_is_tritons(monkeypatch):
+    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
+    inputs = prompts()
+    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    reason = "no CUDA GPU: CuTe DSL kernels need|is not installed: pip install|or newer is needed, pip install"
+    with pytest.raises(UnavailableError, match=rf"^cute-prefill: .*({reason})"):
+        call_prefill(inputs, kernel="cute-prefill")
+
+
+@pytest.mark.parametrize("name", ["x", "triton", "cute-decode", "fla-prefill"])
+def test_a_name_that_is_no_prefill(name):
+    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-prefill or triton-prefill$"):
+        call_prefill(prompts(), kernel=name)
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """What was compiled for a GPU that is pretended, where any batch is large enough; Triton's outputs are None."""
+    dispatch._cute_prefill_can.cache_clear()
+    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
+    monkeypatch.setattr(triton_prefill, "prefill", lambda inputs, **_: Outputs(None))
+    yield fake_prefill.install(monkeypatch)
+    dispatch._cute_prefill_can.cache_clear()
+
+
+@no_gpu
+def test_the_fused_prefill_where_it_can(prefills):
+    inputs = on_gpu(prompts())
+    expected = recurrence(inputs)
+    assert dispatch.prefill_kernel(inputs) == "cute-prefill"
+    close(call_prefill(inputs), expected.o)
+    close(inputs.state, expected.final_state)
+    assert [function.calls for function in prefills] == [1]
+    inputs = on_gpu(prompts())
+    assert call_prefill(inputs, kernel="triton-prefill") is None
+    close(call_prefill(inputs, kernel="cute-prefill"), expected.o)
+
+
+@no_gpu
+def test_the_fused_prefill_behind_flas_functions(prefills):
+    inputs = on_gpu(prefill_inputs.plain())
+    expected = recurrence(inputs)
+    args = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+    given = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, "lower_bound": -5.0, "initial_state": inputs.state}
+    given |= {"cu_seqlens": inputs.cu_seqlens, "output_final_state": True}
+    given |= {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    fla = {"safe_gate": True, "use_gate_in_kernel": True}
+    for o, final in (chunk_kda_fwd(*args, **given), chunk_kda(*args, **given, **fla, state_v_first=True)):
+        close(o, expected.o)
+        close(final, expected.final_state)
+    assert [function.calls for function in prefills] == [2]
+    k_first = given | {"initial_state": inputs.state.mT.contiguous()}
+    assert chunk_kda(*args, **k_first, **fla)[0] is None, "Triton's, as FLA's own layout is"
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: {"options": Options()},
+        lambda x: {name: getattr(x, name).half() for name in ("q", "k", "v")},
+        lambda x: {
+            "q": x.q.repeat_interleave(2, 3)[..., 1 : 2 * 128 : 2].as_strided(x.q.shape, (43 * 129, 129, 129, 1))
+        },
+        lambda x: {"state_v_first": False},
+    ],
+    ids=["softplus", "fp16", "rows of 258 bytes", "K first"],
+)
+def test_triton_for_what_the_fused_prefill_does_not_take(prefills, change):
+    inputs = prompts()
+    inputs = on_gpu(dataclasses.replace(inputs, **change(inputs)))
+    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    with pytest.raises(InputError, match="^cute-prefill: "):
+        dispatch.prefill(inputs, kernel="cute-prefill")
+    assert not prefills
+
+
+@no_gpu
+def test_triton_for_a_buffer_that_the_fused_prefill_cannot_write(prefills):
+    inputs = on_gpu(prompts())
+    out = torch.empty(1, 43, 2, 132, dtype=torch.bfloat16)[..., :128]
+    assert dispatch.prefill_kernel(inputs, out) == "triton-prefill"
+
+
+@no_gpu
+def test_triton_for_small_batches_and_other_gpus(prefills, monkeypatch):
+    inputs = on_gpu(prompts())
+    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: (N, HV) != (3, 2))
+    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
+    assert dispatch.prefill_kernel(inputs) == "cute-prefill"
+    dispatch._cute_prefill_can.cache_clear()
+    monkeypatch.setattr(cute_prefill, "unsupported_here", lambda device=None: "the GPU is sm_100: ...")
+    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+
+
 # --- on a GPU
 
 
@@ -213,3 +335,20 @@ def test_values_are_checked_on_request(monkeypatch):
     inputs = pooled(K=128, V=128)
     with pytest.raises(InputError, match="^state_indices holds 7"):
         call(dataclasses.replace(inputs, state_indices=inputs.state_indices + 1))
+
+
+@pytest.mark.gpu
+def test_kda_prefill_on_a_gpu(monkeypatch):
+    """The fused kernel on Hopper, where the batch is large enough."""
+    if (reason := cute_prefill.unsupported()) is not None:
+        pytest.skip(reason)
+    used = []
+    real = cute_prefill.launch
+    monkeypatch.setattr(cute_prefill, "launch", lambda *args: used.append("cute-prefill") or real(*args))
+    for faster in (False, True):
+        monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV, answer=faster: answer)
+        inputs = prompts()
+        expected = recurrence(inputs)
+        o = call_prefill(inputs)
+        assert (o.double() - expected.o).norm() < 1e-2 * expected.o.norm()
+        assert used == ["cute-prefill"] * faster

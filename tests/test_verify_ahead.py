@@ -22,7 +22,7 @@ from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("triton-decode", "triton-prefill", "triton-gate", "triton-gate-unfused", "cute-decode")
+KERNELS = ("triton-decode", "triton-prefill", "triton-gate", "triton-gate-unfused", "cute-decode", "cute-prefill")
 
 
 def script(name: str, caches: Path, *words: str) -> dict:
@@ -46,7 +46,7 @@ def quick(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_launch_of_the_quick_suite_is_foreseen(quick, name):
     """Whatever a case launches, its properties included, would be in the cache; and nothing else is compiled."""
-    if name == "cute-decode" and (reason := missing_packages()) is not None:
+    if name.startswith("cute") and (reason := missing_packages()) is not None:
         pytest.skip(reason)
     found = quick[name]
     foreseen, cases = set(found["foreseen"]), found["launched"]

@@ -1,8 +1,11 @@
 """The fused prefill in CuTe DSL, for Hopper. Host half; `prefill_kernel` is the device half.
 
-One kernel, one CTA a sequence and value head: chunk-local work and the chain over chunks meet in shared memory, and
-nothing goes through a workspace. What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's:
-gates without a bound of -5 or more (softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
+One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
+goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: then one launch
+summarises every segment, a scan (Triton's, fp32) makes the states between them, and a third launch runs the segments.
+
+What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: gates without a bound of -5 or more
+(softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB a token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
@@ -19,7 +22,8 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import THREADS, PrefillSpec
+from kda_kernels.cute.prefill_config import THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_plan import plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant
@@ -28,6 +32,8 @@ from kda_kernels.peers.contract import Contract
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton.runtime import multiprocessors, on_device
+from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
 LEAST_BOUND = -5.0  # 16 tokens of it are exp(80): see `prefill_kernel`
@@ -86,25 +92,83 @@ def prefill(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
 
 
 def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> None:
-    """`prefill` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
+    """`prefill` into tensors that are there already: `o`, and `ht` where there is no pool.
+
+    Allocates `workspace_bytes`: nothing, unless sequences are split.
+    """
     if (reason := unsupported_tensors(inputs, o)) is not None:
         raise InputError(f"cute-prefill: {reason}")
-    q, options, state = inputs.q, inputs.options, inputs.state
-    if not q.shape[0] * q.shape[1]:  # no token in the whole batch
+    B, T = inputs.q.shape[:2]
+    if not B * T:  # no token in the whole batch
         if ht is not None:
-            ht.zero_() if state is None else ht.copy_(state)
+            ht.zero_() if inputs.state is None else ht.copy_(inputs.state)
         return
-    function = _function(inputs, ht)
+    N, HV = _sequences(inputs), inputs.v.shape[2]
+    segment = _segment(N, B * T, HV, multiprocessors(inputs.q.device))
+    if segment is None:
+        with stage("prefill"):
+            _call(Part.WHOLE, inputs, o, inputs.state, ht)
+        return
+    units = _units(N, B * T, segment, inputs.cu_seqlens is not None)
+    shape = (HV, inputs.v.shape[3], inputs.q.shape[3])
+    summaries, starts = (
+        torch.empty((count, *shape), dtype=torch.float32, device=inputs.q.device) for count in (2 * units, units)
+    )
+    pool = inputs.state if inputs.state_indices is not None else None
+    with stage("summaries"):
+        _call(Part.SUMMARY, inputs, o, None, None, summaries, segment, skip_last=1)
+    with stage("scan"), on_device(inputs.q):
+        from kda_kernels.triton.segment_scan import scan_segments
+
+        scan_segments(summaries, inputs.state, starts, inputs.state_indices, inputs.cu_seqlens, B, T, segment)
+    with stage("segments"):
+        _call(Part.SEGMENTS, inputs, o, pool, ht, starts, segment)
+
+
+def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H100.sms) -> int:
+    """What a launch allocates for `N` sequences of `T` tokens together on a GPU of so many multiprocessors."""
+    segment = _segment(N, T, HV, sms)
+    return 0 if segment is None else 3 * _units(N, T, segment, packed) * HV * 128 * 128 * 4
+
+
+@functools.lru_cache(maxsize=1024)
+def _segment(N: int, T: int, HV: int, sms: int) -> int | None:
+    """Tokens a segment; None: sequences stay whole."""
+    return plan(N, T, HV, sms).tokens
+
+
+def _units(N: int, T: int, segment: int, packed: bool) -> int:
+    """How many segments there are; in a packed batch, whose lengths only the GPU knows, at most."""
+    return N + T // segment if packed else N * -(-T // (N * segment))
+
+
+def _sequences(inputs: Inputs) -> int:
+    return inputs.q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+
+
+def _call(
+    part: Part,
+    inputs: Inputs,
+    o: torch.Tensor,
+    h0: torch.Tensor | None,
+    ht: torch.Tensor | None,
+    segments: torch.Tensor | None = None,
+    segment: int = 0,
+    *,
+    skip_last: int = 0,
+) -> None:
+    """One launch; the arguments are those of `PrefillKernel.__call__`."""
+    q, options = inputs.q, inputs.options
     arguments = (
-        q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, state, ht,
-        inputs.state_indices, inputs.cu_seqlens, q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        options.lower_bound or 0.0,
+        q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
+        inputs.state_indices, inputs.cu_seqlens, segments,
+        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0, segment, skip_last,
     )  # fmt: skip
-    with stage("prefill"):
-        try:
-            function(*arguments)
-        except (TypeError, ValueError) as error:  # nothing was launched
-            raise InputError(f"cute-prefill: {' '.join(str(error).split())}") from None
+    function = _function(part, inputs, h0, ht)
+    try:
+        function(*arguments)
+    except (TypeError, ValueError) as error:  # nothing was launched
+        raise InputError(f"cute-prefill: {' '.join(str(error).split())}") from None
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
@@ -113,32 +177,30 @@ def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 def _new_state(inputs: Inputs) -> torch.Tensor:
     q, v = inputs.q, inputs.v
-    N = q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
     dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    return torch.empty((N, v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
+    return torch.empty((_sequences(inputs), v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
 
 
-def _function(inputs: Inputs, ht: torch.Tensor | None) -> Callable[..., Any]:
+def _function(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None) -> Callable[..., Any]:
     """The compiled function for these tensors."""
     q, options = inputs.q, inputs.options
     parts = (
-        q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, inputs.state_indices,
-        inputs.cu_seqlens,
+        q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, h0, ht, inputs.state_indices, inputs.cu_seqlens,
     )  # fmt: skip
     dtypes = tuple(None if x is None else x.dtype for x in parts)
     flags = options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm
-    key = ("prefill", flags, q.shape[2], inputs.v.shape[2], q.device, dtypes)
+    key = ("prefill", part, flags, q.shape[2], inputs.v.shape[2], q.device, dtypes)
     if (function := CACHE.get(key)) is not None:
         return function
     if not q.is_cuda:
         raise UnavailableError(f"cute-prefill: {unsupported_here() or 'the tensors lie on the CPU'}")
     if (reason := unsupported_here(q.device)) is not None:
         raise UnavailableError(f"cute-prefill: {reason}")
-    spec, arch = spec_of(inputs, ht), architecture(q.device)
+    spec, arch = spec_of(part, inputs, h0, ht), architecture(q.device)
     return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
 
 
-def spec_of(inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:
+def spec_of(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None) -> PrefillSpec:
     """What the kernel has to be compiled for."""
 
     def name(x: torch.Tensor | None) -> str | None:
@@ -149,7 +211,7 @@ def spec_of(inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:
         H=inputs.q.shape[2], HV=inputs.v.shape[2], gate=options.gate, beta_is_logit=options.beta_is_logit,
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=name(inputs.q),
         g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log), dt_bias=name(inputs.dt_bias),
-        h0=name(inputs.state), ht=name(ht), index=name(inputs.state_indices), offsets=name(inputs.cu_seqlens),
+        h0=name(h0), ht=name(ht), index=name(inputs.state_indices), offsets=name(inputs.cu_seqlens), part=part,
     )  # fmt: skip
 
 
@@ -233,7 +295,7 @@ def _by_tma(x: torch.Tensor) -> bool:
     """Whether tiles of it can be moved by TMA, and rows of it 16 bytes at a time."""
     step = 16 // x.element_size()
     b, t, h, _ = x.stride()
-    return not (b % step or t % step or h % step or x.data_ptr() % 16) and b * t * h != 0
+    return not x.numel() or not (b % step or t % step or h % step or x.data_ptr() % 16) and b * t * h != 0
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -249,25 +311,36 @@ def run(inputs: Inputs) -> Outputs:
     return prefill(inputs)
 
 
-def variants(problem: Problem | None = None) -> Iterator[CuteVariant]:
-    """What `kda compile` builds: the kernel for `problem` as a launch specialises it.
+def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
+    """What `kda compile` builds: the kernels for `problem` as launches on `gpu` specialise them, in their order.
 
-    Without one: bf16, 32 heads; packed on a pool in place, dense with a state that comes and goes, and gates that come
-    activated, in fp32.
+    Without one: bf16, safe gates, 32 heads packed on a pool, dense with a state that comes and goes, and gates that
+    come activated, in fp32; and 12 heads of one sequence, which is split.
     """
     if problem is not None:
-        yield _variant(str(problem.options.gate), problem)
+        yield from _variants(str(problem.options.gate), problem, gpu)
         return
     safe = Options(gate=Gate.SAFE, lower_bound=LEAST_BOUND)
-    usual = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8, options=safe)
-    yield _variant("safe", usual)
-    yield _variant("safe dense", dataclasses.replace(usual, packed=False, pool_slots=None))
+    usual = Problem(Op.PREFILL, (2048,) * 8, H=32, HV=32, pool_slots=16, options=safe)
     given = dataclasses.replace(safe, gate=Gate.NONE)
-    yield _variant("activated", dataclasses.replace(usual, g_dtype="float32", options=given))
+    yield from _variants("safe", usual, gpu)
+    yield from _variants("safe dense", dataclasses.replace(usual, packed=False, pool_slots=None), gpu)
+    yield from _variants("activated", dataclasses.replace(usual, g_dtype="float32", options=given), gpu)
+    yield from _variants("safe", dataclasses.replace(usual, seq_lens=(8192,), H=12, HV=12), gpu)
 
 
-def _variant(name: str, problem: Problem) -> CuteVariant:
-    spec = _problem_spec(problem)
+def _variants(name: str, problem: Problem, gpu: Gpu) -> Iterator[Variant]:
+    """Of a whole prefill, or of the three launches of a split one."""
+    segment = _segment(problem.N, problem.T, problem.HV, gpu.sms)
+    if segment is None:
+        yield _variant(name, _problem_spec(problem, Part.WHOLE))
+        return
+    yield _variant(f"{name} summaries", _problem_spec(problem, Part.SUMMARY))
+    yield _scan_variant(problem, segment)
+    yield _variant(f"{name} segments", _problem_spec(problem, Part.SEGMENTS))
+
+
+def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
     return CuteVariant(
         name,
         lambda arch, options: build(spec, arch, options),
@@ -278,16 +351,36 @@ def _variant(name: str, problem: Problem) -> CuteVariant:
     )
 
 
-def _problem_spec(problem: Problem) -> PrefillSpec:
+def _scan_variant(problem: Problem, segment: int) -> Variant:
+    """As `segment_scan.scan_segments` launches it."""
+    from kda_kernels.triton import segment_scan
+    from kda_kernels.triton.variant import Variant as TritonVariant
+    from kda_kernels.triton.variant import batch, state_pointers
+
+    HV, V, K, h0 = problem.HV, problem.V, problem.K, state_pointers(problem)["h0"]
+    pooled = problem.pool_slots is not None
+    return TritonVariant.of(
+        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", h0=h0, starts="*fp32",
+        state_indices="*i32" if pooled else None, cu_seqlens="*i32" if problem.packed else None,
+        T=batch(problem)[1], segment=segment, stride_h0=0 if h0 is None else HV * V * K, HV=HV, V=V, K=K,
+        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed, num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
     """As `spec_of`, from a problem alone: int32 indices, parameters of one dtype."""
     options = problem.options
     params = None if options.gate is Gate.NONE else problem.param_dtype
     pooled = problem.pool_slots is not None
     state = problem.state_dtype if pooled or problem.initial_state else None
+    h0, ht = state, None if pooled or not problem.final_state else state or "float32"
+    if part is Part.SUMMARY:
+        h0, ht = None, None
+    elif part is Part.SEGMENTS and not pooled:
+        h0 = None
     return PrefillSpec(
         H=problem.H, HV=problem.HV, gate=options.gate, beta_is_logit=options.beta_is_logit,
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
-        g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=state,
-        ht=None if pooled or not problem.final_state else state or "float32", index="int32" if pooled else None,
-        offsets="int32" if problem.packed else None,
+        g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=h0, ht=ht,
+        index="int32" if pooled else None, offsets="int32" if problem.packed else None, part=part,
     )  # fmt: skip

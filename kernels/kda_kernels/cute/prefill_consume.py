@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.prefill_config import CHUNK, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, operand, swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, fresh, load_transposed, select, store_transposed
 
@@ -44,7 +44,7 @@ class Consumer:
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)
-        cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, STAGES), (1, 0, 2))
+        cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
         square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, 2 * STAGES), (0, 1, 2))
         inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, 2 * STAGES), (1, 0, 2))
         if cutlass.const_expr(summary):  # kE alone
@@ -63,7 +63,7 @@ class Consumer:
             p = fresh(p)
             warp, lane = p >> 5, p & 31
             v0, col = 64 * group + 16 * warp, 2 * (lane & 3)
-            stage, tokens = chunk & (STAGES - 1), n_tokens - chunk * CHUNK
+            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
             self.decay(S, decay, col)  # into the frame of the chunk's middle
@@ -98,9 +98,10 @@ class Consumer:
             self.round(w, w_operand)
             if cutlass.const_expr(not summary):
                 self.product(mix, out, w_operand, mix_b, 2 * stage + 1, CHUNK // 16, True)
-            self.product(write, S, w_operand, write_b, stage, CHUNK // 16, True)
+            for part in cutlass.range_constexpr(PARTS):
+                self.product(write, S, w_operand, write_b, PARTS * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not summary):
-                warpgroup.wait_group(1)
+                warpgroup.wait_group(PARTS)
                 self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
             # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
             after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]

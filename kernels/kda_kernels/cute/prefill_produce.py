@@ -6,12 +6,12 @@ from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.math import LOG2_E, reciprocal, rsqrt, sigmoid
-from kda_kernels.cute.prefill_config import CHUNK, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
     BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, Kind, operand, swizzled, tile, vector,
 )  # fmt: skip
 from kda_kernels.cute.ptx import (
-    bfloat16_pair, exp2_approx, fresh, load_matrices, load_transposed, multiply_16x8x16, select,
+    bfloat16_pair, exp2_approx, fresh, load_matrices, load_transposed, multiply_16x8x16, rest, select,
 )  # fmt: skip
 from kda_kernels.problem import Gate
 
@@ -47,10 +47,10 @@ class Producer:
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
         scratch = shared.solve + group * (3 * TILE)
-        sums = shared.sums + group * (3 * CHUNK)
+        sums = shared.sums + group * (4 * CHUNK)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, STAGES), (0, 1, 2))
+        cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, PARTS * STAGES), (0, 1, 2))
         thread = gram.get_slice(p)
         gram_a = gram.make_fragment_A(thread.partition_A(rows))
         gram_b = gram.make_fragment_B(thread.partition_B(cols))
@@ -75,7 +75,8 @@ class Producer:
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
             warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
-            stage, tokens = chunk & (STAGES - 1), n_tokens - chunk * CHUNK
+            stage = cute.arch.make_warp_uniform(chunk % STAGES)
+            tokens = n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
@@ -91,21 +92,15 @@ class Producer:
                     self.clear(raw_q, tokens, p)
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
-            if cutlass.const_expr(spec.qk_l2norm):
-                if cutlass.const_expr(summary):
-                    if warp >= 2:
-                        self.squares(raw_q, sums, warp, lane)
-                else:
-                    self.squares(raw_q, sums, warp, lane)
             G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens, shared.decay + stage * (2 * spec.K))
-            self.operands(shared, raw_q, raw_k, G, stage, pair, half)
+            self.operands(shared, raw_q, raw_k, G, stage, pair, half, sums, warp, lane)
             if warp == 0:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
                     value = sigmoid(raw_beta)
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
-                vector(sums, 2 * CHUNK + lane, 1)[0] = value
+                vector(sums, 3 * CHUNK + lane, 1)[0] = value
             raw_beta = self.fetch_beta(beta, b, first, (chunk + 2) * CHUNK + lane, n_tokens, i_hv)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
@@ -113,7 +108,7 @@ class Producer:
             warpgroup.fence()
             for i in cutlass.range_constexpr(spec.K // 16):
                 gram.set(warpgroup.Field.ACCUMULATE, i != 0)
-                cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, stage], acc)
+                cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, PARTS * stage], acc)
             warpgroup.commit_group()
 
             if warp == LOADER:
@@ -170,12 +165,12 @@ class Producer:
             vector(raw, swizzled(row, p & 15, 8, raw.dtype), 8).store(zeros.load())
 
     @cute.jit
-    def raw_pairs(self, source, pair: Int32, half: Int32):
-        """Two channels of this thread's tokens as they lie in shared memory: [2, HALF]."""
-        raw = cute.make_rmem_tensor((2, HALF), source.dtype)
+    def raw_pairs(self, source, pair: Int32, half: Int32, first: cutlass.Constexpr[int], size: cutlass.Constexpr[int]):
+        """Two channels of `size` of this thread's tokens as they lie in shared memory: [2, size]."""
+        raw = cute.make_rmem_tensor((2, size), source.dtype)
         start = source + half * (HALF * 1024 // source.dtype.width)
-        for i in cutlass.range_constexpr(HALF):
-            raw[None, i].store(vector(start, swizzled(i, pair, 2, source.dtype)).load())
+        for i in cutlass.range_constexpr(size):
+            raw[None, i].store(vector(start, swizzled(first + i, pair, 2, source.dtype)).load())
         return raw
 
     @cute.jit
@@ -192,7 +187,7 @@ class Producer:
 
         Tokens after the end do not decay.
         """
-        raw = self.raw_pairs(raw_g, pair, half)
+        raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
         log2 = cute.make_rmem_tensor((2, HALF), Float32)
         for i in cutlass.range_constexpr(HALF):
             values = self.pair_of(raw, i)
@@ -231,16 +226,37 @@ class Producer:
         return G
 
     @cute.jit
-    def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
-        """kE, qE and kI into shared memory."""
+    def operands(
+        self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32, sums, warp: Int32, lane: Int32,
+    ):  # fmt: skip
+        """kE, qE and kI into shared memory; the sums q.q, k.k and q.k to `sums`.
+
+        The sums are diagonals of products of 16 rows a warp, q or k, with themselves and with k. Their instructions wait
+        behind the consumers' products, so they are spread over the work.
+        """
         K = self.spec.K
         summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
-        k = self.raw_pairs(raw_k, pair, half)
-        q = k if summary else self.raw_pairs(raw_q, pair, half)
+        batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
         rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
-        cols = shared.cols + (stage * (CHUNK * K) + half * (HALF * 64))
+        cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))
+        kind = cutlass.const_expr("bf16" if raw_q.dtype is BFloat16 else "f16")
+        row = (warp & 1) * 16 + (lane >> 3 & 1) * 8 + (lane & 7)
+        own = cute.make_rmem_tensor((4, 2), Float32)
+        cross = cute.make_rmem_tensor((4, 2), Float32)
+        own.fill(0.0)
+        cross.fill(0.0)
+        mine = raw_k if summary else raw_q + (warp >> 1) * (CHUNK * 128)
         for i in cutlass.range_constexpr(HALF):
-            x, y = self.pair_of(q, i), self.pair_of(k, i)
+            place = swizzled(row, 2 * (i // 2) + (lane >> 4), 8, raw_q.dtype)
+            if cutlass.const_expr(i % 2 == 0):
+                a = load_matrices(mine + place)
+                self.diagonals(own, a, a, kind)
+            elif cutlass.const_expr(not summary):  # the warps of k for nothing: a branch would cost more
+                self.diagonals(cross, a, load_matrices(raw_k + place), kind)
+            if cutlass.const_expr(i % batch == 0):
+                k = self.raw_pairs(raw_k, pair, half, i, batch)
+                q = k if summary else self.raw_pairs(raw_q, pair, half, i, batch)
+            x, y = self.pair_of(q, i % batch), self.pair_of(k, i % batch)
             out = cute.make_rmem_tensor((2, 3), Float32)
             for e in cutlass.range_constexpr(2):
                 grow = exp2_approx(G[e, i])
@@ -249,22 +265,35 @@ class Producer:
                 out[e, 2] = y[e] * exp2_approx(-G[e, i])
             for j, target in ((0, rows), (2, cols)) if summary else ((0, rows), (1, rows + CHUNK * 64), (2, cols)):
                 place = swizzled(i, pair, 2, BFloat16, CHUNK if j == 2 else 2 * CHUNK)
-                vector(target, place).store(out[None, j].load().to(BFloat16))
+                rounded = cute.make_rmem_tensor(2, BFloat16)
+                rounded.store(out[None, j].load().to(BFloat16))
+                vector(target, place).store(rounded.load())
+                if cutlass.const_expr(j == 2 and PARTS == 2):
+                    rest(out[None, j], rounded)
+                    vector(target + CHUNK * K, place).store(out[None, j].load().to(BFloat16))
+        if cutlass.const_expr(summary):
+            if warp < 2:
+                self.write_diagonals(own, sums + CHUNK + warp * 16, lane)
+        else:
+            self.write_diagonals(own, sums + warp * 16, lane)
+            if warp < 2:
+                self.write_diagonals(cross, sums + 2 * CHUNK + warp * 16, lane)
 
     @cute.jit
-    def squares(self, raw, sums, warp: Int32, lane: Int32):
-        """q.q and k.k of all tokens: the diagonal of a product of 16 rows of a warp, q or k, with themselves."""
-        kind = cutlass.const_expr("bf16" if raw.dtype is BFloat16 else "f16")
-        row = (lane >> 3 & 1) * 8 + (lane & 7)
-        upper, lower = ((Float32(0.0),) * 4,) * 2
-        for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(raw + (warp >> 1) * (CHUNK * 128) + swizzled((warp & 1) * 16 + row, 2 * i + (lane >> 4), 8, raw.dtype))
-            upper = multiply_16x8x16(upper, a, (a[0], a[2]), kind)
-            lower = multiply_16x8x16(lower, a, (a[1], a[3]), kind)
+    def diagonals(self, acc, a, b, kind: cutlass.Constexpr[str]):
+        """acc + the two 8 x 8 blocks on the diagonal of a b^T, in the places of 16 x 8 products."""
+        for half in cutlass.range_constexpr(2):
+            before = tuple(acc[e, half] for e in range(4))
+            after = multiply_16x8x16(before, a, (b[half], b[half + 2]), kind)
+            for e in cutlass.range_constexpr(4):
+                acc[e, half] = after[e]
+
+    @cute.jit
+    def write_diagonals(self, acc, target, lane: Int32):
         if lane & 3 == lane >> 3:
             odd = lane >> 2 & 1 == 1
-            vector(sums, warp * 16 + (lane >> 2), 1)[0] = select(odd, upper[1], upper[0])
-            vector(sums, warp * 16 + (lane >> 2) + 8, 1)[0] = select(odd, lower[3], lower[2])
+            vector(target, lane >> 2, 1)[0] = select(odd, acc[1, 0], acc[0, 0])
+            vector(target, (lane >> 2) + 8, 1)[0] = select(odd, acc[3, 1], acc[2, 1])
 
     @cute.jit
     def norms(self, sums, token):
@@ -279,7 +308,7 @@ class Producer:
     def factors(self, target, sums, scale: Float32, lane: Int32, tokens: Int32):
         """a, b and the factor of o of the token of this lane; 0 after the end."""
         norm_k, norm_q = self.norms(sums, lane)
-        a = vector(sums, 2 * CHUNK + lane, 1)[0] * norm_k
+        a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
         b = a * norm_k
         vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
         vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
@@ -294,40 +323,43 @@ class Producer:
                     if cutlass.const_expr(w < 2):
                         self.spread_k(acc, scratch, sums, w, h, lane, tokens)
                     elif cutlass.const_expr(self.spec.part is not Part.SUMMARY):
-                        self.spread_q(acc, mix, w - 2, h, lane)
+                        self.spread_q(acc, mix, sums, w - 2, h, lane)
 
     @cute.jit
     def spread_k(self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32):
         """8 rows of kE kI^T, times b."""
         col, row = 2 * (lane & 3), (lane >> 2) + 8 * h
         norm_k, norm_q = self.norms(sums, 16 * w + row)
-        factor = vector(sums, 2 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
+        factor = vector(sums, 3 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
         factor = select(16 * w + row < tokens, factor, Float32(0.0))
         diagonal, tiles = scratch + (w * L_BLOCK + row), cute.recast_ptr(scratch, dtype=BFloat16)
         for j in cutlass.range_constexpr(2 * w + h + 1):
             values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
             if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
-                pair = cute.make_rmem_tensor((2, 2), Float32)
+                pair = cute.make_rmem_tensor(2, Float32)
                 for e in cutlass.range_constexpr(2):
-                    pair[e, 0] = values[e].to(BFloat16).to(Float32)
-                    pair[e, 1] = values[e] - pair[e, 0]
+                    pair[e] = values[e]
+                rounded = cute.make_rmem_tensor(2, BFloat16)
+                place = 4 * TILE + row * TILE_PITCH + 8 * j + col
                 for part in cutlass.range_constexpr(2):
-                    place = (4 + part) * TILE + row * TILE_PITCH + 8 * j + col
-                    vector(tiles, place).store(pair[None, part].load().to(BFloat16))
+                    rounded.store(pair.load().to(BFloat16))
+                    vector(tiles, place + part * TILE).store(rounded.load())
+                    rest(pair, rounded)
             else:
                 for e in cutlass.range_constexpr(2):
                     vector(diagonal, (8 * (j - 2 * w) + col + e) * L_PITCH, 1)[0] = values[e]
 
     @cute.jit
-    def spread_q(self, acc, mix, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
-        """8 rows of tril(qE kI^T)."""
+    def spread_q(self, acc, mix, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
+        """8 rows of tril(qE kI^T); the diagonal, without decays, as it was summed from q and k themselves."""
         col, row = 2 * (lane & 3), 16 * w + (lane >> 2) + 8 * h
         for j in cutlass.range_constexpr(2 * w + h + 1):
             pair = cute.make_rmem_tensor(2, Float32)
             for e in cutlass.range_constexpr(2):
                 pair[e] = acc[4 * j + 2 * h + e]
                 if cutlass.const_expr(j == 2 * w + h):
-                    pair[e] = select(col + e <= lane >> 2, pair[e], Float32(0.0))
+                    pair[e] = select(col + e < lane >> 2, pair[e], Float32(0.0))
+                    pair[e] = select(col + e == lane >> 2, vector(sums, 2 * CHUNK + row, 1)[0], pair[e])
             vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(BFloat16))
 
     @cute.jit
@@ -385,7 +417,8 @@ class Producer:
         upper = cute.make_rmem_tensor(exact.shape, BFloat16)
         lower = cute.make_rmem_tensor(exact.shape, BFloat16)
         upper.store(exact.load().to(BFloat16))
-        lower.store((exact.load() - upper.load().to(Float32)).to(BFloat16))
+        rest(exact, upper)
+        lower.store(exact.load().to(BFloat16))
         return upper, lower
 
     @cute.jit

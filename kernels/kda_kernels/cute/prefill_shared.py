@@ -8,7 +8,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import SmemAllocator
 
-from kda_kernels.cute.prefill_config import CHUNK, STAGES, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
 BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
@@ -23,7 +23,7 @@ class Shared:
     """Pointers; sizes are in elements. Everything before `raw` has a copy for each stage.
 
     rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
-    cols:  kI: [CHUNK, K], the same
+    cols:  kI: [CHUNK, K], the same, in PARTS parts
     mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle; then tril(qE kI^T), not transposed
     v:     [CHUNK, V], as `cols`; o on its way out. After the last stage 8 zeros
     token: a, b and the factor of o: [3, CHUNK], fp32
@@ -32,7 +32,7 @@ class Shared:
     loaded: for each producing warpgroup, that raw is there
     solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16 parts each,
            those of (I + L)^-1, transposed, and after them L's lower left block
-    sums:  for each producing warpgroup q.q, k.k and sigmoid(beta): [3, CHUNK]
+    sums:  for each producing warpgroup q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
     """
 
     full: Any
@@ -59,7 +59,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
     K, V = spec.K, spec.V
     return Shared(
         rows=array(BFloat16, STAGES * 2 * CHUNK * K, 1024),
-        cols=array(BFloat16, STAGES * CHUNK * K, 1024),
+        cols=array(BFloat16, STAGES * PARTS * CHUNK * K, 1024),
         mix=array(BFloat16, STAGES * 2 * CHUNK * CHUNK, 1024),
         v=array(BFloat16, STAGES * CHUNK * V + 8, 1024),
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
@@ -67,7 +67,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
         solve=array(Float32, 2 * 3 * TILE),
-        sums=array(Float32, 2 * 3 * CHUNK),
+        sums=array(Float32, 2 * 4 * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
         loaded=array(Int64, 2, 8),

@@ -67,6 +67,19 @@ def bfloat16_pair(word: Int32, *, loc=None, ip=None) -> tuple:
     )
 
 
+@cute.jit
+def rest(exact, rounded):
+    """exact - rounded, fp32 [..] and bf16 of an even number of elements, into `exact`.
+
+    By words: element by element the compiler rounds again, one conversion an element.
+    """
+    words = cute.recast_tensor(rounded, Int32)
+    for i in cutlass.range_constexpr(cute.size(exact) // 2):
+        low, high = bfloat16_pair(words[i])
+        exact[2 * i] = exact[2 * i] - low
+        exact[2 * i + 1] = exact[2 * i + 1] - high
+
+
 @dsl_user_op
 def exp2_approx(x: Float32, *, loc=None, ip=None) -> Float32:
     """2**x, 2 ulp; 0 under 2**-126. One instruction."""

@@ -1,0 +1,370 @@
+"""The CuTe prefill on a GPU, against the fp64 token recurrence.
+
+pytest tests/test_cute_prefill.py       about three minutes, most of it the compiler and the recurrence
+"""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+from decode_inputs import DEVICE
+from prefill_inputs import GIVEN, SAFE, plain, pooled, tokens
+
+from kda_kernels.cute import prefill as module
+from kda_kernels.cute.prefill import prefill
+from kda_kernels.cute.prefill_config import CHUNK
+from kda_kernels.problem import Op
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.serving import kda_decode, kda_prefill
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge import judge
+
+pytestmark = pytest.mark.gpu
+KEPT = 7.0  # what a buffer held before
+EDGES = [1, 0, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 15, 16, 17, 5 * CHUNK + 3]
+TOKENS = ("q", "k", "v", "g", "beta")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def files(tmp_path_factory):
+    """Compiled functions of this run only."""
+    if (reason := module.unsupported()) is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+def split(monkeypatch: pytest.MonkeyPatch, segment: int | None) -> None:
+    """Sequences in segments of so many tokens, whatever the plan would say."""
+    monkeypatch.setattr(module, "_segment", lambda *shape: segment)
+
+
+both = pytest.mark.parametrize("segment", [None, 2 * CHUNK], ids=["whole", "split"])
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """A copy of all memory that the tensor is a view of: NaN equals NaN, and gaps count."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def check(inputs: Inputs, clean: Inputs | None = None) -> Outputs:
+    """Runs the kernel into a buffer of NaN between guards, judges all that it wrote, and that it wrote nothing else.
+
+    Args:
+        clean: what it is judged by, where `inputs` hold NaN that it must not see.
+    """
+    shape, numel = inputs.v.shape, inputs.v.numel()
+    whole = torch.full((numel + 4096,), KEPT, dtype=inputs.v.dtype, device=inputs.v.device)
+    o = whole[2048 : 2048 + numel].view(shape).fill_(float("nan"))
+    before = None if inputs.state is None else bits(inputs.state)
+    reference = (clean or inputs).fresh()
+    outputs = prefill(inputs, o)
+    torch.cuda.synchronize()
+    assert whole[:2048].eq(KEPT).all() and whole[2048 + numel :].eq(KEPT).all(), "guards around o"
+    for verdict in judge(reference, outputs, op=Op.PREFILL):
+        assert verdict.passed, verdict
+    if inputs.state is not None:
+        view = torch.empty(0, dtype=inputs.state.dtype, device=inputs.state.device)
+        view.set_(before.untyped_storage(), inputs.state.storage_offset(), inputs.state.shape, inputs.state.stride())
+        if inputs.state_indices is not None:
+            used = inputs.state_indices[inputs.state_indices >= 0].long()
+            view[used] = inputs.state[used]
+        assert before.equal(bits(inputs.state)), "a plain state, unused slots and gaps stay as they are"
+    return outputs
+
+
+# --- against the oracle
+
+CASES = {
+    "pool": lambda: pooled(EDGES, slots=range(10, 0, -1), P=12),
+    "pool, gaps, int64": lambda: pooled(EDGES, slots=range(10), P=10, gap=64, index_dtype=torch.int64),
+    "bf16 pool": lambda: pooled(EDGES, slots=range(10), P=10, state_dtype=torch.bfloat16),
+    "padding": lambda: pooled([40, 3, 100], slots=[4, -1, 0]),
+    "int64 offsets": lambda: dataclasses.replace((x := plain(EDGES)), cu_seqlens=x.cu_seqlens.long()),
+    "dense": lambda: plain(N=3, T=2 * CHUNK + 5),
+    "one token": lambda: plain(N=3, T=1),
+    "dense pool": lambda: pooled(N=3, T=100),
+    "no state": lambda: tokens(EDGES),
+    "no state, not wanted": lambda: tokens(EDGES, output_final_state=False),
+    "no final state": lambda: plain(EDGES, output_final_state=False),
+    "bf16 state": lambda: plain(EDGES, state_dtype=torch.bfloat16),
+    "given": lambda: plain(EDGES, options=GIVEN),
+    "given in fp32": lambda: (lambda x: dataclasses.replace(x, g=x.g.float(), beta=x.beta.float()))(
+        plain(EDGES, options=GIVEN)
+    ),
+    "fp32 g and beta": lambda: dataclasses.replace((x := plain(EDGES)), g=x.g.float(), beta=x.beta.float()),
+    "bf16 parameters": lambda: dataclasses.replace(
+        (x := plain(EDGES)), A_log=x.A_log.bfloat16(), dt_bias=x.dt_bias.bfloat16()
+    ),
+    "no parameters": lambda: dataclasses.replace(plain(EDGES), A_log=None, dt_bias=None),
+    "2 sigmoid": lambda: plain(EDGES, options=dataclasses.replace(SAFE, allow_neg_eigval=True)),
+    "bound and scale": lambda: plain(EDGES, options=dataclasses.replace(SAFE, lower_bound=-1.5, scale=0.2)),
+    "as many heads": lambda: plain(EDGES, H=2),
+}
+
+
+@both
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_cases(monkeypatch, case, segment):
+    split(monkeypatch, segment)
+    check(case())
+
+
+@pytest.mark.parametrize("raw", [-1e4, -8.0, 8.0, 1e4])
+def test_gates_at_both_ends(raw):
+    """Nothing is forgotten, or e^-5 is left of a channel with each token."""
+    inputs = plain([5 * CHUNK + 3])
+    check(dataclasses.replace(inputs, g=torch.full_like(inputs.g, raw)))
+
+
+def test_gates_of_both_ends_in_turn():
+    """The decays within a chunk run through the whole range, channel by channel and token by token."""
+    inputs = plain([5 * CHUNK + 3])
+    g = torch.full_like(inputs.g, -1e4)
+    g[:, ::2, :, ::2] = 1e4
+    g[:, CHUNK : 2 * CHUNK, :, 1::2] = 1e4
+    check(dataclasses.replace(inputs, g=g))
+
+
+@both
+def test_what_the_neighbours_hold_is_not_seen(monkeypatch, segment):
+    """Each sequence in turn is right while all others, before and behind it, are NaN."""
+    split(monkeypatch, segment)
+    lens = [3, CHUNK + 1, 1, 2 * CHUNK - 1, 20]
+    inputs = plain(lens)
+    ends = inputs.cu_seqlens.tolist()
+    expected = prefill(inputs)
+    for n in range(len(lens)):
+        at = slice(ends[n], ends[n + 1])
+        poisoned = {name: torch.full_like(getattr(inputs, name), float("nan")) for name in TOKENS}
+        for name, x in poisoned.items():
+            x[:, at] = getattr(inputs, name)[:, at]
+        state = torch.full_like(inputs.state, float("nan"))
+        state[n] = inputs.state[n]
+        outputs = prefill(dataclasses.replace(inputs, **poisoned, state=state))
+        assert same_bits(outputs.o[:, at], expected.o[:, at])
+        assert same_bits(outputs.final_state[n], expected.final_state[n])
+    check(inputs)
+
+
+@both
+def test_padding_is_neither_read_nor_written(monkeypatch, segment):
+    split(monkeypatch, segment)
+    clean = pooled([40, 100, 3], slots=[4, -1, 0])
+    inputs = clean.fresh()
+    tensors = {name: getattr(inputs, name).clone() for name in TOKENS}
+    for x in tensors.values():
+        x[:, 40:140] = float("nan")
+    outputs = check(dataclasses.replace(inputs, **tensors), clean)
+    assert outputs.o[:, 40:140].eq(0).all(), "zeros, exactly"
+
+
+def test_an_empty_sequence_hands_its_state_on():
+    inputs = plain([0, 40, 0])
+    final = check(inputs).final_state
+    assert final[[0, 2]].equal(inputs.state[[0, 2]])
+
+
+# --- where tensors lie
+
+
+def test_rows_that_lie_apart():
+    """q, k and v as views of one projection, gates head-major, beta a slice, o too; what is between them is NaN."""
+    base = plain([70, 3], H=2)
+    wide = torch.full((1, 73, 3 * 256 + 8), float("nan"), dtype=torch.bfloat16, device=base.q.device)
+    q, k, v = (wide[..., 256 * i : 256 * (i + 1)].view(1, 73, 2, 128) for i in range(3))
+    g = torch.empty(1, 2, 73, 128, dtype=torch.bfloat16, device=base.q.device).transpose(1, 2)
+    beta = torch.full((1, 73, 11), float("nan"), dtype=torch.bfloat16, device=base.q.device)[..., 3:5]
+    views = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    for name, view in views.items():
+        view.copy_(getattr(base, name))
+    wide_o = torch.full((1, 73, 2, 160), KEPT, dtype=torch.bfloat16, device=base.q.device)
+    expected = check(base)
+    outputs = prefill(dataclasses.replace(base, **views), wide_o[..., 16:144])
+    assert same_bits(wide_o[..., 16:144], expected.o)
+    assert same_bits(outputs.final_state, expected.final_state)
+    assert wide_o[..., :16].eq(KEPT).all() and wide_o[..., 144:].eq(KEPT).all()
+
+
+def test_pool_past_2_31_elements():
+    inputs, stride = pooled([40, 3], slots=[2, 0]), 2**30 + 64
+    pool = torch.empty_strided((3, 2, 128, 128), (stride, 128 * 128, 128, 1), dtype=torch.bfloat16, device=DEVICE)
+    small = inputs.state[[2, 0]].bfloat16()
+    pool[2], pool[0], pool[1] = small[0], small[1], float("nan")
+    expected = prefill(dataclasses.replace(inputs, state=small, state_indices=None))
+    o = prefill(dataclasses.replace(inputs, state=pool)).o
+    assert same_bits(o, expected.o) and same_bits(pool[[2, 0]], expected.final_state)
+    assert pool[1].isnan().all()
+
+
+# --- bits
+
+
+@both
+def test_the_same_bits_in_every_run(monkeypatch, segment):
+    split(monkeypatch, segment)
+    inputs = pooled(EDGES, slots=range(10), P=10)
+    first = inputs.fresh()
+    o = prefill(first).o
+    for _ in range(5):
+        again = inputs.fresh()
+        assert same_bits(prefill(again).o, o) and same_bits(again.state, first.state)
+
+
+@both
+def test_a_sequence_does_not_depend_on_the_others(monkeypatch, segment):
+    """The same alone as between others."""
+    split(monkeypatch, segment)
+    batch = plain(EDGES)
+    ends = batch.cu_seqlens.tolist()
+    whole = prefill(batch)
+    for n, length in enumerate(EDGES):
+        at = slice(ends[n], ends[n + 1])
+        alone = dataclasses.replace(
+            batch, **{name: getattr(batch, name)[:, at] for name in TOKENS}, state=batch.state[n : n + 1],
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=DEVICE),
+        )  # fmt: skip
+        outputs = prefill(alone)
+        assert same_bits(outputs.o, whole.o[:, at])
+        assert same_bits(outputs.final_state[0], whole.final_state[n])
+
+
+@pytest.mark.parametrize("at", [CHUNK, 3 * CHUNK, 37, 1])
+def test_two_halves_are_the_whole(at):
+    """On a pool in fp32; cut between chunks, to the bit."""
+    inputs = pooled([5 * CHUNK + 3], slots=[2])
+    whole, halves = inputs.fresh(), inputs.fresh()
+    expected = prefill(whole)
+
+    def part(tokens: slice) -> torch.Tensor:
+        tensors = {name: getattr(inputs, name)[:, tokens] for name in TOKENS}
+        length = tensors["q"].shape[1]
+        offsets = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+        return prefill(dataclasses.replace(halves, **tensors, cu_seqlens=offsets)).o
+
+    o = torch.cat([part(slice(at)), part(slice(at, None))], 1)
+    if at % CHUNK == 0:
+        assert same_bits(o, expected.o) and same_bits(halves.state[2], whole.state[2])
+    for verdict in judge(inputs, Outputs(o, halves.state), op=Op.PREFILL):
+        assert verdict.passed, verdict
+
+
+# --- with the others
+
+
+def test_decode_goes_on_where_it_ended():
+    """100 tokens of prompt and 20 one by one, on one pool, are one recurrence of 120."""
+    prompt, steps, slots = 100, 20, [4, 1, 6]
+    inputs = pooled(N=3, T=prompt + steps, slots=slots)
+    before = inputs.fresh()
+    tensors = {name: getattr(inputs, name) for name in TOKENS}
+    rest = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "state", "state_indices")} | {
+        "lower_bound": -5.0
+    }
+    parts = [kda_prefill(**{name: x[:, :prompt] for name, x in tensors.items()}, **rest, kernel="cute-prefill")]
+    for t in range(prompt, prompt + steps):
+        token = {name: x[:, t : t + 1] for name, x in tensors.items()}
+        parts.append(kda_decode(**token, **rest, kernel="cute-decode"))
+    for verdict in judge(before, Outputs(torch.cat(parts, 1), inputs.state), op=Op.PREFILL):
+        assert verdict.passed, verdict
+
+
+def test_triton_says_the_same():
+    inputs = pooled(EDGES, slots=range(10), P=10)
+    names = (*TOKENS, "A_log", "dt_bias", "state_indices", "cu_seqlens")
+    found = {}
+    for kernel in ("cute-prefill", "triton-prefill"):
+        state = inputs.state.clone()
+        o = kda_prefill(**{name: getattr(inputs, name) for name in names}, state=state, lower_bound=-5.0, kernel=kernel)
+        found[kernel] = o, state
+    exact = recurrence(inputs)
+    for (ours, theirs), expected in zip(zip(*found.values(), strict=True), (exact.o, exact.final_state), strict=True):
+        assert (ours.double() - theirs.double()).norm() < 1e-2 * expected.norm()
+
+
+# --- graphs, streams, threads
+
+
+@both
+def test_a_graph_replays_what_eager_calls_do(monkeypatch, segment):
+    """Other tokens, lengths and slots: a graph reads what lies there when it runs."""
+    split(monkeypatch, segment)
+    inputs = pooled([40, 0, 100], slots=[4, 1, 6])
+    static, o = inputs.fresh(), torch.empty_like(inputs.v)
+    prefill(static, o)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prefill(static, o)
+    for seed, (lens, slots) in enumerate(
+        [([40, 0, 100], [4, 1, 6]), ([3, 137, 0], [0, 5, 2]), ([70, 35, 35], [6, -1, 1])]
+    ):
+        now = pooled(lens, slots=slots, seed=seed)
+        for name in (*TOKENS, "A_log", "dt_bias", "state", "state_indices", "cu_seqlens"):
+            getattr(static, name).copy_(getattr(now, name))
+        o.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(prefill(now).o, o)
+        assert same_bits(now.state, static.state)
+
+
+@both
+def test_two_streams_at_once(monkeypatch, segment):
+    split(monkeypatch, segment)
+    calls = [pooled([300, 70], slots=[0, 1], seed=seed) for seed in range(2)]
+    expected = [(prefill(x := inputs.fresh()).o, x.state) for inputs in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        found = []
+        for inputs, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                fresh = inputs.fresh()
+                found.append((prefill(fresh).o, fresh.state))
+        torch.cuda.synchronize()
+        for (o, state), (exact_o, exact_state) in zip(found, expected, strict=True):
+            assert same_bits(o, exact_o) and same_bits(state, exact_state)
+
+
+def test_it_comes_after_what_is_on_its_stream():
+    inputs = plain([300])
+    expected = prefill(inputs).o
+    late = dataclasses.replace(inputs, q=torch.zeros_like(inputs.q))
+    o = torch.empty_like(inputs.v)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        torch.cuda._sleep(500_000_000)
+        late.q.copy_(inputs.q)
+        prefill(late, o)
+        assert not torch.cuda.current_stream().query(), "the host did not wait"
+        torch.cuda.current_stream().synchronize()
+    assert same_bits(o, expected)
+
+
+def test_eight_threads():
+    calls = [plain([70, 3], HV=HV, seed=HV) for HV in (1, 2) * 4]
+    expected = [prefill(inputs).o for inputs in calls]
+    results, failures = [None] * len(calls), []
+    torch.cuda.synchronize()
+
+    def work(i: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(3):
+                    results[i] = prefill(calls[i]).o
+                torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(same_bits(o, exact) for o, exact in zip(results, expected, strict=True))
