@@ -77,6 +77,14 @@ class Producer:
             warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
             stage = cute.arch.make_warp_uniform(chunk % STAGES)
             tokens = n_tokens - chunk * CHUNK
+            cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
+
+            if tokens < CHUNK:
+                if cutlass.const_expr(not summary):
+                    self.clear(raw_q, tokens, p)
+                self.clear(raw_k, tokens, p)
+                self.barrier(group)
+            G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens)
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
@@ -85,15 +93,8 @@ class Producer:
                 place = shared.v + stage * (CHUNK * spec.V)
                 v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
                 cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
-            cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
-
-            if tokens < CHUNK:
-                if cutlass.const_expr(not summary):
-                    self.clear(raw_q, tokens, p)
-                self.clear(raw_k, tokens, p)
-                self.barrier(group)
-            G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens, shared.decay + stage * (2 * spec.K))
-            self.operands(shared, raw_q, raw_k, G, stage, pair, half, sums, warp, lane)
+            decay = shared.decay + stage * (2 * spec.K)
+            self.operands(shared, raw_q, raw_k, G, decay, stage, pair, half, sums, warp, lane)
             if warp == 0:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
@@ -182,8 +183,8 @@ class Producer:
             return raw[0, i].to(Float32), raw[1, i].to(Float32)
 
     @cute.jit
-    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32, decay):
-        """The sums of log2 decays from the middle of the chunk to each token: [2, HALF]; the whole decay of this half.
+    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32):
+        """The sums of log2 decays from the middle of the chunk to each token, and over this half: [2, HALF + 1].
 
         Tokens after the end do not decay.
         """
@@ -205,31 +206,28 @@ class Producer:
         factor = Float32(LOG2_E)
         if cutlass.const_expr(self.spec.gate is Gate.SAFE):
             factor = lower_bound * LOG2_E
-        G = cute.make_rmem_tensor((2, HALF), Float32)
-        whole = cute.make_rmem_tensor(2, Float32)
+        G = cute.make_rmem_tensor((2, HALF + 1), Float32)
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
                 total = Float32(0.0)
                 for i in cutlass.range_constexpr(HALF - 1, -1, -1):
                     G[e, i] = -total
                     total = total + log2[e, i] * factor
-                whole[e] = total
+                G[e, HALF] = total
         else:
             for e in cutlass.range_constexpr(2):
                 total = Float32(0.0)
                 for i in cutlass.range_constexpr(HALF):
                     total = total + log2[e, i] * factor
                     G[e, i] = total
-                whole[e] = total
-        for e in cutlass.range_constexpr(2):
-            vector(decay, half * self.spec.K + 2 * pair + e, 1)[0] = exp2_approx(whole[e])
+                G[e, HALF] = total
         return G
 
     @cute.jit
     def operands(
-        self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32, sums, warp: Int32, lane: Int32,
+        self, shared, raw_q, raw_k, G, decay, stage: Int32, pair: Int32, half: Int32, sums, warp: Int32, lane: Int32,
     ):  # fmt: skip
-        """kE, qE and kI into shared memory; the sums q.q, k.k and q.k to `sums`.
+        """kE, qE and kI into shared memory, the decays of both halves, and q.q, k.k and q.k to `sums`.
 
         The sums are diagonals of products of 16 rows a warp, q or k, with themselves and with k. Their instructions wait
         behind the consumers' products, so they are spread over the work.
@@ -237,6 +235,8 @@ class Producer:
         K = self.spec.K
         summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
         batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
+        for e in cutlass.range_constexpr(2):
+            vector(decay, half * K + 2 * pair + e, 1)[0] = exp2_approx(G[e, HALF])
         rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
         cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))
         kind = cutlass.const_expr("bf16" if raw_q.dtype is BFloat16 else "f16")
