@@ -29,7 +29,7 @@ from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
 
 K_MAJOR, MN_MAJOR = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
-REGISTERS = {"produce": 104, "consume": 152}  # a thread; the sum over the warpgroups is the register file
+REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
 
 
 class PrefillKernel(Producer, Consumer):

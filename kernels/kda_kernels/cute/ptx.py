@@ -67,6 +67,13 @@ def bfloat16_pair(word: Int32, *, loc=None, ip=None) -> tuple:
     )
 
 
+@dsl_user_op
+def multiply_pairs(a: Int32, b: Int32, *, loc=None, ip=None) -> Int32:
+    """The products of two pairs of bf16, rounded to bf16. One instruction."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Int32(_asm(T.i32(), operands, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip, effects=False))
+
+
 @cute.jit
 def rest(exact, rounded):
     """exact - rounded, fp32 [..] and bf16 of an even number of elements, into `exact`.

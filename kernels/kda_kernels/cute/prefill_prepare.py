@@ -1,0 +1,129 @@
+"""How the prefill kernel turns the inputs of a chunk into the operands of its products; see `prefill_kernel.py`."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32
+
+from kda_kernels.cute.math import LOG2_E, reciprocal
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, Part, PrefillSpec
+from kda_kernels.cute.prefill_shared import swizzled, vector
+from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_pairs, rest
+from kda_kernels.problem import Gate
+
+HALF = CHUNK // 2  # tokens a thread has, of two channels
+
+
+class Preparer:
+    """Makes kE, qE and kI of a chunk. Thread p has channels 2 (p % 64) and the next of tokens 16 (p // 64) to 15 more."""
+
+    spec: PrefillSpec
+
+    @cute.jit
+    def clear(self, raw, tokens: Int32, p: Int32):
+        """Zeros after the last token: what follows it in memory is another's, and may be no number."""
+        zeros = cute.make_rmem_tensor(8, raw.dtype)
+        zeros.fill(0.0)
+        for row in cutlass.range(tokens + (p >> 4), CHUNK, 8, unroll=1):
+            vector(raw, swizzled(row, p & 15, 8, raw.dtype), 8).store(zeros.load())
+
+    @cute.jit
+    def raw_pairs(self, source, pair: Int32, half: Int32, first: cutlass.Constexpr[int], size: cutlass.Constexpr[int]):
+        """Two channels of `size` of this thread's tokens as they lie in shared memory: [2, size]."""
+        raw = cute.make_rmem_tensor((2, size), source.dtype)
+        start = source + half * (HALF * 1024 // source.dtype.width)
+        for i in cutlass.range_constexpr(size):
+            raw[None, i].store(vector(start, swizzled(first + i, pair, 2, source.dtype)).load())
+        return raw
+
+    @cute.jit
+    def pair_of(self, raw, i: cutlass.Constexpr[int]):
+        """Pair i of `raw_pairs`, fp32."""
+        if cutlass.const_expr(raw.element_type is BFloat16):
+            return bfloat16_pair(cute.recast_tensor(raw, Int32)[i])
+        else:
+            return raw[0, i].to(Float32), raw[1, i].to(Float32)
+
+    @cute.jit
+    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32):
+        """The sums of log2 decays from the middle of the chunk to each token, and over this half: [2, HALF + 1].
+
+        Tokens after the end do not decay.
+        """
+        raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
+        log2 = cute.make_rmem_tensor((2, HALF), Float32)
+        for i in cutlass.range_constexpr(HALF):
+            values = self.pair_of(raw, i)
+            for e in cutlass.range_constexpr(2):
+                if cutlass.const_expr(self.spec.gate is Gate.SAFE):
+                    log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
+                else:
+                    log2[e, i] = values[e]
+        if tokens < CHUNK:
+            last = fresh(tokens)  # a branch, where the compiler would select for every chunk
+            for i in cutlass.range_constexpr(HALF):
+                if half * HALF + i >= last:
+                    for e in cutlass.range_constexpr(2):
+                        log2[e, i] = Float32(0.0)
+        factor = Float32(LOG2_E)
+        if cutlass.const_expr(self.spec.gate is Gate.SAFE):
+            factor = lower_bound * LOG2_E
+        G = cute.make_rmem_tensor((2, HALF + 1), Float32)
+        if half == 0:  # backwards from the middle
+            for e in cutlass.range_constexpr(2):
+                total = Float32(0.0)
+                for i in cutlass.range_constexpr(HALF - 1, -1, -1):
+                    G[e, i] = -total
+                    total = total + log2[e, i] * factor
+                G[e, HALF] = total
+        else:
+            for e in cutlass.range_constexpr(2):
+                total = Float32(0.0)
+                for i in cutlass.range_constexpr(HALF):
+                    total = total + log2[e, i] * factor
+                    G[e, i] = total
+                G[e, HALF] = total
+        return G
+
+    @cute.jit
+    def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
+        """kE, qE and kI into shared memory, and the decays of both halves.
+
+        kE and qE are products of bf16 numbers: what their roundings do is small against that of kI, which has PARTS parts.
+        """
+        K = self.spec.K
+        summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
+        batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
+        decay = shared.decay + stage * (2 * K)
+        for e in cutlass.range_constexpr(2):
+            vector(decay, half * K + 2 * pair + e, 1)[0] = exp2_approx(G[e, HALF])
+        rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
+        cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))
+        for i in cutlass.range_constexpr(HALF):
+            if cutlass.const_expr(i % batch == 0):
+                k = self.raw_pairs(raw_k, pair, half, i, batch)
+                q = k if summary else self.raw_pairs(raw_q, pair, half, i, batch)
+            y = self.pair_of(k, i % batch)
+            exact = cute.make_rmem_tensor(2, Float32)
+            rounded = cute.make_rmem_tensor(2, BFloat16)
+            for e in cutlass.range_constexpr(2):
+                exact[e] = exp2_approx(G[e, i])
+            rounded.store(exact.load().to(BFloat16))
+            grow = cute.recast_tensor(rounded, Int32)[0]
+            place = swizzled(i, pair, 2, BFloat16, 2 * CHUNK)
+            self.word(rows, place)[0] = multiply_pairs(cute.recast_tensor(k, Int32)[i % batch], grow)
+            if cutlass.const_expr(not summary):
+                self.word(rows + CHUNK * 64, place)[0] = multiply_pairs(cute.recast_tensor(q, Int32)[i % batch], grow)
+
+            for e in cutlass.range_constexpr(2):
+                exact[e] = y[e] * exp2_approx(-G[e, i])
+            place = swizzled(i, pair, 2, BFloat16)
+            for part in cutlass.range_constexpr(PARTS):
+                rounded.store(exact.load().to(BFloat16))
+                vector(cols + part * (CHUNK * K), place).store(rounded.load())
+                if cutlass.const_expr(part + 1 < PARTS):
+                    rest(exact, rounded)
+
+    @cute.jit
+    def word(self, pointer, offset):
+        """The two elements at `offset`, as a word."""
+        return cute.recast_tensor(vector(pointer, offset), Int32)

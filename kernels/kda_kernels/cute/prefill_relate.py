@@ -1,0 +1,174 @@
+"""How the prefill kernel relates the tokens of a chunk: norms, products of keys, the inverse; see `prefill_kernel.py`."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32
+
+from kda_kernels.cute.math import rsqrt
+from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
+from kda_kernels.cute.prefill_shared import BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, swizzled, vector
+from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, rest, select
+
+L2_EPS = 1e-6
+
+
+class Relater:
+    """Norms, what becomes of [kE; qE] kI^T, and the inverse. Thread p is lane p % 32 of warp p // 32."""
+
+    spec: PrefillSpec
+
+    @cute.jit
+    def squares(self, raw, sums, warp: Int32, lane: Int32):
+        """q.q, k.k and q.k of 8 tokens a warp: diagonals of products of both, 16 rows, with k and with q."""
+        kind = cutlass.const_expr("bf16" if raw.dtype is BFloat16 else "f16")
+        summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
+        rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
+        with_k, with_q = ((Float32(0.0),) * 4,) * 2
+        for i in cutlass.range_constexpr(self.spec.K // 16):
+            a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
+            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]), kind)
+            if cutlass.const_expr(not summary):
+                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]), kind)
+        if lane & 3 == lane >> 3:
+            odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
+            vector(sums, CHUNK + token, 1)[0] = select(odd, with_k[3], with_k[2])
+            if cutlass.const_expr(not summary):
+                vector(sums, token, 1)[0] = select(odd, with_q[1], with_q[0])
+                vector(sums, 2 * CHUNK + token, 1)[0] = select(odd, with_k[1], with_k[0])
+
+    @cute.jit
+    def norms(self, sums, token):
+        """1 / |k| and 1 / |q| of a token; 1 where they come normalised."""
+        norm_k, norm_q = Float32(1.0), Float32(1.0)
+        if cutlass.const_expr(self.spec.qk_l2norm):
+            qq, kk = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
+            norm_k, norm_q = rsqrt(kk + L2_EPS), rsqrt(qq + L2_EPS)
+        return norm_k, norm_q
+
+    @cute.jit
+    def factors(self, target, sums, scale: Float32, lane: Int32, tokens: Int32):
+        """a, b and the factor of o of the token of this lane; 0 after the end."""
+        norm_k, norm_q = self.norms(sums, lane)
+        a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
+        b = a * norm_k
+        vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
+        vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
+        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
+
+    @cute.jit
+    def spread(self, acc, scratch, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
+        """[kE; qE] kI^T, 16 rows a warp: L's blocks on and under the diagonal to `scratch`, tril(qE kI^T) to `mix`."""
+        for w in cutlass.range_constexpr(4):
+            if warp == w:
+                for h in cutlass.range_constexpr(2):
+                    if cutlass.const_expr(w < 2):
+                        self.spread_k(acc, scratch, sums, w, h, lane, tokens)
+                    elif cutlass.const_expr(self.spec.part is not Part.SUMMARY):
+                        self.spread_q(acc, mix, sums, w - 2, h, lane)
+
+    @cute.jit
+    def spread_k(self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32):
+        """8 rows of kE kI^T, times b."""
+        col, row = 2 * (lane & 3), (lane >> 2) + 8 * h
+        norm_k, norm_q = self.norms(sums, 16 * w + row)
+        factor = vector(sums, 3 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
+        factor = select(16 * w + row < tokens, factor, Float32(0.0))
+        diagonal, tiles = scratch + (w * L_BLOCK + row), cute.recast_ptr(scratch, dtype=BFloat16)
+        for j in cutlass.range_constexpr(2 * w + h + 1):
+            values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
+            if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = values[e]
+                rounded = cute.make_rmem_tensor(2, BFloat16)
+                place = 4 * TILE + row * TILE_PITCH + 8 * j + col
+                for part in cutlass.range_constexpr(2):
+                    rounded.store(pair.load().to(BFloat16))
+                    vector(tiles, place + part * TILE).store(rounded.load())
+                    rest(pair, rounded)
+            else:
+                for e in cutlass.range_constexpr(2):
+                    vector(diagonal, (8 * (j - 2 * w) + col + e) * L_PITCH, 1)[0] = values[e]
+
+    @cute.jit
+    def spread_q(self, acc, mix, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
+        """8 rows of tril(qE kI^T); the diagonal, without decays, as it was summed from q and k themselves."""
+        col, row = 2 * (lane & 3), 16 * w + (lane >> 2) + 8 * h
+        for j in cutlass.range_constexpr(2 * w + h + 1):
+            pair = cute.make_rmem_tensor(2, Float32)
+            for e in cutlass.range_constexpr(2):
+                pair[e] = acc[4 * j + 2 * h + e]
+                if cutlass.const_expr(j == 2 * w + h):
+                    pair[e] = select(col + e < lane >> 2, pair[e], Float32(0.0))
+                    pair[e] = select(col + e == lane >> 2, vector(sums, 2 * CHUNK + row, 1)[0], pair[e])
+            vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(BFloat16))
+
+    @cute.jit
+    def invert(self, scratch, mix, lane: Int32):
+        """(I + L)^-1 - I to `mix`, transposed.
+
+        The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's diagonal
+        is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits together.
+        """
+        block, n = lane >> 4, lane & 15
+        L, tiles = scratch + block * L_BLOCK, cute.recast_ptr(scratch, dtype=BFloat16)
+        x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
+        for m in cutlass.range_constexpr(BLOCK - 1):
+            for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
+                entries = vector(L, m * L_PITCH + 4 * quad, 4).load()
+                for e in cutlass.range_constexpr(4):
+                    if cutlass.const_expr(4 * quad + e > m):
+                        x[4 * quad + e] = x[4 * quad + e] - entries[e] * x[m]
+        cute.arch.sync_warp()  # all have read L: X takes its place
+        upper, lower = self.parts(x)
+        column = tiles + (block * (2 * TILE) + n * TILE_PITCH)
+        row = lane * CHUNK
+        for piece in cutlass.range_constexpr(2):
+            half = upper[None, piece].load()
+            vector(column, 8 * piece, 8).store(half)
+            vector(column, TILE + 8 * piece, 8).store(lower[None, piece].load())
+            vector(mix, row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8, 8).store(half)
+        vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = BFloat16(0.0)  # the diagonal
+        cute.arch.sync_warp()
+
+        place = tiles + (((lane >> 3 & 1) * 8 + (lane & 7)) * TILE_PITCH + (lane >> 4) * 8)
+        X0, L10 = ([load_matrices(place + (i + part) * TILE) for part in range(2)] for i in (0, 4))
+        X1 = [load_transposed(place + (2 + part) * TILE) for part in range(2)]
+        L10 = [[(a[0], a[2]), (a[1], a[3])] for a in L10]
+        X1 = [[(a[0], a[1]), (a[2], a[3])] for a in X1]
+        inner = self.three(X0, L10)  # X0^T L10^T
+        upper, lower = self.parts(inner)
+        words = [cute.recast_tensor(part, Int32) for part in (upper, lower)]
+        outer = self.three([tuple(w[i] for i in range(4)) for w in words], X1)
+        for tile_n in cutlass.range_constexpr(2):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = -outer[4 * tile_n + 2 * h + e]
+                j = (lane >> 2) + 8 * h
+                target = j * CHUNK + ((2 + tile_n) ^ (j >> 1 & 3)) * 8 + 2 * (lane & 3)
+                vector(mix, target).store(pair.load().to(BFloat16))
+
+    @cute.jit
+    def parts(self, values):
+        """16 or 8 numbers as two of bf16 each, [8, n / 8]."""
+        exact = cute.make_rmem_tensor((8, len(values) // 8), Float32)
+        for i in cutlass.range_constexpr(len(values)):
+            exact[i] = values[i]
+        upper = cute.make_rmem_tensor(exact.shape, BFloat16)
+        lower = cute.make_rmem_tensor(exact.shape, BFloat16)
+        upper.store(exact.load().to(BFloat16))
+        rest(exact, upper)
+        lower.store(exact.load().to(BFloat16))
+        return upper, lower
+
+    @cute.jit
+    def three(self, a, b):
+        """The 16 x 16 product of operands in two parts each, but for that of the lower ones."""
+        out = []
+        for tile_n in cutlass.range_constexpr(2):
+            acc = (Float32(0.0),) * 4
+            for i, j in ((1, 0), (0, 1), (0, 0)):
+                acc = multiply_16x8x16(acc, a[i], b[j][tile_n], "bf16")
+            out.extend(acc)
+        return out
