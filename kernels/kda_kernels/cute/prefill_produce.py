@@ -12,7 +12,7 @@ from kda_kernels.cute.prefill_relate import Relater
 from kda_kernels.cute.prefill_shared import TILE, Kind, operand, tile, vector
 from kda_kernels.cute.ptx import fresh
 
-LOADER = 3  # the warp that asks for inputs: not the one that inverts
+INVERTER, LOADER = 0, 3  # warps
 
 
 class Producer(Preparer, Relater):
@@ -87,9 +87,13 @@ class Producer(Preparer, Relater):
                 place = shared.v + stage * (CHUNK * spec.V)
                 v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
                 cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
-            self.squares(raw_q, sums, warp, lane)
             self.operands(shared, raw_q, raw_k, G, stage, pair, half)
-            if warp == 0:
+            # what the warp that inverts, for which the others wait in the end, need not do
+            if warp != INVERTER:
+                self.squares(raw_q, sums, warp, lane)
+            if warp == 2:
+                self.squares(raw_q, sums, INVERTER, lane)
+            if warp == 1:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
                     value = sigmoid(raw_beta)
@@ -120,7 +124,7 @@ class Producer(Preparer, Relater):
             self.spread(acc, scratch, mix + CHUNK * CHUNK, sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
-            if warp == 0:
+            if warp == INVERTER:
                 self.invert(scratch, mix, lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
