@@ -200,16 +200,8 @@ def call_prefill(inputs: Inputs, **given) -> torch.Tensor:
     return kda_prefill(**tensors, lower_bound=inputs.options.lower_bound, **given)
 
 
-@pytest.mark.parametrize(
-    ("N", "HV", "cute"), [(1, 96, True), (8, 96, True), (6, 64, True), (1, 32, False), (1, 12, False), (4, 12, False)]
-)
-def test_where_the_fused_prefill_is_faster(N, HV, cute):
-    assert dispatch.cute_is_faster(N, HV) == cute
-
-
 @no_gpu
-def test_prefill_on_the_cpu_is_tritons(monkeypatch):
-    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
+def test_prefill_on_the_cpu_is_tritons():
     inputs = prompts()
     assert dispatch.prefill_kernel(inputs) == "triton-prefill"
     reason = "no CUDA GPU: CuTe DSL kernels need|is not installed: pip install|or newer is needed, pip install"
@@ -225,9 +217,8 @@ def test_a_name_that_is_no_prefill(name):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    """What was compiled for a GPU that is pretended, where any batch is large enough; Triton's outputs are None."""
+    """What was compiled for a GPU that is pretended; Triton's outputs are None."""
     dispatch._cute_prefill_can.cache_clear()
-    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
     monkeypatch.setattr(triton_prefill, "prefill", lambda inputs, **_: Outputs(None))
     yield fake_prefill.install(monkeypatch)
     dispatch._cute_prefill_can.cache_clear()
@@ -293,11 +284,8 @@ def test_triton_for_a_buffer_that_the_fused_prefill_cannot_write(prefills):
 
 
 @no_gpu
-def test_triton_for_small_batches_and_other_gpus(prefills, monkeypatch):
+def test_triton_for_other_gpus(prefills, monkeypatch):
     inputs = on_gpu(prompts())
-    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: (N, HV) != (3, 2))
-    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
-    monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV: True)
     assert dispatch.prefill_kernel(inputs) == "cute-prefill"
     dispatch._cute_prefill_can.cache_clear()
     monkeypatch.setattr(cute_prefill, "unsupported_here", lambda device=None: "the GPU is sm_100: ...")
@@ -339,16 +327,14 @@ def test_values_are_checked_on_request(monkeypatch):
 
 @pytest.mark.gpu
 def test_kda_prefill_on_a_gpu(monkeypatch):
-    """The fused kernel on Hopper, where the batch is large enough."""
+    """The fused kernel on Hopper."""
     if (reason := cute_prefill.unsupported()) is not None:
         pytest.skip(reason)
     used = []
     real = cute_prefill.launch
     monkeypatch.setattr(cute_prefill, "launch", lambda *args: used.append("cute-prefill") or real(*args))
-    for faster in (False, True):
-        monkeypatch.setattr(dispatch, "cute_is_faster", lambda N, HV, answer=faster: answer)
-        inputs = prompts()
-        expected = recurrence(inputs)
-        o = call_prefill(inputs)
-        assert (o.double() - expected.o).norm() < 1e-2 * expected.o.norm()
-        assert used == ["cute-prefill"] * faster
+    inputs = prompts()
+    expected = recurrence(inputs)
+    o = call_prefill(inputs)
+    assert (o.double() - expected.o).norm() < 1e-2 * expected.o.norm()
+    assert used == ["cute-prefill"]

@@ -9,6 +9,7 @@ _EXPORTS = {
     "fused_recurrent_kda_fwd": "kda_kernels.api",
     "kda_decode": "kda_kernels.api",
     "kda_prefill": "kda_kernels.api",
+    "kda_segment_summary": "kda_kernels.segments",
     "kda_gate_chunk_cumsum": "kda_kernels.triton.gate",
     "chunk_local_cumsum": "kda_kernels.triton.gate",
     "prepare_chunk_indices": "kda_kernels.triton.chunk_indices",

@@ -4,8 +4,8 @@ Decode, and all there is to its rule: `cute-decode` runs on a GPU of sm_90a or n
 multiple of 32, V of 16, the state is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
 
 Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128, gates
-bounded by -5, V-first states, rows that are multiples of 16 bytes) where `cute_is_faster`; `triton-prefill` runs
-everything else, and whatever asks for the states between chunks.
+bounded by -5, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured;
+`triton-prefill` runs everything else, and whatever asks for the states between chunks.
 
 `decode_kernel` and `prefill_kernel` say which it is for given tensors, and whoever names a kernel gets that one or an
 error.
@@ -69,21 +69,9 @@ def decode_again(inputs: Inputs, out: torch.Tensor, token_states: torch.Tensor |
     return CUTE_MODULE in sys.modules and _cute().again(inputs, out, None, token_states)
 
 
-def cute_is_faster(N: int, HV: int) -> bool:
-    """Whether the fused prefill of `N` sequences and `HV` value heads beats Triton's.
-
-    It walks through a sequence's head in one CTA, one a multiprocessor; where there are too few of them to fill an
-    H100's 132, Triton's three kernels, of which two spread over the chunks, are faster.
-    """
-    return N * HV >= 96
-
-
 def prefill_kernel(inputs: Inputs, out: torch.Tensor | None = None) -> str:
     """The registry's name of the kernel that prefills these checked tensors, with `out` as in `prefill`."""
     if not (inputs.q.is_cuda and _cute_prefill_can(inputs.q.device)):
-        return TRITON_PREFILL
-    N = inputs.q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    if not cute_is_faster(N, inputs.v.shape[2]):
         return TRITON_PREFILL
     return CUTE_PREFILL if _cute_prefill().unsupported_tensors(inputs, out) is None else TRITON_PREFILL
 

@@ -22,7 +22,7 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_plan import plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
@@ -123,6 +123,29 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
         scan_segments(summaries, inputs.state, starts, inputs.state_indices, inputs.cu_seqlens, B, T, segment)
     with stage("segments"):
         _call(Part.SEGMENTS, inputs, o, pool, ht, starts, segment)
+
+
+def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of checked tensors: see `kda_kernels.segments.kda_segment_summary`; q is not looked at.
+
+    Raises:
+        InputError, UnavailableError: as `prefill`.
+    """
+    if (reason := unsupported_tensors(inputs)) is not None:
+        raise InputError(f"cute-prefill: {reason}")
+    v, N = inputs.v, _sequences(inputs)
+    both = torch.empty((2 * N, v.shape[2], v.shape[3], inputs.q.shape[3]), dtype=torch.float32, device=v.device)
+    if not v.shape[0] * v.shape[1]:
+        both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
+    else:
+        whole = -(-v.shape[0] * v.shape[1] // CHUNK) * CHUNK  # one segment a sequence
+        with stage("summaries"):
+            _call(Part.SUMMARY, inputs, v, None, None, both, whole)
+    return both[0::2], both[1::2]
+
+
+def _identity(like: torch.Tensor) -> torch.Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
 
 
 def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H100.sms) -> int:
@@ -363,7 +386,7 @@ def _scan_variant(problem: Problem, segment: int) -> Variant:
         segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", h0=h0, starts="*fp32",
         state_indices="*i32" if pooled else None, cu_seqlens="*i32" if problem.packed else None,
         T=batch(problem)[1], segment=segment, stride_h0=0 if h0 is None else HV * V * K, HV=HV, V=V, K=K,
-        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed, num_warps=4, num_stages=2,
+        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed, num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES,
     )  # fmt: skip
 
 

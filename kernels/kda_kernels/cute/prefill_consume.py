@@ -32,9 +32,10 @@ class Consumer:
         S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
         inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
         if cutlass.const_expr(spec.part is Part.SUMMARY):
-            for i in cutlass.range_constexpr(cute.size(S)):  # nothing, or the identity
-                row, channel = v0 + (lane >> 2) + i // 2 % 2 * 8, i // 4 * 8 + col + i % 2
-                S[i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
+            for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
+                for i in cutlass.range_constexpr(4):
+                    row, channel = v0 + (lane >> 2) + i // 2 * 8, 8 * j + col + i % 2
+                    S[4 * j + i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
         elif cutlass.const_expr(spec.part is Part.SEGMENTS):
             self.load_state(S, segments, Int64(unit), inside)
         elif cutlass.const_expr(spec.h0 is not None):
@@ -106,8 +107,9 @@ class Consumer:
             # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
             after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]
             warpgroup.wait_group(0)
-            for i in cutlass.range_constexpr(cute.size(S)):
-                S[i] = S[i] * after[i // 4][i % 2]
+            for j in cutlass.range_constexpr(spec.K // 8):
+                for i in cutlass.range_constexpr(4):
+                    S[4 * j + i] = S[4 * j + i] * after[j][i % 2]
             cute.arch.fence_proxy("async.shared", space="cta")  # TMA writes the next v where o was
             cute.arch.sync_warp()
             if lane == 0:

@@ -28,7 +28,7 @@ from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
 
-K_MAJOR, MN_MAJOR = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
 REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
 
 
@@ -53,7 +53,8 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        segments: cute.Tensor | None,  # fp32, of all segments the first states [units, HV, V, K], or [2 units, ..] for E, T
+        segments: cute.Tensor
+        | None,  # fp32, of all segments the first states [units, HV, V, K], or [2 units, ..] for E, T
         scale: Float32,
         lower_bound: Float32,
         segment: Int32,  # tokens, a multiple of CHUNK
@@ -69,9 +70,7 @@ class PrefillKernel(Producer, Consumer):
         rmem = warpgroup.OperandSource.RMEM
 
         def product(n, b_major=K_MAJOR, source=rmem):
-            return make_trivial_tiled_mma(
-                BFloat16, BFloat16, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source
-            )
+            return make_trivial_tiled_mma(BFloat16, BFloat16, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source)
 
         products = (
             product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
@@ -198,7 +197,9 @@ class PrefillKernel(Producer, Consumer):
             cute.arch.mbarrier_init_fence()
         if tid < 8:
             vector(shared.v, STAGES * CHUNK * V + tid, 1)[0] = BFloat16(0.0)
-        for i in cutlass.range(tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1):  # what lies over the diagonals stays zero
+        for i in cutlass.range(
+            tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1
+        ):  # what lies over the diagonals stays zero
             vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)
         cute.arch.sync_threads()
 

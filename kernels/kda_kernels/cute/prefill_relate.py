@@ -67,7 +67,9 @@ class Relater:
                         self.spread_q(acc, mix, sums, w - 2, h, lane)
 
     @cute.jit
-    def spread_k(self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32):
+    def spread_k(
+        self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32
+    ):
         """8 rows of kE kI^T, times b."""
         col, row = 2 * (lane & 3), (lane >> 2) + 8 * h
         norm_k, norm_q = self.norms(sums, 16 * w + row)

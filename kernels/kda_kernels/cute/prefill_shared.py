@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int64
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import SmemAllocator
 

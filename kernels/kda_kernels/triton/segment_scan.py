@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 BV = 16  # rows of a state in a program: enough programs for few heads
+NUM_WARPS, NUM_STAGES = 8, 2  # 4 warps spill
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def segment_scan_kernel(
     unit = 0
     length = T
     if PACKED:
-        for m in range(0, i_n):
+        for m in range(i_n):
             before = (tl.load(cu_seqlens + m + 1) - tl.load(cu_seqlens + m)).to(tl.int32)
             unit += tl.maximum(tl.cdiv(before, segment), 1)
         length = (tl.load(cu_seqlens + i_n + 1) - tl.load(cu_seqlens + i_n)).to(tl.int32)
@@ -54,7 +55,7 @@ def segment_scan_kernel(
     if HAS_STATE:
         S = tl.load(h0 + slot * stride_h0 + inside).to(tl.float32)
     base = unit.to(tl.int64) * (HV * V * K)
-    for s in range(0, count - 1):
+    for s in range(count - 1):
         tl.store(starts + base + inside, S)
         E = tl.load(summaries + 2 * base + inside)
         transition = tl.load(summaries + 2 * base + HV * V * K + square)
@@ -79,5 +80,5 @@ def scan_segments(
     segment_scan_kernel[(V // BV, HV, N)](
         summaries, h0, starts, state_indices, cu_seqlens, tokens, segment, 0 if h0 is None else h0.stride(0),
         HV=HV, V=V, K=K, BV=BV, HAS_STATE=h0 is not None, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
-        num_warps=4, num_stages=2,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
