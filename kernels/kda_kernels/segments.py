@@ -35,8 +35,8 @@ def kda_segment_summary(
         cu_seqlens: [N + 1], with B = 1; without it N = B.
 
     Returns:
-        end [N, HV, V, K], the final state of a sequence that begins with nothing, and transition [N, HV, K, K], both fp32.
-        An empty sequence gives zeros and the identity.
+        end [N, HV, V, K], the final state of a sequence that begins with nothing, and transition [N, HV, K, K], both
+        fp32. An empty sequence gives zeros and the identity.
 
     Raises:
         InputError: the tensors do not fit together.

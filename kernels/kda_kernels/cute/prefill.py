@@ -386,7 +386,8 @@ def _scan_variant(problem: Problem, segment: int) -> Variant:
         segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", h0=h0, starts="*fp32",
         state_indices="*i32" if pooled else None, cu_seqlens="*i32" if problem.packed else None,
         T=batch(problem)[1], segment=segment, stride_h0=0 if h0 is None else HV * V * K, HV=HV, V=V, K=K,
-        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed, num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES,
+        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed,
+        num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES,
     )  # fmt: skip
 
 

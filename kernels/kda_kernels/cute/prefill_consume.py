@@ -21,7 +21,8 @@ class Consumer:
     @cute.jit
     def consume(
         self, shared, o, h0, ht, segments, slot: Int64, unit: Int32, kind: Int32, last, b: Int32, first: Int32,
-        n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+        n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
+        read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
@@ -117,7 +118,7 @@ class Consumer:
 
         if cutlass.const_expr(summary):
             self.store_state(S, segments, Int64(2 * unit + kind), inside)
-        elif cutlass.const_expr(spec.pooled or spec.ht is not None):
+        elif cutlass.const_expr(spec.pooled or spec.ht is not None):  # noqa: SIM102 (a constexpr, and then a value)
             if last:
                 self.store_state(S, h0 if spec.pooled else ht, slot, inside)
 

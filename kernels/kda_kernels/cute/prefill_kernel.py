@@ -148,14 +148,13 @@ class PrefillKernel(Producer, Consumer):
             live = found and slot >= 0 and (skip_last == 0 or not last)
         elif cutlass.const_expr(spec.pooled):
             live = found and n_tokens > 0
-        if cutlass.const_expr(spec.part is not Part.SUMMARY):
-            if slot < 0 and found:  # padding: the pool is neither read nor written
+        if slot < 0:  # padding: the pool is neither read nor written
+            if cutlass.const_expr(spec.part is not Part.SUMMARY) and found:
                 self.write_zeros(o, b, first, n_tokens, i_hv, tid)
-                live = live and slot >= 0
-        if live and slot >= 0:
+        elif live:
             self.work(
-                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, segments, slot, unit, kind, last, b, first, n_tokens,
-                i_hv, scale, lower_bound, gram, read, solve, mix, write,
+                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, segments, slot, unit, kind, last, b, first,
+                n_tokens, i_hv, scale, lower_bound, gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
@@ -179,8 +178,9 @@ class PrefillKernel(Producer, Consumer):
 
     @cute.jit
     def work(
-        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, segments, slot: Int64, unit: Int32,
-        kind: Int32, last, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32, lower_bound: Float32,
+        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, segments, slot: Int64,
+        unit: Int32, kind: Int32, last, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32,
+        lower_bound: Float32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         """One head of one sequence or segment. `kind`: of a summary 0 makes E and 1 makes T."""
@@ -197,9 +197,7 @@ class PrefillKernel(Producer, Consumer):
             cute.arch.mbarrier_init_fence()
         if tid < 8:
             vector(shared.v, STAGES * CHUNK * V + tid, 1)[0] = BFloat16(0.0)
-        for i in cutlass.range(
-            tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1
-        ):  # what lies over the diagonals stays zero
+        for i in cutlass.range(tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1):  # zero over the diagonals
             vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)
         cute.arch.sync_threads()
 

@@ -1,9 +1,9 @@
 """Whether a prefill splits its sequences into segments, and how long they are: decided from shapes alone.
 
-A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle; cut
-into segments, a sequence takes three launches: what each segment makes of any state (two CTAs a segment and head, for
-E and for T), the states between segments, and the segments themselves. That is three times the work, and pays where
-it fills at least three times the SMs.
+A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle;
+cut into segments, a sequence takes three launches: what each segment makes of any state (two CTAs a segment and head,
+for E and for T), the states between segments, and the segments themselves. That is three times the work, and pays
+where it fills at least three times the SMs.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ HALF = CHUNK // 2  # tokens a thread has, of two channels
 
 
 class Preparer:
-    """Makes kE, qE and kI of a chunk. Thread p has channels 2 (p % 64) and the next of tokens 16 (p // 64) to 15 more."""
+    """Makes kE, qE and kI of a chunk. Thread p has two channels, from 2 (p % 64), of 16 tokens, from 16 (p // 64)."""
 
     spec: PrefillSpec
 
@@ -88,7 +88,7 @@ class Preparer:
     def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
         """kE, qE and kI into shared memory, and the decays of both halves.
 
-        kE and qE are products of bf16 numbers: what their roundings do is small against that of kI, which has PARTS parts.
+        kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has PARTS parts.
         """
         K = self.spec.K
         summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)

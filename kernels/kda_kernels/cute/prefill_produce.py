@@ -56,7 +56,7 @@ class Producer(Preparer, Relater):
         loaded = shared.loaded + group
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)  # needs no q
         size = CHUNK * spec.K * ((16 if summary else 32) + raw_g.dtype.width) // 8
-        if warp == LOADER:
+        if warp == LOADER:  # noqa: SIM102 (two branches of the GPU)
             if group < n_chunks:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)

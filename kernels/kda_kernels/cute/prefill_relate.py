@@ -1,4 +1,4 @@
-"""How the prefill kernel relates the tokens of a chunk: norms, products of keys, the inverse; see `prefill_kernel.py`."""
+"""How the prefill kernel relates the tokens of a chunk: norms, products, the inverse; see `prefill_kernel.py`."""
 
 import cutlass
 import cutlass.cute as cute
@@ -109,8 +109,9 @@ class Relater:
     def invert(self, scratch, mix, lane: Int32):
         """(I + L)^-1 - I to `mix`, transposed.
 
-        The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's diagonal
-        is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits together.
+        The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
+        diagonal is not used). Then the lower left block, -X1 L10 X0: products of
+        operands in two bf16 parts, 16 bits together.
         """
         block, n = lane >> 4, lane & 15
         L, tiles = scratch + block * L_BLOCK, cute.recast_ptr(scratch, dtype=BFloat16)

@@ -12,7 +12,7 @@ from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
 BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
-# Columns are 16-byte aligned, and those accessed at once begin in different banks; the same of both diagonal blocks, too.
+# Columns are 16-byte aligned, and those accessed at once begin in different banks; also of both diagonal blocks.
 L_PITCH, L_BLOCK = BLOCK + 4, BLOCK * (BLOCK + 4) + 16  # floats
 TILE_PITCH = BLOCK + 8  # elements
 TILE = BLOCK * TILE_PITCH
@@ -30,8 +30,8 @@ class Shared:
     decay: exp2(m) [K], then exp2(G_31 - m), fp32
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
-    solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16 parts each,
-           those of (I + L)^-1, transposed, and after them L's lower left block
+    solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16
+           parts each, those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
     """
 

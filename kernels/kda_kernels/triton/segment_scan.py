@@ -55,7 +55,7 @@ def segment_scan_kernel(
     if HAS_STATE:
         S = tl.load(h0 + slot * stride_h0 + inside).to(tl.float32)
     base = unit.to(tl.int64) * (HV * V * K)
-    for s in range(count - 1):
+    for _ in range(count - 1):
         tl.store(starts + base + inside, S)
         E = tl.load(summaries + 2 * base + inside)
         transition = tl.load(summaries + 2 * base + HV * V * K + square)
@@ -79,6 +79,6 @@ def scan_segments(
     N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segment_scan_kernel[(V // BV, HV, N)](
         summaries, h0, starts, state_indices, cu_seqlens, tokens, segment, 0 if h0 is None else h0.stride(0),
-        HV=HV, V=V, K=K, BV=BV, HAS_STATE=h0 is not None, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        HV=HV, V=V, K=K, BV=BV, HAS_STATE=h0 is not None, POOLED=state_indices is not None,
+        PACKED=cu_seqlens is not None, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
