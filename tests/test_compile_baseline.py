@@ -124,7 +124,10 @@ MAIN = {
         "triton-prefill": ("factors bounded", "inverse", "chain BV=64"),
         "triton-gate": ("safe gate",),
     },
-    "nvidia-cutlass-dsl": {"cute-decode": ("softplus", "softplus few", "softplus bf16-state")},
+    "nvidia-cutlass-dsl": {
+        "cute-decode": ("softplus", "softplus few", "softplus bf16-state"),
+        "cute-prefill": ("safe dense", "safe segments"),
+    },
 }
 
 

@@ -78,18 +78,22 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, t
     return buffer, whole
 
 
-def judge_state(actual: torch.Tensor, exact: torch.Tensor) -> None:
-    """fp32: 2e-7 of the norm of the exact state. NaN where the exact one has it: the unused slots of a pool."""
+def judge_state(actual: torch.Tensor, exact: torch.Tensor, share: float = 2e-7) -> None:
+    """fp32: a `share` of the norm of the exact state. NaN where the exact one has it: the unused slots of a pool."""
     if actual.dtype != torch.float32:
         close(actual, exact)
         return
     assert actual.isnan().equal(exact.isnan())
     error = (actual.double() - exact).nan_to_num()
-    assert error.norm() <= 2e-7 * exact.nan_to_num().norm()
+    assert error.norm() <= share * exact.nan_to_num().norm()
 
 
 def check(
-    inputs: Inputs, config: DecodeConfig | None = None, token_states: torch.Tensor | None = None, **given
+    inputs: Inputs,
+    config: DecodeConfig | None = None,
+    token_states: torch.Tensor | None = None,
+    share: float = 2e-7,
+    **given,
 ) -> Outputs:
     """Runs the kernel and judges all that it wrote, and that it wrote nothing else."""
     exact = recurrence(inputs)
@@ -106,7 +110,7 @@ def check(
     assert whole[:guard].eq(KEPT).all() and whole[guard + o.numel() :].eq(KEPT).all(), "guards around o"
     assert (outputs.final_state is None) == (exact.final_state is None)
     if exact.final_state is not None:
-        judge_state(outputs.final_state, exact.final_state)
+        judge_state(outputs.final_state, exact.final_state, share)
     if inputs.state is not None and "final_state" not in given:
         _only_used_slots_changed(inputs, before)
     if token_states is not None:
@@ -185,7 +189,10 @@ def test_strong_and_weak_gates_stay_finite(options, raw, state_dtype):
 @pytest.mark.parametrize("N", [3, 200])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_small_softplus_times_a_large_rate(N, state_dtype):
-    """softplus(-15) is 3.06e-7, and the decay 0.69: as log(1 + e) it would be off by a fifth."""
+    """softplus(-15) is 3.06e-7, and the decay 0.69: as log(1 + e) it would be off by a fifth.
+
+    exp(14) is 2 to the power of a rounded 14 log2(e), so the rate is off by up to 14 * 2**-24.
+    """
     inputs = usual(N, state_dtype=state_dtype)
     check(
         dataclasses.replace(
@@ -193,7 +200,8 @@ def test_a_small_softplus_times_a_large_rate(N, state_dtype):
             g=torch.full_like(inputs.g, -15.0),
             A_log=torch.full_like(inputs.A_log, 14.0),
             dt_bias=torch.zeros_like(inputs.dt_bias),
-        )
+        ),
+        share=5e-7,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int64
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
