@@ -148,10 +148,11 @@ class PrefillKernel(Producer, Consumer):
             live = found and slot >= 0 and (skip_last == 0 or not last)
         elif cutlass.const_expr(spec.pooled):
             live = found and n_tokens > 0
-        if slot < 0:  # padding: the pool is neither read nor written
-            if cutlass.const_expr(spec.part is not Part.SUMMARY) and found:
+        if cutlass.const_expr(spec.part is not Part.SUMMARY):  # noqa: SIM102 (a constexpr, and then a value)
+            if slot < 0 and found:  # padding: the pool is neither read nor written
                 self.write_zeros(o, b, first, n_tokens, i_hv, tid)
-        elif live:
+                live = live and slot >= 0
+        if live and slot >= 0:
             self.work(
                 atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, segments, slot, unit, kind, last, b, first,
                 n_tokens, i_hv, scale, lower_bound, gram, read, solve, mix, write,
