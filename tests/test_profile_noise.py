@@ -264,7 +264,7 @@ def test_a_regression_ends_with_1_and_a_peers_change_does_not():
 def test_the_same_code_in_two_runs_is_no_change():
     """P2 of two recordings of one H100, an hour apart: they differ by up to 0.8%."""
     first, second = (
-        json.loads((RECORDS / name).read_text()) for name in ("prefill-h100.json", "prefill-p2-fla-h100.json")
+        json.loads((RECORDS / name).read_text()) for name in ("prefill-triton-h100.json", "prefill-p2-fla-h100.json")
     )
     p2 = {r["gates"]: r for r in first["rows"] if r["case"] == "P2"}
     for r in second["rows"]:
