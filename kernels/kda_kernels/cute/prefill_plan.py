@@ -13,7 +13,7 @@ from kda_kernels.cute.prefill_config import CHUNK
 # In units of the time of a chunk, 2.6 us on an H100 (`kernels/README.md`):
 SUMMARY = 0.85  # a chunk of a summary
 START = 2.0  # of a CTA, until its first chunk is ready
-SCAN = 0.5  # a segment in the scan of the states between them
+SCAN = 1.0  # a segment in the scan of the states between them (2.5 us in a trace of P3)
 LAUNCHES = 2.5  # two more of them
 MOST = 64  # segments a sequence
 
