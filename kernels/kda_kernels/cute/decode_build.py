@@ -37,10 +37,10 @@ def _arguments(spec: DecodeSpec) -> tuple:
     def tokens(dtype: str, *shape: int, contiguous: bool = True):
         inner = [1] if contiguous else []
         strides = [cute.sym_int64() for _ in range(2 + len(shape) - len(inner))] + inner
-        return _tensor(dtype, (B, T, *shape), strides)
+        return stand_in(dtype, (B, T, *shape), strides)
 
     def vector(dtype: str | None, size):
-        return dtype and _tensor(dtype, (size,), (1,))
+        return dtype and stand_in(dtype, (size,), (1,))
 
     def states(dtype: str | None, *outer):
         """The innermost [V, K] is contiguous, and so are the heads; what lies further out may be anywhere, aligned."""
@@ -49,7 +49,7 @@ def _arguments(spec: DecodeSpec) -> tuple:
         inner = (spec.V * spec.K, spec.K, 1)
         strides = [cute.sym_int64(divisibility=spec.vector) for _ in outer]
         align = spec.vector * DTYPES[dtype].width // 8
-        return _tensor(dtype, (*outer, spec.HV, spec.V, spec.K), (*strides, *inner), align)
+        return stand_in(dtype, (*outer, spec.HV, spec.V, spec.K), (*strides, *inner), align)
 
     return (
         tokens(spec.dtype, spec.H, spec.K),
@@ -71,6 +71,7 @@ def _arguments(spec: DecodeSpec) -> tuple:
     )
 
 
-def _tensor(dtype: str, shape: tuple, strides, align: int | None = None):
+def stand_in(dtype: str, shape: tuple, strides, align: int | None = None):
+    """A tensor for the compiler: aligned to its elements, or to `align` bytes."""
     kind = DTYPES[dtype]
     return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or kind.width // 8)

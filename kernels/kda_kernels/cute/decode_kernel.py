@@ -16,9 +16,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.decode_config import LANES, SUMS, DecodeSpec
-from kda_kernels.cute.math import LOG2_E, exp2, lane_sum, load_now, log2_decay, rsqrt, sigmoid
-
-L2_EPS = 1e-6
+from kda_kernels.cute.math import L2_EPS, LOG2_E, exp2, lane_sum, load_now, log2_decay, rsqrt, sigmoid
 
 
 class DecodeKernel:

@@ -16,6 +16,7 @@ from kda_kernels.problem import Gate
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+L2_EPS = 1e-6  # under the root of an L2 norm
 
 
 # Decays multiply a state token after token, so what they are made of is accurate to about an ulp: the approximations of

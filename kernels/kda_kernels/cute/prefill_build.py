@@ -5,7 +5,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from kda_kernels.cute.decode_build import DTYPES
+from kda_kernels.cute.decode_build import DTYPES, stand_in
 from kda_kernels.cute.prefill_config import Part, PrefillSpec
 from kda_kernels.cute.prefill_kernel import PrefillKernel
 
@@ -29,29 +29,29 @@ def _arguments(spec: PrefillSpec) -> tuple:
     def rows(dtype: str, heads: int, size: int):
         """Rows of 16-byte pieces anywhere."""
         strides = [cute.sym_int64(divisibility=128 // DTYPES[dtype].width) for _ in range(3)]
-        return _tensor(dtype, (B, T, heads, size), (*strides, 1), 16)
+        return stand_in(dtype, (B, T, heads, size), (*strides, 1), 16)
 
     def vector(dtype: str | None, size):
-        return dtype and _tensor(dtype, (size,), (1,))
+        return dtype and stand_in(dtype, (size,), (1,))
 
     def states(dtype: str | None, outer):
         if dtype is None:
             return None
         shape, inner = (outer, spec.HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
-        return _tensor(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
+        return stand_in(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
 
     def segments():
         if spec.part is Part.WHOLE:
             return None
         inner = (spec.HV * spec.V * spec.K, spec.V * spec.K, spec.K, 1)
-        return _tensor("float32", (cute.sym_int(), spec.HV, spec.V, spec.K), inner, 16)
+        return stand_in("float32", (cute.sym_int(), spec.HV, spec.V, spec.K), inner, 16)
 
     return (
         rows(spec.dtype, spec.H, spec.K),
         rows(spec.dtype, spec.H, spec.K),
         rows(spec.dtype, spec.HV, spec.V),
         rows(spec.g, spec.HV, spec.K),
-        _tensor(spec.beta, (B, T, spec.HV), tuple(cute.sym_int64() for _ in range(3))),
+        stand_in(spec.beta, (B, T, spec.HV), tuple(cute.sym_int64() for _ in range(3))),
         vector(spec.A_log, spec.HV),
         vector(spec.dt_bias, spec.HV * spec.K),
         rows(spec.dtype, spec.HV, spec.V),
@@ -66,8 +66,3 @@ def _arguments(spec: PrefillSpec) -> tuple:
         Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-
-
-def _tensor(dtype: str, shape: tuple, strides, align: int | None = None):
-    kind = DTYPES[dtype]
-    return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or kind.width // 8)

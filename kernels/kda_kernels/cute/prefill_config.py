@@ -11,7 +11,6 @@ PARTS = 2  # of kI where the state is written: the two bf16 halves of a number o
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
-MAX_LOG_DECAY = 80.0  # of 16 tokens
 
 
 class Part(enum.Enum):

@@ -1,7 +1,8 @@
 """The fused prefill kernel: chunk-local work and the chain over chunks meet in one CTA, through shared memory.
 
-A CTA has one value head of one sequence. Two warpgroups (`prefill_produce.py`) turn every other chunk of 32 tokens each
-into what the chain needs; two (`prefill_consume.py`) hold the state, 64 value channels each, and run the chain.
+A CTA has one value head of one sequence, or of one segment (`prefill_plan.py`). Two warpgroups (`prefill_produce.py`)
+turn every other chunk of 32 tokens each into what the chain needs; two (`prefill_consume.py`) hold the state, 64 value
+channels each, and run the chain.
 
 With G the running sum of log2 decays in a chunk and m its middle (after token 15), for token i and channel c:
 
@@ -14,7 +15,8 @@ b = |k|^-2 beta, and are left out of the operands. With the state S (V x K) in t
     L = b tril(kE kI^T, -1)                  w = (I + L)^-1 (a v - b S~ kE)
     o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)      S~ <- S~ + w kI,  S = S~ diag(exp2(G_31 - m))
 
-w is u / |k|: the update that the delta rule writes. The inverse is made in fp32 by substitution.
+w is u / |k|: the update that the delta rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by
+substitution, what lies below them from products of numbers of 16 bits (`prefill_relate.py`).
 """
 
 import cutlass
@@ -53,8 +55,7 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        segments: cute.Tensor
-        | None,  # fp32, of all segments the first states [units, HV, V, K], or [2 units, ..] for E, T
+        segments: cute.Tensor | None,  # fp32 [units, HV, V, K], first states; or for E and T [2 units, ..]
         scale: Float32,
         lower_bound: Float32,
         segment: Int32,  # tokens, a multiple of CHUNK

@@ -4,12 +4,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import rsqrt
+from kda_kernels.cute.math import L2_EPS, rsqrt
 from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, swizzled, vector
 from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, rest, select
-
-L2_EPS = 1e-6
 
 
 class Relater:
@@ -20,15 +18,14 @@ class Relater:
     @cute.jit
     def squares(self, raw, sums, warp: Int32, lane: Int32):
         """q.q, k.k and q.k of 8 tokens a warp: diagonals of products of both, 16 rows, with k and with q."""
-        kind = cutlass.const_expr("bf16" if raw.dtype is BFloat16 else "f16")
         summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
         rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
         with_k, with_q = ((Float32(0.0),) * 4,) * 2
         for i in cutlass.range_constexpr(self.spec.K // 16):
             a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
-            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]), kind)
+            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]))
             if cutlass.const_expr(not summary):
-                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]), kind)
+                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]))
         if lane & 3 == lane >> 3:
             odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
             vector(sums, CHUNK + token, 1)[0] = select(odd, with_k[3], with_k[2])
@@ -110,8 +107,8 @@ class Relater:
         """(I + L)^-1 - I to `mix`, transposed.
 
         The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
-        diagonal is not used). Then the lower left block, -X1 L10 X0: products of
-        operands in two bf16 parts, 16 bits together.
+        diagonal is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits
+        together.
         """
         block, n = lane >> 4, lane & 15
         L, tiles = scratch + block * L_BLOCK, cute.recast_ptr(scratch, dtype=BFloat16)
@@ -172,6 +169,6 @@ class Relater:
         for tile_n in cutlass.range_constexpr(2):
             acc = (Float32(0.0),) * 4
             for i, j in ((1, 0), (0, 1), (0, 0)):
-                acc = multiply_16x8x16(acc, a[i], b[j][tile_n], "bf16")
+                acc = multiply_16x8x16(acc, a[i], b[j][tile_n])
             out.extend(acc)
         return out

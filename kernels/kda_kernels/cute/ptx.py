@@ -40,14 +40,12 @@ def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
-def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, kind: str, *, loc=None, ip=None) -> tuple:
-    """mma.m16n8k16 of 16-bit `kind` (bf16, f16): acc + a b, fp32."""
+def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k16 of bf16: acc + a b, fp32."""
     struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
     operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
-    text = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, "
-    )
-    text += "{$10, $11, $12, $13};"
+    text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     result = _asm(struct, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
     return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
 
