@@ -21,7 +21,12 @@ def print_results(
 ) -> None:
     """The table: of cases, or, where there are many, of kernels; and below it what did not run and why."""
     if len(results) <= MANY or verbose:
-        console().print(table(title, COLUMNS, [_cells(result) for result in results]))
+        rows, described = [_cells(result) for result in results], {result.case for result in results}
+        if len(described) == 1 and " " in results[0].case:  # long, and every row would repeat it
+            say(f"{title}:")
+            console().print(table(results[0].case, COLUMNS[1:], [row[1:] for row in rows]))
+        else:
+            console().print(table(title, COLUMNS, rows))
     else:
         print_kernels(results, title)
     for line in refusals(results):
