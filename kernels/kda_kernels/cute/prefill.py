@@ -1,8 +1,8 @@
 """The fused prefill in CuTe DSL, for Hopper. Host half; `prefill_kernel` is the device half.
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
-goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: then one launch
-summarises every segment, a scan (Triton's, fp32) makes the states between them, and a third launch runs the segments.
+goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
+all of them, a scan (Triton's, fp32) makes the states between them, and what these add to the output comes in the end.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: gates without a bound of -5 or more
 (softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
@@ -15,6 +15,7 @@ that. So |k| must stay under 3.4e38 / exp(80) = 6e3, whether L2 norms are made h
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import CHUNK, THREADS, Part, PrefillSpec
-from kda_kernels.cute.prefill_plan import plan
+from kda_kernels.cute.prefill_config import THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_plan import Split, plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant
@@ -103,26 +104,33 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
         if ht is not None:
             ht.zero_() if inputs.state is None else ht.copy_(inputs.state)
         return
-    N, HV = _sequences(inputs), inputs.v.shape[2]
-    segment = _segment(N, B * T, HV, multiprocessors(inputs.q.device))
-    if segment is None:
-        with stage("prefill"):
-            _call(Part.WHOLE, inputs, o, inputs.state, ht)
+    split = _split(_sequences(inputs), B * T, inputs.v.shape[2], multiprocessors(inputs.q.device))
+    if split is not None:
+        _launch_split(split, inputs, o, ht)
         return
-    units = _units(N, B * T, segment, inputs.cu_seqlens is not None)
-    shape = (HV, inputs.v.shape[3], inputs.q.shape[3])
-    summaries, starts = (
-        torch.empty((count, *shape), dtype=torch.float32, device=inputs.q.device) for count in (2 * units, units)
-    )
-    pool = inputs.state if inputs.state_indices is not None else None
-    with stage("summaries"):
-        _call(Part.SUMMARY, inputs, o, None, None, summaries, segment, skip_last=1)
-    with stage("scan"), on_device(inputs.q):
-        from kda_kernels.triton.segment_scan import scan_segments
+    with stage("prefill"):
+        _call(Part.WHOLE, inputs, o, inputs.state, ht)
 
-        scan_segments(summaries, inputs.state, starts, inputs.state_indices, inputs.cu_seqlens, B, T, segment)
-    with stage("segments"):
-        _call(Part.SEGMENTS, inputs, o, pool, ht, starts, segment)
+
+def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    from kda_kernels.triton.segment_outputs import add_segment_outputs
+    from kda_kernels.triton.segment_scan import scan_segments
+
+    (B, T, HV, V), K, N = inputs.v.shape, inputs.q.shape[3], _sequences(inputs)
+    indices, offsets = inputs.state_indices, inputs.cu_seqlens
+    summaries, starts, reads = (
+        torch.empty(shape, dtype=dtype, device=inputs.q.device)
+        for shape, dtype in _workspaces(split, N, B * T, HV, V, K, offsets is not None, inputs.q.dtype)
+    )
+    final = ht if indices is None else inputs.state
+    for i in range(split.rounds(N, B * T, offsets is not None)):
+        here = (split.lead, split.segment, i * split.limit, split.limit)
+        with stage("segments"):
+            _call(Part.SPLIT, inputs, o, inputs.state, ht, summaries, starts, reads, *here)
+        with stage("scan"), on_device(inputs.q):
+            scan_segments(summaries, starts, final, indices, offsets, N, T, *here)
+        with stage("outputs"), on_device(inputs.q):
+            add_segment_outputs(reads, starts, o, indices, offsets, N, *here)
 
 
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,9 +146,8 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     if not v.shape[0] * v.shape[1]:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
     else:
-        whole = -(-v.shape[0] * v.shape[1] // CHUNK) * CHUNK  # one segment a sequence
         with stage("summaries"):
-            _call(Part.SUMMARY, inputs, v, None, None, both, whole)
+            _call(Part.SUMMARY, inputs, v, None, None, both)
     return both[0::2], both[1::2]
 
 
@@ -150,19 +157,26 @@ def _identity(like: torch.Tensor) -> torch.Tensor:
 
 def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H100.sms) -> int:
     """What a launch allocates for `N` sequences of `T` tokens together on a GPU of so many multiprocessors."""
-    segment = _segment(N, T, HV, sms)
-    return 0 if segment is None else 3 * _units(N, T, segment, packed) * HV * 128 * 128 * 4
+    split = _split(N, T, HV, sms)
+    if split is None:
+        return 0
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _workspaces(split, N, T, HV, 128, 128, packed))
 
 
 @functools.lru_cache(maxsize=1024)
-def _segment(N: int, T: int, HV: int, sms: int) -> int | None:
-    """Tokens a segment; None: sequences stay whole."""
-    return plan(N, T, HV, sms).tokens
+def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
+    """How sequences are cut; None: they stay whole."""
+    return plan(N, T, HV, sms).split
 
 
-def _units(N: int, T: int, segment: int, packed: bool) -> int:
-    """How many segments there are; in a packed batch, whose lengths only the GPU knows, at most."""
-    return N + T // segment if packed else N * -(-T // (N * segment))
+def _workspaces(
+    split: Split, N: int, T: int, HV: int, V: int, K: int, packed: bool, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of summaries, starts and reads: see `PrefillKernel.__call__`."""
+    units = split.units(N, T, packed)
+    yield (2 * units, HV, V, K), torch.float32
+    yield (N + units, HV, V, K), torch.float32
+    yield (units * split.segment, HV, K), dtype
 
 
 def _sequences(inputs: Inputs) -> int:
@@ -175,17 +189,21 @@ def _call(
     o: torch.Tensor,
     h0: torch.Tensor | None,
     ht: torch.Tensor | None,
-    segments: torch.Tensor | None = None,
+    summaries: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    reads: torch.Tensor | None = None,
+    lead: int = 0,
     segment: int = 0,
-    *,
-    skip_last: int = 0,
+    begin: int = 0,
+    limit: int = 0,
 ) -> None:
     """One launch; the arguments are those of `PrefillKernel.__call__`."""
     q, options = inputs.q, inputs.options
     arguments = (
         q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
-        inputs.state_indices, inputs.cu_seqlens, segments,
-        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0, segment, skip_last,
+        inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads,
+        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0,
+        lead, segment, begin, limit,
     )  # fmt: skip
     function = _function(part, inputs, h0, ht)
     try:
@@ -354,13 +372,12 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Varian
 
 def _variants(name: str, problem: Problem, gpu: Gpu) -> Iterator[Variant]:
     """Of a whole prefill, or of the three launches of a split one."""
-    segment = _segment(problem.N, problem.T, problem.HV, gpu.sms)
-    if segment is None:
+    split = _split(problem.N, problem.T, problem.HV, gpu.sms)
+    if split is None:
         yield _variant(name, _problem_spec(problem, Part.WHOLE))
         return
-    yield _variant(f"{name} summaries", _problem_spec(problem, Part.SUMMARY))
-    yield _scan_variant(problem, segment)
-    yield _variant(f"{name} segments", _problem_spec(problem, Part.SEGMENTS))
+    yield _variant(f"{name} segments", _problem_spec(problem, Part.SPLIT))
+    yield from _triton_variants(problem, split)
 
 
 def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
@@ -374,20 +391,29 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
     )
 
 
-def _scan_variant(problem: Problem, segment: int) -> Variant:
-    """As `segment_scan.scan_segments` launches it."""
-    from kda_kernels.triton import segment_scan
+def _triton_variants(problem: Problem, split: Split) -> Iterator[Variant]:
+    """As `segment_scan.scan_segments` and `segment_outputs.add_segment_outputs` launch them."""
+    from kda_kernels.triton import segment_outputs, segment_scan
     from kda_kernels.triton.variant import Variant as TritonVariant
     from kda_kernels.triton.variant import batch, state_pointers
 
-    HV, V, K, h0 = problem.HV, problem.V, problem.K, state_pointers(problem)["h0"]
-    pooled = problem.pool_slots is not None
-    return TritonVariant.of(
-        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", h0=h0, starts="*fp32",
-        state_indices="*i32" if pooled else None, cu_seqlens="*i32" if problem.packed else None,
-        T=batch(problem)[1], segment=segment, stride_h0=0 if h0 is None else HV * V * K, HV=HV, V=V, K=K,
-        BV=segment_scan.BV, HAS_STATE=h0 is not None, POOLED=pooled, PACKED=problem.packed,
-        num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES,
+    HV, V, K = problem.HV, problem.V, problem.K
+    pooled, pointers = problem.pool_slots is not None, state_pointers(problem)
+    final = pointers["h0" if pooled else "ht"]
+    same = {
+        "state_indices": "*i32" if pooled else None, "cu_seqlens": "*i32" if problem.packed else None, "N": problem.N,
+        "T": batch(problem)[1], "lead": split.lead, "segment": split.segment, "begin": 0, "limit": split.limit,
+        "HV": HV, "V": V, "K": K, "POOLED": pooled, "PACKED": problem.packed,
+    }  # fmt: skip
+    yield TritonVariant.of(
+        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", starts="*fp32", final=final,
+        stride_final=0 if final is None else HV * V * K, BV=segment_scan.BV, FINAL=final is not None,
+        num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES, **same,
+    )  # fmt: skip
+    yield TritonVariant.of(
+        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", starts="*fp32", o="*bf16",
+        stride_b=batch(problem)[1] * HV * V, stride_t=HV * V, stride_h=V, BT=segment_outputs.BT,
+        SPAN=segment_outputs.SPAN, num_warps=segment_outputs.NUM_WARPS, num_stages=segment_outputs.NUM_STAGES, **same,
     )  # fmt: skip
 
 
@@ -400,8 +426,6 @@ def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
     h0, ht = state, None if pooled or not problem.final_state else state or "float32"
     if part is Part.SUMMARY:
         h0, ht = None, None
-    elif part is Part.SEGMENTS and not pooled:
-        h0 = None
     return PrefillSpec(
         H=problem.H, HV=problem.HV, gate=options.gate, beta_is_logit=options.beta_is_logit,
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,

@@ -1,5 +1,6 @@
 """Compiles the prefill kernel for a spec: the one place that knows how its arguments look to the DSL."""
 
+import math
 from typing import Any
 
 import cutlass.cute as cute
@@ -40,11 +41,11 @@ def _arguments(spec: PrefillSpec) -> tuple:
         shape, inner = (outer, spec.HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
         return stand_in(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
 
-    def segments():
-        if spec.part is Part.WHOLE:
-            return None
-        inner = (spec.HV * spec.V * spec.K, spec.V * spec.K, spec.K, 1)
-        return stand_in("float32", (cute.sym_int(), spec.HV, spec.V, spec.K), inner, 16)
+    def workspace(dtype: str, *inner: int):
+        strides = tuple(math.prod(inner[i:]) for i in range(len(inner) + 1))
+        return stand_in(dtype, (cute.sym_int(), *inner), strides, 16)
+
+    square, split = (spec.HV, spec.V, spec.K), spec.part is Part.SPLIT
 
     return (
         rows(spec.dtype, spec.H, spec.K),
@@ -59,9 +60,13 @@ def _arguments(spec: PrefillSpec) -> tuple:
         states(spec.ht, N),
         vector(spec.index, N),
         vector(spec.offsets, cute.sym_int()),
-        segments(),
+        None if spec.part is Part.WHOLE else workspace("float32", *square),
+        workspace("float32", *square) if split else None,
+        workspace(spec.dtype, spec.HV, spec.K) if split else None,
         Float32(0.0),
         Float32(0.0),
+        Int32(0),
+        Int32(0),
         Int32(0),
         Int32(0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

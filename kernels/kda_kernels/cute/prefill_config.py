@@ -17,8 +17,8 @@ class Part(enum.Enum):
     """What a launch does with the sequences."""
 
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
-    SUMMARY = "summary"  # of each segment, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
-    SEGMENTS = "segments"  # a CTA runs a head of a segment, from a state that is given
+    SUMMARY = "summary"  # of each sequence, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
+    SPLIT = "split"  # a head of a sequence's first segment; of the others E and T, and with them what goes into o
 
 
 @dataclasses.dataclass(frozen=True)

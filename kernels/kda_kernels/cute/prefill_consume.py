@@ -20,8 +20,9 @@ class Consumer:
 
     @cute.jit
     def consume(
-        self, shared, o, h0, ht, segments, slot: Int64, unit: Int32, kind: Int32, last, b: Int32, first: Int32,
-        n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
+        self, shared, o, h0, ht, summaries, starts, reads, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
+        index: Int32, last, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
+        segment: Int32, begin: Int32,
         read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -32,17 +33,21 @@ class Consumer:
 
         S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
         inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
-        if cutlass.const_expr(spec.part is Part.SUMMARY):
+        if cutlass.const_expr(spec.part is not Part.WHOLE):
             for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
                 for i in cutlass.range_constexpr(4):
                     row, channel = v0 + (lane >> 2) + i // 2 * 8, 8 * j + col + i % 2
                     S[4 * j + i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
-        elif cutlass.const_expr(spec.part is Part.SEGMENTS):
-            self.load_state(S, segments, Int64(unit), inside)
-        elif cutlass.const_expr(spec.h0 is not None):
-            self.load_state(S, h0, slot, inside)
         else:
             S.fill(0.0)
+        if cutlass.const_expr(spec.part is Part.SPLIT):
+            if index == 0 and begin > 0:
+                self.load_state(S, starts, Int64(i_n), inside)
+            if cutlass.const_expr(spec.h0 is not None):  # noqa: SIM102 (a constexpr, and then a value)
+                if index == 0 and begin == 0:
+                    self.load_state(S, h0, slot, inside)
+        elif cutlass.const_expr(spec.h0 is not None):
+            self.load_state(S, h0, slot, inside)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)
@@ -80,7 +85,7 @@ class Consumer:
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
                 # what follows the last token in memory is another's, and may be no number
                 ours = 8 * j + token < tokens
-                if cutlass.const_expr(summary):
+                if cutlass.const_expr(spec.part is not Part.WHOLE):
                     ours = ours and kind == 0
                 words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else STAGES * CHUNK * spec.V)))
             warpgroup.wait_group(0)
@@ -104,7 +109,9 @@ class Consumer:
                 self.product(write, S, w_operand, write_b, PARTS * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not summary):
                 warpgroup.wait_group(PARTS)
-                self.write_out(out, place, o, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane)
+                self.write_out(
+                    out, place, o, reads, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane, kind, unit, segment
+                )
             # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
             after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]
             warpgroup.wait_group(0)
@@ -116,11 +123,19 @@ class Consumer:
             if lane == 0:
                 cute.arch.mbarrier_arrive(shared.empty + stage)
 
+        final = cutlass.const_expr(spec.pooled or spec.ht is not None)
         if cutlass.const_expr(summary):
-            self.store_state(S, segments, Int64(2 * unit + kind), inside)
-        elif cutlass.const_expr(spec.pooled or spec.ht is not None):  # noqa: SIM102 (a constexpr, and then a value)
-            if last:
+            self.store_state(S, summaries, Int64(2 * unit + kind), inside)
+        elif cutlass.const_expr(spec.part is Part.SPLIT):
+            if index > 0:
+                self.store_state(S, summaries, Int64(2 * unit + kind), inside)
+            elif not last:
+                sequences = starts.shape[0] - (summaries.shape[0] >> 1)
+                self.store_state(S, starts, Int64(sequences + unit), inside)
+            elif cutlass.const_expr(final):
                 self.store_state(S, h0 if spec.pooled else ht, slot, inside)
+        elif cutlass.const_expr(final):
+            self.store_state(S, h0 if spec.pooled else ht, slot, inside)
 
     @cute.jit
     def load_state(self, S, states, slot: Int64, inside: Int32):
@@ -168,8 +183,8 @@ class Consumer:
 
     @cute.jit
     def write_out(
-        self, out, place, o, shared, b: Int32, first: Int32, n_tokens: Int32, chunk: Int32, stage: Int32,
-        i_hv: Int32, v0: Int32, lane: Int32,
+        self, out, place, o, reads, shared, b: Int32, first: Int32, n_tokens: Int32, chunk: Int32, stage: Int32,
+        i_hv: Int32, v0: Int32, lane: Int32, kind: Int32, unit: Int32, segment: Int32,
     ):  # fmt: skip
         """o through shared memory, where this warp's part of v was: 16 value channels of a token a lane."""
         spec = self.spec
@@ -188,6 +203,12 @@ class Consumer:
         token = chunk * CHUNK + lane
         if token < n_tokens:
             offset = Int64(b) * o.stride[0] + Int64(first + token) * o.stride[1] + Int64(i_hv) * o.stride[2] + v0
+            target = o.iterator.toint() + 2 * offset
+            if cutlass.const_expr(spec.part is Part.SPLIT):  # noqa: SIM102 (a constexpr, and then a value)
+                if kind == 1:
+                    row = Int64(unit * segment + token) * spec.HV + i_hv
+                    target = reads.iterator.toint() + 2 * (row * spec.K + v0)
+            target = cute.make_ptr(BFloat16, target, cute.AddressSpace.gmem, assumed_align=16)
             for i in cutlass.range_constexpr(2):
                 source = shared.v + stage * (CHUNK * spec.V) + swizzled(lane, (v0 >> 3) + i, 8, BFloat16)
-                vector(o.iterator, offset + 8 * i, 8).store(vector(source, 0, 8).load())
+                vector(target, 8 * i, 8).store(vector(source, 0, 8).load())

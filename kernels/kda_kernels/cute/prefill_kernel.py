@@ -55,19 +55,23 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        segments: cute.Tensor | None,  # fp32 [units, HV, V, K], first states; or for E and T [2 units, ..]
+        summaries: cute.Tensor | None,  # fp32 [2 units, HV, V, K]: E and T of each unit
+        starts: cute.Tensor | None,  # fp32 [N + units, HV, V, K]: states before this round, and before each unit
+        reads: cute.Tensor | None,  # [units * segment, HV, K]: what each token reads of the state before its unit
         scale: Float32,
         lower_bound: Float32,
-        segment: Int32,  # tokens, a multiple of CHUNK
-        skip_last: Int32,  # no summary of last segments
+        lead: Int32,  # tokens of a first segment, and of the others: multiples of CHUNK
+        segment: Int32,
+        begin: Int32,  # of each sequence, the tokens that this round is about: from `begin` on, `limit` at most
+        limit: Int32,
         stream,
     ):
-        if cutlass.const_expr(self.spec.part is not Part.WHOLE):
-            ctas = self.spec.HV * segments.shape[0]
-        elif cutlass.const_expr(self.spec.packed):
-            ctas = self.spec.HV * (cu_seqlens.shape[0] - 1)
-        else:
-            ctas = self.spec.HV * q.shape[0]
+        sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
+        ctas = self.spec.HV * sequences
+        if cutlass.const_expr(self.spec.part is Part.SUMMARY):
+            ctas = 2 * ctas
+        elif cutlass.const_expr(self.spec.part is Part.SPLIT):
+            ctas = ctas + self.spec.HV * summaries.shape[0]
         rmem = warpgroup.OperandSource.RMEM
 
         def product(n, b_major=K_MAJOR, source=rmem):
@@ -83,7 +87,8 @@ class PrefillKernel(Producer, Consumer):
         inputs = [self.by_tile(x) for x in (q, k, v, g)]
         self.kernel(
             [atom for atom, _ in inputs], [x for _, x in inputs], g.element_type, beta, A_log, dt_bias, o, h0, ht,
-            state_indices, cu_seqlens, segments, scale, lower_bound, segment, skip_last, *products,
+            state_indices, cu_seqlens, summaries, starts, reads, scale, lower_bound, lead, segment, begin, limit,
+            *products,
         ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     @cute.jit
@@ -110,11 +115,15 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
-        segments: cute.Tensor | None,
+        summaries: cute.Tensor | None,
+        starts: cute.Tensor | None,
+        reads: cute.Tensor | None,
         scale: Float32,
         lower_bound: Float32,
+        lead: Int32,
         segment: Int32,
-        skip_last: Int32,
+        begin: Int32,
+        limit: Int32,
         gram: cute.TiledMma,
         read: cute.TiledMma,
         solve: cute.TiledMma,
@@ -125,11 +134,17 @@ class PrefillKernel(Producer, Consumer):
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
         i_n, i_hv = pid // spec.HV, pid % spec.HV
-        unit, kind, index, last = i_n, Int32(0), Int32(0), True
+        # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
+        kind, index, unit, last = Int32(0), Int32(0), Int32(0), True
         if cutlass.const_expr(spec.part is Part.SUMMARY):
-            unit, kind = i_n >> 1, i_n & 1
-        if cutlass.const_expr(spec.part is not Part.WHOLE):
-            i_n, index, last = self.find(unit, cu_seqlens, Int32(o.shape[1]), segment)
+            kind, i_n = i_n & 1, i_n >> 1
+            unit = i_n
+        elif cutlass.const_expr(spec.part is Part.SPLIT):
+            i_n, kind, index, unit, last = self.find(
+                i_n, cu_seqlens, Int32(o.shape[0]), Int32(o.shape[1]), lead, segment, begin, limit
+            )
+        elif cutlass.const_expr(spec.packed):
+            i_n = self.longest_first(i_n, cu_seqlens)
         found = i_n >= 0
         i_n = i_n if found else Int32(0)
         slot = Int64(i_n)
@@ -139,53 +154,100 @@ class PrefillKernel(Producer, Consumer):
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
-        if cutlass.const_expr(spec.part is not Part.WHOLE):
-            first = first + index * segment
-            n_tokens = cutlass.min(n_tokens - index * segment, segment)
+        if cutlass.const_expr(spec.part is Part.SPLIT):
+            offset = Int32(0) if index == 0 else lead + (index - 1) * segment
+            n_tokens = cutlass.min(cutlass.max(n_tokens - begin, 0), limit) - offset
+            n_tokens = cutlass.min(n_tokens, lead if index == 0 else segment)
+            first = first + (begin + offset)
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = found
         if cutlass.const_expr(spec.part is Part.SUMMARY):
-            live = found and slot >= 0 and (skip_last == 0 or not last)
+            live = found and slot >= 0
         elif cutlass.const_expr(spec.pooled):
             live = found and n_tokens > 0
+        elif cutlass.const_expr(spec.part is Part.SPLIT):
+            live = found and (n_tokens > 0 or begin == 0)
         if cutlass.const_expr(spec.part is not Part.SUMMARY):  # noqa: SIM102 (a constexpr, and then a value)
             if slot < 0 and found:  # padding: the pool is neither read nor written
-                self.write_zeros(o, b, first, n_tokens, i_hv, tid)
+                if kind == 0:
+                    self.write_zeros(o, b, first, n_tokens, i_hv, tid)
                 live = live and slot >= 0
         if live and slot >= 0:
             self.work(
-                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, segments, slot, unit, kind, last, b, first,
-                n_tokens, i_hv, scale, lower_bound, gram, read, solve, mix, write,
+                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads, slot, i_n, unit,
+                kind, index, last, b, first, n_tokens, i_hv, scale, lower_bound, segment, begin,
+                gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
-    def find(self, unit: Int32, cu_seqlens, T: Int32, segment: Int32):
-        """The sequence of a segment (-1: there is none), which of its segments it is, and whether the last.
+    def find(
+        self, rank: Int32, cu_seqlens, B: Int32, T: Int32, lead: Int32, segment: Int32, begin: Int32, limit: Int32
+    ):
+        """What a CTA works on: sequence (-1: nothing), kind, index of the segment, unit; whether it is the last one.
 
-        Segments are counted sequence by sequence; an empty sequence has one.
+        First segments, the longest, come first: hardware starts CTAs in their order. Behind them E and T of all units,
+        which are counted sequence by sequence. Of a first segment, `unit` is the one that follows.
         """
+        N = B
         if cutlass.const_expr(self.spec.packed):
-            i_n, index, last, left = Int32(-1), Int32(0), False, unit
-            for n in cutlass.range(cu_seqlens.shape[0] - 1, unroll=1):
-                length = Int32(cu_seqlens[n + 1]) - Int32(cu_seqlens[n])
-                count = cutlass.max((length + segment - 1) // segment, 1)
-                if left >= 0 and left < count:
-                    i_n, index, last = Int32(n), left, left == count - 1
-                left = left - count
-            return i_n, index, last
+            N = Int32(cu_seqlens.shape[0] - 1)
+        leads = rank < N
+        unit, kind = (rank - N) >> 1, (rank - N) & 1
+        if leads:
+            unit, kind = Int32(0), Int32(0)
+        if cutlass.const_expr(self.spec.packed):
+            i_n, index, last, before = Int32(-1), Int32(0), True, Int32(0)
+            for n in cutlass.range(N, unroll=1):
+                count = self.units(Int32(cu_seqlens[n + 1]) - Int32(cu_seqlens[n]), lead, segment, begin, limit)
+                if leads and n == rank:
+                    i_n, unit, last = Int32(n), before, count == 0
+                if not leads and unit >= before and unit < before + count:
+                    i_n, index = Int32(n), unit - before + 1
+                before = before + count
+            return i_n, kind, index, unit, last
         else:
-            count = cutlass.max((T + segment - 1) // segment, 1)
-            return unit // count, unit % count, unit % count == count - 1
+            count = self.units(T, lead, segment, begin, limit)
+            if leads:
+                unit = rank * count
+            i_n = rank if leads else unit // cutlass.max(count, 1)
+            index = Int32(0) if leads else unit - i_n * count + 1
+            if i_n >= N:
+                i_n = Int32(-1)
+            return i_n, kind, index, unit, count == 0
+
+    @cute.jit
+    def units(self, length: Int32, lead: Int32, segment: Int32, begin: Int32, limit: Int32):
+        """How many segments a sequence has in this round behind its first."""
+        length = cutlass.min(length - begin, limit)
+        return cutlass.max(length - lead + (segment - 1), 0) // segment
+
+    @cute.jit
+    def longest_first(self, rank: Int32, cu_seqlens):
+        """The sequence of this rank by length, so that short ones fill the gaps; more than 32 run as they come."""
+        N = Int32(cu_seqlens.shape[0] - 1)
+        i_n = rank
+        if N <= 32:
+            lane = cute.arch.lane_idx()
+            mine = Int32(-1)
+            if lane < N:
+                mine = Int32(cu_seqlens[lane + 1]) - Int32(cu_seqlens[lane])
+            place = Int32(0)
+            for n in cutlass.range_constexpr(32):
+                other = cute.arch.shuffle_sync(mine, n)
+                if other > mine or (other == mine and n < lane):
+                    place = place + 1
+            i_n = cute.arch.popc(cute.arch.vote_ballot_sync(place == rank) - 1)
+        return i_n
 
     @cute.jit
     def work(
-        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, segments, slot: Int64,
-        unit: Int32, kind: Int32, last, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32,
-        lower_bound: Float32,
+        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads,
+        slot: Int64, i_n: Int32, unit: Int32, kind: Int32, index: Int32, last, b: Int32, first: Int32, n_tokens: Int32,
+        i_hv: Int32, scale: Float32, lower_bound: Float32, segment: Int32, begin: Int32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
-        """One head of one sequence or segment. `kind`: of a summary 0 makes E and 1 makes T."""
+        """One head of one sequence or segment. `kind`: 0 runs on values, and 1 on the identity, which makes T."""
         V, heads_per_q = self.spec.V, self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
@@ -207,14 +269,14 @@ class PrefillKernel(Producer, Consumer):
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
             self.consume(
-                shared, o, h0, ht, segments, slot, unit, kind, last, b, first, n_tokens, n_chunks, i_hv, group,
-                read, solve, mix, write,
+                shared, o, h0, ht, summaries, starts, reads, slot, i_n, unit, kind, index, last, b, first, n_tokens,
+                n_chunks, i_hv, group, segment, begin, read, solve, mix, write,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(
                 shared, atoms, inputs, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
-                i_hv // heads_per_q, i_hv, scale, lower_bound, group - CONSUMERS // 128, gram,
+                i_hv // heads_per_q, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
             )  # fmt: skip
 
     @cute.jit

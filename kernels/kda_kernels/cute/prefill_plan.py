@@ -1,28 +1,63 @@
 """Whether a prefill splits its sequences into segments, and how long they are: decided from shapes alone.
 
-A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle;
-cut into segments, a sequence takes three launches: what each segment makes of any state (two CTAs a segment and head,
-for E and for T), the states between segments, and the segments themselves. That is three times the work, and pays
-where it fills at least three times the SMs.
+A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle.
+Cut into segments, the first of a sequence runs as ever; each of the others, a unit, takes two CTAs: one runs it from
+no state, one runs the identity through it. A scan makes the states before the units, and what tokens read of those is
+added to the output. That is twice the work for all but first segments, which may therefore be longer.
+
+Of what tokens read, 256 bytes a token and value head are kept. Where that would be more than `MOST_BYTES`, sequences go
+in rounds of so many tokens.
 """
 
 import dataclasses
+import math
 
 from kda_kernels.cute.prefill_config import CHUNK
 
 # In units of the time of a chunk, 2.6 us on an H100 (`kernels/README.md`):
-SUMMARY = 0.85  # a chunk of a summary
 START = 2.0  # of a CTA, until its first chunk is ready
 SCAN = 1.0  # a segment in the scan of the states between them (2.5 us in a trace of P3)
 LAUNCHES = 2.5  # two more of them
-MOST = 64  # segments a sequence
+ADD = 0.0038  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.5 TB/s
+MOST = 64  # units a sequence and round
+RATIOS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12)  # of the first segment to the others
+MOST_BYTES = 512 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How sequences are cut, in tokens, multiples of `CHUNK`.
+
+    Attributes:
+        lead: the first segment's, at least as many as the others'. segment: the others'.
+        limit: of a sequence in one round.
+    """
+
+    lead: int
+    segment: int
+    limit: int
+
+    def units(self, sequences: int, tokens: int, packed: bool) -> int:
+        """Segments that are not first ones in one round of `sequences` of `tokens` together.
+
+        In a packed batch, whose lengths only the GPU knows, the most that there can be: one long sequence has more than
+        several, since each has a first segment.
+        """
+        of_one = -(-max(0, min(tokens if packed else tokens // sequences, self.limit) - self.lead) // self.segment)
+        if not packed:
+            return sequences * of_one
+        return min(sequences * of_one, -(-max(0, tokens - self.lead) // self.segment))
+
+    def rounds(self, sequences: int, tokens: int, packed: bool) -> int:
+        """Rounds until the longest sequence ends, as far as it can be known."""
+        return -(-(tokens if packed else tokens // sequences) // self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a prefill runs: segments of `tokens` tokens, or whole sequences (None); and what that costs, in chunks."""
+    """How a prefill runs, whole sequences if `split` is None; and what that costs, in chunks."""
 
-    tokens: int | None
+    split: Split | None
     cost: float
 
 
@@ -32,14 +67,39 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
     Args:
         HV: value heads. sms: of the GPU.
     """
-    chunks = max(1, -(-tokens // (max(1, sequences) * CHUNK)))
-    best = Plan(None, -(-sequences * HV // sms) * (chunks + START))
-    for wanted in range(2, min(MOST, chunks) + 1):
-        length = -(-chunks // wanted)
-        segments = -(-chunks // length)
-        summaries = -(-2 * sequences * (segments - 1) * HV // sms) * (length * SUMMARY + START)
-        runs = -(-sequences * segments * HV // sms) * (length + START)
-        cost = summaries + runs + segments * SCAN + LAUNCHES
-        if cost < best.cost:
-            best = Plan(length * CHUNK, cost)
+    sequences = max(1, sequences)
+    chunks = max(1, -(-tokens // (sequences * CHUNK)))
+    heads = sequences * HV
+    best = Plan(None, makespan(sms, (heads, chunks + START), (0, 1.0)))
+    rounds = -(-chunks * heads * CHUNK * 256 // MOST_BYTES)
+    ours = -(-chunks // rounds)  # in a round
+    for units in range(1, min(MOST, ours) + 1):
+        for ratio in RATIOS:
+            segment = math.ceil(ours / (units + ratio))
+            lead = ours - units * segment
+            if lead < segment:
+                continue
+            cost = makespan(sms, (heads, lead + START), (2 * units * heads, segment + START))
+            cost += units * SCAN + LAUNCHES + units * segment * heads * ADD
+            if rounds * cost < best.cost:
+                best = Plan(Split(lead * CHUNK, segment * CHUNK, ours * CHUNK), rounds * cost)
     return best
+
+
+def makespan(sms: int, first: tuple[int, float], then: tuple[int, float]) -> float:
+    """When `sms` workers are done with so many tasks of so much time, and then, as they get free, with others."""
+    (tasks, time), (more, shorter) = first, then
+    waves, late = divmod(tasks, sms)
+    early, end = waves * time, (waves + (late > 0)) * time  # when workers get free, `late` of them at the end
+    if not more:
+        return end
+
+    def done(now: float) -> int:
+        """Of the later tasks, by then."""
+        return (sms - late) * int((now - early) / shorter) + late * int(max(0.0, now - end) / shorter)
+
+    low, high = early, end + math.ceil(more / sms) * shorter * (1 + 1e-9)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if done(middle) >= more else (middle, high)
+    return max(end, high)

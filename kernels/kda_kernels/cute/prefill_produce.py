@@ -21,7 +21,7 @@ class Producer(Preparer, Relater):
     @cute.jit
     def produce(
         self, shared, atoms, inputs, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
-        i_h: Int32, i_hv: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
+        i_h: Int32, i_hv: Int32, kind: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
@@ -82,11 +82,15 @@ class Producer(Preparer, Relater):
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
-                place = shared.v + stage * (CHUNK * spec.V)
-                v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
-                cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
+                if kind == 0:
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
+                    place = shared.v + stage * (CHUNK * spec.V)
+                    v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
+                    cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
+                else:
+                    with cute.arch.elect_one():
+                        cute.arch.mbarrier_arrive(full)
             self.operands(shared, raw_q, raw_k, G, stage, pair, half)
             # what the warp that inverts, for which the others wait in the end, need not do
             if warp != INVERTER:

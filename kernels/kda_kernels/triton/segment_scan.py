@@ -1,7 +1,8 @@
-"""The states at the beginning of all segments of a prefill that is split, from the summaries of the segments.
+"""The states between the segments of a prefill that is split, from the summaries of its units.
 
-A segment makes S T + E of the state S [V, K] before it. Done in fp32 (products as three of tf32): V * K * K
-multiplications a segment and head, and K * K * 4 bytes to read, for each BV rows of the state.
+A unit, a segment that is not the first of its sequence, makes S T + E of the state S [V, K] before it. Done in fp32
+(products as three of tf32): V * K * K multiplications a unit and head, and K * K * 4 bytes to read, for each BV rows of
+the state.
 """
 
 import torch
@@ -13,72 +14,97 @@ NUM_WARPS, NUM_STAGES = 8, 2  # 4 warps spill
 
 
 @triton.jit
+def units_of(length, lead, segment, begin, limit):
+    """How many segments a sequence has behind its first, in the round that runs `limit` tokens from `begin` on."""
+    length = tl.minimum(length - begin, limit)
+    return tl.maximum(length - lead + (segment - 1), 0) // segment
+
+
+@triton.jit
 def segment_scan_kernel(
     summaries,  # fp32 [2 * units, HV, V, K]: E of unit u is 2 u, T is 2 u + 1
-    h0,
-    starts,  # fp32 [units, HV, V, K]
+    starts,  # fp32 [N + units, HV, V, K]: of sequences after this round, and before each unit
+    final,  # [.., HV, V, K]: where final states go
     state_indices,
     cu_seqlens,
+    N,
     T,
+    lead,
     segment,
-    stride_h0,
+    begin,
+    limit,
+    stride_final,
     HV: tl.constexpr,
     V: tl.constexpr,
     K: tl.constexpr,
     BV: tl.constexpr,
-    HAS_STATE: tl.constexpr,
+    FINAL: tl.constexpr,
     POOLED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     i_v, i_hv, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    unit = 0
     length = T
+    unit = 0
     if PACKED:
         for m in range(i_n):
             before = (tl.load(cu_seqlens + m + 1) - tl.load(cu_seqlens + m)).to(tl.int32)
-            unit += tl.maximum(tl.cdiv(before, segment), 1)
+            unit += units_of(before, lead, segment, begin, limit)
         length = (tl.load(cu_seqlens + i_n + 1) - tl.load(cu_seqlens + i_n)).to(tl.int32)
     else:
-        unit = i_n * tl.maximum(tl.cdiv(T, segment), 1)
-    count = tl.maximum(tl.cdiv(length, segment), 1)
+        unit = i_n * units_of(T, lead, segment, begin, limit)
+    count = units_of(length, lead, segment, begin, limit)
     slot = i_n.to(tl.int64)
     if POOLED:
         slot = tl.load(state_indices + i_n).to(tl.int64)
-        if slot < 0:
-            return
+    if count == 0 or slot < 0:
+        return
 
     rows = i_v * BV + tl.arange(0, BV)
     k = tl.arange(0, K)
     inside = i_hv * (V * K) + rows[:, None] * K + k[None, :]
     square = i_hv * (V * K) + k[:, None] * K + k[None, :]
-    S = tl.zeros([BV, K], tl.float32)
-    if HAS_STATE:
-        S = tl.load(h0 + slot * stride_h0 + inside).to(tl.float32)
-    base = unit.to(tl.int64) * (HV * V * K)
-    for _ in range(count - 1):
-        tl.store(starts + base + inside, S)
-        E = tl.load(summaries + 2 * base + inside)
-        transition = tl.load(summaries + 2 * base + HV * V * K + square)
+    size = HV * V * K
+    summary = summaries + unit.to(tl.int64) * (2 * size)
+    start = starts + (N + unit).to(tl.int64) * size
+    S = tl.load(start + inside)
+    for i in range(count):
+        E = tl.load(summary + inside)
+        transition = tl.load(summary + size + square)
         S = tl.dot(S, transition, acc=E, input_precision="tf32x3")
-        base += HV * V * K
-    tl.store(starts + base + inside, S)
+        summary += 2 * size
+        start += size
+        if i + 1 < count:
+            tl.store(start + inside, S)
+    if length > begin + limit:
+        tl.store(starts + i_n.to(tl.int64) * size + inside, S)
+    elif FINAL:
+        tl.store(final + slot * stride_final + inside, S.to(final.dtype.element_ty))
 
 
 def scan_segments(
     summaries: torch.Tensor,
-    h0: torch.Tensor | None,
     starts: torch.Tensor,
+    final: torch.Tensor | None,
     state_indices: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    batch: int,
+    sequences: int,
     tokens: int,
+    lead: int,
     segment: int,
+    begin: int,
+    limit: int,
 ) -> None:
-    """Writes `starts` [units, HV, V, K]. `batch` sequences of `tokens` each, or those of `cu_seqlens`."""
+    """Fills `starts` [sequences + units, HV, V, K], but for what stands before first units, and `final`.
+
+    Args:
+        final: a pool with `state_indices`, or [sequences, HV, V, K].
+        tokens: of each sequence, where there are no `cu_seqlens`.
+        lead, segment: tokens of first and of other segments. begin, limit: see `units_of`.
+    """
     _, HV, V, K = starts.shape
-    N = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment_scan_kernel[(V // BV, HV, N)](
-        summaries, h0, starts, state_indices, cu_seqlens, tokens, segment, 0 if h0 is None else h0.stride(0),
-        HV=HV, V=V, K=K, BV=BV, HAS_STATE=h0 is not None, POOLED=state_indices is not None,
+    segment_scan_kernel[(V // BV, HV, sequences)](
+        summaries, starts, final, state_indices, cu_seqlens, sequences, tokens, lead, segment, begin, limit,
+        0 if final is None else final.stride(0),
+        HV=HV, V=V, K=K, BV=BV, FINAL=final is not None, POOLED=state_indices is not None,
         PACKED=cu_seqlens is not None, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip

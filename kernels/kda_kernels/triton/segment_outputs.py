@@ -1,0 +1,104 @@
+"""What the tokens of a prefill that is split read of the states before their segments, added to its output.
+
+The output of a token is affine in the state S [V, K] before its segment: o = o' + S r, where o' is what it would be
+without one, and r [K] what the segment's transition makes of its query. 768 bytes a token and head to move.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kda_kernels.triton.common import cast, dot, split
+from kda_kernels.triton.segment_scan import units_of
+
+BT, SPAN = 64, 256  # tokens a step, and a program
+NUM_WARPS, NUM_STAGES = 4, 2
+
+
+@triton.jit
+def segment_outputs_kernel(
+    reads,  # [units * segment, HV, K]: r
+    starts,  # fp32 [N + units, HV, V, K]: states before the units, behind N others
+    o,  # [B, T, HV, V]: o', and then o
+    state_indices,
+    cu_seqlens,
+    N,
+    T,
+    lead,
+    segment,
+    begin,
+    limit,
+    stride_b,
+    stride_t,
+    stride_h,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    SPAN: tl.constexpr,
+    POOLED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    i_s, i_hv, unit = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_n, index, first, length = -1, 0, tl.zeros([], tl.int64), T
+    if PACKED:
+        before = 0
+        for n in range(N):
+            at = tl.load(cu_seqlens + n).to(tl.int64)
+            tokens = (tl.load(cu_seqlens + n + 1) - at).to(tl.int32)
+            count = units_of(tokens, lead, segment, begin, limit)
+            if unit >= before and unit < before + count:
+                i_n, index, first, length = n, unit - before, at, tokens
+            before += count
+    else:
+        count = tl.maximum(units_of(T, lead, segment, begin, limit), 1)
+        i_n, index = unit // count, unit % count
+        o += i_n.to(tl.int64) * stride_b
+    if i_n < 0:
+        return
+    if POOLED:  # noqa: SIM102 (a constexpr, and then a value)
+        if tl.load(state_indices + i_n) < 0:
+            return
+
+    offset = lead + index * segment
+    n_tokens = tl.minimum(tl.minimum(length - begin, limit) - offset, segment)
+    if i_s * SPAN >= n_tokens:
+        return
+    first += begin + offset
+    rows, k = tl.arange(0, V), tl.arange(0, K)
+    state = starts + (N + unit).to(tl.int64) * (HV * V * K) + i_hv * (V * K)
+    upper, lower = split(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])))  # [K, V]
+    for i in range(i_s * SPAN, tl.minimum(i_s * SPAN + SPAN, n_tokens), BT):
+        t = i + tl.arange(0, BT)
+        real = (t < n_tokens)[:, None]
+        r = tl.load(reads + ((unit.to(tl.int64) * segment + t[:, None]) * HV + i_hv) * K + k[None, :], real, 0.0)
+        at = o + (first + t[:, None]) * stride_t + i_hv * stride_h + rows[None, :]
+        total = dot(r, upper, tl.load(at, real, 0.0).to(tl.float32))
+        tl.store(at, cast(dot(r, lower, total), o.dtype.element_ty), real)
+
+
+def add_segment_outputs(
+    reads: torch.Tensor,
+    starts: torch.Tensor,
+    o: torch.Tensor,
+    state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequences: int,
+    lead: int,
+    segment: int,
+    begin: int,
+    limit: int,
+) -> None:
+    """Completes `o` [B, T, HV, V]; the other arguments are those of `segment_scan.scan_segments`.
+
+    Args:
+        reads: [units * segment, HV, K].
+    """
+    _, HV, V, K = starts.shape
+    units = starts.shape[0] - sequences
+    segment_outputs_kernel[(triton.cdiv(segment, SPAN), HV, units)](
+        reads, starts, o, state_indices, cu_seqlens, sequences, o.shape[1], lead, segment, begin, limit,
+        *o.stride()[:3],
+        HV=HV, V=V, K=K, BT=BT, SPAN=SPAN, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+    )  # fmt: skip
