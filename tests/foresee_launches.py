@@ -54,7 +54,7 @@ def launched(kernel: registry.Kernel, case: Case, where: arch.Arch) -> list[str 
         for name in case.properties:
             if not PROPERTIES[name].gpu_only and name != "threads":  # those launch the case itself
                 with contextlib.suppress(NotApplicableError):
-                    list(PROPERTIES[name].check(Subject(runner, case.problem, inputs, out, out, out, True, False)))
+                    list(PROPERTIES[name].check(Subject(runner, case.problem, inputs, out, out, (out,), True, False)))
     return asked.labels + [variant.missing(where.name) for variant in variants.values()]
 
 

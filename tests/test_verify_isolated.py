@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from kda_kernels.errors import InputError
@@ -20,7 +21,7 @@ from kdacli.main import cli
 from kdacli.userkernels import resolve
 from kdacli.verify import spec
 from kdacli.verify.checker import Checker, ContextLostError
-from kdacli.verify.isolated import InnerError, IsolatedChecker
+from kdacli.verify.isolated import InnerError, IsolatedChecker, NoStartError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,7 +122,7 @@ def test_a_case_that_crashes_on_the_way_to_the_smallest_is_said(bad):
 
 def test_flags_and_search_are_isolated_too(bad):
     kernel = resolve(bad)
-    with IsolatedChecker("cpu", 0, 30.0) as checker:
+    with IsolatedChecker("cpu", 0, 10.0) as checker:
         label, op = checker.give(_given("--lens", "2", "--packed", "--pool", "0"), Op.DECODE)
         assert op is Op.DECODE
         (result,) = checker.check_given([kernel])
@@ -148,6 +149,62 @@ def test_here_a_broken_context_ends_the_run(bad, monkeypatch):
             seen += checker.check_case(spec.parse(name), [kernel])
     assert [result.status for result in seen] == ["pass", "error"]
     assert seen[1].crashed and seen[1].notes == (NOTES[5],)
+
+
+# --- a process that does not start
+
+
+class Stumbling(IsolatedChecker):
+    """Its first so many processes are killed before they have begun."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.started = times, 0
+        super().__init__("cpu", 0, 30.0)
+
+    def _start(self) -> None:
+        super()._start()
+        self.started += 1
+        if self.started <= self.times:
+            self._process.kill()
+            self._process.join()
+
+
+def test_one_false_start_is_no_kernels_fault(bad):
+    with Stumbling(1) as checker:
+        checker.prepare([resolve(bad)])
+        (result,) = checker.check_case(spec.parse(case(1)), [resolve(bad)])
+        assert result.status == "pass" and checker.started == 2
+
+
+def test_two_false_starts_end_the_run_with_their_reason(bad):
+    with Stumbling(9) as checker:
+        with pytest.raises(NoStartError, match=r"cannot start: it ended before it had begun \(SIGKILL\)"):
+            list(checker.check_case(spec.parse(case(1)), [resolve(bad)]))
+        assert checker.started == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_process_that_finds_no_gpu_says_so(bad):
+    with IsolatedChecker("cuda", 0, 30.0) as checker, pytest.raises(NoStartError, match="cannot start: no CUDA GPU"):
+        checker.search(resolve(bad), 1.0)
+
+
+def test_a_launcher_without_a_guard_is_one_line(bad, tmp_path):
+    """What is spawned runs the main module again: one that calls the command there and then never gets to checking."""
+    out = tmp_path / "out.json"
+    asked = [*words(bad, case(1), case(6)), "--isolate", "--json", str(out)]
+    (tmp_path / "launcher.py").write_text(f"from kdacli.main import cli\ncli({asked})")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+    done = subprocess.run([sys.executable, tmp_path / "launcher.py"], env=env, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 3 and done.stdout == ""
+    assert last == (
+        "Error: the process that checks cannot start: it ended before it had begun (exit code 1); what it said stands"
+        " above; --no-isolate checks without it"
+    )
+    assert done.stderr.count("finished its bootstrapping phase") == 2
+    report = json.loads(out.read_text())
+    assert report["rows"] == [] and report["complete"] is False
 
 
 # --- Ctrl-C

@@ -1,6 +1,7 @@
 """The random search: our kernels hold in a small budget, a fault that needs two options is found and shrunk."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,8 @@ from kda_kernels import registry
 from kda_kernels.problem import Op
 from kdacli.main import cli
 from kdacli.verify import spec
+from kdacli.verify.checker import Checker
+from kdacli.verify.runner import pairs
 from kdacli.verify.search import search
 from tests.mutants.score import MUTANTS
 
@@ -48,5 +51,28 @@ def test_suite_stress_searches_and_reports(monkeypatch):
     result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
     suite.cache_clear()
     report = json.loads(result.stdout)
-    assert result.exit_code == 1 and "one failed" in report["searched"][0]
+    assert result.exit_code == 1 and re.fullmatch(
+        r"searched: gate-chunk-of32: \d+ random cases in \d s, one failed", report["searched"][0]
+    )
+    assert report["complete"] is True
+    assert list(report["seconds"]) == ["compiling", "checking", "searching", "explaining"]
     assert report["rows"][-1]["op"] == Op.GATE and report["rows"][-1]["case"].startswith("gate-any")
+
+
+def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
+    """The cases before it are all checked: that alone would look like the whole run."""
+    search = Checker.search
+
+    def until_ctrl_c(self, kernel, seconds):
+        if kernel.name == "torch-prefill":
+            raise KeyboardInterrupt
+        return search(self, kernel, seconds)
+
+    monkeypatch.setattr(Checker, "search", until_ctrl_c)
+    cases = [spec.parse("decode-fp16"), spec.parse("prefill-any")]
+    monkeypatch.setattr("kdacli.verify.selection.select_table", lambda names, kernels, *more: pairs(kernels, cases))
+    words = ["--kernel", "torch-decode", "--kernel", "torch-prefill", "--suite", "stress", "--seconds", "0.2"]
+    result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
+    assert result.exit_code == 130
+    assert "2 checks: 2 passed; ended early, 1 of 2 kernels were not searched to the end" in result.stdout
+    assert re.search(r"searched: torch-decode: \d+ random cases in 0 s, none failed", result.stdout)

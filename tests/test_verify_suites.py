@@ -120,6 +120,15 @@ def test_a_layout_changes_memory_and_no_value(name):
     assert moved
 
 
+def test_every_case_has_the_dtypes_that_its_problem_names():
+    for case in cases_for("cpu", "full"):
+        problem, inputs = case.problem, inputs_of(case, 0, "cpu")
+        dtypes = dict.fromkeys(("q", "k", "v"), problem.dtype) | {"g": problem.g_dtype, "beta": problem.beta_dtype}
+        dtypes |= dict.fromkeys(("A_log", "dt_bias"), problem.param_dtype) | {"state": problem.state_dtype}
+        found = {name: str(t.dtype).removeprefix("torch.") for name, t in inputs.tensors().items() if name in dtypes}
+        assert found == {name: dtypes[name] for name in found}, case.name
+
+
 @pytest.mark.parametrize("name", list(REGIMES))
 @pytest.mark.parametrize("lens", [(5, 3), (0,)])
 def test_a_regime_keeps_shapes_dtypes_and_promises(name, lens):

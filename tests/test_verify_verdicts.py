@@ -104,7 +104,7 @@ def test_the_map_shows_the_place():
     o = bench.expected.o.clone()
     o[0, 5 + 66, 1, 7] = torch.nan
     o[0, 5 + 2, 0] += 100
-    title, first, second = heat_map(bench.inputs, "o", o, bench.expected.o, bench.plain_outputs.o)
+    title, first, second = heat_map(bench.inputs, "o", o, bench.expected.o, bench.plain_outputs[0].o)
     assert title == "o, sequence 1: 2 heads down, 70 tokens across"
     line = first.split()[-1]
     assert line.count("|") == 1 and line[1] == "#" and line.replace("|", "")[2:].strip(".") == ""
@@ -116,7 +116,7 @@ def test_the_map_of_a_state_shows_its_worst_head():
     state = bench.expected.final_state.clone()
     state[0, 1, 3, 12] += 1
     title, *rows = heat_map(
-        bench.inputs, "final_state", state, bench.expected.final_state, bench.plain_outputs.final_state
+        bench.inputs, "final_state", state, bench.expected.final_state, bench.plain_outputs[0].final_state
     )
     assert title == "final_state, sequence 0, head 1: 8 v down, 16 k across"
     assert [row.split()[-1] for row in rows] == ["." * 12 + "#..." if v == 3 else "." * 16 for v in range(8)]

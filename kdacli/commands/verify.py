@@ -1,5 +1,7 @@
 """`kda verify`: kernels against the fp64 oracle, case by case."""
 
+import contextlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,11 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
 @options.kernel_option
 @click.option("--suite", "suite_name", type=click.Choice(["quick", "full", "stress"]), help="Default: quick.")
 @click.option("--case", "case_names", multiple=True, metavar="NAME", help="A case by name; may be repeated.")
-@click.option("--seconds", type=click.FloatRange(0, 86400), help="Of random search with --suite stress. Default: 60.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 86400),
+    help="Of random search, which follows the cases of --suite stress; all kernels together. Default: 60.",
+)
 @click.option("--list", "list_only", is_flag=True, help="List the cases and why each is there; check nothing.")
 @click.option("--verbose", is_flag=True, help="A line for every check, however many.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
@@ -86,14 +92,16 @@ def command(
     """Check kernels against the fp64 oracle, case by case.
 
     Without arguments, every kernel of ours that can run here over the suite quick (on a CPU, Triton kernels in Triton's
-    interpreter). full adds every two options together and more edges; stress adds other seeds, and random cases until
-    --seconds are over. A shape flag or a dump takes the place of a suite; --op then says what to do with it.
+    interpreter). full adds every two options together and more edges. stress adds the same with three other seeds,
+    however long that takes, and after it random cases for --seconds. A shape flag or a dump takes the place of a suite;
+    --op then says what to do with it.
 
-    A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation
-    that rounds where the kernel must round, plus one output rounding: over each output, each (sequence, head), and for
-    each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs, the unused slots of a pool,
-    nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases name more
-    that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
+    A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation that
+    rounds where the kernel must round (of prefill the largest of eight, rounded in different units), plus one output
+    rounding: over each output, each (sequence, head), and for each element. NaN, Inf and unwritten elements never pass.
+    It must not touch its inputs, the unused slots of a pool, nor memory around any tensor, and (but for the
+    interpreter) a second call must give the same bits. Cases name more that must hold, such as that neighbours in a
+    batch, threads or an earlier call change nothing.
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a
@@ -237,20 +245,35 @@ class _Run:
         self.searched: list[str] = []
         self.complete = False  # everything that was asked for was checked
         self.interrupted = False
+        self.stopped = ""  # why no further check could be made, where that is no kernel's doing
+        self.took: dict[str, float] = {}  # seconds of each part of the run
 
     def go(self, jobs: int | None, fail_fast: bool, folder: Path | None, force: bool) -> None:
         """Compiles, checks, explains, as far as neither Ctrl-C nor a kernel ends it."""
         from kdacli.verify.checker import ContextLostError
+        from kdacli.verify.isolated import NoStartError
 
         try:
             if jobs != 0:
-                self.compile_ahead(jobs)
+                with self._timed("compiling"):
+                    self.compile_ahead(jobs)
             self.complete = self.check(fail_fast)
-            self.explain(folder, force)
+            with self._timed("explaining"):
+                self.explain(folder, force)
         except KeyboardInterrupt:
             self.interrupted = True
         except ContextLostError:
             pass  # which check it was, the results say
+        except NoStartError as error:
+            self.stopped = str(error)
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> "Iterator[None]":
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.took[part] = round(time.monotonic() - began, 2)
 
     def compile_ahead(self, jobs: int | None) -> None:
         """On a GPU: in parallel, what the cases would compile one after the other."""
@@ -263,13 +286,16 @@ class _Run:
         """Everything that was asked for; False: it ended before, at a failure."""
         from kdacli.output import progress
 
-        with progress("verifying", self.total) as advance:
+        with self._timed("checking"), progress("verifying", self.total) as advance:
             for result in self._given() if self.one_problem else self._suite():
                 self.results.append(result)
                 advance(f"{result.case}, {result.kernel}")
                 if fail_fast and not result.ok:
                     return False
-        return not self.searching or self._search(fail_fast)
+        if not self.searching:
+            return True
+        with self._timed("searching"):
+            return self._search(fail_fast)
 
     def _suite(self) -> "Iterator[Result]":
         for case, kernels in self.table:
@@ -295,7 +321,8 @@ class _Run:
                 found = self.checker.search(kernel, self.seconds / len(self.kernels))
                 said = "one failed" if found.failure else "none failed"
                 refused = f", {found.refused} refused" if found.refused else ""
-                self.searched.append(f"searched: {kernel.name}: {found.tried} random cases, {said}{refused}")
+                took = f"in {found.seconds:.0f} s"
+                self.searched.append(f"searched: {kernel.name}: {found.tried} random cases {took}, {said}{refused}")
                 if found.failure:
                     case, result = found.failure
                     self.cases[case.name] = case
@@ -358,7 +385,7 @@ class _Run:
             write(junit, self.results, details, self.complete)
         if json_dest:
             self._write_json(json_dest, again, force)
-        if json_dest == "-":
+        if json_dest == "-" or (self.stopped and not self.results):
             return
         title = f"Relative errors against the fp64 oracle, on {describe(self.device)}"
         title = title if self.params["dump"] else f"{title}, seed {self.seed}"
@@ -373,8 +400,14 @@ class _Run:
         from kdacli.verify import report
 
         said = report.summary(self.results, self.not_run)
-        left = self.total - len(self.results)
-        return said if self.complete or left <= 0 else f"{said}; ended early, {left} of {self.total} were not made"
+        if self.complete:
+            return said
+        left, unsearched = self.total - len(self.results), len(self.kernels) - len(self.searched)
+        if left > 0:
+            said += f"; ended early, {left} of {self.total} were not made"
+        elif self.searching and unsearched:
+            said += f"; ended early, {unsearched} of {len(self.kernels)} kernels were not searched to the end"
+        return said
 
     def _write_json(self, dest: str, again: dict[tuple[str, str], str], force: bool) -> None:
         from kdacli.device import describe
@@ -395,6 +428,7 @@ class _Run:
                 ],
                 "not_run": [{"kernel": kernel, "reason": reason} for kernel, reason in self.not_run],
                 "searched": self.searched,
+                "seconds": self.took,
                 "complete": self.complete,
                 "summary": self._summary(),
             },
@@ -403,9 +437,13 @@ class _Run:
         )
 
     def conclude(self) -> None:
-        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran; after Ctrl-C, `Abort`."""
+        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran or nothing more could, and
+        `Abort` after Ctrl-C.
+        """
         if self.interrupted:
             raise click.Abort
+        if self.stopped:
+            raise UnavailableError(f"{self.stopped}; --no-isolate checks without it")
         if failed := self.failures():
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckFailedError(f"{failed[0].kernel} failed {failed[0].case}{more}")

@@ -21,7 +21,7 @@ from kdacli.device import free_memory
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_with_strides
 from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import expect, plain
+from kdacli.judge.baseline import draws, expect
 from kdacli.userkernels import resolve
 from kdacli.verify.memory import poisoned_memory
 from kdacli.verify.runner import one_line
@@ -178,7 +178,7 @@ class _Against:
 
     def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
         self.inputs, self.op, self.device = inputs, dump.op, device
-        self.expected, self.plain = expect(inputs, dump.op), plain(inputs, dump.op)
+        self.expected, self.plain = expect(inputs, dump.op), draws(inputs, dump.op)
 
     def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
         """`partial`: a missing final_state is no fault (a dump need not hold it)."""

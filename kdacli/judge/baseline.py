@@ -11,6 +11,10 @@ from kda_kernels.reference.gate import log_decay
 from kda_kernels.reference.rounding import OperandDtype
 from kda_kernels.tensors import Inputs, Outputs
 
+DRAWS = 8
+UNITS = tuple(2 ** (i / DRAWS) for i in range(1, DRAWS))  # spread over what a mantissa can be
+LONG = 1024  # tokens
+
 
 def expect(inputs: Inputs, op: Op | str) -> Outputs:
     """The fp64 reference for `op`: o (for the op `gate`: the chunk-local cumsum) and final_state, float64.
@@ -38,6 +42,21 @@ def plain(inputs: Inputs, op: Op | str) -> Outputs:
     if op is Op.DECODE:
         return plain_recurrent.run(inputs.fresh())
     return oracle.chunk_form(inputs, operand_dtype=operand_dtype(inputs.q.dtype))
+
+
+def draws(inputs: Inputs, op: Op | str) -> tuple[Outputs, ...]:
+    """`plain`, and the same with its operands rounded in other units: as good, with other rounding errors.
+
+    One alone may be lucky: where a few tokens, or a nearly singular chunk, decide, its error is a third of another's as
+    easily as three times it. decode and gate round nothing but results and fp32 sums: there one is all. So it is with a
+    sequence over `LONG`, for its cost.
+    """
+    first = plain(inputs, op)
+    if Op(op) is not Op.PREFILL or max(seq_lens(inputs, check_inputs(inputs, values=True)), default=0) > LONG:
+        return (first,)
+    inputs = dataclasses.replace(inputs, output_final_state=True)
+    dtype = operand_dtype(inputs.q.dtype)
+    return first, *(oracle.chunk_form(inputs, operand_dtype=dtype, unit=unit) for unit in UNITS)
 
 
 def operand_dtype(dtype: torch.dtype) -> OperandDtype:

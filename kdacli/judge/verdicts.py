@@ -1,9 +1,10 @@
 """Is a result good enough? Every output tensor against the fp64 token recurrence, with a bound that has a reason.
 
 The bound is not a constant that someone liked. A plain torch implementation that rounds where a kernel of that op must
-round (operands of matrix products, the output, the state) runs on the same inputs, and the kernel may make
+round (operands of matrix products, the output, the state) runs on the same inputs, for `kda verify` eight times where
+its rounding errors can be drawn anew, and the kernel may make
 
-    a factor * (error of the plain implementation) + one output rounding + a floor for fp32 sums
+    a factor * (the largest error of the plain implementation) + one output rounding + a floor for fp32 sums
 
 at three levels, because a norm over a large tensor hides what is wrong in one place: the whole tensor, each (sequence,
 head) block, and each element. A block and its elements are granted at least what the plain implementation makes of a
@@ -14,6 +15,7 @@ elements never pass, and neither does a pool whose unused slots changed by a sin
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -71,7 +73,7 @@ def judge(
     *,
     op: Op | str,
     expected: Outputs | None = None,
-    plain_outputs: Outputs | None = None,
+    plain_outputs: Outputs | Sequence[Outputs] | None = None,
 ) -> list[Verdict]:
     """Judges each output tensor of one call.
 
@@ -81,16 +83,18 @@ def judge(
             there, and must be there when `inputs.output_final_state` is set.
         op: which reference applies, and which plain implementation sets the bound.
         expected: `expect(inputs, op)` if it is at hand; computed otherwise.
-        plain_outputs: `plain(inputs, op)` likewise.
+        plain_outputs: `draws(inputs, op)`, or, if it is not at hand, `plain(inputs, op)` alone, which is computed then.
     """
     expected = expect(inputs, op) if expected is None else expected
     plain_outputs = plain(inputs, op) if plain_outputs is None else plain_outputs
+    plain_outputs = [plain_outputs] if isinstance(plain_outputs, Outputs) else plain_outputs
+    plain_o, plain_state = ([getattr(one, name) for one in plain_outputs] for name in ("o", "final_state"))
     of_tokens = Blocks.of_tokens(inputs)
     if Op(op) is Op.GATE:
-        return [_judge_tensor("g_cumsum", of_tokens, torch.float32, CHUNK, outputs.o, expected.o, plain_outputs.o)]
+        return [_judge_tensor("g_cumsum", of_tokens, torch.float32, CHUNK, outputs.o, expected.o, plain_o)]
     K = inputs.q.shape[-1]
     usual = _usual_norms(inputs, of_tokens, expected.final_state)
-    verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_outputs.o, usual)]
+    verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_o, usual)]
     if outputs.final_state is not None and expected.final_state is not None:
         verdict = _judge_tensor(
             "final_state",
@@ -99,7 +103,7 @@ def judge(
             K,
             outputs.final_state,
             expected.final_state,
-            plain_outputs.final_state,
+            plain_state,
         )
         verdicts.append(_with_unused_slots(verdict, inputs, outputs.final_state))
     elif inputs.output_final_state:
@@ -114,43 +118,46 @@ def _judge_tensor(
     terms: int,
     out: torch.Tensor,
     ref: torch.Tensor,
-    plain_out: torch.Tensor,
+    plain_outs: Sequence[torch.Tensor],
     usual: torch.Tensor | None = None,
 ) -> Verdict:
     """One tensor.
 
     Args:
         dtype: what it should be rounded to. terms: how many numbers are summed into an element.
+        plain_outs: what the plain implementation made of it, each time.
         usual: [sequences, heads], see `_usual_norms`; None: blocks do not cancel.
     """
     if out.shape != ref.shape:
         return _failed(name, {}, f"shape is {list(out.shape)}: it should be {list(ref.shape)}")
-    out, ref, plain_out = blocks.rows(out), blocks.rows(ref), blocks.rows(plain_out)
+    out, ref, plain_outs = blocks.rows(out), blocks.rows(ref), [blocks.rows(one) for one in plain_outs]
     if not ref.numel():
         return Verdict(name, 0.0, 0.0, 0.0, 0.0, {}, True)
-    for what, rows in (("the reference is", ref), ("the plain implementation made", plain_out), ("", out)):
+    plain_rows = [("the plain implementation made", one) for one in plain_outs]
+    for what, rows in (("the reference is", ref), *plain_rows, ("", out)):
         if (verdict := _not_finite(name, blocks, rows, what)) is not None:
             return verdict
     unit, floor, smallest = UNIT_ROUNDOFF[dtype], FLOOR * math.sqrt(terms), SMALLEST[dtype]
-    wrong, plain_wrong = (out - ref).abs_(), (plain_out - ref).abs_()
+    wrong, plain_wrongs = (out - ref).abs_(), [(one - ref).abs_() for one in plain_outs]
 
     # the tensor
     norm = ref.norm().item()
-    error, plain_error = _ratio(wrong.norm().item(), norm), _ratio(plain_wrong.norm().item(), norm)
+    error, plain_error = _ratio(wrong.norm().item(), norm), _ratio(max(x.norm().item() for x in plain_wrongs), norm)
     bound = FACTOR * plain_error + unit / 2 + floor + smallest * math.sqrt(ref.numel()) / norm if norm else 0.0
 
     # each block: one whose plain error is small by luck is granted a typical one, relative to its usual size
     count = blocks.sums(torch.ones_like(ref))
-    norms, wrongs, plains = (blocks.sums(x.square()).sqrt() for x in (ref, wrong, plain_wrong))
+    norms, wrongs, *each = (blocks.sums(x.square()).sqrt() for x in (ref, wrong, *plain_wrongs))
+    plains = torch.stack(each).amax(0)
     sizes = norms if usual is None else torch.maximum(norms, usual)
     granted = torch.maximum(plains, _typical(plains, sizes) * sizes)
     limits = FACTOR * granted + unit / 2 * norms + floor * sizes + smallest * count.sqrt()
     limits = torch.where(norms > 0, limits, 0.0)
 
-    # each element, against the largest error of the plain implementation in its block, or in a typical one
+    # each element, against the usual largest error of the plain implementation in its block, or in a typical one
     rms = norms / count.clamp(min=1).sqrt()
     size = sizes / count.clamp(min=1).sqrt()
-    largest = blocks.maxima(plain_wrong)
+    largest = torch.stack([blocks.maxima(x) for x in plain_wrongs]).square().mean(0).sqrt()
     largest = torch.maximum(largest, _typical(largest, size) * size)
     may = blocks.spread(ELEMENT_FACTOR * (largest + floor * size) + smallest) + unit * ref.abs()
     may = torch.where(blocks.spread(norms) > 0, may, 0.0)

@@ -72,6 +72,13 @@ class GuardedAllocations(TorchDispatchMode):
         super().__init__()
         self.made: list[Guarded] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's hook, True by default: then the first call imports torch's compiler, which takes seconds, to keep it
+        away from here. Inside such a mode it compiles nothing anyway.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in _EMPTY and func not in _FILLED:

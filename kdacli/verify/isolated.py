@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -37,8 +38,14 @@ class InnerError(Exception):
     """An error of ours in the other process; its note holds the traceback there."""
 
 
+class NoStartError(Exception):
+    """No process to check in can be had, which is no kernel's doing; the message says why."""
+
+
 class IsolatedChecker:
     """A `Checker` in another process. Close it, or use it in a `with`.
+
+    Whatever asks it something raises `NoStartError` where its process ends, twice in a row, before it has begun.
 
     Args:
         device, seed: as of `Checker`.
@@ -67,6 +74,7 @@ class IsolatedChecker:
         self._pipe.close()
 
     def _start(self) -> None:
+        self._ready = False
         # Spawned, since CUDA does not survive a fork; no daemon, since a kernel may start processes of its own.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -75,9 +83,32 @@ class IsolatedChecker:
             self._process.start()
         theirs.close()
 
+    def _await_ready(self) -> None:
+        """Waits until there is a process that has begun: one that ended before may have met a passing trouble, and the
+        next one gets a chance.
+        """
+        for last in (False, True):
+            if self._pipe.closed:
+                self._start()
+            if self._ready or (why := self._begins()) is None:
+                return
+            self.close()
+            if last:
+                raise NoStartError(f"the process that checks cannot start: {why}")
+
+    def _begins(self) -> str | None:
+        """Why the process did not begin; None: it did."""
+        try:
+            _, kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            return f"it ended before it had begun ({self._ended()}); what it said stands above"
+        self._ready = kind == "ready"
+        return None if self._ready else str(value)
+
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """As `Checker.prepare`, without waiting for it."""
-        self._pipe.send((0, "prepare", (kernels,)))
+        with contextlib.suppress(OSError):  # it is gone already: the first question finds out
+            self._pipe.send((0, "prepare", (kernels,)))
 
     def check_case(self, case: Case, kernels: Sequence[Kernel]) -> Iterator[Result]:
         """As `Checker.check_case`, but goes on with the other kernels after one that broke the process."""
@@ -97,6 +128,7 @@ class IsolatedChecker:
 
     def search(self, kernel: Kernel, seconds: float) -> Found:
         """As `Checker.search`; a case that broke the process is what was found."""
+        began = time.monotonic()
         try:
             (found,) = self._ask("search", kernel, seconds)
             return found
@@ -104,7 +136,8 @@ class IsolatedChecker:
             if not self._begun:
                 raise InnerError(f"the search with {kernel.name} {lost}") from lost
             last = self._begun[-1]
-            return Found(kernel.name, len(self._begun), 0, (last.case, last.lost(str(lost))))
+            failure = (last.case, last.lost(str(lost)))
+            return Found(kernel.name, len(self._begun), 0, failure, time.monotonic() - began)
 
     def explain(
         self, kernel: Kernel, case: Case | None, result: Result, seconds: float, folder: Path | None, force: bool
@@ -144,11 +177,12 @@ class IsolatedChecker:
         Raises:
             LostError: what was asked broke the process, which is gone now.
             KdaError: as the method raised it. InnerError: it raised anything else.
+            NoStartError: there is no process to ask.
         """
-        if self._pipe.closed:
-            self._start()
-            if self._given is not None:
-                list(self._ask("give", *self._given))
+        anew = self._pipe.closed
+        self._await_ready()
+        if anew and self._given is not None:
+            list(self._ask("give", *self._given))
         self._begun, self._open = [], None
         try:
             self._asked += 1
@@ -182,11 +216,15 @@ class IsolatedChecker:
     def _lost(self, why: str | None = None) -> LostError:
         """Ends the process. `why` None: it ended by itself."""
         if why is None:
-            self._process.join(5)  # its end of the pipe closes first
-            code = self._process.exitcode
-            why = f"killed its process: {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
+            why = f"killed its process: {self._ended()}"
         self.close()
         return LostError(why)
+
+    def _ended(self) -> str:
+        """How the process ended, which it did by itself: SIGABRT, exit code 1."""
+        self._process.join(5)  # its end of the pipe closes first
+        code = self._process.exitcode
+        return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
 
 
 @contextlib.contextmanager
@@ -208,10 +246,15 @@ def _serve(pipe: Connection, device: str, seed: int) -> None:
     os.dup2(sys.stderr.fileno(), 1)  # stdout may be JSON
     from kdacli.device import pick_device
 
-    pick_device(device)
     number = 0
     checker = Checker(device, seed, announce=lambda begun: pipe.send((number, "begun", begun)))
     try:
+        try:
+            pick_device(device)
+        except KdaError as error:
+            pipe.send((number, "raised", _portable(error)))
+            os._exit(1)
+        pipe.send((number, "ready", None))
         while True:
             number, method, args = pipe.recv()
             for kind, value in _answers(checker, method, args):

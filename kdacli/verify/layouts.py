@@ -15,9 +15,12 @@ TOKENS = ("q", "k", "v", "g", "beta")
 
 
 def packed_projection(inputs: Inputs) -> Inputs:
-    """q, k, v as slices of one projection, and g and beta of another: rows are longer than the tensors in them."""
+    """q, k, v as slices of one projection, and g and beta of another, or, where their dtypes differ, of two: rows are
+    longer than the tensors in them.
+    """
     q, k, v = _slices(inputs.q, inputs.k, inputs.v)
-    g, beta = _slices(inputs.g, inputs.beta.to(inputs.g.dtype))
+    together = inputs.g.dtype is inputs.beta.dtype
+    g, beta = _slices(inputs.g, inputs.beta) if together else _slices(inputs.g) + _slices(inputs.beta)
     return dataclasses.replace(inputs, q=q, k=k, v=v, g=g, beta=beta)
 
 

@@ -100,15 +100,15 @@ def poisoned_memory() -> Iterator[None]:
     """Inside, `torch.empty` and its kin hand out NaN (and the largest integers), so that an element that a kernel does
     not write, or reads before it is written, cannot pass for a result.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # `torch.use_deterministic_algorithms` would set the same, and import torch's compiler, which takes seconds.
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")
             torch.utils.deterministic.fill_uninitialized_memory = True
             yield
         finally:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.set_deterministic_debug_mode(mode)
             torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -13,7 +13,7 @@ from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import interpreted
 from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import expect, plain
+from kdacli.judge.baseline import draws, expect
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
 from kdacli.verify.call import Call, Runner, call
@@ -87,7 +87,7 @@ class Bench:
     problem: Problem
     inputs: Inputs
     expected: Outputs
-    plain_outputs: Outputs
+    plain_outputs: tuple[Outputs, ...]
     properties: tuple[str, ...] = ()
     decode_steps: int = 0
     strided: bool = False
@@ -101,7 +101,7 @@ class Bench:
 
     @classmethod
     def of_inputs(cls, name: str, problem: Problem, inputs: Inputs) -> "Bench":
-        return cls(name, problem, inputs, expect(inputs, problem.op), plain(inputs, problem.op))
+        return cls(name, problem, inputs, expect(inputs, problem.op), draws(inputs, problem.op))
 
 
 def inputs_of(case: Case, seed: int, device: str) -> Inputs:

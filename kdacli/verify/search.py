@@ -27,12 +27,15 @@ MAX_TOKENS = {
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search came to: cases tried, those of them that the kernel refused, and the first failure if any."""
+    """What a search came to: cases tried, those of them that the kernel refused, the first failure if any, and how long
+    it took.
+    """
 
     kernel: str
     tried: int
     refused: int
     failure: tuple[Case, Result] | None
+    seconds: float = dataclasses.field(compare=False)
 
 
 class _StopError(Exception):
@@ -61,7 +64,7 @@ def search(
     """
     import hypothesis
 
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     tried = refused = 0
     failure: list[tuple[Case, Result]] = []
 
@@ -78,7 +81,7 @@ def search(
     @hypothesis.given(case=cases(kernel.op, device))
     def one(case: Case) -> None:
         nonlocal tried, refused
-        if failure or time.monotonic() > deadline:
+        if failure or time.monotonic() - began > seconds:
             raise _StopError
         before(case)
         result = check(kernel, Bench.of_case(case, seed, device))
@@ -90,7 +93,7 @@ def search(
 
     with contextlib.suppress(_StopError):
         one()
-    return Found(kernel.name, tried, refused, failure[0] if failure else None)
+    return Found(kernel.name, tried, refused, failure[0] if failure else None, time.monotonic() - began)
 
 
 def cases(op: Op, device: str) -> "SearchStrategy[Case]":

@@ -65,7 +65,7 @@ def _maps(bench: Bench, result: Result, outputs: Outputs) -> list[str]:
         out, ref = getattr(outputs, name), getattr(bench.expected, name)
         if verdict.passed or out is None or out.shape != ref.shape or not ref.numel():
             continue
-        lines += heat_map(bench.inputs, name, out, ref, getattr(bench.plain_outputs, name))
+        lines += heat_map(bench.inputs, name, out, ref, getattr(bench.plain_outputs[0], name))
     return lines
 
 

@@ -31,7 +31,7 @@ class Subject:
     inputs: Inputs
     outputs: Outputs
     expected: Outputs
-    plain_outputs: Outputs
+    plain_outputs: tuple[Outputs, ...]
     ours: bool
     interpreted: bool
 
@@ -48,7 +48,7 @@ class Subject:
         """What the judge says against `outputs`, where they are not as good as those of one plain call must be."""
         inputs, plain_outputs = inputs or self.inputs, self.plain_outputs
         if inputs.state_v_first != self.inputs.state_v_first:
-            plain_outputs = swapped(plain_outputs)
+            plain_outputs = [swapped(one) for one in plain_outputs]
         found = judge(
             inputs, outputs, op=self.problem.op, expected=expected or self.expected, plain_outputs=plain_outputs
         )

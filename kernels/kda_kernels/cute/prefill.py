@@ -120,7 +120,7 @@ def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tenso
     indices, offsets = inputs.state_indices, inputs.cu_seqlens
     summaries, starts, reads = (
         torch.empty(shape, dtype=dtype, device=inputs.q.device)
-        for shape, dtype in _workspaces(split, N, B * T, HV, V, K, offsets is not None, inputs.q.dtype)
+        for shape, dtype in _workspaces(split, N, B * T, HV, V, K, offsets is not None)
     )
     final = ht if indices is None else inputs.state
     for i in range(split.rounds(N, B * T, offsets is not None)):
@@ -130,7 +130,7 @@ def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tenso
         with stage("scan"), on_device(inputs.q):
             scan_segments(summaries, starts, final, indices, offsets, N, T, *here)
         with stage("outputs"), on_device(inputs.q):
-            add_segment_outputs(reads, starts, o, indices, offsets, N, *here)
+            add_segment_outputs(reads, starts, o, indices, offsets, N, *here, _scale(inputs))
 
 
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,13 +170,13 @@ def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
 
 
 def _workspaces(
-    split: Split, N: int, T: int, HV: int, V: int, K: int, packed: bool, dtype: torch.dtype = torch.bfloat16
+    split: Split, N: int, T: int, HV: int, V: int, K: int, packed: bool
 ) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of summaries, starts and reads: see `PrefillKernel.__call__`."""
     units = split.units(N, T, packed)
     yield (2 * units, HV, V, K), torch.float32
     yield (N + units, HV, V, K), torch.float32
-    yield (units * split.segment, HV, K), dtype
+    yield (units * split.segment, HV, K), torch.bfloat16
 
 
 def _sequences(inputs: Inputs) -> int:
@@ -202,7 +202,7 @@ def _call(
     arguments = (
         q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
         inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads,
-        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0,
+        _scale(inputs), options.lower_bound or 0.0,
         lead, segment, begin, limit,
     )  # fmt: skip
     function = _function(part, inputs, h0, ht)
@@ -210,6 +210,10 @@ def _call(
         function(*arguments)
     except (TypeError, ValueError) as error:  # nothing was launched
         raise InputError(f"cute-prefill: {' '.join(str(error).split())}") from None
+
+
+def _scale(inputs: Inputs) -> float:
+    return inputs.q.shape[3] ** -0.5 if inputs.options.scale is None else inputs.options.scale
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
@@ -406,12 +410,13 @@ def _triton_variants(problem: Problem, split: Split) -> Iterator[Variant]:
         "HV": HV, "V": V, "K": K, "POOLED": pooled, "PACKED": problem.packed,
     }  # fmt: skip
     yield TritonVariant.of(
-        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", starts="*fp32", final=final,
-        stride_final=0 if final is None else HV * V * K, BV=segment_scan.BV, FINAL=final is not None,
+        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", transitions="*bf16", starts="*fp32",
+        final=final, stride_final=0 if final is None else HV * V * K, BV=segment_scan.BV, FINAL=final is not None,
         num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES, **same,
     )  # fmt: skip
     yield TritonVariant.of(
-        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", starts="*fp32", o="*bf16",
+        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", scale="fp32", starts="*fp32",
+        o="*bf16",
         stride_b=batch(problem)[1] * HV * V, stride_t=HV * V, stride_h=V, BT=segment_outputs.BT,
         SPAN=segment_outputs.SPAN, num_warps=segment_outputs.NUM_WARPS, num_stages=segment_outputs.NUM_STAGES, **same,
     )  # fmt: skip

@@ -52,5 +52,15 @@ class PrefillSpec:
         return self.index is not None
 
     @property
+    def inverse_parts(self) -> int:
+        """Of bf16. With beta up to 2 and alike keys the inverse's entries do not fade, and add up over a sequence."""
+        return 2 if self.allow_neg_eigval else 1
+
+    @property
+    def out_buffers(self) -> int:
+        """For o on its way out: two, if shared memory has room."""
+        return 1 if self.inverse_parts == 2 and self.g == "float32" else 2
+
+    @property
     def packed(self) -> bool:
         return self.offsets is not None

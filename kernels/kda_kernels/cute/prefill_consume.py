@@ -6,8 +6,8 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
-from kda_kernels.cute.prefill_shared import Kind, operand, swizzled, vector
-from kda_kernels.cute.ptx import bfloat16_pair, fresh, load_transposed, select, store_transposed
+from kda_kernels.cute.prefill_shared import Kind, by_chunk, operand, swizzled, vector
+from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, load_transposed, rest, select, store_transposed
 
 
 class Consumer:
@@ -20,7 +20,7 @@ class Consumer:
 
     @cute.jit
     def consume(
-        self, shared, o, h0, ht, summaries, starts, reads, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
+        self, shared, atoms, tiles, o, h0, ht, summaries, starts, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
         index: Int32, last, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
         segment: Int32, begin: Int32,
         read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
@@ -52,8 +52,9 @@ class Consumer:
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
-        square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, 2 * STAGES), (0, 1, 2))
-        inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, 2 * STAGES), (1, 0, 2))
+        squares = 1 + spec.inverse_parts  # a stage
+        square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, squares * STAGES), (0, 1, 2))
+        inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, squares * STAGES), (1, 0, 2))
         if cutlass.const_expr(summary):  # kE alone
             rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
         read_b = read.make_fragment_B(read.get_slice(p).partition_B(rows))
@@ -73,12 +74,13 @@ class Consumer:
             stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
-            self.decay(S, decay, col)  # into the frame of the chunk's middle
+            self.decay(S, decay, col)
             self.round(S, S_operand)
             self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
 
             # this warp's 16 value channels of 8 tokens a matrix: lanes give the addresses of tokens
             token = (lane >> 4) * 8 + (lane & 7)
+            zeros = (shared.zeros.toint() - shared.v.toint()).to(Int32) >> 1
             place = stage * (CHUNK * spec.V) + swizzled(token, (v0 >> 3) + (lane >> 3 & 1), 8, BFloat16)
             factors = shared.token + stage * (3 * CHUNK)
             words = []
@@ -87,7 +89,7 @@ class Consumer:
                 ours = 8 * j + token < tokens
                 if cutlass.const_expr(spec.part is not Part.WHOLE):
                     ours = ours and kind == 0
-                words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else STAGES * CHUNK * spec.V)))
+                words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else zeros)))
             warpgroup.wait_group(0)
             for j in cutlass.range_constexpr(CHUNK // 8):
                 a, scaled_b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
@@ -99,36 +101,43 @@ class Consumer:
                         if cutlass.const_expr(not summary):
                             out[i] = acc[cute.size(w) + i]
             self.round(w, w_operand)
-            self.product(solve, w, w_operand, solve_b, 2 * stage, CHUNK // 16, True)
+            for part in cutlass.range_constexpr(spec.inverse_parts):
+                self.product(solve, w, w_operand, solve_b, squares * stage + part, CHUNK // 16, True)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
             if cutlass.const_expr(not summary):
-                self.product(mix, out, w_operand, mix_b, 2 * stage + 1, CHUNK // 16, True)
+                self.product(mix, out, w_operand, mix_b, squares * stage + spec.inverse_parts, CHUNK // 16, True)
             for part in cutlass.range_constexpr(PARTS):
                 self.product(write, S, w_operand, write_b, PARTS * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not summary):
                 warpgroup.wait_group(PARTS)
-                self.write_out(
-                    out, place, o, reads, shared, b, first, n_tokens, chunk, stage, i_hv, v0, lane, kind, unit, segment
-                )
-            # in two steps, here and above: the product of both decays may be too small for fp32 where S is large
-            after = [vector(decay, spec.K + 8 * j + col).load() for j in range(spec.K // 8)]
+                if cutlass.const_expr(spec.out_buffers == 1):
+                    self.own_buffer(group, warp)
+                self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            for j in cutlass.range_constexpr(spec.K // 8):
-                for i in cutlass.range_constexpr(4):
-                    S[4 * j + i] = S[4 * j + i] * after[j][i % 2]
-            cute.arch.fence_proxy("async.shared", space="cta")  # TMA writes the next v where o was
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(shared.empty + stage)
+            if cutlass.const_expr(not summary):
+                self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
+        if cutlass.const_expr(not summary):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if n_chunks > 0:  # from the middle of the last chunk to its end
+            ends = shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K)
+            for j in cutlass.range_constexpr(spec.K // 8):
+                pair = vector(ends, 8 * j + col).load()
+                for i in cutlass.range_constexpr(4):
+                    S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
 
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
         if cutlass.const_expr(summary):
             self.store_state(S, summaries, Int64(2 * unit + kind), inside)
         elif cutlass.const_expr(spec.part is Part.SPLIT):
-            if index > 0:
-                self.store_state(S, summaries, Int64(2 * unit + kind), inside)
+            if kind == 1:
+                self.store_parts(S, summaries, Int64(2 * unit + 1), i_hv, inside)
+            elif index > 0:
+                self.store_state(S, summaries, Int64(2 * unit), inside)
             elif not last:
                 sequences = starts.shape[0] - (summaries.shape[0] >> 1)
                 self.store_state(S, starts, Int64(sequences + unit), inside)
@@ -157,12 +166,29 @@ class Consumer:
                 target.store(pair.load().to(states.element_type))
 
     @cute.jit
+    def store_parts(self, S, states, slot: Int64, i_hv: Int32, inside: Int32):
+        """In two parts of bf16, [2, K, K], in the place of K * K numbers."""
+        square = self.spec.V * self.spec.K
+        words, start = cute.recast_ptr(states.iterator, dtype=BFloat16), 2 * slot * states.stride[0]
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = S[4 * j + 2 * h + e]
+                rounded = cute.make_rmem_tensor(2, BFloat16)
+                place = inside + i_hv * square + 8 * h * self.spec.K + 8 * j  # `inside` has one i_hv already
+                for part in cutlass.range_constexpr(2):
+                    rounded.store(pair.load().to(BFloat16))
+                    vector(words, start + (place + part * square)).store(rounded.load())
+                    rest(pair, rounded)
+
+    @cute.jit
     def decay(self, S, factors, col: Int32):
-        """S diag(factors)."""
+        """S diag(factors^2)."""
         for j in cutlass.range_constexpr(self.spec.K // 8):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
-                S[4 * j + i] = S[4 * j + i] * pair[i % 2]
+                S[4 * j + i] = S[4 * j + i] * pair[i % 2] * pair[i % 2]
 
     @cute.jit
     def round(self, acc, target):
@@ -182,12 +208,19 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
-    def write_out(
-        self, out, place, o, reads, shared, b: Int32, first: Int32, n_tokens: Int32, chunk: Int32, stage: Int32,
-        i_hv: Int32, v0: Int32, lane: Int32, kind: Int32, unit: Int32, segment: Int32,
-    ):  # fmt: skip
-        """o through shared memory, where this warp's part of v was: 16 value channels of a token a lane."""
-        spec = self.spec
+    def own_buffer(self, group: Int32, warp: Int32):
+        """All of this warpgroup are here, and what they wrote last has left shared memory."""
+        if warp == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier(barrier_id=3 + group, number_of_threads=128)
+
+    def buffer(self, shared, group, index):
+        buffers = self.spec.out_buffers
+        return shared.out + (buffers * group + (index if buffers == 2 else 0)) * (CHUNK * 64)
+
+    @cute.jit
+    def stage_out(self, out, shared, group: Int32, chunk: Int32, stage: Int32, warp: Int32, lane: Int32):
+        """o of this chunk into shared memory."""
         factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane & 3)
         rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
         for j in cutlass.range_constexpr(CHUNK // 8):
@@ -196,19 +229,35 @@ class Consumer:
                 for e in cutlass.range_constexpr(2):
                     rounded[4 * j + 2 * h + e] = (out[4 * j + 2 * h + e] * scale[e]).to(BFloat16)
         words = cute.recast_tensor(rounded, Int32)
-        cute.arch.sync_warp()  # all lanes have their v
+        target = self.buffer(shared, group, chunk & 1) + swizzled(
+            (lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16
+        )
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
-            store_transposed(shared.v + (place + j * 8 * 64), tuple(words[2 * j + i] for i in range(4)))
-        cute.arch.sync_warp()
-        token = chunk * CHUNK + lane
-        if token < n_tokens:
-            offset = Int64(b) * o.stride[0] + Int64(first + token) * o.stride[1] + Int64(i_hv) * o.stride[2] + v0
-            target = o.iterator.toint() + 2 * offset
-            if cutlass.const_expr(spec.part is Part.SPLIT):  # noqa: SIM102 (a constexpr, and then a value)
-                if kind == 1:
-                    row = Int64(unit * segment + token) * spec.HV + i_hv
-                    target = reads.iterator.toint() + 2 * (row * spec.K + v0)
-            target = cute.make_ptr(BFloat16, target, cute.AddressSpace.gmem, assumed_align=16)
-            for i in cutlass.range_constexpr(2):
-                source = shared.v + stage * (CHUNK * spec.V) + swizzled(lane, (v0 >> 3) + i, 8, BFloat16)
-                vector(target, 8 * i, 8).store(vector(source, 0, 8).load())
+            store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
+
+    @cute.jit
+    def write_out(
+        self, shared, atoms, tiles, o, group: Int32, chunk: Int32, tokens: Int32, p: Int32, kind: Int32, b: Int32,
+        first: Int32, i_hv: Int32, unit: Int32, segment: Int32,
+    ):  # fmt: skip
+        """From there to where it belongs: by TMA, but for a last chunk of fewer tokens."""
+        warp = p >> 5
+        cute.arch.fence_proxy("async.shared", space="cta")  # here: before the wait for products it crashes the compiler
+        self.own_buffer(group, warp)  # the other one, if there are two: what is in it has gone
+        source = self.buffer(shared, group, chunk & 1)
+        if tokens >= CHUNK or kind == 1:
+            if warp == 0:
+                if kind == 0:
+                    here, there = by_chunk(atoms[4], tiles[4][None, None, i_hv, b], source, first, 64)
+                    cute.copy(atoms[4], here, there[None, chunk, group])
+                if cutlass.const_expr(self.spec.part is Part.SPLIT):  # noqa: SIM102 (a constexpr, and then a value)
+                    if kind == 1:
+                        rows = unit * segment
+                        here, there = by_chunk(atoms[5], tiles[5][None, None, i_hv], source, rows, 64)
+                        cute.copy(atoms[5], here, there[None, chunk, group])
+                cute.arch.cp_async_bulk_commit_group()
+        else:
+            offset = Int64(b) * o.stride[0] + Int64(first + chunk * CHUNK) * o.stride[1] + Int64(i_hv) * o.stride[2]
+            for row in cutlass.range(p >> 3, tokens, 16, unroll=1):
+                target = vector(o.iterator, offset + row * o.stride[1] + (64 * group + 8 * (p & 7)), 8)
+                target.store(vector(source, swizzled(row, p & 7, 8, BFloat16), 8).load())

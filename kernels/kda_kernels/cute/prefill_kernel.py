@@ -10,12 +10,13 @@ With G the running sum of log2 decays in a chunk and m its middle (after token 1
 
 so that kE . kI of tokens i >= j is k_i . (exp2(G_i - G_j) k_j), and one reference does for the whole chunk: gates are
 bounded by -5, hence all exponents by 16 * 5. L2 norms and beta are factors of whole tokens, a = |k|^-1 beta,
-b = |k|^-2 beta, and are left out of the operands. With the state S (V x K) in the frame of m, S~ = S diag(exp2(m)):
+b = |k|^-2 beta, and are left out of the operands. With the state S~ (V x K) as it is decayed to m:
 
-    L = b tril(kE kI^T, -1)                  w = (I + L)^-1 (a v - b S~ kE)
-    o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)      S~ <- S~ + w kI,  S = S~ diag(exp2(G_31 - m))
+    L = b tril(kE kI^T, -1)                          w = (I + L)^-1 (a v - b S~ kE)
+    o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)       S~ <- S~ + w kI
 
-w is u / |k|: the update that the delta rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by
+and from one chunk's m to the next one's S~ decays once, by exp2(G_31 - m + m'). w is u / |k|: the update that the delta
+rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by
 substitution, what lies below them from products of numbers of 16 bits (`prefill_relate.py`).
 """
 
@@ -55,7 +56,7 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        summaries: cute.Tensor | None,  # fp32 [2 units, HV, V, K]: E and T of each unit
+        summaries: cute.Tensor | None,  # fp32 [2 units, HV, V, K]: E and T of each unit; T of a split in bf16 parts
         starts: cute.Tensor | None,  # fp32 [N + units, HV, V, K]: states before this round, and before each unit
         reads: cute.Tensor | None,  # [units * segment, HV, K]: what each token reads of the state before its unit
         scale: Float32,
@@ -84,28 +85,29 @@ class PrefillKernel(Producer, Consumer):
             product(CHUNK),  # with tril(qE kI^T)
             product(self.spec.K, MN_MAJOR),  # w kI
         )
-        inputs = [self.by_tile(x) for x in (q, k, v, g)]
+        load, store, dense = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp(), (1, 3, 2, 0)
+        tiles = [self.by_tile(x, load, self.spec.K, dense) for x in (q, k, v, g)]
+        tiles.append(self.by_tile(o, store, 64, dense))
+        if cutlass.const_expr(reads is not None):
+            tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
         self.kernel(
-            [atom for atom, _ in inputs], [x for _, x in inputs], g.element_type, beta, A_log, dt_bias, o, h0, ht,
+            [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
             state_indices, cu_seqlens, summaries, starts, reads, scale, lower_bound, lead, segment, begin, limit,
             *products,
         ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
-    @cute.jit
-    def by_tile(self, x: cute.Tensor):
-        """TMA's view of q, k, v or g: [T, K, heads, B] in tiles of a chunk."""
-        order = (1, 3, 2, 0)
+    def by_tile(self, x: cute.Tensor, copy, channels: int, order: tuple[int, ...]):
+        """TMA's view of an input or output, [T, K, heads, B], in tiles of a chunk and so many channels."""
         layout = cute.make_layout(tuple(x.shape[i] for i in order), stride=tuple(x.stride[i] for i in order))
         return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, layout),
-            tile_layout(x.element_type, x.shape[3]), (CHUNK, x.shape[3]),
-        )  # fmt: skip
+            copy, cute.make_tensor(x.iterator, layout), tile_layout(x.element_type, channels), (CHUNK, channels)
+        )
 
     @cute.kernel
     def kernel(
         self,
-        atoms: list[cute.CopyAtom],  # of q, k, v, g
-        inputs: list[cute.Tensor],
+        atoms: list[cute.CopyAtom],  # of q, k, v, g, o, reads
+        tiles: list[cute.Tensor],
         g_dtype: cutlass.Constexpr,
         beta: cute.Tensor,
         A_log: cute.Tensor | None,
@@ -175,7 +177,7 @@ class PrefillKernel(Producer, Consumer):
                 live = live and slot >= 0
         if live and slot >= 0:
             self.work(
-                atoms, inputs, g_dtype, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads, slot, i_n, unit,
+                atoms, tiles, g_dtype, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads, slot, i_n, unit,
                 kind, index, last, b, first, n_tokens, i_hv, scale, lower_bound, segment, begin,
                 gram, read, solve, mix, write,
             )  # fmt: skip
@@ -242,26 +244,28 @@ class PrefillKernel(Producer, Consumer):
 
     @cute.jit
     def work(
-        self, atoms, inputs, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads,
+        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads,
         slot: Int64, i_n: Int32, unit: Int32, kind: Int32, index: Int32, last, b: Int32, first: Int32, n_tokens: Int32,
         i_hv: Int32, scale: Float32, lower_bound: Float32, segment: Int32, begin: Int32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         """One head of one sequence or segment. `kind`: 0 runs on values, and 1 on the identity, which makes T."""
-        V, heads_per_q = self.spec.V, self.spec.HV // self.spec.H
+        heads_per_q = self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
         shared = allocate(self.spec, g_dtype)
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
-                cute.arch.mbarrier_init(shared.full + s, 2)  # what is prepared, and v
+                cute.arch.mbarrier_init(shared.full + s, 4)  # three warps' last pieces, and v
                 cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // 32)
+                cute.arch.mbarrier_init(shared.summed + s, 2)
             for s in cutlass.range_constexpr(2):
                 cute.arch.mbarrier_init(shared.loaded + s, 1)
             cute.arch.mbarrier_init_fence()
         if tid < 8:
-            vector(shared.v, STAGES * CHUNK * V + tid, 1)[0] = BFloat16(0.0)
-        for i in cutlass.range(tid, STAGES * CHUNK * CHUNK, THREADS, unroll=1):  # zero over the diagonals
+            vector(shared.zeros, tid, 1)[0] = BFloat16(0.0)
+        words = STAGES * (1 + self.spec.inverse_parts) * CHUNK * CHUNK // 2
+        for i in cutlass.range(tid, words, THREADS, unroll=1):  # zero over the diagonals
             vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)
         cute.arch.sync_threads()
 
@@ -269,13 +273,13 @@ class PrefillKernel(Producer, Consumer):
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
             self.consume(
-                shared, o, h0, ht, summaries, starts, reads, slot, i_n, unit, kind, index, last, b, first, n_tokens,
-                n_chunks, i_hv, group, segment, begin, read, solve, mix, write,
+                shared, atoms, tiles, o, h0, ht, summaries, starts, slot, i_n, unit, kind, index, last, b, first,
+                n_tokens, n_chunks, i_hv, group, segment, begin, read, solve, mix, write,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(
-                shared, atoms, inputs, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
+                shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
                 i_hv // heads_per_q, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
             )  # fmt: skip
 

@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, reciprocal
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_pairs, rest
 from kda_kernels.problem import Gate
@@ -85,17 +85,41 @@ class Preparer:
         return G
 
     @cute.jit
+    def decays(self, shared, G, chunk: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32):
+        """Roots of those from the middle of the last chunk to that of this one; and the log2 of those to its end.
+
+        Roots, since 2^-230, what 32 tokens may leave, is no fp32 number, and what it falls on may be 2^115.
+        """
+        K = self.spec.K
+        place = shared.decay + (stage * (2 * K) + 2 * pair)
+        if half == 0:
+            before = cute.make_rmem_tensor(2, Float32)
+            before.fill(0.0)
+            if chunk > 0:
+                last = cute.arch.make_warp_uniform((chunk - 1) % STAGES)
+                cute.arch.mbarrier_wait(shared.summed + last, (chunk - 1) // STAGES & 1)
+                before.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
+            for e in cutlass.range_constexpr(2):
+                before[e] = exp2_approx(0.5 * (before[e] + G[e, HALF]))
+            vector(place, 0).store(before.load())
+        else:
+            after = cute.make_rmem_tensor(2, Float32)
+            for e in cutlass.range_constexpr(2):
+                after[e] = G[e, HALF]
+            vector(place, K).store(after.load())
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(shared.summed + stage)
+
+    @cute.jit
     def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
-        """kE, qE and kI into shared memory, and the decays of both halves.
+        """kE, qE and kI into shared memory.
 
         kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has PARTS parts.
         """
         K = self.spec.K
         summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
         batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
-        decay = shared.decay + stage * (2 * K)
-        for e in cutlass.range_constexpr(2):
-            vector(decay, half * K + 2 * pair + e, 1)[0] = exp2_approx(G[e, HALF])
         rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
         cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))
         for i in cutlass.range_constexpr(HALF):
@@ -111,7 +135,13 @@ class Preparer:
             grow = cute.recast_tensor(rounded, Int32)[0]
             place = swizzled(i, pair, 2, BFloat16, 2 * CHUNK)
             self.word(rows, place)[0] = multiply_pairs(cute.recast_tensor(k, Int32)[i % batch], grow)
-            if cutlass.const_expr(not summary):
+            if cutlass.const_expr(self.spec.part is Part.SPLIT):  # o is rounded twice then: exactly, for once
+                x = self.pair_of(q, i % batch)
+                for e in cutlass.range_constexpr(2):
+                    exact[e] = x[e] * exact[e]
+                rounded.store(exact.load().to(BFloat16))
+                vector(rows + CHUNK * 64, place).store(rounded.load())
+            elif cutlass.const_expr(not summary):
                 self.word(rows + CHUNK * 64, place)[0] = multiply_pairs(cute.recast_tensor(q, Int32)[i % batch], grow)
 
             for e in cutlass.range_constexpr(2):

@@ -3,13 +3,13 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import LOG2_E, sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part
 from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
-from kda_kernels.cute.prefill_shared import TILE, Kind, operand, tile, vector
+from kda_kernels.cute.prefill_shared import TILE, Kind, by_chunk, operand, vector
 from kda_kernels.cute.ptx import fresh
 
 INVERTER, LOADER = 0, 3  # warps
@@ -20,7 +20,7 @@ class Producer(Preparer, Relater):
 
     @cute.jit
     def produce(
-        self, shared, atoms, inputs, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
+        self, shared, atoms, sources, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
         i_h: Int32, i_hv: Int32, kind: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -36,11 +36,12 @@ class Producer(Preparer, Relater):
             for e in cutlass.range_constexpr(2):
                 bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
 
+        if cutlass.const_expr(spec.part is Part.SPLIT):  # what is read of states is scaled when it is added to o
+            scale = scale if kind == 0 else Float32(1.0)
         raw_q = shared.raw + group * (2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
         scratch = shared.solve + group * (3 * TILE)
-        sums = shared.sums + group * (4 * CHUNK)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, PARTS * STAGES), (0, 1, 2))
@@ -49,10 +50,10 @@ class Producer(Preparer, Relater):
         gram_b = gram.make_fragment_B(thread.partition_B(cols))
         acc = cute.make_rmem_tensor(gram.partition_shape_C((2 * CHUNK, CHUNK)), Float32)
 
-        atom_q, atom_k, atom_v, atom_g = atoms
-        q, q_tiles = self.tiles(atom_q, inputs[0], raw_q, b, first, i_h)
-        k, k_tiles = self.tiles(atom_k, inputs[1], raw_k, b, first, i_h)
-        g, g_tiles = self.tiles(atom_g, inputs[3], raw_g, b, first, i_hv)
+        atom_q, atom_k, atom_v, atom_g = atoms[:4]
+        q_tiles, q = by_chunk(atom_q, sources[0][None, None, i_h, b], raw_q, first, spec.K)
+        k_tiles, k = by_chunk(atom_k, sources[1][None, None, i_h, b], raw_k, first, spec.K)
+        g_tiles, g = by_chunk(atom_g, sources[3][None, None, i_hv, b], raw_g, first, spec.K)
         loaded = shared.loaded + group
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)  # needs no q
         size = CHUNK * spec.K * ((16 if summary else 32) + raw_g.dtype.width) // 8
@@ -61,9 +62,11 @@ class Producer(Preparer, Relater):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
                 if cutlass.const_expr(not summary):
-                    cute.copy(atom_q, q[None, group], q_tiles, tma_bar_ptr=loaded)
-                cute.copy(atom_k, k[None, group], k_tiles, tma_bar_ptr=loaded)
-                cute.copy(atom_g, g[None, group], g_tiles, tma_bar_ptr=loaded)
+                    cute.copy(atom_q, q[None, group, 0], q_tiles, tma_bar_ptr=loaded)
+                cute.copy(atom_k, k[None, group, 0], k_tiles, tma_bar_ptr=loaded)
+                cute.copy(atom_g, g[None, group, 0], g_tiles, tma_bar_ptr=loaded)
+                if group + 2 < n_chunks:
+                    self.prefetch(atoms, q, k, g, group + 2)
 
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
@@ -71,6 +74,7 @@ class Producer(Preparer, Relater):
             warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
             stage = cute.arch.make_warp_uniform(chunk % STAGES)
             tokens = n_tokens - chunk * CHUNK
+            sums = shared.sums + (2 * group + (chunk >> 1 & 1)) * (4 * CHUNK)
             cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
 
             if tokens < CHUNK:
@@ -86,11 +90,12 @@ class Producer(Preparer, Relater):
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
                     place = shared.v + stage * (CHUNK * spec.V)
-                    v, v_tiles = self.tiles(atom_v, inputs[2], place, b, first, i_hv)
-                    cute.copy(atom_v, v[None, chunk], v_tiles, tma_bar_ptr=full)
+                    v_tiles, v = by_chunk(atom_v, sources[2][None, None, i_hv, b], place, first, spec.V)
+                    cute.copy(atom_v, v[None, chunk, 0], v_tiles, tma_bar_ptr=full)
                 else:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)
+            self.decays(shared, G, chunk, stage, pair, half, warp, lane)
             self.operands(shared, raw_q, raw_k, G, stage, pair, half)
             # what the warp that inverts, for which the others wait in the end, need not do
             if warp != INVERTER:
@@ -119,26 +124,43 @@ class Producer(Preparer, Relater):
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
                     if cutlass.const_expr(not summary):
-                        cute.copy(atom_q, q[None, chunk + 2], q_tiles, tma_bar_ptr=loaded)
-                    cute.copy(atom_k, k[None, chunk + 2], k_tiles, tma_bar_ptr=loaded)
-                    cute.copy(atom_g, g[None, chunk + 2], g_tiles, tma_bar_ptr=loaded)
+                        cute.copy(atom_q, q[None, chunk + 2, 0], q_tiles, tma_bar_ptr=loaded)
+                    cute.copy(atom_k, k[None, chunk + 2, 0], k_tiles, tma_bar_ptr=loaded)
+                    cute.copy(atom_g, g[None, chunk + 2, 0], g_tiles, tma_bar_ptr=loaded)
+                    if chunk + 4 < n_chunks:
+                        self.prefetch(atoms, q, k, g, chunk + 4)
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             warpgroup.wait_group(0)
-            mix = shared.mix + stage * (2 * CHUNK * CHUNK)
-            self.spread(acc, scratch, mix + CHUNK * CHUNK, sums, warp, lane, tokens)
+            self.spread(acc, scratch, self.mix(shared, stage, spec.inverse_parts), sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
-            self.barrier(group)
+            # L goes from two warps to one of them; nobody else waits
             if warp == INVERTER:
-                self.invert(scratch, mix, lane)
+                cute.arch.barrier(barrier_id=5 + group, number_of_threads=64)
+                self.invert(scratch, self.mix(shared, stage, 0), lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
+            if warp == 1:
+                cute.arch.barrier_arrive(barrier_id=5 + group, number_of_threads=64)
+            else:
                 cute.arch.sync_warp()
                 if lane == 0:
                     cute.arch.mbarrier_arrive(shared.full + stage)
+
+    def mix(self, shared, stage, index: int):
+        """A square of this stage."""
+        return shared.mix + (stage * (1 + self.spec.inverse_parts) + index) * (CHUNK * CHUNK)
 
     @cute.jit
     def barrier(self, group: Int32):
         """Among the threads of this warpgroup."""
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+
+    @cute.jit
+    def prefetch(self, atoms, q, k, g, chunk: Int32):
+        """Into L2: what is loaded next waits for that only, since it can be loaded late only."""
+        if cutlass.const_expr(self.spec.part is not Part.SUMMARY):
+            cute.prefetch(atoms[0], q[None, chunk, 0])
+        cute.prefetch(atoms[1], k[None, chunk, 0])
+        cute.prefetch(atoms[3], g[None, chunk, 0])
 
     @cute.jit
     def fetch_beta(self, beta, b: Int32, first: Int32, token: Int32, n_tokens: Int32, i_hv: Int32):
@@ -147,14 +169,3 @@ class Producer(Preparer, Relater):
         if token < n_tokens:
             raw = beta[b, first + token, i_hv].to(Float32)
         return raw
-
-    @cute.jit
-    def tiles(self, atom: cute.CopyAtom, source, target, b: Int32, first: Int32, head: Int32):
-        """A head's chunks from token `first` on, and the tile at `target` that takes one, as TMA wants them."""
-        size = source.shape[1]
-        chunks = cute.local_tile(cute.domain_offset((first, 0), source[None, None, head, b]), (CHUNK, size), (None, 0))
-        there, here = cpasync.tma_partition(
-            atom, 0, cute.make_layout(1), cute.group_modes(tile(target, target.dtype, size), 0, 2),
-            cute.group_modes(chunks, 0, 2),
-        )  # fmt: skip
-        return here, there

@@ -104,7 +104,7 @@ class Relater:
 
     @cute.jit
     def invert(self, scratch, mix, lane: Int32):
-        """(I + L)^-1 - I to `mix`, transposed.
+        """(I + L)^-1 - I to `mix`, transposed; its second part behind it.
 
         The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
         diagonal is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits
@@ -128,6 +128,9 @@ class Relater:
             vector(column, 8 * piece, 8).store(half)
             vector(column, TILE + 8 * piece, 8).store(lower[None, piece].load())
             vector(mix, row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8, 8).store(half)
+            if cutlass.const_expr(self.spec.inverse_parts == 2):
+                target = CHUNK * CHUNK + row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8
+                vector(mix, target, 8).store(lower[None, piece].load())
         vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = BFloat16(0.0)  # the diagonal
         cute.arch.sync_warp()
 
@@ -147,7 +150,11 @@ class Relater:
                     pair[e] = -outer[4 * tile_n + 2 * h + e]
                 j = (lane >> 2) + 8 * h
                 target = j * CHUNK + ((2 + tile_n) ^ (j >> 1 & 3)) * 8 + 2 * (lane & 3)
-                vector(mix, target).store(pair.load().to(BFloat16))
+                rounded = cute.make_rmem_tensor(2, BFloat16)
+                for part in cutlass.range_constexpr(self.spec.inverse_parts):
+                    rounded.store(pair.load().to(BFloat16))
+                    vector(mix, target + part * (CHUNK * CHUNK)).store(rounded.load())
+                    rest(pair, rounded)
 
     @cute.jit
     def parts(self, values):

@@ -5,7 +5,7 @@ from typing import Any
 
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int64
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
@@ -24,26 +24,33 @@ class Shared:
 
     rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
     cols:  kI: [CHUNK, K], the same, in PARTS parts
-    mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle; then tril(qE kI^T), not transposed
-    v:     [CHUNK, V], as `cols`; o on its way out. After the last stage 8 zeros
+    mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle, in one or two parts; then tril(qE kI^T), not
+           transposed
+    v:     [CHUNK, V], as `cols`
     token: a, b and the factor of o: [3, CHUNK], fp32
-    decay: exp2(m) [K], then exp2(G_31 - m), fp32
+    decay: roots of the decays from the middle of the last chunk to that of this one [K]; then G_31 - m, log2; fp32
+    out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
+    summed: for each stage, that G_31 - m is there
     solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
-    sums:  for each producing warpgroup q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
+    sums:  for each producing warpgroup, and for this and its next chunk, q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
+    zeros: 8 of them
     """
 
     full: Any
     empty: Any
     loaded: Any
+    summed: Any
+    zeros: Any
     rows: Any
     cols: Any
     mix: Any
     v: Any
     token: Any
     decay: Any
+    out: Any
     raw: Any
     raw_g: Any
     solve: Any
@@ -60,17 +67,20 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
     return Shared(
         rows=array(BFloat16, STAGES * 2 * CHUNK * K, 1024),
         cols=array(BFloat16, STAGES * PARTS * CHUNK * K, 1024),
-        mix=array(BFloat16, STAGES * 2 * CHUNK * CHUNK, 1024),
-        v=array(BFloat16, STAGES * CHUNK * V + 8, 1024),
+        mix=array(BFloat16, STAGES * (1 + spec.inverse_parts) * CHUNK * CHUNK, 1024),
+        v=array(BFloat16, STAGES * CHUNK * V, 1024),
+        out=array(BFloat16, 2 * spec.out_buffers * CHUNK * 64, 1024),
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
         raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
         solve=array(Float32, 2 * 3 * TILE),
-        sums=array(Float32, 2 * 4 * CHUNK),
+        sums=array(Float32, 2 * 2 * 4 * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
         loaded=array(Int64, 2, 8),
+        summed=array(Int64, STAGES, 8),
+        zeros=array(BFloat16, 8),
     )
 
 
@@ -88,14 +98,18 @@ def vector(pointer, offset, size: int = 2):
 
 
 def tile_layout(dtype, channels: int):
-    """[CHUNK, channels] of an input: 128 bytes of channels beside each other, rows of 128 bytes, 128-byte swizzle."""
+    """[CHUNK, channels] of an input or of o: 128 bytes of channels beside each other, rows of 128 bytes, swizzled."""
     return cute.tile_to_shape(warpgroup.make_smem_layout_atom(Kind.K_SW128, dtype), (CHUNK, channels), order=(0, 1))
 
 
-def tile(pointer, dtype, channels: int):
-    """The tensor at `pointer` that TMA writes."""
-    layout = tile_layout(dtype, channels)
-    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype), layout.outer)
+def by_chunk(atom: cute.CopyAtom, there, here, first, channels: int):
+    """What TMA moves between the tile at `here` and a head's tokens from `first` on, [T, K], by chunk and channels."""
+    layout = tile_layout(here.dtype, channels)
+    tile = cute.make_tensor(cute.recast_ptr(here, layout.inner, here.dtype), layout.outer)
+    chunks = cute.local_tile(cute.domain_offset((first, 0), there), (CHUNK, channels), (None, None))
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(tile, 0, 2), cute.group_modes(chunks, 0, 2)
+    )
 
 
 def swizzled(row, index, unit: int, dtype, rows: int = CHUNK):

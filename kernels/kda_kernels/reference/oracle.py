@@ -34,7 +34,9 @@ def recurrence(inputs: Inputs) -> Outputs:
 
 
 @torch.no_grad()
-def chunk_form(inputs: Inputs, *, chunk: int = CHUNK, operand_dtype: OperandDtype | None = None) -> Outputs:
+def chunk_form(
+    inputs: Inputs, *, chunk: int = CHUNK, operand_dtype: OperandDtype | None = None, unit: float = 1.0
+) -> Outputs:
     """The chunk form; the same result as `recurrence`, or the error a chunk kernel cannot avoid.
 
     Args:
@@ -50,6 +52,7 @@ def chunk_form(inputs: Inputs, *, chunk: int = CHUNK, operand_dtype: OperandDtyp
               * W = A kg, the new values v', and Aqk,
               * the state S where it is an operand, not where it is carried on.
             Then o is rounded to the dtype of v, and the final state to the dtype of the state (fp32 without one).
+        unit: see `operand_rounding`.
 
     Returns:
         Shapes as from `recurrence`; a pool comes back as an updated copy.
@@ -60,7 +63,7 @@ def chunk_form(inputs: Inputs, *, chunk: int = CHUNK, operand_dtype: OperandDtyp
     dtype = torch.float64 if operand_dtype is None else torch.float32
     batch = prepare(inputs, dtype)
     states = load_states(inputs, batch)
-    o = chunk_recurrence(batch, states, chunk, operand_rounding(operand_dtype)).view(inputs.v.shape)
+    o = chunk_recurrence(batch, states, chunk, operand_rounding(operand_dtype, unit)).view(inputs.v.shape)
     if operand_dtype is None:
         return Outputs(o, store_states(inputs, batch, states, torch.float64))
     return Outputs(o.to(inputs.v.dtype), store_states(inputs, batch, states))

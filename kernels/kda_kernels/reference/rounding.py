@@ -11,13 +11,19 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 _TF32_DROPPED_BITS = 13  # fp32 has 23 bits of mantissa, tf32 10
 
 
-def operand_rounding(operand_dtype: OperandDtype | None) -> Rounding:
+def operand_rounding(operand_dtype: OperandDtype | None, unit: float = 1.0) -> Rounding:
     """A function that rounds a tensor to what an operand of `operand_dtype` can hold and keeps the tensor's own dtype.
 
     None and torch.float32: no rounding. "tf32": 10 bits of mantissa with the exponent range of fp32.
+
+    Args:
+        unit: what numbers are measured in while they are rounded. Errors in another unit are as large, and others.
     """
     if operand_dtype is None or operand_dtype is torch.float32:
         return lambda x: x
+    if unit != 1.0:
+        rounded = operand_rounding(operand_dtype)
+        return lambda x: rounded(x * unit) / unit
     if operand_dtype == "tf32":
         return round_to_tf32
     return lambda x: x.to(operand_dtype).to(x.dtype)

@@ -1,7 +1,9 @@
 """What the tokens of a prefill that is split read of the states before their segments, added to its output.
 
-The output of a token is affine in the state S [V, K] before its segment: o = o' + S r, where o' is what it would be
-without one, and r [K] what the segment's transition makes of its query. 768 bytes a token and head to move.
+The output of a token is affine in the state S [V, K] before its segment: o = o' + scale S r, where o' is what it would
+be without one, and r [K] what the segment's transition makes of its query. 768 bytes a token and head to move.
+
+r is bf16, which holds what any decay leaves of a query, and S the sum of two.
 """
 
 import torch
@@ -17,7 +19,7 @@ NUM_WARPS, NUM_STAGES = 4, 2
 
 @triton.jit
 def segment_outputs_kernel(
-    reads,  # [units * segment, HV, K]: r
+    reads,  # bf16 [units * segment, HV, K]: r
     starts,  # fp32 [N + units, HV, V, K]: states before the units, behind N others
     o,  # [B, T, HV, V]: o', and then o
     state_indices,
@@ -28,6 +30,7 @@ def segment_outputs_kernel(
     segment,
     begin,
     limit,
+    scale,
     stride_b,
     stride_t,
     stride_h,
@@ -73,8 +76,8 @@ def segment_outputs_kernel(
         real = (t < n_tokens)[:, None]
         r = tl.load(reads + ((unit.to(tl.int64) * segment + t[:, None]) * HV + i_hv) * K + k[None, :], real, 0.0)
         at = o + (first + t[:, None]) * stride_t + i_hv * stride_h + rows[None, :]
-        total = dot(r, upper, tl.load(at, real, 0.0).to(tl.float32))
-        tl.store(at, cast(dot(r, lower, total), o.dtype.element_ty), real)
+        total = tl.load(at, real, 0.0).to(tl.float32) + scale * dot(r, lower, dot(r, upper))
+        tl.store(at, cast(total, o.dtype.element_ty), real)
 
 
 def add_segment_outputs(
@@ -88,6 +91,7 @@ def add_segment_outputs(
     segment: int,
     begin: int,
     limit: int,
+    scale: float,
 ) -> None:
     """Completes `o` [B, T, HV, V]; the other arguments are those of `segment_scan.scan_segments`.
 
@@ -98,7 +102,7 @@ def add_segment_outputs(
     units = starts.shape[0] - sequences
     segment_outputs_kernel[(triton.cdiv(segment, SPAN), HV, units)](
         reads, starts, o, state_indices, cu_seqlens, sequences, o.shape[1], lead, segment, begin, limit,
-        *o.stride()[:3],
+        scale, *o.stride()[:3],
         HV=HV, V=V, K=K, BT=BT, SPAN=SPAN, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
