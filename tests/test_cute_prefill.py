@@ -4,16 +4,19 @@ pytest tests/test_cute_prefill.py       about three minutes, most of it the comp
 """
 
 import dataclasses
+import itertools
 import threading
 
 import pytest
 import torch
 from decode_inputs import DEVICE
-from prefill_inputs import GIVEN, SAFE, plain, pooled, tokens
+from prefill_inputs import GIVEN, SAFE, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
 from kda_kernels.cute import prefill as module
+from kda_kernels.cute import prefill_plan
 from kda_kernels.cute.prefill import prefill
 from kda_kernels.cute.prefill_config import CHUNK
+from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.serving import kda_decode, kda_prefill
@@ -22,6 +25,7 @@ from kdacli.judge import judge
 
 pytestmark = pytest.mark.gpu
 KEPT = 7.0  # what a buffer held before
+TWICE = dataclasses.replace(SAFE, allow_neg_eigval=True)
 EDGES = [1, 0, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 15, 16, 17, 5 * CHUNK + 3]
 TOKENS = ("q", "k", "v", "g", "beta")
 
@@ -36,12 +40,7 @@ def files(tmp_path_factory):
         yield
 
 
-def split(monkeypatch: pytest.MonkeyPatch, segment: int | None) -> None:
-    """Sequences in segments of so many tokens, whatever the plan would say."""
-    monkeypatch.setattr(module, "_segment", lambda *shape: segment)
-
-
-both = pytest.mark.parametrize("segment", [None, 2 * CHUNK], ids=["whole", "split"])
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +63,8 @@ def check(inputs: Inputs, clean: Inputs | None = None) -> Outputs:
     o = whole[2048 : 2048 + numel].view(shape).fill_(float("nan"))
     before = None if inputs.state is None else bits(inputs.state)
     reference = (clean or inputs).fresh()
-    outputs = prefill(inputs, o)
+    with new_memory_holds_nan():
+        outputs = prefill(inputs, o)
     torch.cuda.synchronize()
     assert whole[:2048].eq(KEPT).all() and whole[2048 + numel :].eq(KEPT).all(), "guards around o"
     for verdict in judge(reference, outputs, op=Op.PREFILL):
@@ -86,10 +86,13 @@ CASES = {
     "pool, gaps, int64": lambda: pooled(EDGES, slots=range(10), P=10, gap=64, index_dtype=torch.int64),
     "bf16 pool": lambda: pooled(EDGES, slots=range(10), P=10, state_dtype=torch.bfloat16),
     "padding": lambda: pooled([40, 3, 100], slots=[4, -1, 0]),
+    "padding with units": lambda: pooled([100, 161, 97], slots=[4, -1, 0]),
     "int64 offsets": lambda: dataclasses.replace((x := plain(EDGES)), cu_seqlens=x.cu_seqlens.long()),
-    "dense": lambda: plain(N=3, T=2 * CHUNK + 5),
+    "dense": lambda: plain(N=3, T=3 * CHUNK + 5),
+    "dense, two rounds": lambda: plain(N=2, T=5 * CHUNK + 1),
     "one token": lambda: plain(N=3, T=1),
     "dense pool": lambda: pooled(N=3, T=100),
+    "dense, padding": lambda: pooled(N=3, T=100, slots=(4, -1, 0)),
     "no state": lambda: tokens(EDGES),
     "no state, not wanted": lambda: tokens(EDGES, output_final_state=False),
     "no final state": lambda: plain(EDGES, output_final_state=False),
@@ -103,28 +106,38 @@ CASES = {
         (x := plain(EDGES)), A_log=x.A_log.bfloat16(), dt_bias=x.dt_bias.bfloat16()
     ),
     "no parameters": lambda: dataclasses.replace(plain(EDGES), A_log=None, dt_bias=None),
-    "2 sigmoid": lambda: plain(EDGES, options=dataclasses.replace(SAFE, allow_neg_eigval=True)),
+    "2 sigmoid": lambda: plain(EDGES, options=TWICE),
+    "2 sigmoid, fp32 g": lambda: dataclasses.replace((x := plain(EDGES, options=TWICE)), g=x.g.float()),
     "bound and scale": lambda: plain(EDGES, options=dataclasses.replace(SAFE, lower_bound=-1.5, scale=0.2)),
     "as many heads": lambda: plain(EDGES, H=2),
+    "one head": lambda: plain([161], HV=1),
+    "three heads": lambda: pooled([161, 0, 100], HV=3),
+    "32 of one length": lambda: pooled([CHUNK + 1] * 32, slots=range(32), P=32),
+    "32 of many lengths": lambda: pooled([*EDGES, *EDGES, *EDGES, 7, 200], slots=range(31, -1, -1), P=32),
+    "33": lambda: pooled([*EDGES, *EDGES, *EDGES, 7, 200, 0], slots=range(33), P=33),
 }
 
 
-@both
+@every_way
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_cases(monkeypatch, case, segment):
-    split(monkeypatch, segment)
+def test_cases(monkeypatch, case, way):
+    split(monkeypatch, way)
     check(case())
 
 
+@every_way
 @pytest.mark.parametrize("raw", [-1e4, -8.0, 8.0, 1e4])
-def test_gates_at_both_ends(raw):
+def test_gates_at_both_ends(monkeypatch, raw, way):
     """Nothing is forgotten, or e^-5 is left of a channel with each token."""
+    split(monkeypatch, way)
     inputs = plain([5 * CHUNK + 3])
     check(dataclasses.replace(inputs, g=torch.full_like(inputs.g, raw)))
 
 
-def test_gates_of_both_ends_in_turn():
+@every_way
+def test_gates_of_both_ends_in_turn(monkeypatch, way):
     """The decays within a chunk run through the whole range, channel by channel and token by token."""
+    split(monkeypatch, way)
     inputs = plain([5 * CHUNK + 3])
     g = torch.full_like(inputs.g, -1e4)
     g[:, ::2, :, ::2] = 1e4
@@ -132,11 +145,11 @@ def test_gates_of_both_ends_in_turn():
     check(dataclasses.replace(inputs, g=g))
 
 
-@both
-def test_what_the_neighbours_hold_is_not_seen(monkeypatch, segment):
+@every_way
+def test_what_the_neighbours_hold_is_not_seen(monkeypatch, way):
     """Each sequence in turn is right while all others, before and behind it, are NaN."""
-    split(monkeypatch, segment)
-    lens = [3, CHUNK + 1, 1, 2 * CHUNK - 1, 20]
+    split(monkeypatch, way)
+    lens = [3, 3 * CHUNK + 1, 1, 5 * CHUNK - 1, 20]
     inputs = plain(lens)
     ends = inputs.cu_seqlens.tolist()
     expected = prefill(inputs)
@@ -153,38 +166,63 @@ def test_what_the_neighbours_hold_is_not_seen(monkeypatch, segment):
     check(inputs)
 
 
-@both
-def test_padding_is_neither_read_nor_written(monkeypatch, segment):
-    split(monkeypatch, segment)
-    clean = pooled([40, 100, 3], slots=[4, -1, 0])
+@every_way
+def test_padding_is_neither_read_nor_written(monkeypatch, way):
+    split(monkeypatch, way)
+    clean = pooled([100, 161, 3], slots=[4, -1, 0])
     inputs = clean.fresh()
     tensors = {name: getattr(inputs, name).clone() for name in TOKENS}
     for x in tensors.values():
-        x[:, 40:140] = float("nan")
+        x[:, 100:261] = float("nan")
     outputs = check(dataclasses.replace(inputs, **tensors), clean)
-    assert outputs.o[:, 40:140].eq(0).all(), "zeros, exactly"
+    assert outputs.o[:, 100:261].eq(0).all(), "zeros, exactly"
 
 
-def test_an_empty_sequence_hands_its_state_on():
-    inputs = plain([0, 40, 0])
+@every_way
+def test_an_empty_sequence_hands_its_state_on(monkeypatch, way):
+    split(monkeypatch, way)
+    inputs = plain([0, 170, 0])
     final = check(inputs).final_state
     assert final[[0, 2]].equal(inputs.state[[0, 2]])
+
+
+@pytest.mark.parametrize("chunks", range(1, 10))
+def test_units_of_any_number_of_chunks(monkeypatch, chunks):
+    """Whole ones, and last ones that lack 5 tokens or have just one. An odd number of first segments."""
+    size = chunks * CHUNK
+    split(monkeypatch, Split(size, size, 16 * size))
+    check(plain([3 * size - 5, 2 * size + 1, size], HV=3))
+
+
+def test_what_the_plan_makes_of_few_heads(monkeypatch):
+    """Nothing is pretended: one sequence in segments; and in rounds, had they less memory."""
+    inputs = plain([2000], H=4, HV=12)
+    shape = (1, 2000, 12, torch.cuda.get_device_properties(0).multi_processor_count)
+    assert prefill_plan.plan(*shape).split.rounds(1, 2000, packed=True) == 1
+    check(inputs)
+    monkeypatch.setattr(prefill_plan, "MOST_BYTES", 3_000_000)
+    shorter = prefill_plan.plan(*shape).split
+    assert shorter.rounds(1, 2000, packed=True) == 3
+    split(monkeypatch, shorter)
+    check(inputs)
 
 
 # --- where tensors lie
 
 
-def test_rows_that_lie_apart():
+@every_way
+def test_rows_that_lie_apart(monkeypatch, way):
     """q, k and v as views of one projection, gates head-major, beta a slice, o too; what is between them is NaN."""
-    base = plain([70, 3], H=2)
-    wide = torch.full((1, 73, 3 * 256 + 8), float("nan"), dtype=torch.bfloat16, device=base.q.device)
-    q, k, v = (wide[..., 256 * i : 256 * (i + 1)].view(1, 73, 2, 128) for i in range(3))
-    g = torch.empty(1, 2, 73, 128, dtype=torch.bfloat16, device=base.q.device).transpose(1, 2)
-    beta = torch.full((1, 73, 11), float("nan"), dtype=torch.bfloat16, device=base.q.device)[..., 3:5]
+    split(monkeypatch, way)
+    base = plain([170, 3], H=2)
+    wide = torch.full((1, 173, 3 * 256 + 8), float("nan"), dtype=torch.bfloat16, device=base.q.device)
+    q, k, v = (wide[..., 256 * i : 256 * (i + 1)].view(1, 173, 2, 128) for i in range(3))
+    g = torch.empty(1, 2, 173, 128, dtype=torch.bfloat16, device=base.q.device).transpose(1, 2)
+    beta = torch.full((1, 173, 11), float("nan"), dtype=torch.bfloat16, device=base.q.device)[..., 3:5]
     views = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     for name, view in views.items():
         view.copy_(getattr(base, name))
-    wide_o = torch.full((1, 73, 2, 160), KEPT, dtype=torch.bfloat16, device=base.q.device)
+    wide_o = torch.full((1, 173, 2, 160), KEPT, dtype=torch.bfloat16, device=base.q.device)
     expected = check(base)
     outputs = prefill(dataclasses.replace(base, **views), wide_o[..., 16:144])
     assert same_bits(wide_o[..., 16:144], expected.o)
@@ -206,9 +244,9 @@ def test_pool_past_2_31_elements():
 # --- bits
 
 
-@both
-def test_the_same_bits_in_every_run(monkeypatch, segment):
-    split(monkeypatch, segment)
+@every_way
+def test_the_same_bits_in_every_run(monkeypatch, way):
+    split(monkeypatch, way)
     inputs = pooled(EDGES, slots=range(10), P=10)
     first = inputs.fresh()
     o = prefill(first).o
@@ -217,21 +255,20 @@ def test_the_same_bits_in_every_run(monkeypatch, segment):
         assert same_bits(prefill(again).o, o) and same_bits(again.state, first.state)
 
 
-@both
-def test_a_sequence_does_not_depend_on_the_others(monkeypatch, segment):
-    """The same alone as between others."""
-    split(monkeypatch, segment)
+@every_way
+def test_a_sequence_does_not_depend_on_the_others(monkeypatch, way):
+    """The same alone as between others; where sequences are split, the same with one other, which has units."""
+    split(monkeypatch, way)
     batch = plain(EDGES)
     ends = batch.cu_seqlens.tolist()
     whole = prefill(batch)
+    other = [] if way is None else [len(EDGES) - 1]
     for n, length in enumerate(EDGES):
-        at = slice(ends[n], ends[n + 1])
-        alone = dataclasses.replace(
-            batch, **{name: getattr(batch, name)[:, at] for name in TOKENS}, state=batch.state[n : n + 1],
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32, device=DEVICE),
-        )  # fmt: skip
-        outputs = prefill(alone)
-        assert same_bits(outputs.o, whole.o[:, at])
+        at, of = slice(ends[n], ends[n + 1]), [n, *other]
+        tensors = {name: torch.cat([getattr(batch, name)[:, ends[m] : ends[m + 1]] for m in of], 1) for name in TOKENS}
+        offsets = torch.tensor([0, *itertools.accumulate(EDGES[m] for m in of)], dtype=torch.int32, device=DEVICE)
+        outputs = prefill(dataclasses.replace(batch, **tensors, state=batch.state[of], cu_seqlens=offsets))
+        assert same_bits(outputs.o[:, :length], whole.o[:, at])
         assert same_bits(outputs.final_state[0], whole.final_state[n])
 
 
@@ -291,10 +328,10 @@ def test_triton_says_the_same():
 # --- graphs, streams, threads
 
 
-@both
-def test_a_graph_replays_what_eager_calls_do(monkeypatch, segment):
+@every_way
+def test_a_graph_replays_what_eager_calls_do(monkeypatch, way):
     """Other tokens, lengths and slots: a graph reads what lies there when it runs."""
-    split(monkeypatch, segment)
+    split(monkeypatch, way)
     inputs = pooled([40, 0, 100], slots=[4, 1, 6])
     static, o = inputs.fresh(), torch.empty_like(inputs.v)
     prefill(static, o)  # compiles
@@ -313,9 +350,9 @@ def test_a_graph_replays_what_eager_calls_do(monkeypatch, segment):
         assert same_bits(now.state, static.state)
 
 
-@both
-def test_two_streams_at_once(monkeypatch, segment):
-    split(monkeypatch, segment)
+@every_way
+def test_two_streams_at_once(monkeypatch, way):
+    split(monkeypatch, way)
     calls = [pooled([300, 70], slots=[0, 1], seed=seed) for seed in range(2)]
     expected = [(prefill(x := inputs.fresh()).o, x.state) for inputs in calls]
     streams = [torch.cuda.Stream() for _ in calls]

@@ -5,11 +5,13 @@ import dataclasses
 import fake_prefill
 import pytest
 import torch
+from prefill_inputs import split
 
 from kda_kernels.checks import problem_of
 from kda_kernels.cute import cache
 from kda_kernels.cute import prefill as module
-from kda_kernels.cute.prefill_config import Part
+from kda_kernels.cute.prefill_config import CHUNK, Part
+from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.cute.variant import launched_shared_bytes
 from kda_kernels.errors import UnavailableError
@@ -72,7 +74,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for
 CHANGES = {
     "usual": {},
     "bf16 state": {"state_dtype": "bfloat16"},
-    "dense": {"packed": False, "seq_lens": (5, 5)},
+    "dense": {"packed": False, "seq_lens": (37, 37)},
     "padding": {"padding": 1},
     "plain": {"pool_slots": None},
     "plain bf16": {"pool_slots": None, "state_dtype": "bfloat16"},
@@ -87,7 +89,7 @@ CHANGES = {
 
 
 @no_gpu
-@pytest.mark.parametrize("part", Part)
+@pytest.mark.parametrize("part", [Part.WHOLE, Part.SPLIT])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_the_spec_of_a_problem_is_that_of_its_launch(monkeypatch, part, change):
     """`kda compile` asks for what launches will ask for."""
@@ -95,7 +97,6 @@ def test_the_spec_of_a_problem_is_that_of_its_launch(monkeypatch, part, change):
     inputs = make_inputs(problem)
     assert problem_of(inputs, Op.PREFILL) == problem
     made = fake_prefill.install(monkeypatch)
-    monkeypatch.setattr(module, "_segment", lambda *shape: None if part is Part.WHOLE else 32)
+    split(monkeypatch, None if part is Part.WHOLE else Split(CHUNK, CHUNK, 2 * CHUNK))
     module.prefill(dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu)))
-    assert module._problem_spec(problem, part) in [function.spec for function in made]
-    assert len(made) == (1 if part is Part.WHOLE else 2)
+    assert [function.spec for function in made] == [module._problem_spec(problem, part)]

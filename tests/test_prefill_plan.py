@@ -1,31 +1,71 @@
 """Whether and how a prefill is split: from shapes alone."""
 
+import heapq
 import itertools
+import random
 
 import pytest
 
 from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import MOST, plan
+from kda_kernels.cute.prefill_plan import MOST_BYTES, START, Split, makespan, plan
 
 SMS = 132
+SHAPES = [
+    (sequences, sequences * each, HV)
+    for sequences in (1, 2, 5, 8, 64)
+    for each in (1, 100, 300, 1024, 8190, 65536, 1_000_000)
+    for HV in (1, 12, 32, 96)
+]
 
 
-@pytest.mark.parametrize(("sequences", "tokens", "HV"), [(1, 8192, 96), (8, 8192, 96), (6, 8192, 64), (64, 65536, 12)])
-def test_sequences_that_fill_the_gpu_stay_whole(sequences, tokens, HV):
-    assert plan(sequences, tokens, HV, SMS).tokens is None
+@pytest.mark.parametrize(("sequences", "each", "HV"), [(8, 1024, 96), (64, 1024, 12), (64, 1024, 96), (6, 1365, 64)])
+def test_sequences_that_fill_the_gpu_stay_whole(sequences, each, HV):
+    assert plan(sequences, sequences * each, HV, SMS).split is None
 
 
 @pytest.mark.parametrize(("tokens", "HV"), [(8192, 32), (2048, 12), (8192, 12), (32768, 16), (1 << 20, 12)])
 def test_few_heads_and_long_sequences_are_split(tokens, HV):
-    segment = plan(1, tokens, HV, SMS).tokens
-    assert segment % CHUNK == 0
-    assert 1 < -(-tokens // segment) <= MOST
+    whole, found = tokens // CHUNK + START, plan(1, tokens, HV, SMS)
+    assert found.split is not None
+    assert found.cost < 0.75 * whole
+
+
+def test_first_segments_are_longer_where_they_take_most_sms():
+    """The others take two CTAs each. With 96 heads there may be nothing to gain."""
+    splits = [plan(1, 8192, HV, SMS).split for HV in (32, 64, 96)]
+    assert splits[0] is not None
+    assert all(split is None or split.lead > split.segment for split in splits)
 
 
 def test_short_sequences_stay_whole():
     """What two more launches cost is more than what there is to gain."""
-    assert plan(1, 2 * CHUNK, 12, SMS).tokens is None
-    assert plan(3, 0, 12, SMS).tokens is None
+    assert plan(1, 2 * CHUNK, 12, SMS).split is None
+    assert plan(3, 0, 12, SMS).split is None
+    assert plan(0, 0, 12, SMS).split is None
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_launches_rely_on(shape):
+    """Of every split: a workspace that is not empty and not too large, and rounds that hand a state on."""
+    sequences, tokens, HV = shape
+    found = plan(*shape, SMS)
+    chunks = -(-tokens // sequences // CHUNK)
+    assert found.cost <= -(-sequences * HV // SMS) * (chunks + START), "not more than whole sequences cost"
+    if (split := found.split) is None:
+        return
+    assert not any(x % CHUNK for x in (split.lead, split.segment, split.limit))
+    assert 0 < split.segment <= split.lead < split.limit
+    assert split.rounds(sequences, tokens, packed=False) * split.limit >= tokens / sequences
+    for packed in (True, False):
+        units = split.units(*shape[:2], packed)
+        assert units > 0
+        assert units * split.segment * HV * 256 <= MOST_BYTES
+
+
+def test_long_sequences_go_in_rounds():
+    split = plan(1, 1 << 20, 12, SMS).split
+    assert split.rounds(1, 1 << 20, packed=True) == split.rounds(1, 1 << 20, packed=False) > 1
+    assert plan(1, 32768, 16, SMS).split.limit >= 32768
 
 
 def test_more_work_never_costs_less():
@@ -36,3 +76,92 @@ def test_more_work_never_costs_less():
 
 def test_a_larger_gpu_is_never_slower():
     assert plan(1, 8192, 12, 264).cost <= plan(1, 8192, 12, SMS).cost <= plan(1, 8192, 12, 66).cost
+
+
+# --- the time that CTAs take
+
+
+def listed(sms: int, tasks: list[float]) -> float:
+    """When the last is done, if each goes to the worker that is free first."""
+    free = [0.0] * sms
+    for time in tasks:
+        heapq.heapreplace(free, free[0] + time)
+    return max(free)
+
+
+@pytest.mark.parametrize(
+    ("sms", "first", "then"),
+    [
+        (132, (96, 258.0), (0, 1.0)),
+        (132, (133, 3.0), (0, 1.0)),
+        (132, (132, 3.0), (132, 2.0)),
+        (132, (96, 229.0), (192, 31.0)),
+        (4, (3, 10.0), (7, 1.5)),
+        (4, (3, 10.0), (6, 20.0)),
+        (1, (2, 3.0), (5, 2.0)),
+        (8, (0, 1.0), (9, 2.0)),
+    ],
+)
+def test_makespan(sms, first, then):
+    tasks = [first[1]] * first[0] + [then[1]] * then[0]
+    assert makespan(sms, first, then) == pytest.approx(listed(sms, tasks), abs=2e-3)
+
+
+def test_makespan_of_anything():
+    rng = random.Random(0)
+    for _ in range(500):
+        sms = rng.randint(1, 20)
+        first = rng.randint(1, 60), rng.uniform(1, 50)
+        then = rng.randint(0, 80), rng.uniform(1, first[1])
+        tasks = [first[1]] * first[0] + [then[1]] * then[0]
+        assert makespan(sms, first, then) == pytest.approx(listed(sms, tasks), abs=2e-3), (sms, first, then)
+
+
+# --- units and rounds
+
+
+def units(split: Split, lens: list[int]) -> list[int]:
+    """In each round, until the last token: found by walking."""
+    left, found = list(lens), []
+    while any(left):
+        count = 0
+        for n, tokens in enumerate(left):
+            now = min(tokens, split.limit)
+            left[n] -= now
+            now -= min(now, split.lead)
+            while now > 0:
+                count, now = count + 1, now - split.segment
+        found.append(count)
+    return found
+
+
+SPLITS = [Split(64, 64, 256), Split(64, 32, 96), Split(96, 32, 1 << 20), Split(160, 64, 480), Split(32, 32, 1 << 20)]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_units_and_rounds_of_any_lengths(split):
+    """There never are more than the most, of lengths that add up to the same."""
+    rng = random.Random(1)
+    for _ in range(2000):
+        N = rng.randint(1, 6)
+        lens = [rng.choice((0, rng.randint(1, 60), rng.randint(1, 700))) for _ in range(N)]
+        found = units(split, lens)
+        assert all(count <= split.units(N, sum(lens), packed=True) for count in found), lens
+        assert len(found) <= split.rounds(N, sum(lens), packed=True), lens
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_the_most_units_are_reached(split):
+    """By one sequence that has all tokens, by dense ones, and by packed ones that fill a round each."""
+    for N, tokens in itertools.product((1, 3), (1, 64, 65, 100, 160, 161, 700)):
+        dense = units(split, [tokens] * N)
+        assert dense[0] == max(dense) == split.units(N, N * tokens, packed=False)
+        assert len(dense) == split.rounds(N, N * tokens, packed=False)
+        alone = units(split, [tokens] + [0] * (N - 1))
+        assert alone[0] == split.units(1, tokens, packed=True)
+        assert len(alone) == split.rounds(N, tokens, packed=True)
+        if tokens <= split.limit:
+            assert alone[0] == split.units(N, tokens, packed=True)
+    if split.limit < 1000:
+        N = 3
+        assert units(split, [split.limit] * N) == [split.units(N, N * split.limit, packed=True)]

@@ -130,7 +130,7 @@ def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tenso
         with stage("scan"), on_device(inputs.q):
             scan_segments(summaries, starts, final, indices, offsets, N, T, *here)
         with stage("outputs"), on_device(inputs.q):
-            add_segment_outputs(reads, starts, o, indices, offsets, N, *here, _scale(inputs))
+            add_segment_outputs(reads, starts, o, indices, offsets, N, *here)
 
 
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +202,7 @@ def _call(
     arguments = (
         q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
         inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads,
-        _scale(inputs), options.lower_bound or 0.0,
+        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0,
         lead, segment, begin, limit,
     )  # fmt: skip
     function = _function(part, inputs, h0, ht)
@@ -210,10 +210,6 @@ def _call(
         function(*arguments)
     except (TypeError, ValueError) as error:  # nothing was launched
         raise InputError(f"cute-prefill: {' '.join(str(error).split())}") from None
-
-
-def _scale(inputs: Inputs) -> float:
-    return inputs.q.shape[3] ** -0.5 if inputs.options.scale is None else inputs.options.scale
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
@@ -415,7 +411,7 @@ def _triton_variants(problem: Problem, split: Split) -> Iterator[Variant]:
         num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES, **same,
     )  # fmt: skip
     yield TritonVariant.of(
-        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", scale="fp32", starts="*fp32",
+        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", starts="*fp32",
         o="*bf16",
         stride_b=batch(problem)[1] * HV * V, stride_t=HV * V, stride_h=V, BT=segment_outputs.BT,
         SPAN=segment_outputs.SPAN, num_warps=segment_outputs.NUM_WARPS, num_stages=segment_outputs.NUM_STAGES, **same,
@@ -429,8 +425,6 @@ def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
     pooled = problem.pool_slots is not None
     state = problem.state_dtype if pooled or problem.initial_state else None
     h0, ht = state, None if pooled or not problem.final_state else state or "float32"
-    if part is Part.SUMMARY:
-        h0, ht = None, None
     return PrefillSpec(
         H=problem.H, HV=problem.HV, gate=options.gate, beta_is_logit=options.beta_is_logit,
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,

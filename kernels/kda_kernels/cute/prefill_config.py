@@ -59,7 +59,7 @@ class PrefillSpec:
     @property
     def out_buffers(self) -> int:
         """For o on its way out: two, if shared memory has room."""
-        return 1 if self.inverse_parts == 2 and self.g == "float32" else 2
+        return 1 if self.g == "float32" else 2
 
     @property
     def packed(self) -> bool:

@@ -14,11 +14,12 @@ import math
 
 from kda_kernels.cute.prefill_config import CHUNK
 
-# In units of the time of a chunk, 2.6 us on an H100 (`kernels/README.md`):
-START = 2.0  # of a CTA, until its first chunk is ready
-SCAN = 1.0  # a segment in the scan of the states between them (2.5 us in a trace of P3)
-LAUNCHES = 2.5  # two more of them
-ADD = 0.0038  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.5 TB/s
+# In units of the time of a chunk, 2.1 us on an H100 (`kernels/README.md`):
+START = 7.0  # of a CTA, until its first chunk is ready and after its last
+SCAN = 1.2  # a unit in the scan of the states between them
+LAUNCHES = 3.0  # two more of them
+ADD = 0.005  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.3 TB/s
+GAIN = 1.1  # what a split must promise: with all SMs busy each is slower (P1: 583 us where it promised 530, whole 554)
 MOST = 64  # units a sequence and round
 RATIOS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12)  # of the first segment to the others
 MOST_BYTES = 512 << 20
@@ -76,13 +77,13 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
     for units in range(1, min(MOST, ours) + 1):
         for ratio in RATIOS:
             segment = math.ceil(ours / (units + ratio))
-            lead = ours - units * segment
-            if lead < segment:
-                continue
+            lead = max(ours - units * segment, segment)
             cost = makespan(sms, (heads, lead + START), (2 * units * heads, segment + START))
             cost += units * SCAN + LAUNCHES + units * segment * heads * ADD
-            if rounds * cost < best.cost:
-                best = Plan(Split(lead * CHUNK, segment * CHUNK, ours * CHUNK), rounds * cost)
+            if GAIN * rounds * cost < best.cost:
+                # one round holds any sequence, however the tokens are shared out
+                limit = ours if rounds > 1 else -(-tokens // CHUNK)
+                best = Plan(Split(lead * CHUNK, segment * CHUNK, limit * CHUNK), GAIN * rounds * cost)
     return best
 
 

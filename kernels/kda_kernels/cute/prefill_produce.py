@@ -27,17 +27,6 @@ class Producer(Preparer, Relater):
         p = cute.arch.thread_idx()[0] & 127
         warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
 
-        A = Float32(LOG2_E)
-        bias = cute.make_rmem_tensor(2, Float32)
-        bias.fill(0.0)
-        if cutlass.const_expr(A_log is not None):
-            A = cute.math.exp2(A_log[i_hv].to(Float32) * LOG2_E) * LOG2_E
-        if cutlass.const_expr(dt_bias is not None):
-            for e in cutlass.range_constexpr(2):
-                bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
-
-        if cutlass.const_expr(spec.part is Part.SPLIT):  # what is read of states is scaled when it is added to o
-            scale = scale if kind == 0 else Float32(1.0)
         raw_q = shared.raw + group * (2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
@@ -68,6 +57,15 @@ class Producer(Preparer, Relater):
                 if group + 2 < n_chunks:
                     self.prefetch(atoms, q, k, g, group + 2)
 
+        # after the loads are on their way: these wait for memory too
+        A = Float32(LOG2_E)
+        bias = cute.make_rmem_tensor(2, Float32)
+        bias.fill(0.0)
+        if cutlass.const_expr(A_log is not None):
+            A = cute.math.exp2(A_log[i_hv].to(Float32) * LOG2_E) * LOG2_E
+        if cutlass.const_expr(dt_bias is not None):
+            for e in cutlass.range_constexpr(2):
+                bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
@@ -157,10 +155,11 @@ class Producer(Preparer, Relater):
     @cute.jit
     def prefetch(self, atoms, q, k, g, chunk: Int32):
         """Into L2: what is loaded next waits for that only, since it can be loaded late only."""
-        if cutlass.const_expr(self.spec.part is not Part.SUMMARY):
-            cute.prefetch(atoms[0], q[None, chunk, 0])
-        cute.prefetch(atoms[1], k[None, chunk, 0])
-        cute.prefetch(atoms[3], g[None, chunk, 0])
+        with cute.arch.elect_one():
+            if cutlass.const_expr(self.spec.part is not Part.SUMMARY):
+                cute.prefetch(atoms[0], q[None, chunk, 0])
+            cute.prefetch(atoms[1], k[None, chunk, 0])
+            cute.prefetch(atoms[3], g[None, chunk, 0])
 
     @cute.jit
     def fetch_beta(self, beta, b: Int32, first: Int32, token: Int32, n_tokens: Int32, i_hv: Int32):
