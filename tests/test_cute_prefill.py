@@ -274,7 +274,7 @@ def test_a_sequence_does_not_depend_on_the_others(monkeypatch, way):
 
 @pytest.mark.parametrize("at", [CHUNK, 3 * CHUNK, 37, 1])
 def test_two_halves_are_the_whole(at):
-    """On a pool in fp32; cut between chunks, to the bit."""
+    """On a pool in fp32. Not to the bit: decays before and behind a cut are one factor where nothing is cut."""
     inputs = pooled([5 * CHUNK + 3], slots=[2])
     whole, halves = inputs.fresh(), inputs.fresh()
     expected = prefill(whole)
@@ -286,8 +286,8 @@ def test_two_halves_are_the_whole(at):
         return prefill(dataclasses.replace(halves, **tensors, cu_seqlens=offsets)).o
 
     o = torch.cat([part(slice(at)), part(slice(at, None))], 1)
-    if at % CHUNK == 0:
-        assert same_bits(o, expected.o) and same_bits(halves.state[2], whole.state[2])
+    for cut, one in ((o, expected.o), (halves.state[2], whole.state[2])):
+        assert (cut.float() - one.float()).norm() < 2e-3 * one.float().norm()
     for verdict in judge(inputs, Outputs(o, halves.state), op=Op.PREFILL):
         assert verdict.passed, verdict
 

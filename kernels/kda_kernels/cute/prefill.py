@@ -16,6 +16,7 @@ that. So |k| must stay under 3.4e38 / exp(80) = 6e3, whether L2 norms are made h
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,7 +254,13 @@ def spec_of(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tenso
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=name(inputs.q),
         g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log), dt_bias=name(inputs.dt_bias),
         h0=name(h0), ht=name(ht), index=name(inputs.state_indices), offsets=name(inputs.cu_seqlens), part=part,
+        each_arrives=_sanitized(),
     )  # fmt: skip
+
+
+def _sanitized() -> bool:
+    """Whether compute-sanitizer looks on; slower, and the same results."""
+    return os.environ.get("KDA_SANITIZE") == "1"
 
 
 def label(spec: PrefillSpec, arch: str) -> str:
@@ -430,4 +437,5 @@ def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
         g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=h0, ht=ht,
         index="int32" if pooled else None, offsets="int32" if problem.packed else None, part=part,
+        each_arrives=_sanitized(),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
-from kda_kernels.cute.prefill_shared import Kind, by_chunk, operand, swizzled, vector
+from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, load_transposed, rest, select, store_transposed
 
 
@@ -116,9 +116,7 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(shared.empty + stage)
+            arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
                 self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
         if cutlass.const_expr(not summary):

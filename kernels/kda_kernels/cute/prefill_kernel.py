@@ -256,9 +256,11 @@ class PrefillKernel(Producer, Consumer):
         shared = allocate(self.spec, g_dtype)
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
-                cute.arch.mbarrier_init(shared.full + s, 4)  # three warps' last pieces, and v
-                cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // 32)
-                cute.arch.mbarrier_init(shared.summed + s, 2)
+                each = self.spec.each_arrives
+                # v, and three warps' last pieces
+                cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3))
+                cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
+                cute.arch.mbarrier_init(shared.summed + s, 64 if each else 2)
             for s in cutlass.range_constexpr(2):
                 cute.arch.mbarrier_init(shared.loaded + s, 1)
             cute.arch.mbarrier_init_fence()

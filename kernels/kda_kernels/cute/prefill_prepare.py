@@ -6,7 +6,7 @@ from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, reciprocal
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
-from kda_kernels.cute.prefill_shared import swizzled, vector
+from kda_kernels.cute.prefill_shared import arrive, swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_pairs, rest
 from kda_kernels.problem import Gate
 
@@ -107,9 +107,7 @@ class Preparer:
             for e in cutlass.range_constexpr(2):
                 after[e] = G[e, HALF]
             vector(place, K).store(after.load())
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(shared.summed + stage)
+            arrive(shared.summed + stage, lane, self.spec.each_arrives)
 
     @cute.jit
     def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):

@@ -9,7 +9,7 @@ from kda_kernels.cute.math import LOG2_E, sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part
 from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
-from kda_kernels.cute.prefill_shared import TILE, Kind, by_chunk, operand, vector
+from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
 from kda_kernels.cute.ptx import fresh
 
 INVERTER, LOADER = 0, 3  # warps
@@ -138,10 +138,8 @@ class Producer(Preparer, Relater):
                 cute.arch.fence_proxy("async.shared", space="cta")
             if warp == 1:
                 cute.arch.barrier_arrive(barrier_id=5 + group, number_of_threads=64)
-            else:
-                cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(shared.full + stage)
+            if warp != 1 or spec.each_arrives:
+                arrive(shared.full + stage, lane, spec.each_arrives)
 
     def mix(self, shared, stage, index: int):
         """A square of this stage."""

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
@@ -82,6 +83,15 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         summed=array(Int64, STAGES, 8),
         zeros=array(BFloat16, 8),
     )
+
+
+@cute.jit
+def arrive(barrier, lane: Int32, each: cutlass.Constexpr[bool]):
+    """A warp says that it has done its part: its first lane, after all others; or each lane."""
+    if cutlass.const_expr(not each):
+        cute.arch.sync_warp()
+    if each or lane == 0:
+        cute.arch.mbarrier_arrive(barrier)
 
 
 def operand(pointer, kind, shape, order):
