@@ -26,8 +26,8 @@ class FakeFunction:
         self.spec, self.calls, self.workspace = spec, 0, 0
 
     def __call__(
-        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, summaries, starts, reads, scale,
-        lower_bound, lead, segment, begin, limit,
+        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, summaries, starts, reads, h,
+        scale, lower_bound, lead, segment, begin, limit,
     ):  # fmt: skip
         s = self.spec
         B, N = 1 if s.packed else "B", "N" if s.packed else "B"
@@ -49,6 +49,7 @@ class FakeFunction:
             ("summaries", summaries, None if s.part is Part.WHOLE else "float32", ("2 units", *state)),
             ("starts", starts, "float32" if split else None, ("N + units", *state)),
             ("reads", reads, s.dtype if split else None, ("rows", s.HV, s.K)),
+            ("h", h, s.dtype if s.boundaries else None, ("slots", s.HV, s.K, s.V)),
         ]
         sizes: dict[str, int] = {}
         for name, x, dtype, shape in arguments:
@@ -73,6 +74,8 @@ class FakeFunction:
         elif s.part is Part.SUMMARY:
             _run_summary(inputs, summaries)
         else:
+            if h is not None:
+                _keep_states(inputs, h)
             outputs = plain_recurrent.run(inputs)
             o.copy_(outputs.o)
             if ht is not None:
@@ -138,6 +141,20 @@ def _run_split(inputs: Inputs, o, ht, summaries, starts, reads, lead, segment, b
                 parts = torch.stack((upper, (transition - upper.float()).bfloat16()), 1)  # [HV, 2, K, K]
                 summaries[2 * u + 1].view(torch.bfloat16).view(parts.shape).copy_(parts)
         unit += units
+
+
+def _keep_states(inputs: Inputs, h) -> None:
+    """The state before every second chunk, in slots that leave gaps between packed sequences."""
+    for n, x in enumerate(sequences(inputs)):
+        rows = -(-inputs.q.shape[1] // (2 * CHUNK))
+        slot = n * rows if inputs.cu_seqlens is None else x.first // (2 * CHUNK) + n
+        if x.slot < 0:
+            continue
+        S = torch.zeros(h.shape[1], *h.shape[:1:-1]) if inputs.state is None else inputs.state[x.slot].float()
+        for first in range(x.first, x.end, 2 * CHUNK):
+            h[slot] = S.mT
+            S = _recurrence(inputs, x.row, slice(first, min(first + 2 * CHUNK, x.end)), S)[1]
+            slot += 1
 
 
 def _run_summary(inputs: Inputs, summaries) -> None:

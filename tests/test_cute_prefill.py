@@ -292,6 +292,42 @@ def test_two_halves_are_the_whole(at):
         assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize("call", [
+    lambda: plain([130, 0, 64, 3, 65, 1]), lambda: plain(N=2, T=200), lambda: pooled([70, 0, 129], slots=[4, -1, 0]),
+    lambda: tokens([CHUNK, 5 * CHUNK + 1]),
+], ids=["packed", "dense", "pool", "no state"])  # fmt: skip
+def test_states_at_the_start_of_every_64_tokens(call):
+    """Of each, the state that the oracle has there; and nothing else is other than without them."""
+    inputs = call()
+    expected = prefill(inputs.fresh())
+    outputs, h = prefill(inputs.fresh(), return_intermediate_states=True)
+    assert h.dtype is inputs.k.dtype
+    dense = inputs.cu_seqlens is None
+    T = inputs.q.shape[1]
+    edges = [(n, 0, T) for n in range(len(inputs.q))] if dense else [
+        (0, *ends) for ends in itertools.pairwise(inputs.cu_seqlens.tolist())
+    ]  # fmt: skip
+    chunk = 0
+    for n, (row, first, end) in enumerate(edges):
+        slot = n if inputs.state_indices is None else int(inputs.state_indices[n])
+        for number, start in enumerate(range(first, end, 2 * CHUNK)):
+            found = h[n, number] if dense else h[0, chunk]
+            chunk += 1
+            if slot < 0:
+                continue
+            before = {name: getattr(inputs, name)[row : row + 1, first:start] for name in TOKENS}
+            state = None if inputs.state is None else inputs.state[slot][None]
+            one = dataclasses.replace(inputs, **before, state=state, state_indices=None, cu_seqlens=None)
+            if start > first:
+                exact = recurrence(dataclasses.replace(one, output_final_state=True)).final_state[0]
+            else:
+                exact = torch.zeros_like(found.mT).double() if state is None else state[0].double()
+            assert (found.mT.double() - exact).norm() <= 8e-3 * exact.norm()
+    assert dense or chunk == h.shape[1]
+    for one, other in ((outputs.o, expected.o), (outputs.final_state, expected.final_state)):
+        assert (one.float() - other.float()).nan_to_num().norm() <= 2e-3 * other.float().nan_to_num().norm()
+
+
 # --- with the others
 
 

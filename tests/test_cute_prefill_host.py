@@ -23,6 +23,7 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton.prefill import prefill as triton_prefill
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
 PROBLEM = Problem(Op.PREFILL, (70, 0), H=2, HV=4, pool_slots=4, options=SAFE)
@@ -218,6 +219,30 @@ def test_summaries_of_nothing(made):
     end, transition = module.summaries(on_gpu(tokens([0, 0])))
     assert end.eq(0).all() and transition.equal(torch.eye(128).expand_as(transition))
     assert end.shape == transition.shape == (2, 2, 128, 128) and not made
+
+
+# --- states on the way
+
+ON_THE_WAY = {
+    "packed": lambda: plain([130, 0, 64, 3]),
+    "dense": lambda: plain(N=2, T=130),
+    "pool": lambda: pooled([70, 0, 129]),
+    "no state": lambda: tokens([65, 1], output_final_state=False),
+}
+
+
+@pytest.mark.parametrize("call", ON_THE_WAY.values(), ids=list(ON_THE_WAY))
+def test_states_at_the_start_of_every_64_tokens(made, call):
+    """As triton-prefill gives them; and sequences are not split, however few there are."""
+    inputs = call()
+    outputs, h = prefill(on_gpu(inputs.fresh()), return_intermediate_states=True)
+    assert [function.spec.boundaries for function in made] == [True]
+    expected, expected_h = triton_prefill(inputs.fresh(), return_intermediate_states=True)
+    assert h.shape == expected_h.shape and h.dtype is inputs.k.dtype
+    torch.testing.assert_close(h.float(), expected_h.float(), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(outputs.o.float(), expected.o.float(), rtol=2e-2, atol=2e-3)
+    close(prefill(on_gpu(inputs.fresh())).o, recurrence(inputs).o)
+    assert [function.spec.boundaries for function in made] == [True, False], "a function of its own"
 
 
 # --- what is compiled, and what is not compiled again

@@ -20,7 +20,6 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
 from kda_kernels.serving import chunk_kda_fwd, kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs
-from kda_kernels.triton import prefill as triton
 
 __all__ = ["chunk_kda", "chunk_kda_fwd", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
 
@@ -116,7 +115,7 @@ def chunk_kda(
         if not return_intermediate_states:
             outputs = prefill(inputs)
             return outputs.o, outputs.final_state
-        outputs, h = triton.prefill(inputs, return_intermediate_states=True)
+        outputs, h = prefill(inputs, return_intermediate_states=True)
         return outputs.o, outputs.final_state, h.mT if state_v_first else h
 
     return forward_only(run, inputs)

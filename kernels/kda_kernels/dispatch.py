@@ -5,7 +5,7 @@ multiple of 32, V of 16, the state is V-first and its slots are 16-byte aligned;
 
 Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128, gates
 bounded by -5, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured;
-`triton-prefill` runs everything else, and whatever asks for the states between chunks.
+`triton-prefill` runs everything else.
 
 `decode_kernel` and `prefill_kernel` say which it is for given tensors, and whoever names a kernel gets that one or an
 error.
@@ -81,8 +81,9 @@ def prefill(
     out: torch.Tensor | None = None,
     *,
     chunk_indices: torch.Tensor | None = None,
+    return_intermediate_states: bool = False,
     kernel: str | None = None,
-) -> Outputs:
+) -> Outputs | tuple[Outputs, torch.Tensor]:
     """Runs a checked problem with `kernel`, or the one that `prefill_kernel` names.
 
     Args, Returns: as `kda_kernels.triton.prefill.prefill`; cute-prefill needs no `chunk_indices`.
@@ -93,12 +94,14 @@ def prefill(
     """
     kernel = kernel or prefill_kernel(inputs, out)
     if kernel == CUTE_PREFILL:
-        return _cute_prefill().prefill(inputs, out)
+        return _cute_prefill().prefill(inputs, out, return_intermediate_states=return_intermediate_states)
     if kernel != TRITON_PREFILL:
         raise InputError(f"kernel is {kernel}: it should be {CUTE_PREFILL} or {TRITON_PREFILL}")
     from kda_kernels.triton.prefill import prefill as triton_prefill
 
-    return triton_prefill(inputs, chunk_indices=chunk_indices, out=out)
+    return triton_prefill(
+        inputs, chunk_indices=chunk_indices, out=out, return_intermediate_states=return_intermediate_states
+    )
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.peers.contract import Contract
+from kda_kernels.problem import CHUNK as PAIR
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
@@ -69,7 +70,9 @@ CONTRACT = _Bounded(
 )
 
 
-def prefill(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
+def prefill(
+    inputs: Inputs, out: torch.Tensor | None = None, *, return_intermediate_states: bool = False
+) -> Outputs | tuple[Outputs, torch.Tensor]:
     """Runs a checked problem.
 
     Args:
@@ -77,6 +80,9 @@ def prefill(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
             multiples of 16 bytes, with a contiguous last dimension; nothing is copied. A pool is updated in place, and
             only in the slots of sequences with tokens.
         out: [B, T, HV, V] in the dtype of v, with strides as v; made here if not given.
+        return_intermediate_states: also return the state at the start of every 64 tokens, [B, NT, HV, K, V] in the
+            dtype of k (NT over all sequences of a packed batch; this reads cu_seqlens on the host). Sequences are not
+            split then.
 
     Returns:
         Outputs, with the pool itself as final_state when there is one. Products take bf16, sums and the state between
@@ -88,13 +94,28 @@ def prefill(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
     """
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = _new_state(inputs) if inputs.state_indices is None and inputs.output_final_state else None
-    launch(inputs, o, ht)
+    h = _room_for_states(inputs) if return_intermediate_states else None
+    launch(inputs, o, ht, h)
     final = ht if inputs.state_indices is None else inputs.state
-    return Outputs(o, final if inputs.output_final_state else None)
+    outputs = Outputs(o, final if inputs.output_final_state else None)
+    if h is None:
+        return outputs
+    from kda_kernels.triton.chunk_indices import in_order
+
+    return outputs, in_order(h, inputs.cu_seqlens, inputs.q.shape[0])
 
 
-def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> None:
-    """`prefill` into tensors that are there already: `o`, and `ht` where there is no pool.
+def _room_for_states(inputs: Inputs) -> torch.Tensor:
+    """[slots, HV, K, V]: see `chunk_indices.max_chunks`."""
+    from kda_kernels.triton.chunk_indices import max_chunks
+
+    (B, T, _, K), (HV, V) = inputs.q.shape, inputs.v.shape[2:]
+    slots = B * -(-T // PAIR) if inputs.cu_seqlens is None else max_chunks(T, _sequences(inputs))
+    return torch.empty((slots, HV, K, V), dtype=inputs.k.dtype, device=inputs.k.device)
+
+
+def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None, h: torch.Tensor | None = None) -> None:
+    """`prefill` into tensors that are there already: `o`, `ht` where there is no pool, and `h` in its slots.
 
     Allocates `workspace_bytes`: nothing, unless sequences are split.
     """
@@ -106,11 +127,11 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
             ht.zero_() if inputs.state is None else ht.copy_(inputs.state)
         return
     split = _split(_sequences(inputs), B * T, inputs.v.shape[2], multiprocessors(inputs.q.device))
-    if split is not None:
+    if split is not None and h is None:
         _launch_split(split, inputs, o, ht)
         return
     with stage("prefill"):
-        _call(Part.WHOLE, inputs, o, inputs.state, ht)
+        _call(Part.WHOLE, inputs, o, inputs.state, ht, h=h)
 
 
 def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
@@ -197,16 +218,17 @@ def _call(
     segment: int = 0,
     begin: int = 0,
     limit: int = 0,
+    h: torch.Tensor | None = None,
 ) -> None:
     """One launch; the arguments are those of `PrefillKernel.__call__`."""
     q, options = inputs.q, inputs.options
     arguments = (
         q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
-        inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads,
+        inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads, h,
         q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0,
         lead, segment, begin, limit,
     )  # fmt: skip
-    function = _function(part, inputs, h0, ht)
+    function = _function(part, inputs, h0, ht, h is not None)
     try:
         function(*arguments)
     except (TypeError, ValueError) as error:  # nothing was launched
@@ -223,7 +245,9 @@ def _new_state(inputs: Inputs) -> torch.Tensor:
     return torch.empty((_sequences(inputs), v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
 
 
-def _function(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None) -> Callable[..., Any]:
+def _function(
+    part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None, boundaries: bool = False
+) -> Callable[..., Any]:
     """The compiled function for these tensors."""
     q, options = inputs.q, inputs.options
     parts = (
@@ -231,18 +255,20 @@ def _function(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Ten
     )  # fmt: skip
     dtypes = tuple(None if x is None else x.dtype for x in parts)
     flags = options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm
-    key = ("prefill", part, flags, q.shape[2], inputs.v.shape[2], q.device, dtypes)
+    key = ("prefill", part, boundaries, flags, q.shape[2], inputs.v.shape[2], q.device, dtypes)
     if (function := CACHE.get(key)) is not None:
         return function
     if not q.is_cuda:
         raise UnavailableError(f"cute-prefill: {unsupported_here() or 'the tensors lie on the CPU'}")
     if (reason := unsupported_here(q.device)) is not None:
         raise UnavailableError(f"cute-prefill: {reason}")
-    spec, arch = spec_of(part, inputs, h0, ht), architecture(q.device)
+    spec, arch = spec_of(part, inputs, h0, ht, boundaries), architecture(q.device)
     return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
 
 
-def spec_of(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None) -> PrefillSpec:
+def spec_of(
+    part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None, boundaries: bool = False
+) -> PrefillSpec:
     """What the kernel has to be compiled for."""
 
     def name(x: torch.Tensor | None) -> str | None:
@@ -254,7 +280,7 @@ def spec_of(part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tenso
         allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=name(inputs.q),
         g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log), dt_bias=name(inputs.dt_bias),
         h0=name(h0), ht=name(ht), index=name(inputs.state_indices), offsets=name(inputs.cu_seqlens), part=part,
-        each_arrives=_sanitized(),
+        boundaries=boundaries, each_arrives=_sanitized(),
     )  # fmt: skip
 
 

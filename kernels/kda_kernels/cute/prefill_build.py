@@ -63,6 +63,7 @@ def _arguments(spec: PrefillSpec) -> tuple:
         None if spec.part is Part.WHOLE else workspace("float32", *square),
         workspace("float32", *square) if split else None,
         workspace(spec.dtype, spec.HV, spec.K) if split else None,
+        workspace(spec.dtype, spec.HV, spec.K, spec.V) if spec.boundaries else None,
         Float32(0.0),
         Float32(0.0),
         Int32(0),

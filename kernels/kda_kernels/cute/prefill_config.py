@@ -44,6 +44,7 @@ class PrefillSpec:
     index: str | None
     offsets: str | None
     part: Part = Part.WHOLE
+    boundaries: bool = False  # whether the state before every second chunk is wanted, too; of whole sequences only
     each_arrives: bool = False  # at barriers, each thread, not a warp's first: what compute-sanitizer can follow
     K: int = 128
     V: int = 128

@@ -22,7 +22,7 @@ class Consumer:
     def consume(
         self, shared, atoms, tiles, o, h0, ht, summaries, starts, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
         index: Int32, last, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
-        segment: Int32, begin: Int32,
+        segment: Int32, begin: Int32, h_slot: Int32,
         read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -48,6 +48,10 @@ class Consumer:
                     self.load_state(S, h0, slot, inside)
         elif cutlass.const_expr(spec.h0 is not None):
             self.load_state(S, h0, slot, inside)
+
+        if cutlass.const_expr(spec.boundaries):  # noqa: SIM102 (a constexpr, and then a value)
+            if n_chunks > 0:
+                self.keep(S, shared.decay, False, shared, atoms, tiles, group, p, i_hv, h_slot)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
         summary = cutlass.const_expr(spec.part is Part.SUMMARY)
@@ -116,9 +120,14 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            arrive(shared.empty + stage, lane, spec.each_arrives)
+            if cutlass.const_expr(not spec.boundaries):
+                arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
                 self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
+            if cutlass.const_expr(spec.boundaries):
+                if chunk & 1 == 1 and chunk + 1 < n_chunks:
+                    self.keep(S, decay + spec.K, True, shared, atoms, tiles, group, p, i_hv, h_slot + (chunk + 1 >> 1))
+                arrive(shared.empty + stage, lane, spec.each_arrives)  # only now: the decays are read
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if n_chunks > 0:  # from the middle of the last chunk to its end
@@ -226,12 +235,42 @@ class Consumer:
             for h in cutlass.range_constexpr(2):
                 for e in cutlass.range_constexpr(2):
                     rounded[4 * j + 2 * h + e] = (out[4 * j + 2 * h + e] * scale[e]).to(BFloat16)
+        self.stage(rounded, self.buffer(shared, group, chunk & 1), warp, lane)
+
+    @cute.jit
+    def stage(self, rounded, buffer, warp: Int32, lane: Int32):
+        """32 columns of accumulators, in bf16, as rows of a tile of 64 value channels."""
         words = cute.recast_tensor(rounded, Int32)
-        target = self.buffer(shared, group, chunk & 1) + swizzled(
-            (lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16
-        )
+        target = buffer + swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16)
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
             store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
+
+    @cute.jit
+    def keep(
+        self, S, decay, decays: cutlass.Constexpr[bool], shared, atoms, tiles, group: Int32, p: Int32, i_hv: Int32,
+        slot: Int32,
+    ):  # fmt: skip
+        """The state, if `decays` by 2^decay to the end of a chunk, into its slot of h, 32 key channels at a time."""
+        warp, lane = p >> 5, p & 31
+        buffer = self.buffer(shared, group, 0)
+        for t in cutlass.range_constexpr(self.spec.K // 32):
+            self.own_buffer(group, warp)
+            rounded = cute.make_rmem_tensor(16, BFloat16)
+            for j in cutlass.range_constexpr(4):
+                factor = [Float32(1.0), Float32(1.0)]
+                if cutlass.const_expr(decays):
+                    pair = vector(decay, 8 * (4 * t + j) + 2 * (lane & 3)).load()
+                    factor = [exp2_approx(pair[0]), exp2_approx(pair[1])]
+                for i in cutlass.range_constexpr(4):
+                    rounded[4 * j + i] = (S[16 * t + 4 * j + i] * factor[i % 2]).to(BFloat16)
+            self.stage(rounded, buffer, warp, lane)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=3 + group, number_of_threads=128)
+            if warp == 0:
+                here, there = by_chunk(atoms[5], tiles[5][None, None, i_hv, slot], buffer, 0, 64)
+                cute.copy(atoms[5], here, there[None, t, group])
+                cute.arch.cp_async_bulk_commit_group()
+        self.own_buffer(group, warp)
 
     @cute.jit
     def write_out(

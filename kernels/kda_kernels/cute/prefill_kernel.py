@@ -59,6 +59,7 @@ class PrefillKernel(Producer, Consumer):
         summaries: cute.Tensor | None,  # fp32 [2 units, HV, V, K]: E and T of each unit; T of a split in bf16 parts
         starts: cute.Tensor | None,  # fp32 [N + units, HV, V, K]: states before this round, and before each unit
         reads: cute.Tensor | None,  # [units * segment, HV, K]: what each token reads of the state before its unit
+        h: cute.Tensor | None,  # [slots, HV, K, V]: the state before every second chunk, see `slot_of`
         scale: Float32,
         lower_bound: Float32,
         lead: Int32,  # tokens of a first segment, and of the others: multiples of CHUNK
@@ -90,6 +91,8 @@ class PrefillKernel(Producer, Consumer):
         tiles.append(self.by_tile(o, store, 64, dense))
         if cutlass.const_expr(reads is not None):
             tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
+        if cutlass.const_expr(h is not None):
+            tiles.append(self.by_tile(h, store, 64, (2, 3, 1, 0)))
         self.kernel(
             [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
             state_indices, cu_seqlens, summaries, starts, reads, scale, lower_bound, lead, segment, begin, limit,
@@ -106,7 +109,7 @@ class PrefillKernel(Producer, Consumer):
     @cute.kernel
     def kernel(
         self,
-        atoms: list[cute.CopyAtom],  # of q, k, v, g, o, reads
+        atoms: list[cute.CopyAtom],  # of q, k, v, g, o, and reads or h
         tiles: list[cute.Tensor],
         g_dtype: cutlass.Constexpr,
         beta: cute.Tensor,
@@ -276,7 +279,7 @@ class PrefillKernel(Producer, Consumer):
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
             self.consume(
                 shared, atoms, tiles, o, h0, ht, summaries, starts, slot, i_n, unit, kind, index, last, b, first,
-                n_tokens, n_chunks, i_hv, group, segment, begin, read, solve, mix, write,
+                n_tokens, n_chunks, i_hv, group, segment, begin, self.slot_of(i_n, first, o), read, solve, mix, write,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
@@ -284,6 +287,14 @@ class PrefillKernel(Producer, Consumer):
                 shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
                 i_hv // heads_per_q, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
             )  # fmt: skip
+
+    @cute.jit
+    def slot_of(self, i_n: Int32, first: Int32, o):
+        """Of a sequence's first pair of chunks in h: pairs of those before it leave gaps, and need not be counted."""
+        if cutlass.const_expr(self.spec.packed):
+            return first // (2 * CHUNK) + i_n
+        else:
+            return i_n * ((Int32(o.shape[1]) + (2 * CHUNK - 1)) // (2 * CHUNK))
 
     @cute.jit
     def write_zeros(self, o, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, tid: Int32):

@@ -20,6 +20,19 @@ def max_chunks(total_tokens: int, num_seqs: int, chunk_size: int = CHUNK) -> int
     return total_tokens // chunk_size + num_seqs
 
 
+def in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.Tensor:
+    """Workspace slots -> [B, NT, HV, K, V] without the gaps that ragged sequences leave."""
+    if cu_seqlens is None:
+        return h.view(B, -1, *h.shape[1:])
+    ends = cu_seqlens.tolist()
+    slots = [
+        first // CHUNK + n + chunk
+        for n, (first, last) in enumerate(zip(ends, ends[1:], strict=False))
+        for chunk in range(triton.cdiv(last - first, CHUNK))
+    ]
+    return h[slots].unsqueeze(0)
+
+
 @triton.jit
 def chunk_indices_kernel(cu_seqlens, out, C: tl.constexpr, BLOCK: tl.constexpr):
     """Rows from the first slot of sequence n up to that of the next, one program a sequence."""

@@ -19,7 +19,7 @@ from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_chain import chunk_chain_kernel
 from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
 from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
-from kda_kernels.triton.chunk_indices import max_chunks, prepare_chunk_indices
+from kda_kernels.triton.chunk_indices import in_order, max_chunks, prepare_chunk_indices
 from kda_kernels.triton.chunk_indices import variant as chunk_indices_variant
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
@@ -140,7 +140,7 @@ def prefill(
                 num_warps=config.chain_warps,
             )  # fmt: skip
     outputs = Outputs(o, ht if inputs.output_final_state else None)
-    return (outputs, _in_order(h, inputs.cu_seqlens, B)) if return_intermediate_states else outputs
+    return (outputs, in_order(h, inputs.cu_seqlens, B)) if return_intermediate_states else outputs
 
 
 def _factors(
@@ -187,19 +187,6 @@ def _final_state(inputs: Inputs, dims: Dims) -> torch.Tensor | None:
 def _strides(state: torch.Tensor | None, vk: tuple[int, int]) -> tuple[int, int, int, int]:
     """(sequence or slot, head, K, V) strides."""
     return (0, 0, 0, 0) if state is None else (*state.stride()[:2], state.stride(vk[0]), state.stride(vk[1]))
-
-
-def _in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.Tensor:
-    """Workspace slots -> [B, NT, HV, K, V] without the gaps that ragged sequences leave."""
-    if cu_seqlens is None:
-        return h.view(B, -1, *h.shape[1:])
-    ends = cu_seqlens.tolist()
-    slots = [
-        first // CHUNK + n + chunk
-        for n, (first, last) in enumerate(zip(ends, ends[1:], strict=False))
-        for chunk in range(triton.cdiv(last - first, CHUNK))
-    ]
-    return h[slots].unsqueeze(0)
 
 
 def unsupported(problem: Problem | None = None) -> str | None:
