@@ -9,7 +9,7 @@ from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import DRAWS, LONG, draws, expect, operand_dtype, plain
+from kdacli.judge.baseline import DRAWS, LONG, Cut, draws, expect, operand_dtype, plain
 from kdacli.synthetic import make_inputs
 from kdacli.verify import spec
 from kdacli.verify.runner import Bench
@@ -17,9 +17,12 @@ from kdacli.verify.runner import Bench
 LENS = (3, 70, 0, 64, 17)
 
 
-def _inputs(op: Op = Op.PREFILL, seq_lens: tuple[int, ...] = LENS, **fields) -> Inputs:
+def _inputs(
+    op: Op = Op.PREFILL, seq_lens: tuple[int, ...] = LENS, gates: str = "bench", keys: str = "random", **fields
+) -> Inputs:
     """Two heads; K differs from V unless `fields` say otherwise."""
-    return make_inputs(Problem(op, seq_lens, **{"H": 2, "HV": 2, "K": 32, "V": 16, **fields}))
+    problem = Problem(op, seq_lens, **{"H": 2, "HV": 2, "K": 32, "V": 16, **fields})
+    return make_inputs(problem, gates=gates, keys=keys)
 
 
 def _good(inputs: Inputs, op: Op = Op.PREFILL) -> Outputs:
@@ -50,6 +53,25 @@ def test_another_chunk_size_passes(dtype, gates, keys):
     operands = torch.bfloat16 if dtype == "bfloat16" else "tf32"
     verdicts = judge(inputs, oracle.chunk_form(inputs, chunk=32, operand_dtype=operands), op=Op.PREFILL)
     assert [v.note for v in verdicts] == ["", ""]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("gates", "keys"), [("bench", "random"), ("init", "near-collinear"), ("weak", "random")])
+def test_tensor_cores_may_cut_operands_to_tf32(dtype, gates, keys):
+    """A kernel that does not round fp32 operands itself is right, in other chunks too."""
+    inputs = _inputs(dtype=dtype, g_dtype=dtype, beta_dtype=dtype, gates=gates, keys=keys)
+    made = oracle.chunk_form(inputs, chunk=32, operand_dtype="tf32 cut")
+    verdicts = judge(inputs, made, op=Op.PREFILL, plain_outputs=draws(inputs, Op.PREFILL))
+    assert [v.note for v in verdicts] == ["", ""]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("gates", ["bench", "init", "weak"])
+def test_products_in_bf16_fail_where_tf32_is_due(dtype, gates):
+    inputs = _inputs(dtype=dtype, g_dtype=dtype, beta_dtype=dtype, gates=gates)
+    made = oracle.chunk_form(inputs, operand_dtype=torch.bfloat16)
+    verdicts = judge(inputs, made, op=Op.PREFILL, plain_outputs=draws(inputs, Op.PREFILL))
+    assert [v.passed for v in verdicts] == [False, False]
 
 
 def test_last_bit_noise_passes():
@@ -273,5 +295,7 @@ def test_draws_are_as_good_and_differ():
     expected, found = expect(inputs, Op.PREFILL).o, draws(inputs, Op.PREFILL)
     errors = [((one.o - expected).norm() / expected.norm()).item() for one in found]
     assert len(set(errors)) == DRAWS and max(errors) < 1.5 * min(errors)
+    tf32 = draws(_inputs(dtype="float32"), Op.PREFILL)
+    assert [isinstance(one, Cut) for one in tf32] == [False] * DRAWS + [True] * DRAWS
     assert len(draws(_inputs(Op.DECODE), Op.DECODE)) == len(draws(_inputs(Op.GATE), Op.GATE)) == 1
     assert len(draws(_inputs(seq_lens=(3, LONG + 1), K=8, V=8), Op.PREFILL)) == 1

@@ -290,7 +290,13 @@ def near_collinear(options, strength, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("operand_dtype", "low", "high"),
-    [(torch.bfloat16, 1e-4, 2e-2), ("tf32", 1e-5, 3e-3), (torch.float16, 1e-5, 3e-3), (torch.float32, 0, 2e-6)],
+    [
+        (torch.bfloat16, 1e-4, 2e-2),
+        ("tf32", 1e-5, 3e-3),
+        ("tf32 cut", 1e-5, 6e-3),
+        (torch.float16, 1e-5, 3e-3),
+        (torch.float32, 0, 2e-6),
+    ],
 )
 @pytest.mark.parametrize("collinear", [False, True])
 def test_rounded_operands_cost_what_their_mantissa_says(operand_dtype, low, high, collinear):
@@ -354,6 +360,10 @@ def test_operand_rounding():
     assert ((tf32[4:6] - x[4:6]).abs() <= x[4:6] * 2**-11).all()
     assert tf32[6].isinf()
     assert tf32[7].isnan()
+    cut = operand_rounding("tf32 cut")(x)
+    assert torch.equal(cut[:4], torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, -1.0]))
+    assert ((x[4:6] - cut[4:6]) >= 0).all() and (x[4:6] - cut[4:6] < x[4:6] * 2**-10).all()
+    assert cut[6].isinf() and cut[7].isnan()
     assert torch.equal(operand_rounding(torch.bfloat16)(x[:1]), torch.ones(1))
     assert torch.equal(operand_rounding(None)(x[:6]), x[:6])
 

@@ -1,4 +1,5 @@
-"""`kdacli.judge` for results that do not fit into memory: the same bounds at the same three levels, in one pass.
+"""`kdacli.judge` for results that do not fit into memory: at the same three levels, in one pass, and as strict as it is
+from one run of the plain implementation; with fp32 and fp16 activations stricter, since nothing is granted for cutting.
 
 An element may be off by a part that its block decides (its sequence and head) and by a rounding of its own. The first
 is known only at the end of a block, so of each block the element is kept that is off by most beyond its rounding.

@@ -1,6 +1,6 @@
 """Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded.
 
-A call whose fp64 copies would not fit into memory is judged in pieces (pair.py), with the same bounds.
+A call whose fp64 copies would not fit into memory is judged in pieces (pair.py), with bounds from one run.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """What results are measured with: the fp64 reference, and a plain torch implementation in the kernel's precision."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +15,16 @@ from kda_kernels.tensors import Inputs, Outputs
 DRAWS = 8
 UNITS = tuple(2 ** (i / DRAWS) for i in range(1, DRAWS))  # spread over what a mantissa can be
 LONG = 1024  # tokens
+
+
+@dataclasses.dataclass
+class Cut(Outputs):
+    """What a plain implementation makes that leaves it to tensor cores to make tf32 of fp32: they cut, towards zero.
+
+    All roundings then go one way and add up instead of scattering: errors are up to four times those of rounding to
+    nearest. A kernel may do so, and the judge counts that shift once, not times its factor: twice such an error is what
+    products in bf16 make, which fp32 activations must not pass through.
+    """
 
 
 def expect(inputs: Inputs, op: Op | str) -> Outputs:
@@ -44,19 +55,25 @@ def plain(inputs: Inputs, op: Op | str) -> Outputs:
     return oracle.chunk_form(inputs, operand_dtype=operand_dtype(inputs.q.dtype))
 
 
-def draws(inputs: Inputs, op: Op | str) -> tuple[Outputs, ...]:
+def draws(inputs: Inputs, op: Op | str, units: Sequence[float] = UNITS) -> tuple[Outputs, ...]:
     """`plain`, and the same with its operands rounded in other units: as good, with other rounding errors.
 
     One alone may be lucky: where a few tokens, or a nearly singular chunk, decide, its error is a third of another's as
     easily as three times it. decode and gate round nothing but results and fp32 sums: there one is all. So it is with a
-    sequence over `LONG`, for its cost.
+    sequence over `LONG`, for its cost. Where products are in tf32, as many `Cut` ones follow.
     """
     first = plain(inputs, op)
-    if Op(op) is not Op.PREFILL or max(seq_lens(inputs, check_inputs(inputs, values=True)), default=0) > LONG:
+    if Op(op) is not Op.PREFILL:
         return (first,)
+    if max(seq_lens(inputs, check_inputs(inputs, values=True)), default=0) > LONG:
+        units = ()
     inputs = dataclasses.replace(inputs, output_final_state=True)
     dtype = operand_dtype(inputs.q.dtype)
-    return first, *(oracle.chunk_form(inputs, operand_dtype=dtype, unit=unit) for unit in UNITS)
+    found = [first, *(oracle.chunk_form(inputs, operand_dtype=dtype, unit=unit) for unit in units)]
+    if dtype == "tf32":
+        cut = (oracle.chunk_form(inputs, operand_dtype="tf32 cut", unit=unit) for unit in (1.0, *units))
+        found += [Cut(one.o, one.final_state) for one in cut]
+    return tuple(found)
 
 
 def operand_dtype(dtype: torch.dtype) -> OperandDtype:

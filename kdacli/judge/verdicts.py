@@ -6,7 +6,8 @@ its rounding errors can be drawn anew, and the kernel may make
 
     a factor * (the largest error of the plain implementation) + one output rounding + a floor for fp32 sums
 
-at three levels, because a norm over a large tensor hides what is wrong in one place: the whole tensor, each (sequence,
+and, where products are in tf32, once what cutting operands to it adds to rounding them (`baseline.Cut`). That holds at
+three levels, because a norm over a large tensor hides what is wrong in one place: the whole tensor, each (sequence,
 head) block, and each element. A block and its elements are granted at least what the plain implementation makes of a
 typical block: where nearly parallel keys let one rounding grow, what it makes of a single one is the luck of the draw.
 What is exactly zero in the reference (padding rows, a state never fed) must be exactly zero. NaN, Inf and unwritten
@@ -15,14 +16,14 @@ elements never pass, and neither does a pool whose unused slots changed by a sin
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.reference.gate import L2NORM_EPS
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge.baseline import expect, plain
+from kdacli.judge.baseline import Cut, draws, expect
 from kdacli.judge.blocks import Blocks
 from kdacli.verify.memory import bits
 
@@ -83,18 +84,17 @@ def judge(
             there, and must be there when `inputs.output_final_state` is set.
         op: which reference applies, and which plain implementation sets the bound.
         expected: `expect(inputs, op)` if it is at hand; computed otherwise.
-        plain_outputs: `draws(inputs, op)`, or, if it is not at hand, `plain(inputs, op)` alone, which is computed then.
+        plain_outputs: `draws(inputs, op)`. If it is not at hand, it is computed, for one unit alone.
     """
     expected = expect(inputs, op) if expected is None else expected
-    plain_outputs = plain(inputs, op) if plain_outputs is None else plain_outputs
+    plain_outputs = draws(inputs, op, units=()) if plain_outputs is None else plain_outputs
     plain_outputs = [plain_outputs] if isinstance(plain_outputs, Outputs) else plain_outputs
-    plain_o, plain_state = ([getattr(one, name) for one in plain_outputs] for name in ("o", "final_state"))
     of_tokens = Blocks.of_tokens(inputs)
     if Op(op) is Op.GATE:
-        return [_judge_tensor("g_cumsum", of_tokens, torch.float32, CHUNK, outputs.o, expected.o, plain_o)]
+        return [_judge_tensor("g_cumsum", of_tokens, torch.float32, CHUNK, outputs.o, expected.o, plain_outputs)]
     K = inputs.q.shape[-1]
     usual = _usual_norms(inputs, of_tokens, expected.final_state)
-    verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_o, usual)]
+    verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_outputs, usual)]
     if outputs.final_state is not None and expected.final_state is not None:
         verdict = _judge_tensor(
             "final_state",
@@ -103,7 +103,7 @@ def judge(
             K,
             outputs.final_state,
             expected.final_state,
-            plain_state,
+            plain_outputs,
         )
         verdicts.append(_with_unused_slots(verdict, inputs, outputs.final_state))
     elif inputs.output_final_state:
@@ -118,18 +118,19 @@ def _judge_tensor(
     terms: int,
     out: torch.Tensor,
     ref: torch.Tensor,
-    plain_outs: Sequence[torch.Tensor],
+    plain_outputs: Sequence[Outputs],
     usual: torch.Tensor | None = None,
 ) -> Verdict:
     """One tensor.
 
     Args:
         dtype: what it should be rounded to. terms: how many numbers are summed into an element.
-        plain_outs: what the plain implementation made of it, each time.
+        plain_outputs: what the plain implementation made, each time.
         usual: [sequences, heads], see `_usual_norms`; None: blocks do not cancel.
     """
     if out.shape != ref.shape:
         return _failed(name, {}, f"shape is {list(out.shape)}: it should be {list(ref.shape)}")
+    plain_outs = [one.final_state if name == "final_state" else one.o for one in plain_outputs]
     out, ref, plain_outs = blocks.rows(out), blocks.rows(ref), [blocks.rows(one) for one in plain_outs]
     if not ref.numel():
         return Verdict(name, 0.0, 0.0, 0.0, 0.0, {}, True)
@@ -139,27 +140,29 @@ def _judge_tensor(
             return verdict
     unit, floor, smallest = UNIT_ROUNDOFF[dtype], FLOOR * math.sqrt(terms), SMALLEST[dtype]
     wrong, plain_wrongs = (out - ref).abs_(), [(one - ref).abs_() for one in plain_outs]
+    cut = torch.tensor([isinstance(one, Cut) for one in plain_outputs], device=ref.device)
 
     # the tensor
     norm = ref.norm().item()
-    error, plain_error = _ratio(wrong.norm().item(), norm), _ratio(max(x.norm().item() for x in plain_wrongs), norm)
-    bound = FACTOR * plain_error + unit / 2 + floor + smallest * math.sqrt(ref.numel()) / norm if norm else 0.0
+    error = _ratio(wrong.norm().item(), norm)
+    granted = _granted(torch.stack([x.norm() for x in plain_wrongs]), cut, FACTOR).item()
+    bound = granted / norm + unit / 2 + floor + smallest * math.sqrt(ref.numel()) / norm if norm else 0.0
 
     # each block: one whose plain error is small by luck is granted a typical one, relative to its usual size
     count = blocks.sums(torch.ones_like(ref))
     norms, wrongs, *each = (blocks.sums(x.square()).sqrt() for x in (ref, wrong, *plain_wrongs))
-    plains = torch.stack(each).amax(0)
     sizes = norms if usual is None else torch.maximum(norms, usual)
+    plains = _granted(torch.stack(each), cut, FACTOR)
     granted = torch.maximum(plains, _typical(plains, sizes) * sizes)
-    limits = FACTOR * granted + unit / 2 * norms + floor * sizes + smallest * count.sqrt()
+    limits = granted + unit / 2 * norms + floor * sizes + smallest * count.sqrt()
     limits = torch.where(norms > 0, limits, 0.0)
 
     # each element, against the usual largest error of the plain implementation in its block, or in a typical one
     rms = norms / count.clamp(min=1).sqrt()
     size = sizes / count.clamp(min=1).sqrt()
-    largest = torch.stack([blocks.maxima(x) for x in plain_wrongs]).square().mean(0).sqrt()
+    largest = _granted(torch.stack([blocks.maxima(x) for x in plain_wrongs]), cut, ELEMENT_FACTOR, _rms)
     largest = torch.maximum(largest, _typical(largest, size) * size)
-    may = blocks.spread(ELEMENT_FACTOR * (largest + floor * size) + smallest) + unit * ref.abs()
+    may = blocks.spread(largest + ELEMENT_FACTOR * floor * size + smallest) + unit * ref.abs()
     may = torch.where(blocks.spread(norms) > 0, may, 0.0)
     share = torch.where(wrong > 0, wrong / may, 0.0)  # inf where nothing may be wrong
     at = int(share.argmax())
@@ -169,6 +172,30 @@ def _judge_tensor(
     where = blocks.where(at, ref.shape)
     notes = _notes(error, bound, wrongs, limits, norms, share.flatten()[at].item(), where)
     return Verdict(name, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))
+
+
+def _largest(errors: torch.Tensor) -> torch.Tensor:
+    return errors.amax(0)
+
+
+def _rms(errors: torch.Tensor) -> torch.Tensor:
+    return errors.square().mean(0).sqrt()
+
+
+def _granted(
+    errors: torch.Tensor,
+    cut: torch.Tensor,
+    factor: float,
+    of_draws: Callable[[torch.Tensor], torch.Tensor] = _largest,
+) -> torch.Tensor:
+    """What may be wrong, of the plain implementation's errors [draws, ...] and which of these are `Cut`, [draws].
+
+    The factor is for what scatters from one order of roundings to another. The shift by cutting goes one way: it counts
+    once.
+    """
+    scatter = of_draws(errors[~cut])
+    shift = (of_draws(errors[cut]).square() - scatter.square()).clamp(min=0).sqrt() if bool(cut.any()) else 0.0
+    return factor * scatter + shift
 
 
 def _typical(errors: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

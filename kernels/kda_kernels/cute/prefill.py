@@ -2,7 +2,8 @@
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
 goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
-all of them, a scan (Triton's, fp32) makes the states between them, and what these add to the output comes in the end.
+all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end. They
+stay whole where the states at the start of every 64 tokens are asked for.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: gates without a bound of -5 or more
 (softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
