@@ -98,10 +98,10 @@ def command(
 
     A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation that
     rounds where the kernel must round (of prefill the largest of eight, rounded in different units; where products are
-    in tf32, and once what cutting operands adds), plus one output rounding: over each output, each (sequence, head), and
-    for each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs, the unused slots of a
-    pool, nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases name
-    more that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
+    in tf32, and once what cutting operands adds), plus one output rounding: over each output, each (sequence, head),
+    and for each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs, the unused slots of
+    a pool, nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases
+    name more that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a
