@@ -20,7 +20,7 @@ from kdacli.commands.profile import command
 from kdacli.profile import ceilings, inner, ncu, noise, nsys, nvtx, report, select, watch
 from kdacli.profile.cases import cases_from
 from kdacli.profile.ceilings import Ceilings
-from kdacli.profile.gpu_timer import Evictor, GpuTimer, first_line, host_us
+from kdacli.profile.gpu_timer import Evictor, GpuTimer, call_bytes, first_line, host_us
 from kdacli.profile.measure import Method, measure_case
 from kdacli.profile.record import Saver, records, require_complete
 from kdacli.profile.stages import Event, StageProfiler, summarise
@@ -232,6 +232,7 @@ def test_those_that_cannot_run_have_a_reason():
 class FakeTimed:
     def __init__(self, times, log=None, name="", mode="graph", note=None):
         self.times, self.log, self.name, self.mode, self.note, self.host_us = iter(times), log, name, mode, note, 5.0
+        self.call_bytes = 3_000_000
 
     def sample(self):
         if self.log is not None:
@@ -332,6 +333,7 @@ def test_a_row_holds_what_its_times_say():
     assert (row["op"], row["case"], row["gates"], row["kernel"]) == ("prefill", "S", "weak", "ours")
     assert (row["median_us"], row["spread_us"], row["samples"]) == (4.0, 0.0, 3)
     assert (row["cache"], row["mode"], row["note"], row["host_us"]) == ("cold", "graph", None, 5.0)
+    assert row["call_bytes"] == 3_000_000
     assert row["bytes"] == traffic(SMALL).total
     assert row["gbps"] == pytest.approx(row["bytes"] / 4e-6 / 1e9)
     assert row["share"] == pytest.approx(row["gbps"] / 2440.0)
@@ -709,6 +711,25 @@ def test_host_time_is_of_one_call():
     assert calls == [1] * 5
 
 
+def test_memory_of_a_call_is_its_peak(monkeypatch):
+    """What there was before, and what an earlier call took, do not count."""
+    taken = {"now": 100, "peak": 900}
+
+    def reset():
+        taken["peak"] = taken["now"]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: taken["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: taken["peak"])
+    assert call_bytes(lambda: taken.update(peak=150)) == 50
+
+
+@pytest.mark.gpu
+def test_memory_of_a_call_on_a_gpu():
+    assert call_bytes(lambda: torch.empty(1 << 20, device="cuda").sum()) >= 4 << 20
+
+
 def test_first_line_of_an_error():
     assert first_line(ValueError("a\nb")) == "ValueError: a"
     assert first_line(ValueError()) == "ValueError"
@@ -723,6 +744,7 @@ class FakeCuda:
         for name in ("synchronize", "set_sync_debug_mode", "current_stream", "stream", "CUDAGraph", "graph", "Event"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr("kdacli.profile.gpu_timer.Evictor", lambda: lambda: None)
+        monkeypatch.setattr("kdacli.profile.gpu_timer.call_bytes", lambda fn: 0)
 
     def synchronize(self):
         pass

@@ -118,7 +118,7 @@ class Timer:
         self.seen.add(us)
 
         class Timed:
-            mode, note, host_us = "graph", None, 1.0
+            mode, note, host_us, call_bytes = "graph", None, 1.0, 0
             times = itertools.cycle([factor * v for v in us])
 
             def sample(self):

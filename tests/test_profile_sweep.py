@@ -167,7 +167,7 @@ class Timer:
         us = fn()
 
         class Timed:
-            mode, note, host_us = "graph", None, 1.0
+            mode, note, host_us, call_bytes = "graph", None, 1.0, 0
             times = itertools.repeat(us)
 
             def sample(self):

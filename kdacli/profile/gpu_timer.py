@@ -55,8 +55,9 @@ class GpuTimer:
         torch.cuda.synchronize()
         host = host_us(fn)
         torch.cuda.synchronize()
+        taken = call_bytes(fn)
         call, note = capture(fn) if self.graph else (None, None)
-        timed = GpuTimed(call or fn, "graph" if call else "eager", note, host, lambda: None)
+        timed = GpuTimed(call or fn, "graph" if call else "eager", note, host, taken, lambda: None)
         if self.cold:
             timed.before = self.evict
         else:
@@ -68,8 +69,9 @@ class GpuTimer:
 class GpuTimed:
     """A call ready to be sampled; see `kdacli.profile.timing.Timed`."""
 
-    def __init__(self, call: Fn, mode: str, note: str | None, host_us: float, before: Fn) -> None:
+    def __init__(self, call: Fn, mode: str, note: str | None, host_us: float, call_bytes: int, before: Fn) -> None:
         self.call, self.mode, self.note, self.host_us, self.before = call, mode, note, host_us, before
+        self.call_bytes = call_bytes
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
@@ -91,6 +93,16 @@ def host_us(fn: Fn, calls: int = HOST_CALLS) -> float:
         fn()
         times.append(time.perf_counter_ns() - start)
     return statistics.median(times) / 1e3
+
+
+def call_bytes(fn: Fn) -> int:
+    """What a call takes of torch's allocator at its peak: workspaces and the output. Other allocators are not seen."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def capture(fn: Fn) -> tuple[Fn | None, str | None]:

@@ -64,11 +64,11 @@ class Result:
         rows: one for each kernel that ran, in the order of the kernels. Keys: op, case, gates, point (of a sweep, else
             none), kernel, ours, peer; median_us, low_us and high_us (its 95% confidence interval), spread_us (10th to
             90th percentile), p10_us, p90_us, samples; cache (cold, warm), mode (graph, eager), note (why not a graph,
-            or None); host_us; bytes, state_bytes, gbps, floor_us (bytes at the ceiling), share (floor_us / median_us),
-            tflops and tensor_share (of the matrix product's; both None for the gate), tokens_per_ms; problem; repeat
-            (relative difference of two timings of the case's first kernel, None if it was timed once); vs (see
-            `_against`); clocks (see `watch.summary`); stages (with --stages). A kernel that raised has op, case, gates,
-            kernel, ours, peer and error instead.
+            or None); host_us; call_bytes (of memory); bytes, state_bytes, gbps, floor_us (bytes at the ceiling), share
+            (floor_us / median_us), tflops and tensor_share (of the matrix product's; both None for the gate),
+            tokens_per_ms; problem; repeat (relative difference of two timings of the case's first kernel, None if it
+            was timed once); vs (see `_against`); clocks (see `watch.summary`); stages (with --stages). A kernel that
+            raised has op, case, gates, kernel, ours, peer and error instead.
         refused: case, gates, kernel and reason of each kernel that cannot run the case.
     """
 
@@ -189,6 +189,7 @@ def _figures(case: Case, call: Timed, stats: Statistics, method: Method) -> dict
         "mode": call.mode,
         "note": call.note,
         "host_us": call.host_us,
+        "call_bytes": call.call_bytes,
         "bytes": moved.total,
         "state_bytes": moved.state,
         "gbps": gbps(moved.total, stats.median_us),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LONGEST_NAME = 60
-_SPARE = ("samples", "TFLOP/s", "host us", "GB/s", "95%", "spread")
+_SPARE = ("samples", "TFLOP/s", "call MB", "host us", "GB/s", "95%", "spread")
 Row = Mapping[str, Any]
 
 
@@ -59,7 +59,7 @@ def _reference(rows: Sequence[Row], long: bool = False) -> str:
 
 
 def _one_regime(title: str, rows: Sequence[Row]) -> "tuple[Table, list[str]]":
-    columns = ["case", "kernel", "us", "95%", "spread", "samples", "host us", "TFLOP/s", "GB/s", "ceiling"]
+    columns = ["case", "kernel", "us", "95%", "spread", "samples", "host us", "call MB", "TFLOP/s", "GB/s", "ceiling"]
     last = [_reference(rows)] if _compared(rows) else []
     last += [] if _method(rows) else ["mode"]
     lines, before = [], None
@@ -79,6 +79,7 @@ def _cells(row: Row) -> dict[str, object]:
         "spread": f"{row['spread_us'] / row['median_us']:.1%}",
         "samples": row["samples"],
         "host us": output.fmt_us(row["host_us"]),
+        "call MB": _megabytes(row),
         "TFLOP/s": f"{row['tflops']:.3g}" if row["tflops"] else None,
         "GB/s": f"{row['gbps']:.0f}",
         "ceiling": f"{row['share']:.0%}",
@@ -86,6 +87,12 @@ def _cells(row: Row) -> dict[str, object]:
         "vs first": speedup(row),
         "mode": f"{row['mode']}, {row['cache']}",
     }
+
+
+def _megabytes(row: Row) -> str | None:
+    """Memory of a call; None in records from before it was measured."""
+    taken = row.get("call_bytes")
+    return None if taken is None else f"{taken / 1e6:.3g}"
 
 
 def _interval(row: Row) -> str | None:
@@ -113,12 +120,12 @@ def _by_regime(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 
 def _times(title: str, rows: Sequence[Row], regimes: Sequence[str]) -> "tuple[Table, list[str]]":
-    columns = ["case", "kernel", *regimes, "95%", "spread", "samples", "host us", "ceiling"]
+    columns = ["case", "kernel", *regimes, "95%", "spread", "samples", "host us", "call MB", "ceiling"]
     lines, before = [], None
     for (case, kernel), by in _by_regime(rows).items():
         good = [row for row in by.values() if timed(row)]
         cells = [_time(by.get(regime)) for regime in regimes]
-        worst: list[object] = [None] * 5
+        worst: list[object] = [None] * 6
         if good:
             widths = [float(i.rstrip("%")) for row in good if (i := _interval(row))]
             worst = [
@@ -126,6 +133,7 @@ def _times(title: str, rows: Sequence[Row], regimes: Sequence[str]) -> "tuple[Ta
                 f"{max(row['spread_us'] / row['median_us'] for row in good):.1%}",
                 min(row["samples"] for row in good),
                 output.fmt_us(max(row["host_us"] for row in good)),
+                _megabytes(max(good, key=lambda row: row.get("call_bytes") or 0)),
                 f"{min(row['share'] for row in good):.0%}",
             ]
         lines.append(["" if case == before else case, kernel, *cells, *worst])
@@ -176,7 +184,7 @@ def footer(record: dict[str, Any], left_out: Sequence[str] = ()) -> list[str]:
         caches = " and ".join(dict.fromkeys(row["cache"] for row in good))
         lines.append(
             f"us: median of {many} samples, L2 {caches}. 95%: how far off it may be. Spread: 10th to 90th percentile. "
-            "Host: CPU time of an eager call, its output allocated. "
+            "Host: CPU time of an eager call, its output allocated; call MB: what it takes of torch's memory, with it. "
             "GB/s: bytes that must move once; ceiling: their share of it."
         )
         lines += _comparison_lines(good)

@@ -18,11 +18,13 @@ class Timed(Protocol):
         mode: "graph" (replay of a CUDA graph) or "eager".
         note: why it is not the mode that was asked for; None if it is.
         host_us: what one eager call costs the CPU, in microseconds.
+        call_bytes: what one eager call takes of torch's allocator at its peak, the output included.
     """
 
     mode: str
     note: str | None
     host_us: float
+    call_bytes: int
 
     def sample(self) -> float:
         """Runs it once; returns microseconds of GPU time."""
