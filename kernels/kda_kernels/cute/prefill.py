@@ -83,7 +83,7 @@ def prefill(
         out: [B, T, HV, V] in the dtype of v, with strides as v; made here if not given.
         return_intermediate_states: also return the state at the start of every 64 tokens, [B, NT, HV, K, V] in the
             dtype of k (NT over all sequences of a packed batch; this reads cu_seqlens on the host). Sequences are not
-            split then.
+            split then. Nothing is written for padding.
 
     Returns:
         Outputs, with the pool itself as final_state when there is one. Products take bf16, sums and the state between

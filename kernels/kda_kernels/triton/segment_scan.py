@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kda_kernels.triton.common import dot, split
 
-BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 us where this takes 15, 12 heads)
+BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 us where this takes 15, by hand)
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
