@@ -42,6 +42,22 @@ class Lens(click.ParamType):
         return tuple(count.convert(part, param, ctx) for part in value.split(","))
 
 
+class Part(click.ParamType):
+    """2/8: the second of eight parts."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        part, _, parts = value.partition("/")
+        if not all(text.isascii() and text.isdigit() and len(text) <= 6 for text in (part, parts)):
+            self.fail(f"{value} is not a part such as 2/8", param, ctx)
+        if not 1 <= int(part) <= int(parts):
+            self.fail(f"{value}: the first number should lie between 1 and the second", param, ctx)
+        return int(part), int(parts)
+
+
 class DType(click.ParamType):
     """bf16, fp16 or fp32, or their long names."""
 

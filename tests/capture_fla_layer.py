@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+from kdacli.autotuning import take_first
+
 TEXT = Path(__file__).parent / "data" / "gettysburg.txt"
 OUT = Path(__file__).parent / "data" / "fla_layer.pt"
 HIDDEN_SIZE, HEAD_DIM, LOWER_BOUND, SEED, DECODE_STEPS = 256, 128, -5.0, 0, 3
@@ -68,20 +70,10 @@ def require(device: str) -> tuple[Any, Any]:
         sys.exit("no CUDA GPU here: use --device cpu --mode fused_recurrent")
     try:
         if device == "cpu":
-            skip_autotuning()
+            take_first()
         return importlib.import_module("fla.layers.kda"), importlib.import_module("fla.models.utils")
     except ImportError as error:
         sys.exit(f'{error}: pip install "flash-linear-attention>=0.6" (it brings transformers and einops)')
-
-
-def skip_autotuning() -> None:
-    """Autotuned kernels take their first configuration: Triton times them on a GPU only, also in its interpreter."""
-    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
-
-    autotuner.run = run
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from kda_kernels import registry
 from kda_kernels.problem import Op
 from kdacli.main import cli
-from kdacli.verify import spec
+from kdacli.verify import spec, suites
 from kdacli.verify.checker import Checker
 from kdacli.verify.runner import pairs
 from kdacli.verify.search import search
@@ -63,10 +63,10 @@ def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
     """The cases before it are all checked: that alone would look like the whole run."""
     search = Checker.search
 
-    def until_ctrl_c(self, kernel, seconds):
+    def until_ctrl_c(self, kernel, *how):
         if kernel.name == "torch-prefill":
             raise KeyboardInterrupt
-        return search(self, kernel, seconds)
+        return search(self, kernel, *how)
 
     monkeypatch.setattr(Checker, "search", until_ctrl_c)
     cases = [spec.parse("decode-fp16"), spec.parse("prefill-any")]
@@ -76,3 +76,44 @@ def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
     assert result.exit_code == 130
     assert "2 checks: 2 passed; ended early, 1 of 2 kernels were not searched to the end" in result.stdout
     assert re.search(r"searched: torch-decode: \d+ random cases in 0 s, none failed", result.stdout)
+
+
+class TestShards:
+    def test_every_case_is_in_one_of_them(self):
+        found = []
+        for part in ("1/3", "2/3", "3/3"):
+            words = ["--op", "gate", "--kernel", "triton-gate", "--shard", part, "--json", "-"]
+            result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
+            assert result.exit_code == 0
+            report = json.loads(result.stdout)
+            assert report["shard"] == part
+            found.append([row["case"] for row in report["rows"]])
+        cases = [case.name for case in suites.cases_for("cpu", "quick") if case.problem.op is Op.GATE]
+        assert sorted(name for names in found for name in names) == sorted(cases)
+        assert max(map(len, found)) - min(map(len, found)) <= 1
+
+    def test_their_random_cases_differ(self):
+        drawn = []
+        for part in (1, 1, 2):
+            names: list[str] = []
+            note = names.append
+            found = search(registry.get("triton-gate"), "cpu", 60, 1, part, 8, lambda case, note=note: note(case.name))
+            assert found.tried == len(names) == 8
+            drawn.append(names)
+        assert drawn[0] == drawn[1] != drawn[2]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--shard", "4/3"], "'--shard': 4/3: the first number should lie between 1 and the second"),
+            (["--shard", "0/3"], "'--shard': 0/3: the first number should lie between 1 and the second"),
+            (["--shard", "two"], "'--shard': two is not a part such as 2/8"),
+            (["--shard", "1/3", "-T", "5"], "--shard is given with --tokens: it takes a part of a suite"),
+            (["--shard", "1/3", "--case", "gate-weak"], "--shard is given with --case: it takes a part of a suite"),
+            (["--shard", "1/3", "--list"], "--shard is given with --list, which lists whole suites: leave one out"),
+            (["--shard", "1/900", "--op", "gate"], "--shard 1/900: there are 15 cases to share out"),
+        ],
+    )
+    def test_what_is_none(self, words, said):
+        result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
+        assert result.exit_code == 2 and said in result.stderr

@@ -3,13 +3,14 @@
 import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Op
 from kdacli import options
+from kdacli.values import Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,12 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
     "--seconds",
     type=click.FloatRange(0, 86400),
     help="Of random search, which follows the cases of --suite stress; all kernels together. Default: 60.",
+)
+@click.option(
+    "--shard",
+    type=Part(),
+    metavar="I/N",
+    help="Only the I-th of N parts of the suite, for N runs that share it: on N GPUs, or side by side on one.",
 )
 @click.option("--list", "list_only", is_flag=True, help="List the cases and why each is there; check nothing.")
 @click.option("--verbose", is_flag=True, help="A line for every check, however many.")
@@ -64,6 +71,13 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
     metavar="SECONDS",
     help="A check that takes longer, in a process apart, counts as hung. Default: 300.",
 )
+@click.option(
+    "--triton-config",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Autotuned Triton kernels take this configuration of theirs, from 0, round again where there are fewer, and"
+    " tune nothing. Default: on a GPU they tune themselves; without one, 0.",
+)
 @click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
 @click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
 @options.problem_options
@@ -75,6 +89,7 @@ def command(
     suite_name: str | None,
     case_names: tuple[str, ...],
     seconds: float | None,
+    shard: tuple[int, int] | None,
     list_only: bool,
     verbose: bool,
     fail_fast: bool,
@@ -82,6 +97,7 @@ def command(
     jobs: int | None,
     isolate: bool | None,
     limit: float,
+    triton_config: int | None,
     save_dir: str | None,
     junit: str | None,
     device: str,
@@ -111,6 +127,9 @@ def command(
     processes; and the checks run in a process apart, so that a kernel which crashes it, breaks the GPU's context, or
     hangs, fails its case, and the next case runs. Ctrl-C ends a run early: what was checked is reported.
 
+    A kernel that tunes itself is checked in the configuration that was fastest, and no other: --triton-config checks it
+    in another, and saves the time of tuning for every new shape.
+
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
     \b
@@ -129,8 +148,10 @@ def command(
     check_dest(junit, force)
     if junit == "-":
         raise InputError("--junit is -: it should be a file")
-    _check_flags(params, suite_name, case_names, seconds)
+    _check_flags(params, suite_name, case_names, seconds, shard)
     if list_only:
+        if shard:
+            raise InputError("--shard is given with --list, which lists whole suites: leave one out")
         _list(params, suite_name or "quick", case_names, json_dest, force)
         return
     if junit:
@@ -141,30 +162,38 @@ def command(
     from kdacli.device import pick_device
 
     device = pick_device(device)
-    with _checker(device, params["seed"] or 0, isolate, limit) as checker:
-        run = _Run(kernels, suite_name or "quick", case_names, seconds, device, shrink, params, checker)
+    with _checker(device, params["seed"] or 0, isolate, limit, triton_config) as checker:
+        suite = _Suite(suite_name or "quick", case_names, shard or (1, 1), seconds)
+        run = _Run(kernels, suite, device, shrink, triton_config, params, checker)
         run.go(jobs, fail_fast, folder, force)
     run.report(json_dest, junit, verbose, force)
     run.conclude()
 
 
 def _checker(
-    device: str, seed: int, isolate: bool | None, limit: float
+    device: str, seed: int, isolate: bool | None, limit: float, config: int | None
 ) -> "AbstractContextManager[Checker | IsolatedChecker]":
     """What does the checks: here, or, on a GPU by default, in a process that may crash."""
     if isolate or (isolate is None and device == "cuda"):
         from kdacli.verify.isolated import IsolatedChecker
 
-        return IsolatedChecker(device, seed, limit)
+        return IsolatedChecker(device, seed, limit, config)
     from contextlib import nullcontext
 
+    from kdacli import autotuning
     from kdacli.verify.checker import Checker
 
+    if config is not None:
+        autotuning.take(config)
     return nullcontext(Checker(device, seed))
 
 
 def _check_flags(
-    params: options.Params, suite_name: str | None, case_names: tuple[str, ...], seconds: float | None
+    params: options.Params,
+    suite_name: str | None,
+    case_names: tuple[str, ...],
+    seconds: float | None,
+    shard: tuple[int, int] | None,
 ) -> None:
     """Raises `InputError` where flags contradict each other."""
     one_problem = _one_problem(params)
@@ -172,6 +201,8 @@ def _check_flags(
         raise InputError(f"--case is given with {one_problem[0]}, which describes a problem of its own: leave one out")
     if suite_name and (other := [*one_problem, *["--case"] * bool(case_names)]):
         raise InputError(f"--suite is given with {other[0]}, which says what to check already: leave one out")
+    if shard and (other := [*one_problem, *["--case"] * bool(case_names)]):
+        raise InputError(f"--shard is given with {other[0]}: it takes a part of a suite")
     if seconds is not None and suite_name != "stress":
         raise InputError("--seconds is given without --suite stress: only its random search takes a time")
 
@@ -207,27 +238,37 @@ def _list(params: options.Params, suite_name: str, names: tuple[str, ...], json_
         print_cases(cases)
 
 
+class _Suite(NamedTuple):
+    """Which cases: those of a suite, or those named instead; and how long random ones after the suite stress."""
+
+    name: str
+    case_names: tuple[str, ...]
+    shard: tuple[int, int]
+    seconds: float | None
+
+
 class _Run:
     """One run of the command: what is checked, what came out, and what is said of it."""
 
     def __init__(
         self,
         names: tuple[str, ...],
-        suite_name: str,
-        case_names: tuple[str, ...],
-        seconds: float | None,
+        suite: _Suite,
         device: str,
         shrink: float,
+        config: int | None,
         params: options.Params,
         checker: "Checker | IsolatedChecker",
     ) -> None:
         from kdacli.verify.selection import select_kernels, select_table
 
-        self.params, self.shrink, self.device, self.checker = params, shrink, device, checker
+        self.params, self.shrink, self.config, self.device, self.checker = params, shrink, config, device, checker
         self.seed = params["seed"] or 0
+        self.part, parts = suite.shard
+        self.shard = f"{self.part}/{parts}" if parts > 1 else None
         self.one_problem = bool(_one_problem(params))
-        self.searching = suite_name == "stress" and not self.one_problem and not case_names
-        self.seconds = STRESS_SECONDS if seconds is None else seconds
+        self.searching = suite.name == "stress" and not self.one_problem and not suite.case_names
+        self.seconds = STRESS_SECONDS if suite.seconds is None else suite.seconds
         if self.searching:
             from kdacli.verify.search import require
 
@@ -236,7 +277,10 @@ class _Run:
         checker.prepare(self.kernels)
         self.table: list[tuple[Case, list[Kernel]]] = []
         if not self.one_problem:
-            self.table = select_table(case_names, self.kernels, device, suite_name)
+            table = select_table(suite.case_names, self.kernels, device, suite.name)
+            if len(table) < parts:
+                raise InputError(f"--shard {self.part}/{parts}: there are {len(table)} cases to share out")
+            self.table = table[self.part - 1 :: parts]
         self.cases = {case.name: case for case, _ in self.table}
         self.total = len(self.kernels) if self.one_problem else sum(len(served) for _, served in self.table)
         self.results: list[Result] = []
@@ -318,7 +362,7 @@ class _Run:
         with progress("searching", len(self.kernels)) as advance:
             for kernel in self.kernels:
                 advance(kernel.name)
-                found = self.checker.search(kernel, self.seconds / len(self.kernels))
+                found = self.checker.search(kernel, self.seconds / len(self.kernels), self.part)
                 said = "one failed" if found.failure else "none failed"
                 refused = f", {found.refused} refused" if found.refused else ""
                 took = f"in {found.seconds:.0f} s"
@@ -364,7 +408,7 @@ class _Run:
             return typed if "--kernel" in typed else f"{typed} --kernel {kernel}"
         found = self.explained.get((result.case, result.kernel))
         case = found.smallest if found is not None and found.smallest else result.case
-        return command_for(case, kernel, self.seed, self.device)
+        return command_for(case, kernel, self.seed, self.device, self.config)
 
     def report(self, json_dest: str | None, junit: str | None, verbose: bool, force: bool) -> None:
         """Prints and writes what came out."""
@@ -421,6 +465,8 @@ class _Run:
                 "schema": "kda.verify/1",
                 "provenance": collect(None if self.params["dump"] else self.seed),
                 "device": describe(self.device),
+                "triton_config": self.config,
+                "shard": self.shard,
                 "cases": [report.json_case(case) for case in self.cases.values()],
                 "rows": [
                     report.json_row(r, self.explained.get(key), again.get(key), self.saved.get(key))

@@ -90,8 +90,8 @@ class Checker:
         self._require_context()
         yield from self._check(self._given, None, kernels)
 
-    def search(self, kernel: Kernel, seconds: float) -> Found:
-        """Random cases until the time is up or one fails."""
+    def search(self, kernel: Kernel, seconds: float, part: int = 1) -> Found:
+        """Random cases until the time is up or one fails; other ones in each part of a run that is shared out."""
         self._require_context()
         begun: list[Begun] = []
 
@@ -99,7 +99,7 @@ class Checker:
             begun[:] = [Begun(Result(case.name, kernel.name, case.problem.op, "error"), case)]
             self._announce(begun[0])
 
-        found = search(kernel, self.device, seconds, self.seed, before=before)
+        found = search(kernel, self.device, seconds, self.seed, part, before=before)
         if begun and (line := self.lost_context()) is not None:
             return dataclasses.replace(found, failure=(begun[0].case, begun[0].lost(CRASHED + line)))
         return found

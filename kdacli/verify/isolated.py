@@ -50,11 +50,12 @@ class IsolatedChecker:
     Args:
         device, seed: as of `Checker`.
         limit: seconds that one check may take before it counts as hung.
+        config: of autotuned kernels, for `kdacli.autotuning.take`; None: they tune themselves.
     """
 
-    def __init__(self, device: str, seed: int, limit: float) -> None:
+    def __init__(self, device: str, seed: int, limit: float, config: int | None = None) -> None:
         self.limit = limit
-        self._made_with = (device, seed)
+        self._made_with = (device, seed, config)
         self._given: tuple[dict[str, Any], Op] | None = None
         self._begun: list[Begun] = []  # checks that began since the last question
         self._open: Begun | None = None  # the one that has not ended
@@ -126,11 +127,11 @@ class IsolatedChecker:
         """As `Checker.check_given`, but goes on as `check_case` does."""
         yield from self._checks(Result(self._label, "", self._op, "error"), kernels, "check_given")
 
-    def search(self, kernel: Kernel, seconds: float) -> Found:
+    def search(self, kernel: Kernel, seconds: float, part: int = 1) -> Found:
         """As `Checker.search`; a case that broke the process is what was found."""
         began = time.monotonic()
         try:
-            (found,) = self._ask("search", kernel, seconds)
+            (found,) = self._ask("search", kernel, seconds, part)
             return found
         except LostError as lost:
             if not self._begun:
@@ -240,10 +241,11 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(pipe: Connection, device: str, seed: int) -> None:
+def _serve(pipe: Connection, device: str, seed: int, config: int | None) -> None:
     """The other process: answers until nobody asks any more, or its GPU context is broken."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(sys.stderr.fileno(), 1)  # stdout may be JSON
+    from kdacli import autotuning
     from kdacli.device import pick_device
 
     number = 0
@@ -251,6 +253,8 @@ def _serve(pipe: Connection, device: str, seed: int) -> None:
     try:
         try:
             pick_device(device)
+            if config is not None:
+                autotuning.take(config)
         except KdaError as error:
             pipe.send((number, "raised", _portable(error)))
             os._exit(1)

@@ -55,12 +55,14 @@ def search(
     device: str,
     seconds: float,
     seed: int = 0,
+    part: int = 1,
     examples: int = 1_000_000,
     before: Callable[[Case], None] = lambda case: None,
 ) -> Found:
     """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
 
-    The same seed draws the same cases; how many there is time for depends on the machine. `before` is called with each.
+    The same seed and part draw the same cases; how many there is time for depends on the machine. `before` is called
+    with each.
     """
     import hypothesis
 
@@ -68,7 +70,7 @@ def search(
     tried = refused = 0
     failure: list[tuple[Case, Result]] = []
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(f"{seed}, part {part}" if part > 1 else seed)
     @hypothesis.settings(
         max_examples=examples,
         deadline=None,

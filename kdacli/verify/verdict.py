@@ -69,9 +69,10 @@ def _maps(bench: Bench, result: Result, outputs: Outputs) -> list[str]:
     return lines
 
 
-def command_for(case: str, kernel: str, seed: int, device: str) -> str:
-    """The command that checks one kernel in one case, and nothing else."""
+def command_for(case: str, kernel: str, seed: int, device: str, config: int | None = None) -> str:
+    """The command that checks one kernel in one case, and nothing else. `config`: what --triton-config is, if given."""
     words = ["kda", "verify", "--case", case, "--kernel", kernel, "--seed", str(seed), "--device", device]
+    words += [] if config is None else ["--triton-config", str(config)]
     return shlex.join(words)
 
 
