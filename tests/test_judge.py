@@ -299,3 +299,41 @@ def test_draws_are_as_good_and_differ():
     assert [isinstance(one, Cut) for one in tf32] == [False] * DRAWS + [True] * DRAWS
     assert len(draws(_inputs(Op.DECODE), Op.DECODE)) == len(draws(_inputs(Op.GATE), Op.GATE)) == 1
     assert len(draws(_inputs(seq_lens=(3, LONG + 1), K=8, V=8), Op.PREFILL)) == 1
+
+
+TF32 = 0x1000, -0x2000  # to the nearest of ten bits of mantissa
+
+
+@pytest.mark.parametrize("op", [Op.PREFILL, Op.DECODE])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, "tf32"])
+def test_a_float32_state_that_was_rounded_on_its_way_fails(op, to):
+    """Even where bf16 products cost more than the rounding does."""
+    inputs = _inputs(op)
+    outputs = _good(inputs, op)
+    state = outputs.final_state
+    half, mask = TF32
+    rounded = ((state.view(torch.int32) + half) & mask).view(torch.float32) if to == "tf32" else state.to(to).float()
+    outputs.final_state = torch.where((torch.arange(len(LENS)) == 1).view(-1, 1, 1, 1), rounded, state)
+    verdict = _verdicts(inputs, outputs, op)["final_state"]
+    assert not verdict.passed
+    assert "2 of 10 (sequence, head) blocks, first sequence 1, head 0, hold ten bits of mantissa" in verdict.note
+    assert op is Op.DECODE or verdict.error < verdict.bound and verdict.worst < verdict.worst_bound
+
+
+def test_a_state_that_has_no_more_digits_is_no_fault():
+    """One token, keys and values of few bits, nothing before it: every number is what bf16 holds, or nearly so."""
+    inputs = _inputs(
+        seq_lens=(1, 1), initial_state=False, options=Options("none", qk_l2norm=False, beta_is_logit=False)
+    )
+    inputs.k.copy_(inputs.k.sign())
+    inputs.beta.fill_(0.7)
+    exact = plain(inputs, Op.PREFILL)
+    assert exact.final_state.bfloat16().float().equal(exact.final_state)
+    assert _verdicts(inputs, exact)["final_state"].passed
+    zero = _good(inputs := _inputs(seq_lens=(0, 0), initial_state=False))
+    assert _verdicts(inputs, zero)["final_state"].passed
+
+
+def test_a_bf16_state_is_no_float32():
+    inputs = _inputs(state_dtype="bfloat16")
+    assert _verdicts(inputs, _good(inputs))["final_state"].passed

@@ -14,10 +14,9 @@ from kda_kernels import registry
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
-from kdacli.commands import verify
 from kdacli.compile import arch, pool
 from kdacli.main import cli
-from kdacli.verify import ahead
+from kdacli.verify import ahead, run
 from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
@@ -87,21 +86,21 @@ def test_what_is_wrong_is_left_to_the_run(monkeypatch):
 
 def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(ahead, "compile_ahead", lambda *given: asked.append(given))
+    monkeypatch.setattr(run, "compile_ahead", lambda *given: asked.append(given))
     words = ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", "--json", "-"]
     assert CliRunner().invoke(cli, [*words, "--device", "cpu"]).exit_code == 0
     assert asked == []
-    run = object.__new__(verify._Run)
+    one = object.__new__(run.Run)
     kernel, case = registry.get("torch-decode"), cases_for("cpu", op=Op.DECODE)[0]
-    run.device, run.table = "cuda", [(case, [kernel])]
-    run.compile_ahead(3)
+    one.wanted, one.table = types.SimpleNamespace(device="cuda"), [(case, [kernel])]
+    one.compile(3)
     assert asked == [([(case, [kernel])], 3)]
 
 
 @pytest.mark.parametrize(("words", "asked"), [([], [None]), (["--jobs", "2"], [2]), (["--jobs", "0"], [])])
 def test_jobs(monkeypatch, words, asked):
     given = []
-    monkeypatch.setattr(verify._Run, "compile_ahead", lambda self, jobs: given.append(jobs))
+    monkeypatch.setattr(run.Run, "compile", lambda self, jobs: given.append(jobs))
     done = CliRunner().invoke(cli, ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", *words])
     assert done.exit_code == 0, done.output
     assert given == asked

@@ -70,7 +70,7 @@ def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
 
     monkeypatch.setattr(Checker, "search", until_ctrl_c)
     cases = [spec.parse("decode-fp16"), spec.parse("prefill-any")]
-    monkeypatch.setattr("kdacli.verify.selection.select_table", lambda names, kernels, *more: pairs(kernels, cases))
+    monkeypatch.setattr("kdacli.verify.run.select_table", lambda names, kernels, *more: pairs(kernels, cases))
     words = ["--kernel", "torch-decode", "--kernel", "torch-prefill", "--suite", "stress", "--seconds", "0.2"]
     result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
     assert result.exit_code == 130

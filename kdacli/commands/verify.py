@@ -1,29 +1,20 @@
 """`kda verify`: kernels against the fp64 oracle, case by case."""
 
-import contextlib
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
-from kda_kernels.problem import Op
+from kda_kernels.errors import InputError
 from kdacli import options
 from kdacli.values import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from kda_kernels.registry import Kernel
-    from kdacli.verify.case import Case
     from kdacli.verify.checker import Checker
     from kdacli.verify.isolated import IsolatedChecker
-    from kdacli.verify.runner import Result
-    from kdacli.verify.verdict import Explanation
 
-EXPLAINED = 3  # failures of a kernel that are shrunk and explained
 STRESS_SECONDS = 60.0
 HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune themselves meanwhile
 
@@ -160,14 +151,26 @@ def command(
         require()
     folder = _folder(save_dir)
     from kdacli.device import pick_device
+    from kdacli.verify.run import Run, Wanted
+    from kdacli.verify.summary import conclude, report
 
     device = pick_device(device)
-    with _checker(device, params["seed"] or 0, isolate, limit, triton_config) as checker:
-        suite = _Suite(suite_name or "quick", case_names, shard or (1, 1), seconds)
-        run = _Run(kernels, suite, device, shrink, triton_config, params, checker)
-        run.go(jobs, fail_fast, folder, force)
-    run.report(json_dest, junit, verbose, force)
-    run.conclude()
+    wanted = Wanted(
+        kernels=kernels,
+        suite=suite_name or "quick",
+        case_names=case_names,
+        shard=shard or (1, 1),
+        one_problem=bool(_one_problem(params)),
+        params=params,
+        device=device,
+        seconds=STRESS_SECONDS if seconds is None else seconds,
+        triton_config=triton_config,
+    )
+    with _checker(device, wanted.seed, isolate, limit, triton_config) as checker:
+        run = Run(wanted, checker)
+        run.go(jobs, fail_fast, shrink, folder, force)
+    report(run.outcome, json_dest, junit, verbose, force)
+    conclude(run.outcome)
 
 
 def _checker(
@@ -236,267 +239,3 @@ def _list(params: options.Params, suite_name: str, names: tuple[str, ...], json_
         write_json({"schema": "kda.verify-cases/1", "provenance": collect(), "rows": rows}, json_dest, force)
     if json_dest != "-":
         print_cases(cases)
-
-
-class _Suite(NamedTuple):
-    """Which cases: those of a suite, or those named instead; and how long random ones after the suite stress."""
-
-    name: str
-    case_names: tuple[str, ...]
-    shard: tuple[int, int]
-    seconds: float | None
-
-
-class _Run:
-    """One run of the command: what is checked, what came out, and what is said of it."""
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        suite: _Suite,
-        device: str,
-        shrink: float,
-        config: int | None,
-        params: options.Params,
-        checker: "Checker | IsolatedChecker",
-    ) -> None:
-        from kdacli.verify.selection import select_kernels, select_table
-
-        self.params, self.shrink, self.config, self.device, self.checker = params, shrink, config, device, checker
-        self.seed = params["seed"] or 0
-        self.part, parts = suite.shard
-        self.shard = f"{self.part}/{parts}" if parts > 1 else None
-        self.one_problem = bool(_one_problem(params))
-        self.searching = suite.name == "stress" and not self.one_problem and not suite.case_names
-        self.seconds = STRESS_SECONDS if suite.seconds is None else suite.seconds
-        if self.searching:
-            from kdacli.verify.search import require
-
-            require()
-        self.kernels, self.not_run = select_kernels(names, params["op"] and Op(params["op"]))
-        checker.prepare(self.kernels)
-        self.table: list[tuple[Case, list[Kernel]]] = []
-        if not self.one_problem:
-            table = select_table(suite.case_names, self.kernels, device, suite.name)
-            if len(table) < parts:
-                raise InputError(f"--shard {self.part}/{parts}: there are {len(table)} cases to share out")
-            self.table = table[self.part - 1 :: parts]
-        self.cases = {case.name: case for case, _ in self.table}
-        self.total = len(self.kernels) if self.one_problem else sum(len(served) for _, served in self.table)
-        self.results: list[Result] = []
-        self.explained: dict[tuple[str, str], Explanation] = {}
-        self.saved: dict[tuple[str, str], Path] = {}
-        self.searched: list[str] = []
-        self.complete = False  # everything that was asked for was checked
-        self.interrupted = False
-        self.stopped = ""  # why no further check could be made, where that is no kernel's doing
-        self.took: dict[str, float] = {}  # seconds of each part of the run
-
-    def go(self, jobs: int | None, fail_fast: bool, folder: Path | None, force: bool) -> None:
-        """Compiles, checks, explains, as far as neither Ctrl-C nor a kernel ends it."""
-        from kdacli.verify.checker import ContextLostError
-        from kdacli.verify.isolated import NoStartError
-
-        try:
-            if jobs != 0:
-                with self._timed("compiling"):
-                    self.compile_ahead(jobs)
-            self.complete = self.check(fail_fast)
-            with self._timed("explaining"):
-                self.explain(folder, force)
-        except KeyboardInterrupt:
-            self.interrupted = True
-        except ContextLostError:
-            pass  # which check it was, the results say
-        except NoStartError as error:
-            self.stopped = str(error)
-
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> "Iterator[None]":
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.took[part] = round(time.monotonic() - began, 2)
-
-    def compile_ahead(self, jobs: int | None) -> None:
-        """On a GPU: in parallel, what the cases would compile one after the other."""
-        if self.device == "cuda" and self.table:
-            from kdacli.verify.ahead import compile_ahead
-
-            compile_ahead(self.table, jobs)
-
-    def check(self, fail_fast: bool) -> bool:
-        """Everything that was asked for; False: it ended before, at a failure."""
-        from kdacli.output import progress
-
-        with self._timed("checking"), progress("verifying", self.total) as advance:
-            for result in self._given() if self.one_problem else self._suite():
-                self.results.append(result)
-                advance(f"{result.case}, {result.kernel}")
-                if fail_fast and not result.ok:
-                    return False
-        if not self.searching:
-            return True
-        with self._timed("searching"):
-            return self._search(fail_fast)
-
-    def _suite(self) -> "Iterator[Result]":
-        for case, kernels in self.table:
-            yield from self.checker.check_case(case, kernels)
-
-    def _given(self) -> "Iterator[Result]":
-        """The problem that the flags or the dump hold, for those of the kernels that serve its op."""
-        ops = {kernel.op for kernel in self.kernels}
-        label, op = self.checker.give(self.params, ops.pop() if len(ops) == 1 else Op.PREFILL)
-        served = [kernel for kernel in self.kernels if kernel.op is op]
-        if not served:
-            raise InputError(f"{label}: no kernel chosen serves {op}; --op chooses what to do with it")
-        self.total = len(served)
-        yield from self.checker.check_given(served)
-
-    def _search(self, fail_fast: bool) -> bool:
-        """Random cases, the time shared out among the kernels; False: it ended before, at a failure."""
-        from kdacli.output import progress
-
-        with progress("searching", len(self.kernels)) as advance:
-            for kernel in self.kernels:
-                advance(kernel.name)
-                found = self.checker.search(kernel, self.seconds / len(self.kernels), self.part)
-                said = "one failed" if found.failure else "none failed"
-                refused = f", {found.refused} refused" if found.refused else ""
-                took = f"in {found.seconds:.0f} s"
-                self.searched.append(f"searched: {kernel.name}: {found.tried} random cases {took}, {said}{refused}")
-                if found.failure:
-                    case, result = found.failure
-                    self.cases[case.name] = case
-                    self.results.append(result)
-                    if fail_fast:
-                        return False
-        return True
-
-    def failures(self) -> "list[Result]":
-        return [result for result in self.results if not result.ok]
-
-    def explain(self, folder: Path | None, force: bool) -> None:
-        """Looks closely at the first failures of each kernel that can be had again, and saves their tensors."""
-        from kdacli.output import progress
-
-        by_name = {kernel.name: kernel for kernel in self.kernels}
-        again = [result for result in self.failures() if not result.crashed]
-        first = [result for name in by_name for result in [r for r in again if _kernel_name(r) == name][:EXPLAINED]]
-        if folder is not None and first:
-            folder.mkdir(parents=True, exist_ok=True)
-        with progress("explaining", len(first)) as advance:
-            for result in first:
-                key, case = (result.case, result.kernel), self.cases.get(result.case)
-                kernel = by_name[_kernel_name(result)]
-                found, path = self.checker.explain(kernel, case, result, self.shrink, folder, force)
-                self.explained[key] = found
-                if path is not None:
-                    self.saved[key] = path
-                advance(result.case)
-
-    def reproduce(self, result: "Result") -> str:
-        """The command that shows a failure again, and nothing else."""
-        from kdacli.provenance import command_line
-        from kdacli.verify.verdict import command_for
-
-        kernel = _kernel_name(result)
-        if self.one_problem:
-            typed = command_line()
-            return typed if "--kernel" in typed else f"{typed} --kernel {kernel}"
-        found = self.explained.get((result.case, result.kernel))
-        case = found.smallest if found is not None and found.smallest else result.case
-        return command_for(case, kernel, self.seed, self.device, self.config)
-
-    def report(self, json_dest: str | None, junit: str | None, verbose: bool, force: bool) -> None:
-        """Prints and writes what came out."""
-        from kdacli.device import describe
-        from kdacli.output import say
-        from kdacli.verify import report
-
-        again = {(r.case, r.kernel): self.reproduce(r) for r in self.failures()}
-        if junit:
-            from kdacli.verify.junit import write
-
-            details = {
-                (r.case, r.kernel): "\n".join(
-                    [*report.failure_lines(r, self.explained.get((r.case, r.kernel))), again[r.case, r.kernel]]
-                )
-                for r in self.failures()
-            }
-            write(junit, self.results, details, self.complete)
-        if json_dest:
-            self._write_json(json_dest, again, force)
-        if json_dest == "-" or (self.stopped and not self.results):
-            return
-        title = f"Relative errors against the fp64 oracle, on {describe(self.device)}"
-        title = title if self.params["dump"] else f"{title}, seed {self.seed}"
-        report.print_results(self.results, self.not_run, title, verbose)
-        for line in self.searched:
-            say(line)
-        why = {case.name: case.why for case in self.cases.values()}
-        report.print_failures(self.results, why, self.explained, again, self.saved)
-        say(("\n" if again else "") + self._summary())
-
-    def _summary(self) -> str:
-        from kdacli.verify import report
-
-        said = report.summary(self.results, self.not_run)
-        if self.complete:
-            return said
-        left, unsearched = self.total - len(self.results), len(self.kernels) - len(self.searched)
-        if left > 0:
-            said += f"; ended early, {left} of {self.total} were not made"
-        elif self.searching and unsearched:
-            said += f"; ended early, {unsearched} of {len(self.kernels)} kernels were not searched to the end"
-        return said
-
-    def _write_json(self, dest: str, again: dict[tuple[str, str], str], force: bool) -> None:
-        from kdacli.device import describe
-        from kdacli.output import write_json
-        from kdacli.provenance import collect
-        from kdacli.verify import report
-
-        keys = [(r.case, r.kernel) for r in self.results]
-        write_json(
-            {
-                "schema": "kda.verify/1",
-                "provenance": collect(None if self.params["dump"] else self.seed),
-                "device": describe(self.device),
-                "triton_config": self.config,
-                "shard": self.shard,
-                "cases": [report.json_case(case) for case in self.cases.values()],
-                "rows": [
-                    report.json_row(r, self.explained.get(key), again.get(key), self.saved.get(key))
-                    for r, key in zip(self.results, keys, strict=True)
-                ],
-                "not_run": [{"kernel": kernel, "reason": reason} for kernel, reason in self.not_run],
-                "searched": self.searched,
-                "seconds": self.took,
-                "complete": self.complete,
-                "summary": self._summary(),
-            },
-            dest,
-            force,
-        )
-
-    def conclude(self) -> None:
-        """Raises `CheckFailedError` for failures, `UnavailableError` where nothing ran or nothing more could, and
-        `Abort` after Ctrl-C.
-        """
-        if self.interrupted:
-            raise click.Abort
-        if self.stopped:
-            raise UnavailableError(f"{self.stopped}; --no-isolate checks without it")
-        if failed := self.failures():
-            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise CheckFailedError(f"{failed[0].kernel} failed {failed[0].case}{more}")
-        if all(result.status == "refused" for result in self.results):
-            raise UnavailableError("nothing could run: every kernel refused every case")
-
-
-def _kernel_name(result: "Result") -> str:
-    """The kernel's own name; that of a prefill followed by a decode says both."""
-    return result.kernel.removesuffix("+decode")

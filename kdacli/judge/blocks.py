@@ -53,7 +53,7 @@ class Blocks:
         return (tensor if self.slots is None else tensor[self.slots]).flatten(2).double()
 
     def sums(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum over each block: [R, heads, C] -> [sequences, heads]."""
+        """Sum over each block, of booleans how many hold: [R, heads, C] -> [sequences, heads]."""
         per_row = rows.sum(-1)
         return per_row.new_zeros(self.sequences, per_row.shape[1]).index_add_(0, self.owner, per_row)
 

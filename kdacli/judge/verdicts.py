@@ -11,7 +11,8 @@ three levels, because a norm over a large tensor hides what is wrong in one plac
 head) block, and each element. A block and its elements are granted at least what the plain implementation makes of a
 typical block: where nearly parallel keys let one rounding grow, what it makes of a single one is the luck of the draw.
 What is exactly zero in the reference (padding rows, a state never fed) must be exactly zero. NaN, Inf and unwritten
-elements never pass, and neither does a pool whose unused slots changed by a single bit.
+elements never pass, and neither does a pool whose unused slots changed by a single bit, nor float32 that was rounded to
+less on its way (`digits`).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import torch
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.reference.gate import L2NORM_EPS
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge import digits
 from kdacli.judge.baseline import Cut, draws, expect
 from kdacli.judge.blocks import Blocks
 from kdacli.verify.memory import bits
@@ -171,6 +173,10 @@ def _judge_tensor(
 
     where = blocks.where(at, ref.shape)
     notes = _notes(error, bound, wrongs, limits, norms, share.flatten()[at].item(), where)
+    if dtype is torch.float32:
+        needed = digits.fine(ref) & digits.fine(plain_outs[0]) & out.ne(0)
+        if lacking := digits.note(blocks.sums(needed), blocks.sums(digits.fine(out) & needed)):
+            notes.append(lacking)
     return Verdict(name, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))
 
 

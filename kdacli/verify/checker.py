@@ -14,7 +14,7 @@ import torch
 
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
-from kdacli.verify import runner, verdict
+from kdacli.verify import room, runner, verdict
 from kdacli.verify.case import Case
 from kdacli.verify.runner import Bench, Result
 from kdacli.verify.search import Found, search
@@ -65,13 +65,14 @@ class Checker:
             ContextLostError: once the result of the kernel that did it is out.
         """
         self._require_context()
-        try:
-            bench = Bench.of_case(case, self.seed, self.device)
-        except torch.OutOfMemoryError:
-            why = ("the GPU has too little memory free for this case",)
+        bench = Bench.where_it_fits(case, self.seed, self.device)
+        if bench is None:
+            why = (runner.NO_ROOM,)
             yield from (Result(case.name, kernel.name, case.problem.op, "refused", notes=why) for kernel in kernels)
             return
         yield from self._check(bench, case, kernels)
+        del bench
+        room.give_back()
 
     def give(self, params: dict[str, Any], op: Op) -> tuple[str, Op]:
         """Makes ready what flags or a dump say, for `check_given`; returns its label and op.
@@ -114,11 +115,15 @@ class Checker:
             seconds: to look for the smallest case that fails.
         """
         self._require_context()
-        if case is not None:
-            found = verdict.explain_case(kernel, case, result, self.seed, self.device, seconds)
-        else:
-            again = result if result.outputs is not None else runner.check(kernel, self._given)
-            found = verdict.explain_bench(self._given, result if again.ok else again)
+        try:
+            if case is not None:
+                found = verdict.explain_case(kernel, case, result, self.seed, self.device, seconds)
+            else:
+                again = result if result.outputs is not None else runner.check(kernel, self._given)
+                found = verdict.explain_bench(self._given, result if again.ok else again)
+        except torch.OutOfMemoryError:
+            said = "the GPU has too little memory free to look closer"
+            return Explanation((), (said,), (), None, False), None
         path = None
         if folder is not None:
             path = verdict.save(folder, kernel.name, result.case, result.op, found, force)

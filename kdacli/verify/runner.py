@@ -1,5 +1,6 @@
 """Runs kernels over cases and judges what comes out: values, and what must hold beside them."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from kdacli.judge import Verdict, judge
 from kdacli.judge.baseline import draws, expect
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
+from kdacli.verify import room
 from kdacli.verify.call import Call, Runner, call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
@@ -24,6 +26,7 @@ from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject
 from kdacli.verify.transforms import LAYOUTS, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
+NO_ROOM = "the GPU has too little memory free for this case"
 Table = list[tuple[Case, list[Kernel]]]  # cases, each with the kernels that it is for
 
 
@@ -100,6 +103,15 @@ class Bench:
         return dataclasses.replace(bench, properties=case.properties, decode_steps=case.decode_steps, strided=strided)
 
     @classmethod
+    def where_it_fits(cls, case: Case, seed: int, device: str) -> "Bench | None":
+        """As `of_case`; None: the GPU has too little memory free."""
+        for _ in range(2):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return cls.of_case(case, seed, device)
+            room.give_back(0)
+        return None
+
+    @classmethod
     def of_inputs(cls, name: str, problem: Problem, inputs: Inputs) -> "Bench":
         return cls(name, problem, inputs, expect(inputs, problem.op), draws(inputs, problem.op))
 
@@ -123,9 +135,25 @@ def runner_of(kernel: Kernel, decode_steps: int) -> Runner:
 
 
 def check(kernel: Kernel, bench: Bench) -> Result:
-    """Checks one kernel on one case. Nothing that the kernel raises gets out."""
+    """Checks one kernel on one case. Nothing that the kernel raises gets out.
+
+    Where memory runs out it is checked again with all that torch kept for later. If that does not help, it is the
+    kernel's failure, unless others hold the memory.
+    """
     start = time.perf_counter()
-    result = _check(kernel, bench)
+    try:
+        result = _check(kernel, bench)
+    except torch.OutOfMemoryError:
+        result = None  # its traceback holds tensors: so not here
+    if result is None:
+        room.give_back(0)
+        try:
+            result = _check(kernel, bench)
+        except torch.OutOfMemoryError as error:
+            held = room.others()
+            status, note = ("error", said(error)) if held is None else ("refused", f"{NO_ROOM}: {held}")
+            name = runner_of(kernel, bench.decode_steps).name
+            result = Result(bench.name, name, bench.problem.op, status, notes=(note,))
     return dataclasses.replace(result, seconds=round(time.perf_counter() - start, 4))
 
 
@@ -141,6 +169,8 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
         first = call(runner, bench.inputs, guarded=True)
         # In the interpreter programs run one after the other: nothing can race, and a second call costs seconds.
         again = first if _is_interpreted(kernel) else call(runner, bench.inputs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the kernel's fault, whatever it is: reported, and the next case runs
         if bench.strided and isinstance(error, InputError):
             return result("refused", [one_line(error)])
@@ -180,6 +210,8 @@ def _ask(name: str, subject: Subject) -> Held:
         notes = tuple(dict.fromkeys(found.check(subject)))
     except NotApplicableError as error:
         return Held(name, "refused", (one_line(error),))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the kernel's fault, as above
         return Held(name, "error", (said(error),))
     return Held(name, "fail" if notes else "pass", notes)

@@ -86,8 +86,11 @@ def search(
         if failure or time.monotonic() - began > seconds:
             raise _StopError
         before(case)
-        result = check(kernel, Bench.of_case(case, seed, device))
         tried += 1
+        if (bench := Bench.where_it_fits(case, seed, device)) is None:
+            refused += 1
+            return
+        result = check(kernel, bench)
         refused += result.status == "refused"
         if not result.ok:
             failure.append((case, result))

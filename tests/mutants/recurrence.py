@@ -227,6 +227,43 @@ class StateOperandsInFp16:
         return super().chunk(S, *rows)
 
 
+@mutant(Chunked)
+class ProductsInHalf:
+    """Operands of products are bf16 whatever the activations are."""
+
+    def product(self, a, b):
+        return super().product(a.bfloat16().float(), b.bfloat16().float())
+
+
+@mutant(Chunked)
+class ProductsInFp8:
+    """Operands of products are fp8, of which bf16 activations have five bits more."""
+
+    def product(self, a, b):
+        return super().product(a.to(torch.float8_e4m3fn).float(), b.to(torch.float8_e4m3fn).float())
+
+
+@mutant(Recurrent, Chunked)
+class FloatByNameAlone:
+    """The final state of bf16 activations is rounded to bf16, less than their products cost, though it is float32."""
+
+    def unsupported(self, problem):
+        return None if problem is None or problem.dtype == "bfloat16" else "bf16 only"
+
+    def store(self, inputs, final, slot, S):
+        super().store(inputs, final, slot, S.bfloat16())
+
+
+@mutant(Chunked)
+class StateInHalfBetweenChunks:
+    """The state goes from chunk to chunk in bf16 although fp32 was asked."""
+
+    def chunk(self, S, *rows):
+        o = super().chunk(S, *rows)
+        S.copy_(S.bfloat16())
+        return o
+
+
 @mutant(GateStage)
 class ChunkOf32:
     """Sums restart every 32 tokens."""

@@ -183,16 +183,20 @@ class Chunked(Recurrent):
         """One chunk of all heads, [HV, C, ...]: o [HV, C, V]; S moves on in place."""
         G = self.cumulative(g.clamp(min=-120.0))
         inverse = self.inverse(beta.unsqueeze(-1) * self.pairs(k, k, G).tril(-1))
-        new = inverse @ (beta.unsqueeze(-1) * (v - (k * G.exp()) @ S.mT))
-        o = (q * G.exp()) @ S.mT + self.pairs(q, k, G).tril(self.diagonal) @ new
+        new = self.product(inverse, beta.unsqueeze(-1) * (v - self.product(k * G.exp(), S.mT)))
+        o = self.product(q * G.exp(), S.mT) + self.product(self.pairs(q, k, G).tril(self.diagonal), new)
         last = G[:, -1:]
-        S.copy_(self.carried(S, last) + new.mT @ (k * (last - G).exp()))
+        S.copy_(self.carried(S, last) + self.product(new.mT, k * (last - G).exp()))
         return o
 
     diagonal = 0
 
     def cumulative(self, g: torch.Tensor) -> torch.Tensor:
         return g.cumsum(1)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a @ b, which a kernel gives to tensor cores."""
+        return a @ b
 
     def carried(self, S: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """What is left of the incoming state after the chunk."""

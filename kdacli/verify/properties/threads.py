@@ -23,14 +23,14 @@ def check(subject: Subject) -> Iterator[str]:
     alone = [subject.outputs, subject.run(cases[1])]
     ready = threading.Barrier(THREADS)
 
-    def work(i: int) -> Outputs:
-        inputs = own_memory(cases[i % 2])
+    def work(inputs: Inputs) -> Outputs:
         ready.wait(timeout=60)
         outputs = subject.kernel.run(inputs)
         return pool_as_final_state(outputs, inputs)
 
+    theirs = [own_memory(cases[i % 2]) for i in range(THREADS)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(work, range(THREADS)))
+        found = list(pool.map(work, theirs))
     if subject.inputs.q.is_cuda:
         torch.cuda.synchronize()
     wrong = {name for i, outputs in enumerate(found) for name in differing(alone[i % 2], outputs)}
