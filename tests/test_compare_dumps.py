@@ -213,7 +213,7 @@ class TestStreaming:
     """Judging in pieces is judging: the same words and numbers as `kdacli.judge`."""
 
     @pytest.mark.parametrize("problem", [LONG, POOL, DENSE, GATE], ids=lambda problem: problem.name)
-    @pytest.mark.parametrize("fault", [None, "element", "nan", "head", "zero", "rounded"])
+    @pytest.mark.parametrize("fault", [None, "element", "nan", "head", "zero"])
     def test_as_the_judge(self, problem, fault, monkeypatch):
         monkeypatch.setattr(layout, "PIECE", 1 << 11)
         inputs = make_inputs(problem, gates="weak")
@@ -231,8 +231,6 @@ class TestStreaming:
                 tensor[:, :, 1] *= 1.03
             elif fault == "zero" and tensor is outputs.o:
                 tensor.zero_()
-            elif fault == "rounded" and tensor.dtype is torch.float32:
-                tensor.copy_(tensor.bfloat16())
         dump = Dump(inputs, outputs, problem.op)
         ours, theirs = judge_streamed(dump, outputs, "cpu"), judge(inputs, outputs, op=problem.op)
         for a, b in zip(ours, theirs, strict=True):
@@ -245,9 +243,6 @@ class TestStreaming:
                 assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5, nan_ok=True), name
             blocks = [re.findall("[0-9]+ of [0-9]+ .sequence, head.*", v.note.split(";")[0]) for v in (a, b)]
             assert blocks[0] == blocks[1]
-            digits = [v.note[v.note.find("blocks, first") :] for v in (a, b) if "bits of mantissa" in v.note]
-            rounded = fault == "rounded" and outputs.tensors()[a.tensor.replace("g_cumsum", "o")].dtype is torch.float32
-            assert len(digits) == 2 * rounded and len(set(digits)) == rounded
         assert fault is None or not all(verdict.passed for verdict in ours)
 
     def test_what_is_missing(self):

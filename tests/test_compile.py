@@ -15,7 +15,7 @@ from kda_kernels.cute import decode as cute_decode
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options, Problem
-from kdacli.compile import arch, pool, report, sass, toolchain
+from kdacli.compile import arch, pool, report, sass, toolchain, worker
 from kdacli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +203,14 @@ def test_summary_has_a_line_for_each_cache():
         "1 compiled, 0 taken from the cache: nothing is kept, KDA_CACHE_DIR is empty",
     ]
     assert report.summary(rows, None) == ["3 compiled; the cache was left alone"]
+
+
+def test_what_cannot_be_compiled_here_has_no_cache(monkeypatch):
+    """Without CuTe DSL its kernels are refused, and nothing else of the command is lost."""
+    monkeypatch.setattr("kda_kernels.cute.runtime.missing_packages", lambda: "nvidia-cutlass-dsl is not installed")
+    assert worker.cache_folder("cute") is None
+    rows = [{"kernel": "a", "unsupported": "not installed"}, {"kernel": "b", "binary_bytes": 1, "cached": False}]
+    assert report.summary(rows, {"a": None, "b": "/x"}) == ["1 compiled, 0 taken from the cache: /x"]
 
 
 def compile_first_gate_variant(cache: Path, where: str) -> dict:

@@ -467,3 +467,20 @@ def test_kda_kernels_lists_them(write, entry_points):
     assert "nothing.py is not there" in text.stderr
     shown = CliRunner(env={**os.environ, "COLUMNS": "80"}).invoke(cli, ["kernels"]).stdout
     assert "not here: my-broken: no_such_thing:f: there is no module no_such_thing" in shown
+
+
+def test_a_function_that_carries_states_in_bf16_may_say_so(write):
+    """Else the rounded float32 state is a fault."""
+    rounds = ORACLE.replace("out.final_state.float()", "out.final_state.bfloat16().float()")
+    words = ["verify", "--case", "prefill-any/lens=9", "--device", "cpu", "--shrink", "0", "--json", "-", "--kernel"]
+    silent = CliRunner().invoke(cli, [*words, write("silent.py", rounds) + ":prefill"])
+    assert silent.exit_code == 1
+    (row,) = json.loads(silent.stdout)["rows"]
+    (state,) = (tensor for tensor in row["tensors"] if tensor["tensor"] == "final_state")
+    assert "the kernel declares no carried_state" in state["note"] and state["error"] < state["bound"]
+    said = textwrap.dedent(rounds) + 'prefill.carried_state = "bfloat16"\n'
+    result = CliRunner().invoke(cli, [*words, write("said.py", said) + ":prefill"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["carried_states"] == {"said.py:prefill": "bfloat16"}
+    result = CliRunner().invoke(cli, [*words[:-3], "--kernel", "said.py:prefill"])
+    assert "said.py:prefill declares that it carries states in bfloat16: they are judged as such" in result.output

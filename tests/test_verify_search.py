@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from kda_kernels import registry
 from kda_kernels.problem import Op
+from kda_kernels.registry import Kernel
 from kdacli.main import cli
 from kdacli.verify import spec, suites
 from kdacli.verify.checker import Checker
@@ -76,6 +77,22 @@ def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
     assert result.exit_code == 130
     assert "2 checks: 2 passed; ended early, 1 of 2 kernels were not searched to the end" in result.stdout
     assert re.search(r"searched: torch-decode: \d+ random cases in 0 s, none failed", result.stdout)
+
+
+def test_cases_are_changed_to_what_a_kernel_supports(monkeypatch):
+    """Those of a kernel for K = V = 128 and bf16 would all be refused otherwise."""
+
+    def supports(self, problem=None):
+        wrong = problem is not None and (problem.K, problem.V, problem.dtype) != (128, 128, "bfloat16")
+        return "K = V = 128 and bf16 only" if wrong else None
+
+    monkeypatch.setattr(Kernel, "unsupported", supports)
+    names: list[str] = []
+    found = search(registry.get("torch-decode"), "cpu", 60, 1, examples=12, before=lambda case: names.append(case.name))
+    assert (found.tried, found.refused, found.failure) == (12, 0, None)
+    for name in names:  # as --case takes it
+        problem = spec.parse(name).problem
+        assert (problem.K, problem.V, problem.dtype) == (128, 128, "bfloat16")
 
 
 class TestShards:

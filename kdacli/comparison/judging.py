@@ -12,8 +12,8 @@ import torch
 
 from kda_kernels.tensors import Inputs
 from kdacli.comparison.layout import Layout
-from kdacli.judge import ELEMENT_FACTOR, FACTOR, FLOOR, SMALLEST, UNIT_ROUNDOFF, Verdict, digits, said
-from kdacli.verify.memory import bits
+from kdacli.judge import ELEMENT_FACTOR, FACTOR, FLOOR, SMALLEST, UNIT_ROUNDOFF, Verdict, said
+from kdacli.judge.bits import bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,6 @@ class Judge:
         self.count, self.norms, self.wrongs, self.plains, self.plain_worst = (
             torch.zeros(shape, dtype=torch.float64) for _ in range(5)
         )
-        self.dtype = dtype
-        self.needed, self.held = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))  # digits, see `judge.digits`
         self.over = torch.full(shape, -math.inf, dtype=torch.float64)
         self.element: dict[tuple[int, int], tuple[dict[str, str], float, float]] = {}  # place, how wrong, reference
         self.bad = 0
@@ -79,10 +77,6 @@ class Judge:
         blocks = place.owner
         for sums, rows in ((self.norms, ref), (self.wrongs, wrong), (self.plains, plain_wrong)):
             sums.index_add_(0, blocks, rows.square().sum(-1).cpu())
-        if self.dtype is torch.float32:
-            needed = digits.fine(ref) & digits.fine(plain) & out.ne(0)
-            for sums, rows in ((self.needed, needed), (self.held, digits.fine(out) & needed)):
-                sums.index_add_(0, blocks, rows.sum(-1).cpu())
         self.count.index_add_(0, blocks, torch.full(ref.shape[:2], float(ref.shape[-1]), dtype=torch.float64))
         keep_largest(self.plain_worst, blocks, plain_wrong.amax(-1).cpu())
         beyond, column = (wrong - self.unit * ref.abs()).max(-1)
@@ -127,8 +121,6 @@ class Judge:
         (n, h), share, where, wrong, allowed = self._worst(may, norms)
         if share > 1:
             notes.append(f"the element at {said(where)} is off by {share:.3g} times its bound")
-        if lacking := digits.note(self.needed, self.held):
-            notes.append(lacking)
         scale = norms[n, h].item() / math.sqrt(max(1.0, self.count[n, h].item()))
         worst, worst_bound = _ratio(wrong, scale), _ratio(allowed, scale)
         return Verdict(self.tensor, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))

@@ -180,11 +180,18 @@ class _Against:
         self.inputs, self.op, self.device = inputs, dump.op, device
         self.expected, self.plain = expect(inputs, dump.op), draws(inputs, dump.op)
 
-    def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
-        """`partial`: a missing final_state is no fault (a dump need not hold it)."""
+    def judge(self, outputs: Outputs, partial: bool = False, carried_state: str | None = None) -> list[Verdict]:
+        """`partial`: a missing final_state is no fault (a dump need not hold it). carried_state: of the kernel."""
         wanted = self.inputs.output_final_state and not (partial and outputs.final_state is None)
         inputs = dataclasses.replace(self.inputs, output_final_state=wanted)
-        return judge(inputs, outputs, op=self.op, expected=self.expected, plain_outputs=self.plain)
+        return judge(
+            inputs,
+            outputs,
+            op=self.op,
+            expected=self.expected,
+            plain_outputs=self.plain,
+            carried_state=carried_state,
+        )
 
 
 class _Streamed:
@@ -193,8 +200,8 @@ class _Streamed:
     def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
         self.dump, self.inputs, self.op, self.device = dump, inputs, dump.op, device
 
-    def judge(self, outputs: Outputs, partial: bool = False) -> list[Verdict]:
-        return judge_streamed(self.dump, outputs, self.device, partial=partial)
+    def judge(self, outputs: Outputs, partial: bool = False, carried_state: str | None = None) -> list[Verdict]:
+        return judge_streamed(self.dump, outputs, self.device, partial=partial, carried_state=carried_state)
 
 
 def _is_large(problem: Problem, device: str) -> bool:
@@ -223,7 +230,7 @@ def _run(
     if call.state_indices is not None:
         outputs = dataclasses.replace(outputs, final_state=call.state)
     rows = []
-    for verdict in against.judge(outputs):
+    for verdict in against.judge(outputs, carried_state=kernel.carried_state):
         found = _compared(verdict, against, outputs, recorded)
         apart = None if found is None else found.relative
         rows.append(Row(dump.call, kernel.name, verdict, apart, found if detail else None))

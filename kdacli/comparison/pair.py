@@ -20,7 +20,7 @@ from kdacli.comparison.layout import Layout, Stretch, stack, state_of
 from kdacli.comparison.walk import Truth, Walk
 from kdacli.dumps import Dump
 from kdacli.dumps.pieces import pieces
-from kdacli.judge import Verdict
+from kdacli.judge import Verdict, state_dtype
 
 # Two right results may each be off by the bound; a row of one token scatters more than the whole tensor.
 _BEYOND = 4.0
@@ -306,7 +306,7 @@ def judged_dtype(dump: Dump, tensor: str) -> torch.dtype:
         return torch.float32
     if tensor == "o":
         return dump.inputs.v.dtype
-    return torch.float32 if dump.inputs.state is None else dump.inputs.state.dtype
+    return state_dtype(dump.inputs, None)
 
 
 def token_place(group: Sequence[Stretch]) -> Place:
@@ -327,11 +327,13 @@ def _with(verdict: Verdict, note: str) -> Verdict:
     return dataclasses.replace(verdict, passed=False, note="; ".join(filter(None, (verdict.note, note))))
 
 
-def judge_streamed(dump: Dump, outputs: Outputs, device: str, *, partial: bool = False) -> list[Verdict]:
+def judge_streamed(
+    dump: Dump, outputs: Outputs, device: str, *, partial: bool = False, carried_state: str | None = None
+) -> list[Verdict]:
     """`kdacli.judge.judge` in bounded memory: outputs [B, T, HV, .] and states as in the dump's layout, on any device.
 
     Args:
-        partial: a missing final_state is no fault.
+        partial: a missing final_state is no fault. carried_state: as of `judge`.
     """
     both = dataclasses.replace(dump, outputs=outputs)
     layout = Layout.of(dump.inputs)
@@ -341,7 +343,7 @@ def judge_streamed(dump: Dump, outputs: Outputs, device: str, *, partial: bool =
     if tuple(outputs.o.shape) != wanted:
         return [_failed(name, f"shape is {list(outputs.o.shape)}: it should be {list(wanted)}")]
     tokens = Judge(name, d.N, d.HV, judged_dtype(both, name), CHUNK if dump.op is Op.GATE else d.K)
-    states = Judge("final_state", d.N, d.HV, judged_dtype(both, "final_state"), d.K)
+    states = Judge("final_state", d.N, d.HV, state_dtype(dump.inputs, carried_state), d.K)
     pooled = dump.inputs.state_indices is not None
     truths = Walk(dump.inputs, dump.op, device)
     for truth in truths:

@@ -58,7 +58,7 @@ def show_changes(changes: "Sequence[Change]", name: str, compared: int, stderr: 
 
 
 def summary(rows: Sequence[Row], folders: Mapping[str, str | None] | None) -> list[str]:
-    """A line for each cache: how much was compiled, and where it is.
+    """A line for each cache that anything could go to: how much was compiled, and where it is.
 
     Args:
         folders: by kernel, where what was compiled lies; None: nothing was kept on purpose.
@@ -68,6 +68,8 @@ def summary(rows: Sequence[Row], folders: Mapping[str, str | None] | None) -> li
         return [f"{len(compiled)} compiled; the cache was left alone"]
     lines = []
     for folder in dict.fromkeys(folders.values()):
+        if all("unsupported" in row for row in rows if folders.get(row["kernel"]) == folder):
+            continue
         mine = [row for row in compiled if folders[row["kernel"]] == folder]
         cached = sum(row["cached"] for row in mine)
         where = folder or "nothing is kept, KDA_CACHE_DIR is empty"

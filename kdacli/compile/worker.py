@@ -49,9 +49,9 @@ def start(cache: str | None = None, believed: Arch | None = None) -> None:
 def cache_folder(backend: str) -> str | None:
     """Where what is compiled is kept, and launches here look: CuTe's folder, or Triton's; None: nowhere."""
     if backend == "cute":
-        from kda_kernels.cute import cache
+        from kda_kernels.cute import cache, runtime
 
-        return str(folder) if (folder := cache.directory()) else None
+        return str(folder) if runtime.missing_packages() is None and (folder := cache.directory()) else None
     import triton
 
     return triton.knobs.cache.dir

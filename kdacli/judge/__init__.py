@@ -2,6 +2,16 @@
 `digits` what no bound sees.
 """
 
-from kdacli.judge.verdicts import ELEMENT_FACTOR, FACTOR, FLOOR, SMALLEST, UNIT_ROUNDOFF, Verdict, judge, said
+from kdacli.judge.verdicts import (
+    ELEMENT_FACTOR,
+    FACTOR,
+    FLOOR,
+    SMALLEST,
+    UNIT_ROUNDOFF,
+    Verdict,
+    judge,
+    said,
+    state_dtype,
+)
 
-__all__ = ["ELEMENT_FACTOR", "FACTOR", "FLOOR", "SMALLEST", "UNIT_ROUNDOFF", "Verdict", "judge", "said"]
+__all__ = ["ELEMENT_FACTOR", "FACTOR", "FLOOR", "SMALLEST", "UNIT_ROUNDOFF", "Verdict", "judge", "said", "state_dtype"]

@@ -1,12 +1,13 @@
 """What results are measured with: the fp64 reference, and a plain torch implementation in the kernel's precision."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 
 from kda_kernels.checks import check_inputs, seq_lens
-from kda_kernels.problem import CHUNK, Op
+from kda_kernels.problem import CHUNK, Gate, Op
 from kda_kernels.reference import oracle, plain_recurrent
 from kda_kernels.reference.gate import log_decay
 from kda_kernels.reference.rounding import OperandDtype
@@ -44,7 +45,7 @@ def plain(inputs: Inputs, op: Op | str) -> Outputs:
     decode: the token recurrence in fp32; output and state rounded to their dtypes.
     prefill: the chunk form in fp32, the operands of its matrix products rounded to what tensor cores take; output and
         state rounded to their dtypes.
-    gate: the activation and the cumulative sum in fp32.
+    gate: the activation and the cumulative sum in fp32, softplus by the logarithm that a GPU has.
     """
     op = Op(op)
     if op is Op.GATE:
@@ -76,6 +77,16 @@ def draws(inputs: Inputs, op: Op | str, units: Sequence[float] = UNITS) -> tuple
     return tuple(found)
 
 
+def _by_a_gpus_logarithm(softplus: torch.Tensor) -> torch.Tensor:
+    """What log(1 + exp(x)) is as ln(2) lg2(1 + exp(x)), by the one instruction for logarithms that a GPU has.
+
+    Its largest absolute error is 2^-22 where its operand lies between 0.5 and 2 (PTX ISA, lg2.approx), and there long
+    memory lies. Here it is half of that on average, and goes one way, as it may in a real one.
+    """
+    small = (softplus / math.log(2) * 2.0**22).floor() * 2.0**-22 * math.log(2)
+    return torch.where(softplus < math.log(2), small, softplus)
+
+
 def operand_dtype(dtype: torch.dtype) -> OperandDtype:
     """What a chunk kernel multiplies in, for activations of `dtype`.
 
@@ -88,6 +99,9 @@ def operand_dtype(dtype: torch.dtype) -> OperandDtype:
 def _gate_cumsum_fp32(inputs: Inputs) -> torch.Tensor:
     """float32 [B, T, HV, K]."""
     decay = log_decay(inputs.g, inputs.A_log, inputs.dt_bias, inputs.options, torch.float32)
+    if inputs.options.gate is Gate.SOFTPLUS:
+        rate = 1.0 if inputs.A_log is None else inputs.A_log.float().exp().unsqueeze(-1)
+        decay = -rate * _by_a_gpus_logarithm(-decay / rate)
     lens = seq_lens(inputs, check_inputs(inputs, values=True))
     chunks = [min(CHUNK, n - first) for n in lens for first in range(0, n, CHUNK)]
     pieces = [piece.cumsum(0) for piece in decay.flatten(0, 1).split(chunks)] if chunks else []

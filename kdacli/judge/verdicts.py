@@ -11,8 +11,8 @@ three levels, because a norm over a large tensor hides what is wrong in one plac
 head) block, and each element. A block and its elements are granted at least what the plain implementation makes of a
 typical block: where nearly parallel keys let one rounding grow, what it makes of a single one is the luck of the draw.
 What is exactly zero in the reference (padding rows, a state never fed) must be exactly zero. NaN, Inf and unwritten
-elements never pass, and neither does a pool whose unused slots changed by a single bit, nor float32 that was rounded to
-less on its way (`digits`).
+elements never pass, and neither does a pool whose unused slots changed by a single bit. For `kda verify` a float32
+state that was rounded to less on its way fails too (`digits`), unless the kernel says that it carries states so.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from kda_kernels.reference.gate import L2NORM_EPS
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import digits
 from kdacli.judge.baseline import Cut, draws, expect
+from kdacli.judge.bits import bits
 from kdacli.judge.blocks import Blocks
-from kdacli.verify.memory import bits
 
 # Another legal order of the same roundings (other sub-chunks, other reduction trees) makes an error of the same size:
 # three kernels by three houses lie within 1.6x of each other on the same inputs. Twice that is another arithmetic.
@@ -77,6 +77,8 @@ def judge(
     op: Op | str,
     expected: Outputs | None = None,
     plain_outputs: Outputs | Sequence[Outputs] | None = None,
+    carried_state: str | None = None,
+    count_digits: bool = False,
 ) -> list[Verdict]:
     """Judges each output tensor of one call.
 
@@ -87,6 +89,9 @@ def judge(
         op: which reference applies, and which plain implementation sets the bound.
         expected: `expect(inputs, op)` if it is at hand; computed otherwise.
         plain_outputs: `draws(inputs, op)`. If it is not at hand, it is computed, for one unit alone.
+        carried_state: what the kernel says that it carries states in, if not in float32 (see `Contract`): final_state
+            may be rounded to that.
+        count_digits: float32 that was rounded to less on its way fails (see `digits`).
     """
     expected = expect(inputs, op) if expected is None else expected
     plain_outputs = draws(inputs, op, units=()) if plain_outputs is None else plain_outputs
@@ -98,19 +103,21 @@ def judge(
     usual = _usual_norms(inputs, of_tokens, expected.final_state)
     verdicts = [_judge_tensor("o", of_tokens, inputs.v.dtype, K, outputs.o, expected.o, plain_outputs, usual)]
     if outputs.final_state is not None and expected.final_state is not None:
-        verdict = _judge_tensor(
-            "final_state",
-            Blocks.of_state(inputs),
-            torch.float32 if inputs.state is None else inputs.state.dtype,
-            K,
-            outputs.final_state,
-            expected.final_state,
-            plain_outputs,
-        )
+        of_states, dtype = Blocks.of_state(inputs), state_dtype(inputs, carried_state)
+        states = outputs.final_state, expected.final_state
+        verdict = _judge_tensor("final_state", of_states, dtype, K, *states, plain_outputs)
+        if count_digits and dtype is torch.float32 and not math.isnan(verdict.error):
+            verdict = _and(verdict, digits.note(of_states, *states, plain_outputs[0].final_state))
         verdicts.append(_with_unused_slots(verdict, inputs, outputs.final_state))
     elif inputs.output_final_state:
         verdicts.append(_failed("final_state", {}, "missing: the kernel returned none"))
     return verdicts
+
+
+def state_dtype(inputs: Inputs, carried: str | None) -> torch.dtype:
+    """What final_state should be rounded to. carried: as `carried_state` of `judge`."""
+    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
+    return dtype if carried is None or dtype is not torch.float32 else getattr(torch, carried)
 
 
 def _judge_tensor(
@@ -173,10 +180,6 @@ def _judge_tensor(
 
     where = blocks.where(at, ref.shape)
     notes = _notes(error, bound, wrongs, limits, norms, share.flatten()[at].item(), where)
-    if dtype is torch.float32:
-        needed = digits.fine(ref) & digits.fine(plain_outs[0]) & out.ne(0)
-        if lacking := digits.note(blocks.sums(needed), blocks.sums(digits.fine(out) & needed)):
-            notes.append(lacking)
     return Verdict(name, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))
 
 
@@ -286,8 +289,14 @@ def _with_unused_slots(verdict: Verdict, inputs: Inputs, pool: torch.Tensor) -> 
     if not bool(changed.any()):
         return verdict
     slot = int(unused.nonzero()[changed][0])
-    note = "; ".join(filter(None, (verdict.note, f"slot {slot} of the pool was written, and no sequence uses it")))
-    return dataclasses.replace(verdict, passed=False, note=note)
+    return _and(verdict, f"slot {slot} of the pool was written, and no sequence uses it")
+
+
+def _and(verdict: Verdict, note: str) -> Verdict:
+    """The verdict with one thing more that is wrong; the same if the note is empty."""
+    if not note:
+        return verdict
+    return dataclasses.replace(verdict, passed=False, note="; ".join(filter(None, (verdict.note, note))))
 
 
 def said(where: dict[str, str]) -> str:

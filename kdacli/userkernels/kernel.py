@@ -53,6 +53,11 @@ class UserKernel(Kernel):
             return None
         return "its supports() says no, and gives no reason" if answer is False else str(answer)
 
+    @property
+    def carried_state(self) -> str | None:
+        """As `Kernel.carried_state`: what the function's attribute of that name says."""
+        return getattr(self.function, "carried_state", None)
+
     def run(self, inputs: "Inputs") -> "Outputs":
         """Calls the function on checked inputs.
 

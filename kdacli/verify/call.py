@@ -17,6 +17,9 @@ class Runner(Protocol):
 
     name: str
 
+    @property
+    def carried_state(self) -> str | None: ...
+
     def unsupported(self, problem: Problem) -> str | None: ...
 
     def run(self, inputs: Inputs) -> Outputs: ...

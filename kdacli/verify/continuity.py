@@ -33,6 +33,10 @@ class PrefillThenDecode:
         """triton-prefill, then triton-decode: "triton-prefill+decode"."""
         return f"{self.prefill.name}+decode"
 
+    @property
+    def carried_state(self) -> str | None:
+        return self.prefill.carried_state
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why not, as `Kernel.unsupported`."""
         if self.decode is None:

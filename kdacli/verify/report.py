@@ -22,11 +22,14 @@ def print_results(
     """The table: of cases, or, where there are many, of kernels; and below it what did not run and why."""
     if len(results) <= MANY or verbose:
         rows, described = [_cells(result) for result in results], {result.case for result in results}
+        columns = COLUMNS
+        if not any(row[4] for row in rows):  # the op gate has no state, and what nothing came of has none either
+            columns, rows = (*COLUMNS[:4], COLUMNS[-1]), [(*row[:4], row[-1]) for row in rows]
         if len(described) == 1 and " " in results[0].case:  # long, and every row would repeat it
             say(f"{title}:")
-            console().print(table(results[0].case, COLUMNS[1:], [row[1:] for row in rows]))
+            console().print(table(results[0].case, columns[1:], [row[1:] for row in rows]))
         else:
-            console().print(table(title, COLUMNS, rows))
+            console().print(table(title, columns, rows))
     else:
         print_kernels(results, title)
     for line in refusals(results):

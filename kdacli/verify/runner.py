@@ -15,13 +15,14 @@ from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import interpreted
 from kdacli.judge import Verdict, judge
 from kdacli.judge.baseline import draws, expect
+from kdacli.judge.bits import same_bits
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
 from kdacli.verify import room
 from kdacli.verify.call import Call, Runner, call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
-from kdacli.verify.memory import modified, same_bits
+from kdacli.verify.memory import modified
 from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject
 from kdacli.verify.transforms import LAYOUTS, transformed
 
@@ -177,7 +178,13 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
         return result("error", [said(error)])
     outputs = first.outputs
     verdicts = judge(
-        bench.inputs, outputs, op=bench.problem.op, expected=bench.expected, plain_outputs=bench.plain_outputs
+        bench.inputs,
+        outputs,
+        op=bench.problem.op,
+        expected=bench.expected,
+        plain_outputs=bench.plain_outputs,
+        carried_state=runner.carried_state,
+        count_digits=True,
     )
     notes = [*_wrong_beside_values(bench, first), *_differences(outputs, again.outputs)]
     passed = not notes and all(verdict.passed for verdict in verdicts)

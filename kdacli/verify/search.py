@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kda_kernels.errors import UnavailableError
+from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.verify import spec
 from kdacli.verify.case import Case
+from kdacli.verify.fit import fit
 from kdacli.verify.runner import Bench, Result, check
 from kdacli.verify.suites.pairs import axes_of, case_of
 
@@ -61,6 +62,8 @@ def search(
 ) -> Found:
     """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
 
+    Each is changed to what the kernel supports, as the cases of a suite are (`kdacli.verify.fit`).
+
     The same seed and part draw the same cases; how many there is time for depends on the machine. `before` is called
     with each.
     """
@@ -85,9 +88,19 @@ def search(
         nonlocal tried, refused
         if failure or time.monotonic() - began > seconds:
             raise _StopError
+        fitting = fit(kernel, case)
+        changed = fitting != case
+        if changed:
+            case = dataclasses.replace(fitting, name=spec.write(fitting))
         before(case)
+        try:
+            bench = Bench.where_it_fits(case, seed, device)
+        except (InputError, RuntimeError, IndexError):  # a regime that needs what the fitting took away
+            if not changed:
+                raise
+            return
         tried += 1
-        if (bench := Bench.where_it_fits(case, seed, device)) is None:
+        if bench is None:
             refused += 1
             return
         result = check(kernel, bench)

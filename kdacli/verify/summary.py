@@ -25,6 +25,9 @@ def report(outcome: Outcome, json_dest: str | None, junit: str | None, verbose: 
     title = f"Relative errors against the fp64 oracle, on {describe(wanted.device)}"
     title = title if wanted.params["dump"] else f"{title}, seed {wanted.seed}"
     reports.print_results(outcome.results, outcome.not_run, title, verbose)
+    for kernel in outcome.kernels:
+        if kernel.carried_state:
+            say(f"{kernel.name} declares that it carries states in {kernel.carried_state}: they are judged as such")
     for line in outcome.searched:
         say(line)
     why = {case.name: case.why for case in outcome.cases.values()}
@@ -79,6 +82,7 @@ def _write_json(outcome: Outcome, again: dict[Key, str], dest: str, force: bool)
             "device": describe(wanted.device),
             "triton_config": wanted.triton_config,
             "shard": f"{part}/{parts}" if parts > 1 else None,
+            "carried_states": {kernel.name: kernel.carried_state for kernel in outcome.kernels if kernel.carried_state},
             "cases": [reports.json_case(case) for case in outcome.cases.values()],
             "rows": [
                 reports.json_row(r, outcome.explained.get(key), again.get(key), outcome.saved.get(key))

@@ -7,6 +7,7 @@ which is imported when it is first asked or run.
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,14 @@ class Kernel:
             return importlib.import_module(self.module).unsupported(problem)
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    @property
+    def carried_state(self) -> str | None:
+        """The dtype that it says it carries states in, where that is less than their own; None: it says nothing.
+
+        Known once `unsupported` was asked.
+        """
+        return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "carried_state", None)
 
     def run(self, inputs: "Inputs") -> "Outputs":
         return importlib.import_module(self.module).run(inputs)

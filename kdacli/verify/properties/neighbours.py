@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge.bits import same_bits
 from kdacli.judge.blocks import Blocks
-from kdacli.verify.memory import own_memory, same_bits
+from kdacli.verify.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
 REASON = "one request's numbers, or its NaN, must not reach another's: tiles cross sequence ends, tails go unmasked"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import judge
+from kdacli.judge.bits import same_bits
 from kdacli.verify.call import Runner, call
-from kdacli.verify.memory import same_bits
 
 
 class NotApplicableError(Exception):
@@ -50,7 +50,13 @@ class Subject:
         if inputs.state_v_first != self.inputs.state_v_first:
             plain_outputs = [swapped(one) for one in plain_outputs]
         found = judge(
-            inputs, outputs, op=self.problem.op, expected=expected or self.expected, plain_outputs=plain_outputs
+            inputs,
+            outputs,
+            op=self.problem.op,
+            expected=expected or self.expected,
+            plain_outputs=plain_outputs,
+            carried_state=self.kernel.carried_state,
+            count_digits=True,
         )
         return (f"{verdict.tensor}: {verdict.note}" for verdict in found if not verdict.passed)
 

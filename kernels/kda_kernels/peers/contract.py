@@ -26,6 +26,8 @@ class Contract:
         l2norm: values of the option that it has. any_scale: else K ** -0.5 only.
         k_first: takes [.., K, V] states, too.
         one_token: every sequence has exactly one token.
+        carried_state: what it says that it carries states in from chunk to chunk, where that is less than their own
+            dtype; states are judged as such.
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
         padding: takes index -1.
         aligned: names of the tensors whose addresses should be multiples of 16 bytes. A `Problem` says nothing of
@@ -38,6 +40,7 @@ class Contract:
     beta_dtypes: tuple[str, ...] = ("bfloat16",)
     param_dtypes: tuple[str, ...] = DTYPES
     state_dtypes: tuple[str, ...] = STATE_DTYPES
+    carried_state: str | None = None
     K: tuple[int, ...] = (128,)
     V_multiple: int = 1
     square: bool = False

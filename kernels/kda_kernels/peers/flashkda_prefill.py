@@ -32,6 +32,7 @@ CONTRACT = Contract(
     grouped_heads=False,
     gates=(Gate.SAFE,),
     least_bound=-5.0,
+    carried_state="bfloat16",  # docs/20260420-flashkda-v1-deep-dive.md, "Numerical Precision"
     aligned=("q", "k", "v", "g", "beta", "dt_bias", "state"),
     why=(("padding", "FlashKDA has no padding: vLLM takes the padding rows out of the batch before it"),),
 )
