@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from kda_kernels import registry
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.main import cli
@@ -93,6 +94,23 @@ def test_cases_are_changed_to_what_a_kernel_supports(monkeypatch):
     for name in names:  # as --case takes it
         problem = spec.parse(name).problem
         assert (problem.K, problem.V, problem.dtype) == (128, 128, "bfloat16")
+
+
+def test_layouts_that_a_kernel_refuses_are_left_out(monkeypatch):
+    """What it refuses when it sees it: no problem says anything of addresses."""
+    seen: list[bool] = []
+
+    def run(self, inputs):
+        seen.append(inputs.q.is_contiguous() and inputs.k.is_contiguous())
+        if not seen[-1]:
+            raise InputError("contiguous tensors only")
+        return good(self, inputs)
+
+    good = Kernel.run
+    monkeypatch.setattr(Kernel, "run", run)
+    found = search(registry.get("torch-decode"), "cpu", 60, 1, examples=12)
+    assert (found.tried, found.refused, found.failure) == (12, 0, None)
+    assert not all(seen)
 
 
 class TestShards:

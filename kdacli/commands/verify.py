@@ -106,7 +106,8 @@ def command(
     A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation that
     rounds where the kernel must round (of prefill the largest of eight, rounded in different units; where products are
     in tf32, and once what cutting operands adds), plus one output rounding: over each output, each (sequence, head),
-    and for each element. NaN, Inf and unwritten elements never pass. It must not touch its inputs, the unused slots of
+    and for each element. NaN, Inf and unwritten elements never pass, nor does a float32 state that was rounded to less
+    on its way, unless the kernel declares so (carried_state). A kernel must not touch its inputs, the unused slots of
     a pool, nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases
     name more that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kda_kernels.errors import InputError, UnavailableError
@@ -12,8 +12,9 @@ from kda_kernels.registry import Kernel
 from kdacli.verify import spec
 from kdacli.verify.case import Case
 from kdacli.verify.fit import fit
-from kdacli.verify.runner import Bench, Result, check
+from kdacli.verify.runner import NO_ROOM, Bench, Result, check
 from kdacli.verify.suites.pairs import axes_of, case_of
+from kdacli.verify.transforms import LAYOUTS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -62,10 +63,8 @@ def search(
 ) -> Found:
     """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
 
-    Each is changed to what the kernel supports, as the cases of a suite are (`kdacli.verify.fit`).
-
-    The same seed and part draw the same cases; how many there is time for depends on the machine. `before` is called
-    with each.
+    Each is changed to what the kernel supports, as the cases of a suite are (`kdacli.verify.fit`). The same seed and
+    part draw the same cases; how many there is time for depends on the machine. `before` is called with each.
     """
     import hypothesis
 
@@ -83,27 +82,19 @@ def search(
         print_blob=False,
         report_multiple_bugs=False,
     )
-    @hypothesis.given(case=cases(kernel.op, device))
-    def one(case: Case) -> None:
+    @hypothesis.given(drawn=cases(kernel.op, device))
+    def one(drawn: Case) -> None:
         nonlocal tried, refused
         if failure or time.monotonic() - began > seconds:
             raise _StopError
-        fitting = fit(kernel, case)
-        changed = fitting != case
-        if changed:
-            case = dataclasses.replace(fitting, name=spec.write(fitting))
-        before(case)
-        try:
-            bench = Bench.where_it_fits(case, seed, device)
-        except (InputError, RuntimeError, IndexError):  # a regime that needs what the fitting took away
-            if not changed:
-                raise
+        for case in _fitted(kernel, drawn):
+            before(case)
+            result = _check(kernel, case, seed, device, possible=case == drawn)
+            if result is not None and result.status != "refused":
+                break
+        if result is None:
             return
         tried += 1
-        if bench is None:
-            refused += 1
-            return
-        result = check(kernel, bench)
         refused += result.status == "refused"
         if not result.ok:
             failure.append((case, result))
@@ -112,6 +103,27 @@ def search(
     with contextlib.suppress(_StopError):
         one()
     return Found(kernel.name, tried, refused, failure[0] if failure else None, time.monotonic() - began)
+
+
+def _fitted(kernel: Kernel, case: Case) -> Iterator[Case]:
+    """The case changed to what the kernel supports; and, should it be refused, with its tensors laid out as usual."""
+    fitting = fit(kernel, case)
+    plain = dataclasses.replace(fitting, transforms=tuple(t for t in fitting.transforms if t not in LAYOUTS))
+    for one in dict.fromkeys((fitting, plain)):
+        yield one if one == case else dataclasses.replace(one, name=spec.write(one))
+
+
+def _check(kernel: Kernel, case: Case, seed: int, device: str, *, possible: bool) -> Result | None:
+    """None: there is no such case, since a regime needs what the fitting took away; never if it is `possible`."""
+    try:
+        bench = Bench.where_it_fits(case, seed, device)
+    except (InputError, RuntimeError, IndexError):
+        if possible:
+            raise
+        return None
+    if bench is None:
+        return Result(case.name, kernel.name, kernel.op, "refused", notes=(NO_ROOM,))
+    return check(kernel, bench)
 
 
 def cases(op: Op, device: str) -> "SearchStrategy[Case]":

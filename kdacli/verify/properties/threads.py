@@ -1,4 +1,8 @@
-"""16 threads at once, each with its own tensors, get what each gets alone."""
+"""16 threads at once, each with its own tensors, get what each gets alone.
+
+The threads are new, and the call is the first thing that they do with the GPU: a library that asks the driver for
+something finds no context there, unless it sets one.
+"""
 
 import concurrent.futures
 import threading
