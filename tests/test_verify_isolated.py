@@ -19,7 +19,7 @@ from kda_kernels.problem import Op
 from kdacli.commands import verify
 from kdacli.main import cli
 from kdacli.userkernels import resolve
-from kdacli.verify import spec
+from kdacli.verify import spec, workers
 from kdacli.verify.checker import Checker, ContextLostError
 from kdacli.verify.isolated import InnerError, IsolatedChecker, NoStartError
 
@@ -79,11 +79,12 @@ def _given(*flags: str) -> dict:
     return verify.command.make_context("verify", list(flags)).params
 
 
-def test_a_kernel_that_kills_its_process_fails_one_case(bad, tmp_path):
+@pytest.mark.parametrize("flag", ["--isolate", "--workers=3"])
+def test_a_kernel_that_kills_its_process_fails_one_case(bad, tmp_path, flag):
     """Whatever it does, the next case runs, in a process that is as good as new."""
     cases = [case(1), case(2), case(1, 1, 1), case(4), case(6), case(5), case(7)]
     xml = tmp_path / "bad.xml"
-    more = ["--isolate", "--limit", "8", "--json", "-", "--junit", str(xml)]
+    more = [flag, "--limit", "8", "--json", "-", "--junit", str(xml)]
     result = CliRunner().invoke(cli, [*words(bad, *cases), *more])
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and report["complete"] is True
@@ -103,12 +104,12 @@ def test_nothing_is_different_for_a_good_kernel(tmp_path):
     (tmp_path / "bad.py").write_text(textwrap.dedent(BAD))
     asked = [*words(f"{tmp_path}/bad.py:decode", case(1), case(8), case(10)), "--json", "-", "--save"]
     runs = []
-    for flag in ("--isolate", "--no-isolate"):
+    for flag in ("--isolate", "--no-isolate", "--workers=2"):
         result = CliRunner().invoke(cli, [*asked, str(tmp_path / flag), flag, "--shrink", "0"])
         assert result.exit_code == 1, result.output
         runs.append([row | {"seconds": 0, "saved": None} for row in json.loads(result.stdout)["rows"]])
         assert len(list((tmp_path / flag).iterdir())) == 1
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] == runs[2]
     assert runs[0][2]["status"] == "fail" and runs[0][2]["smallest"] and runs[0][2]["looks_like"]
 
 
@@ -213,9 +214,11 @@ _WAKING = "from kdacli.main import cli; import sys; sys.argv = sys.argv[1:]; cli
 _SLEEP = "open(os.environ['KDA_TEST_FLAG'], 'w').close() or time.sleep(100)"
 
 
-@pytest.mark.parametrize("flag", ["--isolate", "--no-isolate"])
+@pytest.mark.parametrize("flag", ["--isolate", "--no-isolate", "--workers=2"])
 def test_an_interrupted_run_reports_what_it_checked(bad, tmp_path, flag):
-    """SIGINT reaches all processes of the terminal's group, as Ctrl-C does, while the second case sleeps."""
+    """SIGINT reaches all processes of the terminal's group, as Ctrl-C does, while the second case sleeps. Of two workers
+    the other has checked the third by then.
+    """
     (tmp_path / "bad.py").write_text(textwrap.dedent(BAD).replace("time.sleep(100)", _SLEEP))
     out, xml = tmp_path / "bad.json", tmp_path / "bad.xml"
     more = [flag, "--json", str(out), "--junit", str(xml)]
@@ -228,13 +231,48 @@ def test_an_interrupted_run_reports_what_it_checked(bad, tmp_path, flag):
     deadline = time.monotonic() + 60
     while not (tmp_path / "asleep").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    done = ["pass"]
+    if flag == "--workers=2":
+        time.sleep(10)
+        done *= 2
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stderr.split() == ["Interrupted"]
-    assert "1 check: 1 passed; ended early, 2 of 3 were not made" in stdout and case(1) in stdout
+    left = 3 - len(done)
+    assert f"{len(done)} passed; ended early, {left} of 3 were not made" in stdout and case(1) in stdout
     report = json.loads(out.read_text())
-    assert report["complete"] is False and [row["status"] for row in report["rows"]] == ["pass"]
+    assert report["complete"] is False and [row["status"] for row in report["rows"]] == done
     suite = ElementTree.parse(xml).find("testsuite")
     assert suite.find("properties/property").attrib == {"name": "complete", "value": "false"}
-    assert len(suite.findall("testcase")) == 1
+    assert len(suite.findall("testcase")) == len(done)
+
+
+# --- side by side
+
+
+def test_the_first_failure_ends_them_all(bad):
+    """The other sleeps for 100 seconds, and has a limit of 300."""
+    began = time.monotonic()
+    asked = [*words(bad, case(1), case(10), case(4)), "--workers", "2", "--fail-fast", "--shrink", "0", "--json", "-"]
+    result = CliRunner().invoke(cli, asked)
+    assert result.exit_code == 1 and time.monotonic() - began < 60
+    report = json.loads(result.stdout)
+    assert [row["status"] for row in report["rows"]] == ["pass", "fail"]
+    assert report["complete"] is False
+
+
+@pytest.mark.parametrize(
+    ("device", "checks", "count"), [("cpu", 99, 1), ("cpu", 100, 3), ("cpu", 5000, 3), ("cuda", 5000, 1)]
+)
+def test_how_many_are_usual(monkeypatch, device, checks, count):
+    monkeypatch.setattr(workers, "cores", lambda: 3)
+    assert workers.usual(device, checks) == count
+    monkeypatch.setattr(workers, "cores", lambda: 64)
+    assert workers.usual("cpu", checks) == (1 if checks < 100 else 4)
+
+
+def test_many_in_this_process_are_no_answer(bad):
+    result = CliRunner().invoke(cli, [*words(bad, case(1)), "--no-isolate", "--workers", "2"])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --workers 2 is given with --no-isolate: they are processes of their own\n"

@@ -51,6 +51,13 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
     help="Processes that compile ahead of the cases, on a GPU. Default: one a core; 0: none.",
 )
 @click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="COUNT",
+    help="Processes that check the cases of a suite side by side. Default: on a GPU, whose memory they would share, 1;"
+    " without one, for over 100 checks, one a core, up to 4.",
+)
+@click.option(
     "--isolate/--no-isolate",
     default=None,
     help="Check in a process apart, which a kernel may crash or hang without ending the run. Default: on a GPU.",
@@ -86,6 +93,7 @@ def command(
     fail_fast: bool,
     shrink: float,
     jobs: int | None,
+    workers: int | None,
     isolate: bool | None,
     limit: float,
     triton_config: int | None,
@@ -115,9 +123,10 @@ def command(
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a
     suite, a case is first changed, in what it is not about, to what a kernel supports, as its name then shows.
 
-    On a GPU, kernels that a suite launches and the caches of Triton and CuTe lack are compiled first, in --jobs
-    processes; and the checks run in a process apart, so that a kernel which crashes it, breaks the GPU's context, or
-    hangs, fails its case, and the next case runs. Ctrl-C ends a run early: what was checked is reported.
+    --workers checks the cases of a suite side by side. On a GPU, kernels that a suite launches and the caches of Triton
+    and CuTe lack are compiled first, in --jobs processes; and the checks run in a process apart, so that a kernel which
+    crashes it, breaks the GPU's context, or hangs, fails its case, and the next case runs. Ctrl-C ends a run early:
+    what was checked is reported.
 
     A kernel that tunes itself is checked in the configuration that was fastest, and no other: --triton-config checks it
     in another, and saves the time of tuning for every new shape.
@@ -141,6 +150,8 @@ def command(
     if junit == "-":
         raise InputError("--junit is -: it should be a file")
     _check_flags(params, suite_name, case_names, seconds, shard)
+    if isolate is False and (workers or 1) > 1:
+        raise InputError(f"--workers {workers} is given with --no-isolate: they are processes of their own")
     if list_only:
         if shard:
             raise InputError("--shard is given with --list, which lists whole suites: leave one out")
@@ -166,6 +177,8 @@ def command(
         device=device,
         seconds=STRESS_SECONDS if seconds is None else seconds,
         triton_config=triton_config,
+        workers=1 if isolate is False else workers,
+        limit=limit,
     )
     with _checker(device, wanted.seed, isolate, limit, triton_config) as checker:
         run = Run(wanted, checker)

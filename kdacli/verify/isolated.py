@@ -59,6 +59,7 @@ class IsolatedChecker:
         self._given: tuple[dict[str, Any], Op] | None = None
         self._begun: list[Begun] = []  # checks that began since the last question
         self._open: Begun | None = None  # the one that has not ended
+        self._ended_for_good = False
         self._asked = 0  # questions: what answers an earlier one, which nobody waits for any more, is passed over
         self._start()
 
@@ -68,8 +69,14 @@ class IsolatedChecker:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
+    def end(self) -> None:
+        """Ends the process, whatever it is doing, from any thread: who waits for an answer gets `NoStartError`."""
+        self._ended_for_good = True
+        self._process.kill()
+        self._process.join()
+
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process, whatever it is doing; the next question starts another."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -89,6 +96,8 @@ class IsolatedChecker:
         next one gets a chance.
         """
         for last in (False, True):
+            if self._ended_for_good:
+                raise NoStartError("the process that checks was ended")
             if self._pipe.closed:
                 self._start()
             if self._ready or (why := self._begins()) is None:

@@ -11,7 +11,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.output import progress
-from kdacli.verify import search
+from kdacli.verify import search, workers
 from kdacli.verify.ahead import compile_ahead
 from kdacli.verify.case import Case
 from kdacli.verify.checker import Checker, ContextLostError
@@ -35,6 +35,7 @@ class Wanted:
         params: as `kdacli.options.inputs_from` takes them.
         seconds: of random search after the suite stress.
         triton_config: see `kdacli.autotuning.take`.
+        workers: processes that check a suite side by side; None: as many as is usual. limit: as of `IsolatedChecker`.
     """
 
     kernels: tuple[str, ...]
@@ -46,6 +47,8 @@ class Wanted:
     device: str
     seconds: float
     triton_config: int | None
+    workers: int | None
+    limit: float
 
     @property
     def op(self) -> Op | None:
@@ -155,8 +158,13 @@ class Run:
 
     def check(self, fail_fast: bool) -> bool:
         """Everything that was asked for; False: it ended before, at a failure."""
-        with self._timed("checking"), progress("verifying", self.outcome.total) as advance:
-            for result in self._given() if self.wanted.one_problem else self._suite():
+        results = self._given() if self.wanted.one_problem else self._suite()
+        with (
+            self._timed("checking"),
+            progress("verifying", self.outcome.total) as advance,
+            contextlib.closing(results),
+        ):
+            for result in results:
                 self.outcome.results.append(result)
                 advance(f"{result.case}, {result.kernel}")
                 if fail_fast and not result.ok:
@@ -167,6 +175,12 @@ class Run:
             return self._search(fail_fast)
 
     def _suite(self) -> Iterator[Result]:
+        wanted = self.wanted
+        count = wanted.workers or workers.usual(wanted.device, self.outcome.total)
+        if count > 1 and len(self.table) > 1:
+            how = count, wanted.device, wanted.seed, wanted.limit, wanted.triton_config
+            yield from workers.check(self.table, self.outcome.kernels, *how)
+            return
         for case, kernels in self.table:
             yield from self.checker.check_case(case, kernels)
 
