@@ -216,8 +216,8 @@ _SLEEP = "open(os.environ['KDA_TEST_FLAG'], 'w').close() or time.sleep(100)"
 
 @pytest.mark.parametrize("flag", ["--isolate", "--no-isolate", "--workers=2"])
 def test_an_interrupted_run_reports_what_it_checked(bad, tmp_path, flag):
-    """SIGINT reaches all processes of the terminal's group, as Ctrl-C does, while the second case sleeps. Of two workers
-    the other has checked the third by then.
+    """SIGINT reaches all processes of the terminal's group, as Ctrl-C does, while the second case sleeps. Of two
+    workers the other has checked the third by then.
     """
     (tmp_path / "bad.py").write_text(textwrap.dedent(BAD).replace("time.sleep(100)", _SLEEP))
     out, xml = tmp_path / "bad.json", tmp_path / "bad.xml"
