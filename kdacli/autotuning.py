@@ -4,6 +4,7 @@ Tuning needs a GPU to time on, so that in Triton's interpreter such a kernel cou
 of the configuration that was fastest today says nothing of the others, one of which another GPU, or another day, takes.
 """
 
+import importlib.util
 from typing import Any
 
 _taken: int | None = None  # which configuration; None: kernels tune themselves
@@ -24,8 +25,8 @@ def take(number: int) -> None:
 
 
 def take_first() -> None:
-    """`take(0)`, unless somebody chose."""
-    if _taken is None:
+    """`take(0)`, unless somebody chose, or there is no Triton here."""
+    if _taken is None and importlib.util.find_spec("triton") is not None:
         take(0)
 
 

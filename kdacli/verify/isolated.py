@@ -56,10 +56,10 @@ class IsolatedChecker:
     def __init__(self, device: str, seed: int, limit: float, config: int | None = None) -> None:
         self.limit = limit
         self._made_with = (device, seed, config)
+        self._ended_for_good = False
         self._given: tuple[dict[str, Any], Op] | None = None
         self._begun: list[Begun] = []  # checks that began since the last question
         self._open: Begun | None = None  # the one that has not ended
-        self._ended_for_good = False
         self._asked = 0  # questions: what answers an earlier one, which nobody waits for any more, is passed over
         self._start()
 
@@ -86,10 +86,13 @@ class IsolatedChecker:
         # Spawned, since CUDA does not survive a fork; no daemon, since a kernel may start processes of its own.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._made_with), name="kda-verify-checks")
+        process = context.Process(target=_serve, args=(theirs, *self._made_with), name="kda-verify-checks")
         with _without_ctrl_c():
-            self._process.start()
+            process.start()
+        self._process = process  # now that it can be ended
         theirs.close()
+        if self._ended_for_good:  # by another thread, which may have killed the one before
+            self._process.kill()
 
     def _await_ready(self) -> None:
         """Waits until there is a process that has begun: one that ended before may have met a passing trouble, and the

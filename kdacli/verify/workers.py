@@ -64,3 +64,5 @@ def check(
         for checker in checkers:
             checker.end()
         threads.shutdown()
+        for checker in checkers:
+            checker.close()
