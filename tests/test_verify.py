@@ -251,7 +251,7 @@ def test_a_run_without_arguments_finds_a_broken_kernel(kernel, monkeypatch):
     kernel(Op.DECODE, lambda inputs: broken_scale(inputs, plain_recurrent.run))
     for name in ("triton-decode", "triton-prefill", "triton-gate", "triton-gate-unfused"):
         monkeypatch.setattr(registry, "_KERNELS", {n: k for n, k in registry._KERNELS.items() if n != name})
-    result = kda()
+    result = kda("--workers", "1")  # no other process knows the kernel of this test
     decode = [case.name for case in cases_for("cpu") if case.problem.op is Op.DECODE]
     assert result.exit_code == 1
     assert f"mine failed {decode[0]} (and {len(decode) - 1} more)" in result.stderr

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK
 from kda_kernels.triton.runtime import on_device, require_device
 from kda_kernels.triton.variant import Variant
@@ -28,7 +29,7 @@ def in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.
     slots = [
         first // CHUNK + n + chunk
         for n, (first, last) in enumerate(zip(ends, ends[1:], strict=False))
-        for chunk in range(triton.cdiv(last - first, CHUNK))
+        for chunk in range(cdiv(last - first, CHUNK))
     ]
     return h[slots].unsqueeze(0)
 

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import triton
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
@@ -42,12 +42,12 @@ class DecodeConfig:
     @functools.cache
     def choose(cls, heads: int, K: int, V: int, state_v_first: bool = True, sms: int = 132) -> "DecodeConfig":
         """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors."""
-        rows = triton.next_power_of_2(V)
+        rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
             return cls(BV=min(32, rows), num_warps=4)
         # Half the rows a program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
-        return cls(BV=min(BV * 128 // max(128, triton.next_power_of_2(K)), rows))
+        return cls(BV=min(BV * 128 // max(128, next_power_of_2(K)), rows))
 
 
 def decode(
@@ -94,7 +94,7 @@ def decode(
         ht = torch.empty((N, HV, *last), dtype=dtype, device=q.device)
     if config is None:
         config = DecodeConfig.choose(N * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
-    grid = triton.cdiv(V, config.BV) * HV * N
+    grid = cdiv(V, config.BV) * HV * N
     if not grid:
         return Outputs(o, ht if inputs.output_final_state else None)
     with stage("decode"), on_device(q):
@@ -107,7 +107,7 @@ def decode(
             *_strides(beta, packed), *_strides(o, packed),
             0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
             *((0, 0) if token_states is None else _strides(token_states, packed)[:2]),
-            H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=config.BV,
+            H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV,
             STATE_V_FIRST=inputs.state_v_first, GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
             NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def _variant(name: str, problem: Problem, gpu: Gpu) -> Variant:
         token_states=None, stride_ts_s=0, stride_ts_t=0,
         state_indices=None if problem.pool_slots is None else "*i32", cu_seqlens="*i32" if problem.packed else None,
         scale="fp32", lower_bound="fp32", T=T, **lengths, **slot,
-        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=config.BV, STATE_V_FIRST=problem.state_v_first,
+        H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV, STATE_V_FIRST=problem.state_v_first,
         GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit, NEG_EIGVAL=options.allow_neg_eigval,
         L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.checks import check_gate, check_inputs
+from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
@@ -108,14 +109,14 @@ def launch_gate(
     if out is None:
         out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     if cu_seqlens is None:
-        chunks = B * triton.cdiv(T, chunk_size)
+        chunks = B * cdiv(T, chunk_size)
     else:
         if chunk_indices is None:
             chunk_indices = prepare_chunk_indices(cu_seqlens, T, chunk_size)
         chunks = chunk_indices.shape[0]
     if out.numel() == 0 or chunks == 0:
         return out
-    grid = (triton.cdiv(HV * K, BLOCK), chunks)
+    grid = (cdiv(HV * K, BLOCK), chunks)
     with on_device(g):
         gate_cumsum_kernel[grid](
             g, A_log, dt_bias, out, cu_seqlens, chunk_indices,

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import triton
 
 from kda_kernels.checks import Dims, check_inputs
 from kda_kernels.errors import InputError
+from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
@@ -55,7 +55,7 @@ class Workspace:
 
     @classmethod
     def allocate(cls, dims: Dims, slots: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
-        BK = max(16, triton.next_power_of_2(dims.K))
+        BK = max(16, next_power_of_2(dims.K))
 
         def new(*shape, dtype=dtype):
             return torch.empty((dims.HV, slots, *shape), dtype=dtype, device=device)
@@ -111,7 +111,7 @@ def prefill(
         itemsize = operand_dtype(q.dtype).itemsize
         config = PrefillConfig.choose(dims, itemsize, multiprocessors(q.device), shared_memory(q.device))
     if inputs.cu_seqlens is None:
-        slots = N * triton.cdiv(T, CHUNK)
+        slots = N * cdiv(T, CHUNK)
     else:
         slots = max_chunks(T, N)
         if chunk_indices is None:
@@ -132,7 +132,7 @@ def prefill(
             )  # fmt: skip
     if N:
         with stage("chain"), on_device(q):
-            chunk_chain_kernel[(triton.cdiv(V, config.BV), N * HV)](
+            chunk_chain_kernel[(cdiv(V, config.BV), N * HV)](
                 v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, o, h0, ht, h,
                 inputs.state_indices, inputs.cu_seqlens,
                 T, slots, *v.stride()[:3], *o.stride()[:3], *_strides(h0, vk), *_strides(ht, vk),
@@ -219,8 +219,8 @@ def _variants(problem: Problem, gpu: Gpu) -> Iterator[Variant]:
     B, T = batch(problem)
     matmul = operand_dtype(getattr(torch, problem.dtype))
     config = PrefillConfig.choose(Dims(B, T, problem.N, H, HV, K, V), matmul.itemsize, gpu.sms, gpu.shared)
-    BK = max(16, triton.next_power_of_2(K))
-    slots = max_chunks(T, problem.N) if problem.packed else B * triton.cdiv(T, CHUNK)
+    BK = max(16, next_power_of_2(K))
+    slots = max_chunks(T, problem.N) if problem.packed else B * cdiv(T, CHUNK)
     index = "*i32" if problem.packed else None
     work = dict.fromkeys(("qg", "kg", "kd", "Z", "Aqk"), pointer(str(matmul).removeprefix("torch.")))
     work |= dict.fromkeys(("L", "decay", "rate"), "*fp32")

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-import triton
-
 from kda_kernels.checks import Dims
+from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK
 
 
@@ -32,9 +31,9 @@ class PrefillConfig:
     def choose(cls, dims: Dims, itemsize: int = 2, sms: int = 132, shared: int = 232448) -> "PrefillConfig":
         """From the shape, the bytes of an operand, the multiprocessors and the shared memory of a program."""
         chains = dims.N * dims.HV
-        BV = max(16, min(64, triton.next_power_of_2(dims.V)))
+        BV = max(16, min(64, next_power_of_2(dims.V)))
         # a chain is a walk of one program: narrower slices, until most multiprocessors have one
-        while BV > 16 and chains * triton.cdiv(dims.V, BV) < 0.7 * sms:
+        while BV > 16 and chains * cdiv(dims.V, BV) < 0.7 * sms:
             BV //= 2
         for stages in (3, 2, 1):
             for width in (BV, BV // 2):
@@ -45,6 +44,6 @@ class PrefillConfig:
 
 def chain_shared_bytes(K: int, BV: int, stages: int, itemsize: int) -> int:
     """Shared memory of `chunk_chain`, as Triton 3.6 lays it out on sm_90a."""
-    BK, C = max(16, triton.next_power_of_2(K)), CHUNK
+    BK, C = max(16, next_power_of_2(K)), CHUNK
     operands = stages * (3 * C * BK + 2 * C * C) * itemsize
     return operands + min(stages, 2) * (C * BV * itemsize + (BK + C) * 4) + BK * BV * itemsize

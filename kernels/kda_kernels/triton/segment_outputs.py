@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kda_kernels.ints import cdiv
 from kda_kernels.triton.common import cast, dot
 from kda_kernels.triton.segment_scan import units_of
 
@@ -100,7 +101,7 @@ def add_segment_outputs(
     """
     _, HV, V, K = starts.shape
     units = starts.shape[0] - sequences
-    segment_outputs_kernel[(HV, units, triton.cdiv(segment, SPAN))](
+    segment_outputs_kernel[(HV, units, cdiv(segment, SPAN))](
         reads, starts, o, state_indices, cu_seqlens, sequences, o.shape[1], lead, segment, begin, limit,
         *o.stride()[:3],
         HV=HV, V=V, K=K, BT=BT, SPAN=SPAN, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
