@@ -484,3 +484,6 @@ def test_a_function_that_carries_states_in_bf16_may_say_so(write):
     assert json.loads(result.stdout)["carried_states"] == {"said.py:prefill": "bfloat16"}
     result = CliRunner().invoke(cli, [*words[:-3], "--kernel", "said.py:prefill"])
     assert "said.py:prefill declares that it carries states in bfloat16: they are judged as such" in result.output
+    result = CliRunner().invoke(cli, [*words, write("wrong.py", said.replace('"bfloat16"', '"bf16"')) + ":prefill"])
+    assert result.exit_code == 2
+    assert "wrong.py:prefill has carried_state = 'bf16': it should be one of bfloat16, float16" in result.stderr

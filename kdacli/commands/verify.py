@@ -55,7 +55,7 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
     type=click.IntRange(min=1),
     metavar="COUNT",
     help="Processes that check the cases of a suite side by side. Default: on a GPU, whose memory they would share, 1;"
-    " without one, for over 100 checks, one a core, up to 4.",
+    " without one, for 100 checks or more, one a core, up to 4.",
 )
 @click.option(
     "--isolate/--no-isolate",

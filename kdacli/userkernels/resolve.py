@@ -14,6 +14,7 @@ from kdacli.userkernels.kernel import UserKernel
 from kdacli.userkernels.signature import Signature
 
 GROUP = "kda.kernels"
+CARRIED = ("bfloat16", "float16")  # what an attribute carried_state may say
 _WORDS = {
     Op.DECODE: {"decode", "recurrent", "update", "step"},
     Op.PREFILL: {"prefill", "chunk", "chunked", "chunkwise"},
@@ -74,6 +75,8 @@ def _load(entry: importlib.metadata.EntryPoint) -> Callable[..., Any]:
 
 def _user_kernel(spec: str, function: Callable[..., Any], op: Op | None) -> UserKernel:
     op = _op(spec, function, op)
+    if (carried := getattr(function, "carried_state", None)) not in (None, *CARRIED):
+        raise InputError(f"{spec} has carried_state = {carried!r}: it should be one of {', '.join(CARRIED)}")
     summary = next(iter((getattr(function, "__doc__", None) or "").strip().splitlines()), "")
     return UserKernel(
         spec, op, "user", getattr(function, "__module__", None) or "", summary or "a user's function", False,
