@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.triton.chunk_factors import inverse_norm, load_tile
-from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand
+from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand, place_of_chunk
 
 
 @triton.jit
@@ -112,23 +112,12 @@ def chunk_factors_bounded_kernel(
 ):  # fmt: skip
     i_hv = tl.program_id(0)
     i_c = tl.program_id(1)
+    i_n = i_c
     if cu_seqlens is not None:
         i_n = tl.load(chunk_indices + 2 * i_c)
         if i_n < 0:
             return
-        i_t = tl.load(chunk_indices + 2 * i_c + 1)
-        first = tl.load(cu_seqlens + i_n).to(tl.int64)
-        length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first
-        slot = (first // C + i_n + i_t).to(tl.int64)
-        token = first + i_t * C
-        i_b = 0
-    else:
-        chunks = tl.cdiv(T, C)
-        i_b = (i_c // chunks).to(tl.int64)
-        i_t = i_c % chunks
-        length = T
-        slot = i_c.to(tl.int64)
-        token = (i_t * C).to(tl.int64)
+    i_b, i_t, length, slot, token = place_of_chunk(cu_seqlens, chunk_indices, i_n, i_c, T, C)
     DOT: tl.constexpr = qg.dtype.element_ty
 
     # 64-bit offsets in scalars, 32-bit ones in tiles: a tile of 64-bit addresses costs registers the products need

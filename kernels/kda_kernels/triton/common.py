@@ -121,3 +121,26 @@ def beta_value(raw, IS_LOGIT: tl.constexpr, NEG_EIGVAL: tl.constexpr):
 for _function in list(globals().values()):  # in order of definition
     if isinstance(_function, triton.JITFunction):
         _function.cache_key  # noqa: B018
+
+
+@triton.jit
+def place_of_chunk(cu_seqlens, chunk_indices, i_n, i_c, T, C: tl.constexpr):
+    """Of the i_c-th chunk: batch row, number in its sequence, tokens of the sequence, workspace slot, first token.
+
+    i_n: its sequence, where there are cu_seqlens.
+    """
+    if cu_seqlens is not None:
+        i_b = 0
+        i_t = tl.load(chunk_indices + 2 * i_c + 1)
+        first = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first
+        slot = (first // C + i_n + i_t).to(tl.int64)
+        token = first + i_t * C
+    else:
+        chunks = tl.cdiv(T, C)
+        i_b = (i_c // chunks).to(tl.int64)
+        i_t = i_c % chunks
+        length = T
+        slot = i_c.to(tl.int64)
+        token = (i_t * C).to(tl.int64)
+    return i_b, i_t, length, slot, token
