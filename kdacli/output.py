@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PLAIN_WIDTH = 100  # columns when the output is not a terminal
-MIN_WIDTH = 80  # a narrower terminal wraps our lines itself, so that no digit is cut off
+MIN_WIDTH = 80  # whatever is narrower wraps our lines itself, so that no digit is cut off and no column lost
 PROGRESS_DELAY_S = 2.0
 _NAME = 26  # characters of a name that is kept whole
 _FOLDED = 10  # columns that folded text should have at least
@@ -37,7 +37,8 @@ def console(stderr: bool = False) -> "Console":
         probe = Console(stderr=stderr)
         return Console(stderr=stderr, highlight=False, width=max(probe.width, MIN_WIDTH))
     columns = os.environ.get("COLUMNS", "")
-    return Console(stderr=stderr, highlight=False, width=int(columns) if columns.isdigit() else PLAIN_WIDTH)
+    width = max(int(columns), MIN_WIDTH) if columns.isdigit() else PLAIN_WIDTH
+    return Console(stderr=stderr, highlight=False, width=width)
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> "Table":

@@ -356,7 +356,7 @@ def test_a_bf16_state_is_no_float32():
 
 
 def test_softplus_by_a_gpus_logarithm_passes():
-    """lg2.approx of 1 + exp(x) is wrong by up to 2^-22 (PTX ISA), which long memory sees; six times that is a fault."""
+    """__log2f of 1 + exp(x) is wrong by up to 2^-22, which long memory sees; six times that is a fault."""
     inputs = _inputs(Op.GATE, gates="weak", options=Options("softplus"))
     x = inputs.g.double() + inputs.dt_bias.double()
     rate = inputs.A_log.double().exp().unsqueeze(-1)

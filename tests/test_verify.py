@@ -474,3 +474,12 @@ def test_a_prefill_without_a_decode_kernel_is_refused(kernel):
 def test_every_kernel_passes_on_a_gpu():
     result = CliRunner().invoke(cli, ["verify", "--device", "cuda"])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("columns", ["30", "50", "79"])
+def test_a_narrow_pipe_loses_no_column(monkeypatch, columns):
+    """What is narrower than 80 columns wraps lines itself: no name is cut, and none is gone."""
+    monkeypatch.setenv("COLUMNS", columns)
+    result = kda("--kernel", "torch-decode", "--case", "decode-fp16", "--case", "decode-mixed-dtypes")
+    assert result.exit_code == 0
+    assert all(f" {word} " in result.stdout for word in ("decode-mixed-dtypes", "torch-decode", "state", "verdict"))

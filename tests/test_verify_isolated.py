@@ -276,3 +276,6 @@ def test_many_in_this_process_are_no_answer(bad):
     result = CliRunner().invoke(cli, [*words(bad, case(1)), "--no-isolate", "--workers", "2"])
     assert result.exit_code == 2
     assert result.stderr == "Error: --workers 2 is given with --no-isolate: they are processes of their own\n"
+    result = CliRunner().invoke(cli, ["verify", "--kernel", bad, "-T", "1", "--workers", "2"])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --workers is given with --tokens: they share the cases of a suite\n"

@@ -150,8 +150,7 @@ def command(
     if junit == "-":
         raise InputError("--junit is -: it should be a file")
     _check_flags(params, suite_name, case_names, seconds, shard)
-    if isolate is False and (workers or 1) > 1:
-        raise InputError(f"--workers {workers} is given with --no-isolate: they are processes of their own")
+    _check_workers(params, workers, isolate)
     if list_only:
         if shard:
             raise InputError("--shard is given with --list, which lists whole suites: leave one out")
@@ -222,6 +221,14 @@ def _check_flags(
         raise InputError(f"--shard is given with {other[0]}: it takes a part of a suite")
     if seconds is not None and suite_name != "stress":
         raise InputError("--seconds is given without --suite stress: only its random search takes a time")
+
+
+def _check_workers(params: options.Params, workers: int | None, isolate: bool | None) -> None:
+    """Raises `InputError` where there is nothing for several processes to share, or there may be none."""
+    if workers and (one_problem := _one_problem(params)):
+        raise InputError(f"--workers is given with {one_problem[0]}: they share the cases of a suite")
+    if workers and workers > 1 and isolate is False:
+        raise InputError(f"--workers {workers} is given with --no-isolate: they are processes of their own")
 
 
 def _one_problem(params: options.Params) -> list[str]:

@@ -274,7 +274,7 @@ class Results:
     def row(self, more: Sequence[str] = ("", ""), usual: Sequence[torch.Tensor | None] = (None, None)) -> PairRow:
         """The result; `more` is what else is wrong with each source, `usual` as for `Judge.verdict`."""
         each = zip(self.judges, more, usual, strict=True)
-        a, b = (_with(judge.verdict(size), note) for judge, note, size in each)
+        a, b = (judge.verdict(size).with_fault(note) for judge, note, size in each)
         return PairRow(self.comparing.result(beyond([a, b])), a, b)
 
 
@@ -321,12 +321,6 @@ def state_place(layout: Layout, sequence: int, *, pooled: bool) -> Place:
     return Place(torch.tensor([sequence]), torch.tensor([0]), (layout.dims.V, layout.dims.K), slot)
 
 
-def _with(verdict: Verdict, note: str) -> Verdict:
-    if not note:
-        return verdict
-    return dataclasses.replace(verdict, passed=False, note="; ".join(filter(None, (verdict.note, note))))
-
-
 def judge_streamed(
     dump: Dump, outputs: Outputs, device: str, *, partial: bool = False, carried_state: str | None = None
 ) -> list[Verdict]:
@@ -357,7 +351,7 @@ def judge_streamed(
             states.add(state_place(layout, n, pooled=pooled), *rows)
     verdicts = [tokens.verdict(truths.usual)]
     if outputs.final_state is not None and dump.op is not Op.GATE:
-        verdicts.append(_with(states.verdict(), written_slots(dump.inputs, layout, outputs.final_state)))
+        verdicts.append(states.verdict().with_fault(written_slots(dump.inputs, layout, outputs.final_state)))
     elif dump.inputs.output_final_state and not partial and dump.op is not Op.GATE:
         verdicts.append(_failed("final_state", "missing: the kernel returned none"))
     return verdicts

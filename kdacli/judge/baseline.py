@@ -80,8 +80,9 @@ def draws(inputs: Inputs, op: Op | str, units: Sequence[float] = UNITS) -> tuple
 def _by_a_gpus_logarithm(softplus: torch.Tensor) -> torch.Tensor:
     """What log(1 + exp(x)) is as ln(2) lg2(1 + exp(x)), by the one instruction for logarithms that a GPU has.
 
-    Its largest absolute error is 2^-22 where its operand lies between 0.5 and 2 (PTX ISA, lg2.approx), and there long
-    memory lies. Here it is half of that on average, and goes one way, as it may in a real one.
+    Its largest absolute error is 2^-22 where its operand lies between 0.5 and 2 (CUDA C++ Programming Guide, intrinsic
+    functions, __log2f), and there long memory lies. Here it is half of that on average, and goes one way, as it may in
+    a real one.
     """
     small = (softplus / math.log(2) * 2.0**22).floor() * 2.0**-22 * math.log(2)
     return torch.where(softplus < math.log(2), small, softplus)

@@ -69,6 +69,12 @@ class Verdict:
     passed: bool
     note: str = ""
 
+    def with_fault(self, note: str) -> "Verdict":
+        """The same, failed by one thing more; as it is where `note` is empty."""
+        if not note:
+            return self
+        return dataclasses.replace(self, passed=False, note="; ".join(filter(None, (self.note, note))))
+
 
 def judge(
     inputs: Inputs,
@@ -107,7 +113,7 @@ def judge(
         states = outputs.final_state, expected.final_state
         verdict = _judge_tensor("final_state", of_states, dtype, K, *states, plain_outputs)
         if count_digits and dtype is torch.float32 and not math.isnan(verdict.error):
-            verdict = _and(verdict, digits.note(of_states, *states, plain_outputs[0].final_state))
+            verdict = verdict.with_fault(digits.note(of_states, *states, plain_outputs[0].final_state))
         verdicts.append(_with_unused_slots(verdict, inputs, outputs.final_state))
     elif inputs.output_final_state:
         verdicts.append(_failed("final_state", {}, "missing: the kernel returned none"))
@@ -289,14 +295,7 @@ def _with_unused_slots(verdict: Verdict, inputs: Inputs, pool: torch.Tensor) -> 
     if not bool(changed.any()):
         return verdict
     slot = int(unused.nonzero()[changed][0])
-    return _and(verdict, f"slot {slot} of the pool was written, and no sequence uses it")
-
-
-def _and(verdict: Verdict, note: str) -> Verdict:
-    """The verdict with one thing more that is wrong; the same if the note is empty."""
-    if not note:
-        return verdict
-    return dataclasses.replace(verdict, passed=False, note="; ".join(filter(None, (verdict.note, note))))
+    return verdict.with_fault(f"slot {slot} of the pool was written, and no sequence uses it")
 
 
 def said(where: dict[str, str]) -> str:
