@@ -65,6 +65,11 @@ def test_every_module_is_in_the_wheel(wheel):
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == sources
 
 
+def test_users_type_checkers_are_told_to_read_our_annotations(wheel):
+    """The marker of PEP 561: without it a user's type checker takes everything of ours for Any."""
+    assert {"kdacli/py.typed", "kda_kernels/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_the_wheel_runs_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from kdacli.main import main; main()"
