@@ -1,4 +1,4 @@
-"""Inputs of the decode kernels' tests, and how their results are judged; on the GPU where there is one."""
+"""Random inputs for tests of kernels, and how results of one rounding are judged; on the GPU where there is one."""
 
 import dataclasses
 import itertools
@@ -17,8 +17,9 @@ GIVEN = Options(gate=Gate.NONE, beta_is_logit=False, qk_l2norm=False, scale=0.3)
 
 
 def make(
-    N=2, T=1, H=2, HV=2, K=16, V=16, *, options=None, dtype=torch.bfloat16, lens=None, v_first=True, seed=0, **fields
-) -> Inputs:
+    N=2, T=1, H=2, HV=2, K=16, V=16, *, options=None, dtype=torch.bfloat16, lens=None, v_first=True, seed=0,
+    device=DEVICE, **fields,
+) -> Inputs:  # fmt: skip
     """Random inputs without a state; packed when `lens` is given."""
     gen = torch.Generator().manual_seed(seed)
     options = options or Options()
@@ -41,7 +42,7 @@ def make(
         cu_seqlens=None if lens is None else torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32),
         state_v_first=v_first,
     )
-    return dataclasses.replace(inputs, **fields).to(DEVICE)
+    return dataclasses.replace(inputs, **fields).to(device)
 
 
 def with_state(inputs: Inputs, dtype=torch.float32, seed=1) -> Inputs:
@@ -49,7 +50,7 @@ def with_state(inputs: Inputs, dtype=torch.float32, seed=1) -> Inputs:
     (_, _, HV, K), V = inputs.g.shape, inputs.v.shape[3]
     N = inputs.q.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
     last = (V, K) if inputs.state_v_first else (K, V)
-    state = torch.randn(N, HV, *last, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    state = torch.randn(N, HV, *last, generator=torch.Generator().manual_seed(seed)).to(inputs.q.device, dtype)
     return dataclasses.replace(inputs, state=state)
 
 
@@ -57,12 +58,14 @@ def with_pool(inputs: Inputs, slots: list[int], P=7, gap=0, dtype=torch.float32,
     """A pool whose unused slots, and the gaps between slots, hold NaN."""
     plain = with_state(inputs).state
     size = plain[0].numel()
-    memory = torch.full((P, size + gap), float("nan"), dtype=dtype, device=DEVICE)
+    memory = torch.full((P, size + gap), float("nan"), dtype=dtype, device=plain.device)
     pool = memory[:, :size].view(P, *plain.shape[1:])
     for n, slot in enumerate(slots):
         if slot >= 0:
             pool[slot] = plain[n].to(dtype)
-    return dataclasses.replace(inputs, state=pool, state_indices=torch.tensor(slots, dtype=index_dtype, device=DEVICE))
+    return dataclasses.replace(
+        inputs, state=pool, state_indices=torch.tensor(slots, dtype=index_dtype, device=plain.device)
+    )
 
 
 def tokens_of(inputs: Inputs, rows: slice, tokens: slice) -> Inputs:

@@ -5,6 +5,7 @@
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -42,9 +43,7 @@ class FakeFunction:
             ("cu_seqlens", offsets, s.offsets, ("offsets",)),
             ("token_states", token_states, s.token_states, (B, T, *state)),
         ]
-        sizes: dict[str, int] = {}
-        for name, x, dtype, shape in arguments:
-            _check(name, x, dtype, shape, sizes, q.device)
+        check(arguments, q.device)
         self.calls += 1
         options = Options(
             s.gate, bound if s.gate is Gate.SAFE else None, s.beta_is_logit, s.allow_neg_eigval, s.qk_l2norm, scale
@@ -57,6 +56,13 @@ class FakeFunction:
         o.copy_(outputs.o)
         if ht is not None:
             ht.copy_(outputs.final_state)
+
+
+def check(arguments: list[tuple], device: torch.device) -> None:
+    """Refuses (name, tensor, dtype, shape) as the compiled function would; names in shapes stand for one size each."""
+    sizes: dict[str, int] = {}
+    for name, x, dtype, shape in arguments:
+        _check(name, x, dtype, shape, sizes, device)
 
 
 def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int], device: torch.device) -> None:
@@ -84,17 +90,22 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
 
 def install(monkeypatch) -> list[FakeFunction]:
     """Makes the decode kernel believe in an H100; what it has compiled is in the list that comes back."""
+    monkeypatch.setattr(module, "_last", (None, None, 0.0, 0.0))
+    return on_h100(monkeypatch, module, FakeFunction)
+
+
+def on_h100(monkeypatch, host, function: Callable) -> list:
+    """Makes `host`, a kernel's host half, believe in an H100 and take `function(spec)` for what its compiler makes."""
     made = []
 
-    def build(spec: DecodeSpec, arch: str, options: str = "") -> FakeFunction:
-        made.append(FakeFunction(spec))
+    def build(spec, arch: str, options: str = ""):
+        made.append(function(spec))
         return made[-1]
 
     monkeypatch.setenv("KDA_CACHE_DIR", "")
-    monkeypatch.setattr(module, "CACHE", cache.CompileCache())
-    monkeypatch.setattr(module, "build", build)
-    monkeypatch.setattr(module, "unsupported_here", lambda device=None: None)
-    monkeypatch.setattr(module, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(module, "_last", (None, None, 0.0, 0.0))
+    monkeypatch.setattr(host, "CACHE", cache.CompileCache())
+    monkeypatch.setattr(host, "build", build)
+    monkeypatch.setattr(host, "unsupported_here", lambda device=None: None)
+    monkeypatch.setattr(host, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(host, "multiprocessors", lambda device: 132)
     return made

@@ -9,9 +9,8 @@ import dataclasses
 import itertools
 
 import torch
-from fake_gpu import _check
+from fake_gpu import check, on_h100
 
-from kda_kernels.cute import cache
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
 from kda_kernels.problem import Gate, Options
@@ -51,9 +50,7 @@ class FakeFunction:
             ("reads", reads, s.dtype if split else None, ("rows", s.HV, s.K)),
             ("h", h, s.dtype if s.boundaries else None, ("slots", s.HV, s.K, s.V)),
         ]
-        sizes: dict[str, int] = {}
-        for name, x, dtype, shape in arguments:
-            _check(name, x, dtype, shape, sizes, q.device)
+        check(arguments, q.device)
         for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("o", o)):
             bytes_apart = [stride * x.itemsize for stride in x.stride()[:3]]
             assert not x.data_ptr() % 16 and not any(apart % 16 for apart in bytes_apart), f"{name} is not for TMA"
@@ -188,20 +185,8 @@ def _identity(like: torch.Tensor) -> torch.Tensor:
 
 def install(monkeypatch) -> list[FakeFunction]:
     """Makes the prefill believe in an H100; what it has compiled is in the list that comes back."""
-    made = []
-
-    def build(spec: PrefillSpec, arch: str, options: str = "") -> FakeFunction:
-        made.append(FakeFunction(spec))
-        return made[-1]
-
-    monkeypatch.setenv("KDA_CACHE_DIR", "")
-    monkeypatch.setattr(module, "CACHE", cache.CompileCache())
-    monkeypatch.setattr(module, "build", build)
-    monkeypatch.setattr(module, "unsupported_here", lambda device=None: None)
-    monkeypatch.setattr(module, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(module, "on_device", lambda tensor: contextlib.nullcontext())
-    return made
+    return on_h100(monkeypatch, module, FakeFunction)
 
 
 class OnGpu(torch.Tensor):

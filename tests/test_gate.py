@@ -1,9 +1,11 @@
 """The gate stages and the chunk table against plain fp64 torch and plain Python."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from decode_inputs import make as random_inputs
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Options
@@ -16,21 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENS = [0, 1, 15, 16, 17, 63, 64, 65, 130]
 
 
-def make(options: Options, lens=LENS, HV=2, K=48, dtype=torch.bfloat16, scale=1.0) -> Inputs:
-    gen = torch.Generator().manual_seed(3)
-    T = sum(lens)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=gen)
-
-    raw = options.gate is not Gate.NONE
-    g = normal(1, T, HV, K) * scale
-    return Inputs(
-        q=normal(1, T, HV, K).to(dtype), k=normal(1, T, HV, K).to(dtype), v=normal(1, T, HV, K).to(dtype),
-        g=(g if raw else -g.abs()).to(dtype), beta=normal(1, T, HV), options=options,
-        A_log=normal(HV) if raw else None, dt_bias=normal(HV * K) if raw else None,
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lens)]),
-    ).to(DEVICE)  # fmt: skip
+def make(options: Options, lens=LENS, HV=2, K=48, scale=1.0) -> Inputs:
+    inputs = random_inputs(lens=lens, H=HV, HV=HV, K=K, V=K, options=options, seed=3)
+    return dataclasses.replace(inputs, g=inputs.g * scale)
 
 
 @pytest.mark.parametrize(

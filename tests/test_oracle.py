@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from decode_inputs import make as random_inputs
+from decode_inputs import with_pool, with_state
 from torch.overrides import TorchFunctionMode
 
 from kda_kernels import registry
@@ -21,55 +23,14 @@ SOFTPLUS, SAFE, NO_GATE = Options(), Options(Gate.SAFE, lower_bound=-5.0), Optio
 LENS = (0, 1, 15, 16, 17, 63, 64, 65, 130, 0)
 
 
-def make(
-    lens=(5, 0, 1, 3),
-    *,
-    H=1,
-    HV=2,
-    K=4,
-    V=3,
-    options=SOFTPLUS,
-    packed=True,
-    state="plain",
-    v_first=True,
-    slots=None,
-    dtype=torch.float32,
-    state_dtype=torch.float32,
-    seed=0,
-) -> Inputs:
-    """Random inputs. `state`: none, plain or pool, with NaN in the slots that nobody uses and in the gaps between."""
-    random = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=random)
-
-    N, B, T = len(lens), (1 if packed else len(lens)), (sum(lens) if packed else lens[0])
-    raw_gate = options.gate is not Gate.NONE
-    g, beta = randn(B, T, HV, K), randn(B, T, HV)
-    inputs = Inputs(
-        q=randn(B, T, H, K).to(dtype),
-        k=(randn(B, T, H, K) * (1 if options.qk_l2norm else 0.5 / math.sqrt(K))).to(dtype),
-        v=randn(B, T, HV, V).to(dtype),
-        g=(g if raw_gate else -g.abs()).to(dtype),
-        beta=(beta if options.beta_is_logit else beta.sigmoid()).to(dtype),
-        options=options,
-        A_log=randn(HV) if raw_gate else None,
-        dt_bias=randn(HV * K) if raw_gate else None,
-        cu_seqlens=torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32) if packed else None,
-        state_v_first=v_first,
-    )
-    inner = (HV, V, K) if v_first else (HV, K, V)
-    if state == "plain":
-        inputs.state = randn(N, *inner).to(state_dtype)
+def make(lens=(5, 0, 1, 3), *, packed=True, state="plain", slots=None, state_dtype=torch.float32, **given) -> Inputs:
+    """Random inputs on the CPU. `state`: none, plain or pool, as `decode_inputs.with_pool` makes it."""
+    shape = {"lens": lens} if packed else {"N": len(lens), "T": lens[0]}
+    options = {"options": SOFTPLUS, "dtype": torch.float32, "H": 1, "K": 4, "V": 3, "device": "cpu"}
+    inputs = random_inputs(**shape, **(options | given))
     if state == "pool":
-        slots = slots or list(reversed(range(1, N + 1)))
-        size, P = HV * V * K, N + 2
-        buffer = torch.full((P, size + 5), torch.nan, dtype=state_dtype)
-        pool = buffer[:, :size].view(P, *inner)
-        used = [slot for slot in slots if slot >= 0]
-        pool[used] = randn(len(used), *inner).to(state_dtype)
-        inputs.state, inputs.state_indices = pool, torch.tensor(slots, dtype=torch.int32)
-    return inputs
+        return with_pool(inputs, slots or list(range(len(lens), 0, -1)), len(lens) + 2, 5, state_dtype)
+    return with_state(inputs, state_dtype) if state == "plain" else inputs
 
 
 # --- the definition, in scalars ------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+from decode_inputs import make as random_inputs
+from decode_inputs import with_state
 
 from kda_kernels.api import chunk_kda_fwd
 from kda_kernels.checks import Dims
@@ -26,21 +28,8 @@ SAFE = Options(Gate.SAFE, -5.0)
 BOUND = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-3}  # tf32 products for the last two
 
 
-def make(lens, H=1, HV=None, K=32, V=32, options=SAFE, dtype=torch.bfloat16, seed=0) -> Inputs:
-    gen = torch.Generator().manual_seed(seed)
-    HV, T, N = HV or H, sum(lens), len(lens)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=gen)
-
-    raw = options.gate is not Gate.NONE
-    g = normal(1, T, HV, K)
-    return Inputs(
-        q=normal(1, T, H, K).to(dtype), k=normal(1, T, H, K).to(dtype), v=normal(1, T, HV, V).to(dtype),
-        g=(g if raw else -g.abs()).to(dtype), beta=normal(1, T, HV).to(dtype), options=options,
-        A_log=normal(HV) if raw else None, dt_bias=normal(HV * K) if raw else None, state=normal(N, HV, V, K),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32),
-    ).to(DEVICE)  # fmt: skip
+def make(lens, H=1, HV=None, K=32, V=32, options=SAFE, **given) -> Inputs:
+    return with_state(random_inputs(lens=lens, H=H, HV=HV or H, K=K, V=V, options=options, **given))
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:

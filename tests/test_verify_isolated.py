@@ -210,7 +210,14 @@ def test_a_launcher_without_a_guard_is_one_line(bad, tmp_path):
 
 # --- Ctrl-C
 
-_WAKING = "from kdacli.main import cli; import sys; sys.argv = sys.argv[1:]; cli()"
+# A process that a background job starts ignores SIGINT, unlike one in front of a terminal.
+_WAKING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from kdacli.main import cli
+sys.argv = sys.argv[1:]
+cli()
+"""
 _SLEEP = "open(os.environ['KDA_TEST_FLAG'], 'w').close() or time.sleep(100)"
 
 
