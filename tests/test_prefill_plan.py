@@ -1,13 +1,26 @@
-"""Whether and how a prefill is split: from shapes alone."""
+"""Whether and how a prefill is split, beside a search that tries all."""
 
 import heapq
 import itertools
+import math
 import random
 
 import pytest
 
 from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import MOST_BYTES, START, Split, makespan, plan
+from kda_kernels.cute.prefill_plan import (
+    ADD,
+    GAIN,
+    LAUNCHES,
+    MOST,
+    MOST_BYTES,
+    SCAN,
+    START,
+    Split,
+    makespan,
+    plan,
+    plan_of,
+)
 
 SMS = 132
 SHAPES = [
@@ -76,6 +89,71 @@ def test_more_work_never_costs_less():
 
 def test_a_larger_gpu_is_never_slower():
     assert plan(1, 8192, 12, 264).cost <= plan(1, 8192, 12, SMS).cost <= plan(1, 8192, 12, 66).cost
+
+
+# --- beside a search
+
+
+def searched(sequences: int, tokens: int, HV: int, sms: int) -> float:
+    """The least cost of many numbers of units and ratios of the first segment to the others."""
+    chunks = max(1, -(-tokens // (sequences * CHUNK)))
+    heads = sequences * HV
+    best = makespan(sms, (heads, chunks + START), (0, 1.0))
+    rounds = -(-chunks * heads * CHUNK * 256 // MOST_BYTES)
+    ours = -(-chunks // rounds)
+    for units in range(1, min(MOST, ours) + 1):
+        for ratio in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12):
+            segment = math.ceil(ours / (units + ratio))
+            lead = max(ours - units * segment, segment)
+            cost = makespan(sms, (heads, lead + START), (2 * units * heads, segment + START))
+            cost += units * SCAN + LAUNCHES + units * segment * heads * ADD
+            best = min(best, GAIN * rounds * cost)
+    return best
+
+
+@pytest.mark.parametrize("sms", [132, 78])
+def test_as_good_as_a_search(sms):
+    """Within 2% of it, and on the average no worse."""
+    rng = random.Random(0)
+    shapes = [(N, N * each, HV) for N, each, HV in itertools.product((1, 3, 8), (777, 2048, 8190), (4, 12, 32, 96))]
+    for _ in range(40):
+        N = rng.randint(1, 16)
+        shapes.append((N, N * rng.randint(1, 1 << rng.randint(8, 17)), rng.randint(1, 128)))
+    ratios = [plan(*shape, sms).cost / searched(*shape, sms) for shape in shapes]
+    assert max(ratios) < 1.02, shapes[ratios.index(max(ratios))]
+    assert sum(ratios) / len(ratios) < 1.001
+
+
+def cost_of(lengths: tuple[int, ...], HV: int, split: Split | None) -> float:
+    """In chunks, task by task."""
+    chunks = sorted((-(-n // CHUNK) for n in lengths), reverse=True)
+    if split is None:
+        return listed(SMS, [n + START for n in chunks for _ in range(HV)])
+    lead, segment = split.lead // CHUNK, split.segment // CHUNK
+    units = [max(0, -(-(n - lead) // segment)) for n in chunks]
+    tasks = [min(n, lead) + START for n in chunks for _ in range(HV)] + [segment + START] * (2 * HV * sum(units))
+    return GAIN * (listed(SMS, tasks) + max(units) * SCAN + LAUNCHES + sum(units) * segment * HV * ADD)
+
+
+def test_lengths_that_the_host_knows():
+    """The cost is that of these lengths, not of as many of their mean; a search over segments finds little better."""
+    rng = random.Random(3)
+    known = [(8192, 100), (8192,) + (100,) * 7, (1300, 547, 2048, 963, 271, 3063), (5000, 0, 3000, 3000)]
+    known += [tuple(rng.randint(1, 1 << rng.randint(5, 14)) for _ in range(rng.randint(2, 8))) for _ in range(4)]
+    ratios = []
+    for lengths, HV in itertools.product(known, (12, 32)):
+        found = plan_of(lengths, HV, SMS)
+        assert found.cost == pytest.approx(cost_of(lengths, HV, found.split), rel=1e-6)
+        assert found.cost < 1.001 * cost_of(lengths, HV, plan(len(lengths), sum(lengths), HV, SMS).split)
+        leads = [max(lengths) * share // 100 // CHUNK * CHUNK for share in (12, 20, 30, 40, 50, 60, 80)]
+        splits = [Split(x, max(CHUNK, x // n // CHUNK * CHUNK), 1 << 14) for x in leads if x for n in (1, 2, 3)]
+        ratios.append(found.cost / min(cost_of(lengths, HV, split) for split in [None, *splits]))
+    assert max(ratios) < 1.2
+    assert sum(ratios) / len(ratios) < 1.02
+
+
+def test_equal_lengths_are_planned_as_such():
+    assert plan_of((2048,) * 3, 12, SMS) == plan(3, 3 * 2048, 12, SMS)
 
 
 # --- the time that CTAs take

@@ -186,7 +186,6 @@ def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H10
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _workspaces(split, N, T, HV, 128, 128, packed))
 
 
-@functools.lru_cache(maxsize=1024)
 def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
     """How sequences are cut; None: they stay whole."""
     return plan(N, T, HV, sms).split

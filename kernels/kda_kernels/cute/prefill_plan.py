@@ -1,4 +1,4 @@
-"""Whether a prefill splits its sequences into segments, and how long they are: decided from shapes alone.
+"""Whether a prefill splits its sequences into segments, and how long they are: decided from what the host knows.
 
 A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle.
 Cut into segments, the first of a sequence runs as ever; each of the others, a unit, takes two CTAs: one runs it from
@@ -10,6 +10,9 @@ in rounds of so many tokens.
 """
 
 import dataclasses
+import functools
+import heapq
+import itertools
 import math
 
 from kda_kernels.cute.prefill_config import CHUNK
@@ -21,7 +24,7 @@ LAUNCHES = 3.0  # two more of them
 ADD = 0.005  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.3 TB/s
 GAIN = 1.1  # what a split must promise: with all SMs busy each is slower (P1, by hand: 583 us, promised 530, whole 554)
 MOST = 64  # units a sequence and round
-RATIOS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12)  # of the first segment to the others
+CHOICES = 4  # numbers of waves that `plan` looks at
 MOST_BYTES = 512 << 20
 
 
@@ -62,8 +65,13 @@ class Plan:
     cost: float
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
-    """The cheapest way for `sequences` of `tokens` tokens together, taken as equally long.
+    """A way for `sequences` of `tokens` tokens together, taken as equally long, that costs least but for 2%.
+
+    Units run in waves on the workers that first segments leave free. For the fewest waves in which there is room for
+    one unit a sequence, for two, and so on, the segments are so long that all end together; where there is room for
+    more units than their scan is worth, there are as many as make the sum of both least.
 
     Args:
         HV: value heads. sms: of the GPU.
@@ -71,36 +79,88 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
     sequences = max(1, sequences)
     chunks = max(1, -(-tokens // (sequences * CHUNK)))
     heads = sequences * HV
-    best = Plan(None, makespan(sms, (heads, chunks + START), (0, 1.0)))
+    whole = -(-heads // sms) * (chunks + START)
     rounds = -(-chunks * heads * CHUNK * 256 // MOST_BYTES)
     ours = -(-chunks // rounds)  # in a round
-    for units in range(1, min(MOST, ours) + 1):
-        for ratio in RATIOS:
-            segment = math.ceil(ours / (units + ratio))
-            lead = max(ours - units * segment, segment)
-            cost = makespan(sms, (heads, lead + START), (2 * units * heads, segment + START))
-            cost += units * SCAN + LAUNCHES + units * segment * heads * ADD
-            if GAIN * rounds * cost < best.cost:
-                # one round holds any sequence, however the tokens are shared out
-                limit = ours if rounds > 1 else -(-tokens // CHUNK)
-                best = Plan(Split(lead * CHUNK, segment * CHUNK, limit * CHUNK), GAIN * rounds * cost)
-    return best
+    free, most = sms - heads % sms, min(MOST, ours)
+    # the cost is rounds * (waves * (segment + START) + units * each), first segments ending when the waves do
+    best, lead, segment, units, waves = whole / (GAIN * rounds) - LAUNCHES, 0, 0, 0, 0
+    for _ in range(CHOICES):
+        waves = max(waves + 1, -(-2 * heads * (units + 1) // free))
+        units = min(most, waves * free // (2 * heads))
+        room = ours + START - waves * START
+        if room <= 0 or waves * START >= best:
+            break
+        ideal = int(math.sqrt(max(0.0, waves * room * (1 - heads * ADD) / SCAN))) - waves
+        for n in (units,) if units <= ideal else (max(1, ideal), min(units, max(1, ideal + 1))):
+            shorter = int(room / (n + waves))
+            if (waves + n * heads * ADD) * shorter + waves * START + n * SCAN >= best:
+                continue
+            for size in (shorter, shorter + 1) if shorter else (1,):
+                longer = max(ours - n * size, size)
+                cost = makespan(sms, (heads, longer + START), (2 * n * heads, size + START))
+                cost += n * (SCAN + size * heads * ADD)
+                if cost < best and longer < ours:
+                    best, lead, segment = cost, longer, size
+        if units == most:
+            break
+    if not segment:
+        return Plan(None, whole)
+    # one round holds any sequence, however the tokens are shared out
+    limit = ours if rounds > 1 else -(-tokens // CHUNK)
+    return Plan(Split(lead * CHUNK, segment * CHUNK, limit * CHUNK), GAIN * rounds * (best + LAUNCHES))
 
 
 def makespan(sms: int, first: tuple[int, float], then: tuple[int, float]) -> float:
     """When `sms` workers are done with so many tasks of so much time, and then, as they get free, with others."""
     (tasks, time), (more, shorter) = first, then
     waves, late = divmod(tasks, sms)
-    early, end = waves * time, (waves + (late > 0)) * time  # when workers get free, `late` of them at the end
+    early = waves * time  # when workers get free, `late` of them at the end
+    end = early + time if late else early
     if not more:
         return end
+    before, free = int((end - early) / shorter), sms - late  # tasks that each of the free ones has done by the end
+    if more <= before * free:
+        return end if late else early + -(-more // free) * shorter
+    again, rest = divmod(more - before * free - 1, sms)
+    done = early + (before + again + 1) * shorter
+    return done if rest < free else end + (again + 1) * shorter
 
-    def done(now: float) -> int:
-        """Of the later tasks, by then."""
-        return (sms - late) * int((now - early) / shorter) + late * int(max(0.0, now - end) / shorter)
 
-    low, high = early, end + math.ceil(more / sms) * shorter * (1 + 1e-9)
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if done(middle) >= more else (middle, high)
-    return max(end, high)
+@functools.lru_cache(maxsize=4096)
+def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
+    """As `plan`, for sequences of these lengths: its splits of the longest ones, judged by what they cost all."""
+    if len(set(lengths)) < 2 or sum(lengths) * HV * 256 > MOST_BYTES:
+        return plan(len(lengths), sum(lengths), HV, sms)
+    chunks = sorted((-(-n // CHUNK) for n in lengths), reverse=True)
+    best = Plan(None, _finish(sms, [(HV, n + START) for n in chunks]))
+    total, limit = sum(chunks), chunks[0] * CHUNK
+    several = sum(n * len(chunks) > total for n in chunks)
+    for cut, weight in itertools.product(sorted({1, several, len(chunks)}), (1, 2, math.inf)):
+        # as if alone, on the workers that are left for them: what is cut runs once, or twice; or the rest hardly counts
+        longest = sum(chunks[:cut])
+        others = (total - longest + (len(chunks) - cut) * START) / weight
+        split = plan(cut, longest * CHUNK, HV, max(1, round(sms * longest / (longest + others)))).split
+        if split is None:
+            continue
+        lead, segment = split.lead // CHUNK, split.segment // CHUNK
+        units = [-(-max(0, n - lead) // segment) for n in chunks]
+        tasks = [(HV, min(n, lead) + START) for n in chunks] + [(2 * HV * sum(units), segment + START)]
+        cost = _finish(sms, tasks) + max(units) * SCAN + LAUNCHES + sum(units) * segment * HV * ADD
+        if GAIN * cost < best.cost:
+            best = Plan(Split(split.lead, split.segment, limit), GAIN * cost)
+    return best
+
+
+def _finish(sms: int, tasks: list[tuple[int, float]]) -> float:
+    """When `sms` workers are done with tasks, so many of so much time, each on the worker that is free first."""
+    free, end = [(0.0, sms)], 0.0  # when workers get free, and how many
+    for left, time in tasks:
+        while left:
+            now, workers = heapq.heappop(free)
+            if workers > left:
+                heapq.heappush(free, (now, workers - left))
+            started = min(workers, left)
+            heapq.heappush(free, (now + time, started))
+            left, end = left - started, max(end, now + time)
+    return end
