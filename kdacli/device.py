@@ -1,8 +1,10 @@
 """Which device a command works on, and how much memory is free there."""
 
+import ctypes
 import os
 import re
 import sys
+import uuid
 import warnings
 from pathlib import Path
 
@@ -43,6 +45,21 @@ def describe(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+def gpu_uuid() -> str | None:
+    """UUID, as NVML and nvidia-smi know it, of the GPU that CUDA shows this process first; None where it shows none.
+
+    The driver is asked, since only it knows what CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER come to. Makes no context.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid_v2(found, device):
+        return None
+    return f"GPU-{uuid.UUID(bytes=bytes(found))}"
 
 
 def free_memory(device: str) -> int | None:

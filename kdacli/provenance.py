@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import kdacli
+from kdacli.device import gpu_uuid
 
 PACKAGES = (
     "torch",
@@ -33,7 +34,7 @@ _TIMEOUT_S = 5
 
 
 def collect(seed: int | None = None) -> dict[str, Any]:
-    """The `provenance` object of every JSON report. Imports no GPU library; takes well under a second."""
+    """The `provenance` object of every JSON report. Makes no CUDA context; takes well under a second."""
     return {
         "kda": kdacli.__version__,
         "command": command_line(),
@@ -58,7 +59,12 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> dict[str, Any] | None:
-    """Name, driver, clocks now and at most (MHz), power limit (W), temperature (C) and what throttles the GPU."""
+    """Name, driver, clocks now and at most (MHz), power limit (W), temperature (C) and what throttles the GPU.
+
+    It is the GPU that CUDA shows this process first; None where it shows none.
+    """
+    if (uuid := gpu_uuid()) is None:
+        return None
     fields = {
         "name": "name",
         "driver": "driver_version",
@@ -69,11 +75,11 @@ def gpu() -> dict[str, Any] | None:
         "power_limit_w": "power.limit",
         "temperature_c": "temperature.gpu",
     }
-    values = _nvidia_smi(*fields.values())
+    values = _nvidia_smi(uuid, *fields.values())
     if values is None:
         return None
     # The field has another name since driver 535; an unknown field fails the whole query, hence one of its own.
-    reasons = _nvidia_smi("clocks_event_reasons.active") or _nvidia_smi("clocks_throttle_reasons.active")
+    reasons = _nvidia_smi(uuid, "clocks_event_reasons.active") or _nvidia_smi(uuid, "clocks_throttle_reasons.active")
     return {name: _number(v) for name, v in zip(fields, values, strict=True)} | {
         "throttle_reasons": reasons[0] if reasons else None
     }
@@ -108,10 +114,9 @@ def _portable(word: str) -> str:
     return os.path.basename(word) if os.path.isabs(word) else word
 
 
-def _nvidia_smi(*fields: str) -> list[str] | None:
-    """Values of the fields for the first visible GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    out = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", visible or "0")
+def _nvidia_smi(uuid: str, *fields: str) -> list[str] | None:
+    """Values of the fields."""
+    out = _run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", uuid)
     values = [v.strip() for v in out.strip().splitlines()[0].split(",")] if out and out.strip() else []
     return values if len(values) == len(fields) else None
 

@@ -368,10 +368,31 @@ def test_a_gpu_is_told_as_nvidia_smi_tells_it(monkeypatch):
         "name": "NVIDIA H100 80GB HBM3, 580.1, 1980, 1980, 2619, 2619, 700.00, 31\n",
         "clocks_throttle_reasons.active": "0x0000000000000001\n",
     }
-    monkeypatch.setattr(provenance, "_run", lambda *command: answers.get(command[1].split("=")[1].split(",")[0]))
+    asked = []
+
+    def run(*command):
+        asked.append(command[-2:])
+        return answers.get(command[1].split("=")[1].split(",")[0])
+
+    monkeypatch.setattr(provenance, "_run", run)
+    monkeypatch.setattr(provenance, "gpu_uuid", lambda: "GPU-12-34")
     gpu = provenance.gpu()
+    assert set(asked) == {("-i", "GPU-12-34")}
     assert (gpu["name"], gpu["sm_clock_mhz"], gpu["power_limit_w"]) == ("NVIDIA H100 80GB HBM3", 1980.0, 700.0)
     assert gpu["throttle_reasons"] == "0x0000000000000001"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("visible", [None, "", "-1", "0", "0,-1"])
+def test_the_gpu_in_use_is_the_one_that_torch_has(visible):
+    """Asked in another process, since CUDA reads CUDA_VISIBLE_DEVICES once: empty and -1 hide every GPU."""
+    code = "import torch; from kdacli import device, provenance; found = device.gpu_uuid(), provenance.gpu()\n"
+    code += "gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0)\n"
+    code += "expected = ('GPU-' + str(gpu.uuid).removeprefix('GPU-'), gpu.name) if gpu else (None, None)\n"
+    code += "assert (found[0], found[1] and found[1]['name']) == expected, (found, expected)"
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_explain_keeps_to_one_line():

@@ -192,6 +192,24 @@ def test_a_watch_reads_in_the_background():
     assert len(readings) == n  # the thread has ended
 
 
+def test_a_reading_that_fails_voids_no_timing():
+    """NVML may fail at any reading, the last included; those before it stay."""
+
+    def read():
+        if next(calls):
+            raise RuntimeError("GPU is lost")
+        return {"n": 1.0}
+
+    calls, asked = itertools.count(), watch.Watch(lambda: read(), interval_s=0.001)
+    with asked() as readings:
+        while asked.lost is None:
+            pass
+    assert readings == [{"n": 1.0}]
+    assert asked.lost == "clocks were not always watched: NVML says GPU is lost"
+    (row,) = rows_of(Kernel("a", (10.0,)), watched=asked)
+    assert (row["median_us"], row["clocks"]) == (10.0, None)
+
+
 def test_the_footer_names_what_throttled():
     clocks = {
         "sm_mhz": [1200.0, 1900.0, 1980.0], "memory_mhz": [2619.0] * 3, "power_w": 699.6, "temperature_c": 71.0,
@@ -350,12 +368,10 @@ def test_the_half_width_of_an_old_recording_comes_from_its_spread():
     assert baseline._half_width(old) == pytest.approx(expected, rel=0.15)
 
 
-def test_the_clocks_of_the_gpu_that_torch_uses(monkeypatch):
-    """A stand-in for the NVML of an older driver: asked for torch's GPU by its UUID; what fails is said in a line."""
+def test_the_clocks_of_the_gpu_in_use(monkeypatch):
+    """A stand-in for the NVML of an older driver: asked for the GPU by its UUID; what fails is said in a line."""
     import sys
     import types
-
-    import torch
 
     class NVMLError(Exception):
         pass
@@ -371,7 +387,7 @@ def test_the_clocks_of_the_gpu_that_torch_uses(monkeypatch):
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda gpu: 0x4,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12-34"))
+    monkeypatch.setattr(watch, "gpu_uuid", lambda: "GPU-12-34")
     read, why = watch.nvml_reader()
     assert (asked, why) == (["GPU-12-34"], None)
     assert read() == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 350.5, "temperature_c": 41.0, "throttle": 4.0}

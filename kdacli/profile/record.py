@@ -54,6 +54,8 @@ def records(
             record["sweep"] = list(sweep.to_json(record["rows"]))
     finally:
         gc.unfreeze()
+    if lost := getattr(method.watch, "lost", None):
+        record["not_watched"] = lost
     record["provenance"], record["complete"] = provenance(), True
     yield record
 

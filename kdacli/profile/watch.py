@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kdacli.device import gpu_uuid
+
 INTERVAL_S = 0.1
 # nvml.h, nvmlClocksEventReason*: those that slow a GPU down. Not among them: idle (0x1) and clocks that were set (0x2).
 REASONS = {
@@ -25,25 +27,32 @@ def reasons(mask: int) -> list[str]:
 
 
 class Watch:
-    """Reads the clocks in the background between `start` and `stop`.
+    """Reads the clocks in the background while a case is timed. A reading that fails is left out.
 
     Attributes:
         read: one reading of sm_mhz, memory_mhz, power_w, temperature_c and throttle (NVML's bits).
+        lost: why a reading failed; None while none did.
     """
 
     def __init__(self, read: Callable[[], Reading], interval_s: float = INTERVAL_S) -> None:
         self.read, self.interval_s = read, interval_s
-        self.readings: list[Reading] = []
+        self.lost: str | None = None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[list[Reading]]:
-        """Yields the list that readings are put into: one at least, since the last is taken at the end."""
+        """Yields the list that readings are put into: one at least, taken at the end, unless reading fails."""
         readings: list[Reading] = []
         done = threading.Event()
 
+        def take() -> None:
+            try:
+                readings.append(self.read())
+            except Exception as error:  # of the driver: no fault of what is timed
+                self.lost = f"clocks were not always watched: NVML says {error}"
+
         def loop() -> None:
             while not done.wait(self.interval_s):
-                readings.append(self.read())
+                take()
 
         thread = threading.Thread(target=loop, name="kda-clocks", daemon=True)
         thread.start()
@@ -52,7 +61,7 @@ class Watch:
         finally:
             done.set()
             thread.join()
-            readings.append(self.read())
+            take()
 
 
 def summary(readings: list[Reading]) -> dict[str, Any] | None:
@@ -75,17 +84,14 @@ def summary(readings: list[Reading]) -> dict[str, Any] | None:
 
 
 def nvml_reader() -> tuple[Callable[[], Reading] | None, str | None]:
-    """What reads the clocks of torch's current GPU, or None and why it cannot be read."""
+    """What reads the clocks of the GPU in use, or None and why it cannot be read."""
     try:
         import pynvml
     except ImportError:
         return None, "clocks were not watched: pip install nvidia-ml-py"
-    import torch
-
     try:
         pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties("cuda").uuid).removeprefix("GPU-")
-        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid())
         events = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
         events = events or pynvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
 
