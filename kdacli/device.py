@@ -16,7 +16,8 @@ def pick_device(name: str = "auto") -> str:
 
     When the answer is "cpu", TRITON_INTERPRET=1 is set so that Triton kernels run in Triton's interpreter. Triton reads
     it when it is imported, so call this before importing any kernel; where Triton is there already, it is not set.
-    Autotuned kernels, which there is no GPU to time on, then take their first configuration.
+    Autotuned kernels, which there is no GPU to time on, then take their first configuration, and the interpreter is
+    made quick.
 
     Raises:
         UnavailableError: cuda is asked for and there is no CUDA GPU.
@@ -32,9 +33,10 @@ def pick_device(name: str = "auto") -> str:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     # Products of masked pairs may overflow, which is harmless; numpy, which the interpreter computes with, warns of it.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
-    from kdacli import autotuning
+    from kdacli import autotuning, interpreter
 
     autotuning.take_first()
+    interpreter.quicken()
     return "cpu"
 
 

@@ -10,6 +10,9 @@ if HAS_GPU:
     import triton  # noqa: F401  before a test of --device cpu can put it into its interpreter for all that follow
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+    from kdacli.interpreter import quicken
+
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
