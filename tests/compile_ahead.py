@@ -1,27 +1,50 @@
 """Compiles ahead for some cases on a GPU that is not there; prints, as JSON, what is left to compile, before and after.
 
-To be run without TRITON_INTERPRET, as `python compile_ahead.py ARCH KERNEL JOBS CASE...`, for `test_verify_ahead.py`.
+The cases run as `kda verify` runs them, properties included, up to each launch. To be run without TRITON_INTERPRET, as
+`python compile_ahead.py ARCH KERNEL JOBS CASE...`, for `test_verify_ahead.py`.
 """
 
+import contextlib
 import json
 import sys
 
-from foresee_launches import launched
-
 from kda_kernels import registry
-from kdacli.compile import arch, pretend
+from kda_kernels.errors import InputError
+from kdacli.compile import arch, pretend, recorder
 from kdacli.verify import ahead
-from kdacli.verify.runner import pairs
+from kdacli.verify.call import call
+from kdacli.verify.case import Case
+from kdacli.verify.continuity import PrefillThenDecode
+from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject, subject
+from kdacli.verify.runner import inputs_of, pairs
 from kdacli.verify.suites import cases_for
+
+
+def launched(kernel: registry.Kernel, case: Case, where: arch.Arch) -> set[str | None]:
+    """A key of Triton's cache for each function that the case launches; None for what lies there."""
+    found = {}
+    with recorder.caught(found):
+        runner = PrefillThenDecode.of(kernel, case.decode_steps) if case.decode_steps else kernel
+        inputs = inputs_of(case, 0, "cpu")
+        try:
+            out = call(runner, inputs).outputs
+        except InputError:  # it may refuse a layout
+            return set()
+        for name in case.properties:
+            if not PROPERTIES[name].gpu_only and name != "threads":  # those launch the case itself
+                with contextlib.suppress(NotApplicableError):
+                    list(PROPERTIES[name].check(Subject(runner, case.problem, inputs, out, out, (out,), True, False)))
+    return {variant.missing(where.name) for variant in found.values()}
+
 
 if __name__ == "__main__":
     where, kernel, jobs = arch.parse(sys.argv[1]), registry.get(sys.argv[2]), int(sys.argv[3])
     cases = [case for case in cases_for("cuda", op=kernel.op) if case.name.split("/")[0] in sys.argv[4:]]
-    ahead.here = lambda: where
+    ahead.here, ahead.FEW = lambda: where, 1
+    subject.judge = lambda *arguments, **more: []  # nothing was computed
 
-    def left() -> dict[str, int]:
-        keys = {key for case in cases for key in launched(kernel, case, where)}
-        return {"named": len(ahead.plan(pairs([kernel], cases), where).named), "launches": len(keys - {None})}
+    def left() -> int:
+        return len(set().union(*(launched(kernel, case, where) for case in cases)) - {None})
 
     with pretend.gpu(where):
         before = left()

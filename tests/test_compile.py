@@ -44,7 +44,7 @@ def kda(*words: str) -> Result:
 
 def test_gate_kernel_compiles_for_two_architectures():
     """Even where this process interprets Triton's kernels, `kda compile` compiles them."""
-    variants = ["--variant", "safe gate", "--variant", "none *"]
+    variants = ["--variant", "gate_cumsum safe", "--variant", "* none"]
     words = ["compile", "--kernel", "triton-gate", *variants, "--arch", "sm_90a", "--arch", "sm_80", "--json", "-"]
     done = kda(*words, "--jobs", "1")
     assert done.exit_code == 0, done.stderr
@@ -80,10 +80,10 @@ def test_a_problem_is_compiled_as_it_would_be_launched():
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["kernel"], row["variant"]) for row in rows] == [
-        ("triton-decode", "softplus"),
-        ("triton-gate-unfused", "gate_cumsum_kernel"),
-        ("triton-gate-unfused", "chunk_indices_kernel"),
-        ("triton-gate-unfused", "gate_cumsum_kernel #2"),
+        ("triton-decode", "decode"),
+        ("triton-gate-unfused", "gate_cumsum"),
+        ("triton-gate-unfused", "chunk_indices"),
+        ("triton-gate-unfused", "gate_cumsum #2"),
     ]
     for row in rows:
         problem = Problem.from_dict(row["problem"])
@@ -105,54 +105,29 @@ def test_a_dump_is_compiled_as_its_problem(tmp_path):
     done = kda("compile", "--kernel", "triton-gate", "--jobs", "1", *words)
     assert done.exit_code == 0, done.stderr
     row = json.loads(done.stdout)["rows"][1]
-    assert (row["kernel"], row["variant"]) == ("triton-gate", "safe gate")
+    assert (row["kernel"], row["variant"]) == ("triton-gate", "gate_cumsum")
     assert Problem.from_dict(row["problem"]) == problem
 
 
-SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
-ODD = {"H": 2, "HV": 6, "K": 60, "V": 20, "g_dtype": "float32", "beta_dtype": "float16", "param_dtype": "bfloat16"}
-SHAPES = (
-    {"seq_lens": (70, 1), "H": 4, "HV": 4, "pool_slots": 4, "padding": 1, "options": SAFE},
-    {"seq_lens": (65, 65), "packed": False, **ODD, "state_dtype": "bfloat16",
-     "options": Options(allow_neg_eigval=True)},
-    {"seq_lens": (5,) * 3, "packed": False, **ODD, "initial_state": False, "state_v_first": False},
-    {"seq_lens": (130, 3), "H": 1, "HV": 1, "K": 8, "V": 16, "dtype": "float16", "state_v_first": False,
-     "final_state": False, "options": Options(gate=Gate.SAFE, lower_bound=-20.0, qk_l2norm=False)},
-    {"seq_lens": (1,), "packed": False, "H": 1, "HV": 1, "initial_state": False, "final_state": False,
-     "options": Options(gate=Gate.NONE, lower_bound=-1.0, beta_is_logit=False)},
-)  # fmt: skip
-
-
-def recorded(where: str, *problems: Problem) -> list[dict]:
-    """Launches and variants of each problem, from `record_launches.py`."""
-    words = [json.dumps(problem.to_dict()) for problem in problems]
-    done = python(str(ROOT / "tests" / "record_launches.py"), where, *words)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("where", ["sm_90a", "sm_89", "gfx942"])
-def test_variants_are_what_a_launch_specialises(where, monkeypatch):
-    """Types, constants, multiples of 16, options and the key in the cache, against Triton's own binder of arguments."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    problems = [Problem(op=op, **shape) for op in Op for shape in SHAPES]
-    found = recorded(where, *problems)
-    for problem, one in zip(problems, found, strict=True):
-        table = problem.packed and problem.op is not Op.DECODE
-        assert len(one["launched"]) == table + (3 if problem.op is Op.PREFILL else 1)
-        assert one["offered"] == one["launched"]
-
-
 def test_a_launch_finds_what_was_compiled(cache, monkeypatch):
-    """The folders of the cache in which a launch looks are there."""
+    """The cache holds what a call on a GPU of that architecture looks for."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     shape = ["-H", "3", "-T", "100", "--gate", "softplus"]
     done = kda("compile", "--kernel", "triton-gate", *shape, "--arch", "sm_86", "--jobs", "1", "--json", "-")
-    problem = Problem.from_dict(json.loads(done.stdout)["rows"][0]["problem"])
-    (one,) = recorded("sm_86", problem)
-    assert len(one["launched"]) == 2
-    for launch in one["launched"]:
-        assert list((cache / launch["folder"]).glob("*.cubin")), launch
+    problem = json.loads(done.stdout)["rows"][0]["problem"]
+    code = (
+        "import json, sys\n"
+        "from kda_kernels import registry\n"
+        "from kda_kernels.problem import Problem\n"
+        "from kdacli.compile import arch, recorder\n"
+        "problem, where = Problem.from_dict(json.loads(sys.argv[1])), arch.parse(sys.argv[2])\n"
+        "found = recorder.record(registry.get('triton-gate'), {'': problem}, where)\n"
+        "print(json.dumps([[variant.name, variant.missing(where.name)] for variant in found]))\n"
+    )
+    for where, there in (("sm_86", True), ("sm_87", False)):
+        launches = json.loads(python("-c", code, json.dumps(problem), where).stdout)
+        assert [name for name, _ in launches] == ["chunk_indices", "gate_cumsum"]
+        assert all((missing is None) == there for _, missing in launches)
 
 
 def test_keys_do_not_depend_on_what_ran_before(monkeypatch):
@@ -219,11 +194,13 @@ def compile_first_gate_variant(cache: Path, where: str) -> dict:
         "import dataclasses, json, sys\n"
         "from kda_kernels import registry\n"
         "from kdacli.compile import arch, worker\n"
-        "worker.start(sys.argv[1])\n"
+        "known = arch.ARCHS['sm_80']\n"
+        "worker.start(sys.argv[1], known)\n"
         "kernel = registry.get('triton-gate')\n"
-        "there = dataclasses.replace(arch.ARCHS['sm_80'], name=sys.argv[2])\n"
-        "name = worker.variant_names(kernel, None, there)[0]\n"
-        "print(json.dumps(worker.compile_variant(kernel, None, name, there)))\n"
+        "found = worker.variants(kernel, None, known)\n"
+        "worker.variants = lambda *asked: found\n"
+        "there = dataclasses.replace(known, name=sys.argv[2])\n"
+        "print(json.dumps(worker.compile_variant(kernel, None, found[0].name, there)))\n"
     )
     done = python("-c", code, str(cache), where)
     assert done.returncode == 0
@@ -262,7 +239,7 @@ def test_a_compilers_refusal_is_a_row(tmp_path):
         (["--baseline", "no-such.json"], "no-such.json cannot be read"),
         (["--baseline", __file__], "is no JSON file"),
         (["--emit", str(ROOT)], "holds files: use --force"),
-        (["--variant", "no-such", "--kernel", "triton-gate"], "there are chunk indices, softplus gate"),
+        (["--variant", "no-such", "--kernel", "triton-gate"], "there are chunk_indices softplus, gate_cumsum softplus"),
         (["--kernel", "no-such"], "no-such"),
         (["--kernel", "torch-decode"], "nothing to compile"),
         (["--jobs", "0"], "--jobs"),

@@ -120,13 +120,13 @@ def same_compiler(name: str) -> None:
 
 MAIN = {
     "triton": {
-        "triton-decode": ("softplus", "safe", "softplus bf16-state"),
-        "triton-prefill": ("factors bounded", "inverse", "chain BV=64"),
-        "triton-gate": ("safe gate",),
+        "triton-decode": ("decode softplus", "decode safe", "decode softplus bf16-state"),
+        "triton-prefill": ("chunk_factors_bounded safe", "chunk_inverse safe", "chunk_chain safe"),
+        "triton-gate": ("gate_cumsum safe",),
     },
     "nvidia-cutlass-dsl": {
         "cute-decode": ("softplus", "softplus few", "softplus bf16-state"),
-        "cute-prefill": ("safe dense", "safe segments"),
+        "cute-prefill": ("safe dense", "safe split"),
     },
 }
 
@@ -150,7 +150,7 @@ def test_our_kernels_are_no_worse_than_their_baseline(tmp_path, monkeypatch, com
 def test_a_worse_kernel_fails_the_gate(tmp_path, monkeypatch):
     """The same command, against a baseline that says the kernel had more wide loads once."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    words = ["compile", "--kernel", "triton-gate", "--variant", "none gate", "--arch", "sm_90a", "--jobs", "1"]
+    words = ["compile", "--kernel", "triton-gate", "--variant", "gate_cumsum none", "--arch", "sm_90a", "--jobs", "1"]
     first = tmp_path / "first.json"
     assert kda(*words, "--json", str(first)).exit_code == 0
     report = json.loads(first.read_text())

@@ -154,7 +154,18 @@ def test_what_cannot_be_recorded_is_said(mine, name, said):
 
 def test_variants_that_build_themselves(mine, tmp_path):
     """The protocol by which kernels that are not Triton's are compiled: no log, so registers come from the binary."""
-    words = ["--kernel", "triton-gate", "--variant", "none gate", "--arch", "sm_90a", "--jobs", "1", "--json", "-"]
+    words = [
+        "--kernel",
+        "triton-gate",
+        "--variant",
+        "gate_cumsum none",
+        "--arch",
+        "sm_90a",
+        "--jobs",
+        "1",
+        "--json",
+        "-",
+    ]
     done = kda("compile", *words, "--emit", str(tmp_path / "first"))
     (theirs,) = json.loads(done.stdout)["rows"]
     (cubin,) = (tmp_path / "first").glob("*.cubin")

@@ -26,7 +26,7 @@ here = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_pac
 
 
 @here
-@pytest.mark.parametrize("name", ["activated", "safe segments"])
+@pytest.mark.parametrize("name", ["activated", "safe split"])
 def test_usual_variants(monkeypatch, tmp_path, name):
     """Tiles come by TMA, products are wgmma's, nothing spills; and a launch finds the file."""
     monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
@@ -64,7 +64,7 @@ def test_shared_memory_of_a_module_without_a_launch():
 
 def test_names_are_unique():
     names = [variant.name for variant in module.variants()]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 4
 
 
 # --- the spec of a problem and that of its tensors

@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 from kda_kernels import registry
-from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kdacli.compile import arch, pool
@@ -21,7 +20,6 @@ from kdacli.verify.runner import pairs
 from kdacli.verify.suites import cases_for
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("triton-decode", "triton-prefill", "triton-gate", "triton-gate-unfused", "cute-decode", "cute-prefill")
 
 
 def script(name: str, caches: Path, *words: str) -> dict:
@@ -37,43 +35,24 @@ def script(name: str, caches: Path, *words: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict:
-    return script("foresee_launches.py", tmp_path_factory.mktemp("caches"), "sm_90a", *KERNELS)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_every_launch_of_the_quick_suite_is_foreseen(quick, name):
-    """Whatever a case launches, its properties included, would be in the cache; and nothing else is compiled."""
-    if name.startswith("cute") and (reason := missing_packages()) is not None:
-        pytest.skip(reason)
-    found = quick[name]
-    foreseen, cases = set(found["foreseen"]), found["launched"]
-    assert len(cases) >= 14, "these cases are the suite"
-    assert {case: keys for case, keys in cases.items() if not foreseen.issuperset(keys)} == {}
-    assert foreseen == {key for keys in cases.values() for key in keys}
-    assert found["named"] > (name != "triton-gate-unfused") * 0.7 * len(foreseen) - 1
-
-
 def test_what_was_compiled_ahead_is_found_by_launches(tmp_path):
-    """Real compilations in two processes: contiguous tensors by the kernel's variants, unaligned ones recorded."""
+    """Real compilations in two processes, of unaligned tensors and of what properties change too."""
     cases = ["gate-softplus", "gate-weak", "gate-activated", "gate-mixed-dtypes", "gate-offset"]
     found = script("compile_ahead.py", tmp_path, "sm_86", "triton-gate", "2", *cases)
-    assert found["cases"] == 5
-    assert found["before"] == {"named": 5, "launches": 7}, "with the tables of chunks, for int32 and int64 offsets"
-    assert found["after"] == {"named": 0, "launches": 0}
+    assert found == {"cases": 5, "before": 7, "after": 0}, "with the tables of chunks, for int32 and int64 offsets"
 
 
 def test_few_are_left_to_their_launches(monkeypatch):
-    """No processes are started for them, nor where all of it lies in the caches."""
+    """No processes are started for them."""
     started = []
     monkeypatch.setattr(ahead, "here", lambda: arch.ARCHS["sm_90a"])
-    monkeypatch.setattr(ahead, "_carry_out", lambda found, *more: started.append(found))
-    one = ahead.Named(registry.get("triton-gate"), cases_for("cuda", op=Op.GATE)[0].problem, "safe gate")
+    monkeypatch.setattr(ahead, "_build", lambda processes, where, wanted: started.append(wanted))
+    monkeypatch.setattr(ahead, "lacking", lambda processes, where, calls: {})
+    one = ahead.Call(registry.get("triton-gate"), cases_for("cuda", op=Op.GATE)[0].problem, ())
     for count in (0, ahead.FEW - 1, ahead.FEW):
-        monkeypatch.setattr(ahead, "plan", lambda *_, n=count: ahead.Plan({str(i): one for i in range(n)}, ()))
+        monkeypatch.setattr(ahead, "calls_of", lambda table, n=count: [one] * n)
         ahead.compile_ahead([])
-    assert [len(found.named) for found in started] == [ahead.FEW]
+    assert len(started) == 1
 
 
 def test_what_is_wrong_is_left_to_the_run(monkeypatch):

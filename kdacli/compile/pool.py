@@ -17,7 +17,6 @@ from kda_kernels.problem import Problem
 from kda_kernels.registry import Kernel
 from kdacli.compile import worker
 from kdacli.compile.arch import Arch
-from kdacli.userkernels import UserKernel
 
 Wanted = tuple[Kernel, Problem | None]
 
@@ -29,22 +28,20 @@ class Target(NamedTuple):
     problem: Problem | None
     variant: str
     arch: Arch
-    recorded: bool = False  # by running the kernel's host half, for want of `variants`
 
 
 class Workers:
     """Processes that compile, fresh ones, since this one may interpret; made when they are first needed.
 
-    A kernel whose launches are recorded gets processes that believe in a GPU of the architecture from their start: its
-    module may look for one when it is imported.
+    They believe in a GPU of the architecture from their start: a kernel's module may look for one when it is imported.
     """
 
     def __init__(self, jobs: int | None, cache: str | None, stack: contextlib.ExitStack) -> None:
         self._jobs, self._cache, self._stack = jobs or cores(), cache, stack
-        self._pools: dict[Arch | None, ProcessPoolExecutor] = {}
+        self._pools: dict[Arch, ProcessPoolExecutor] = {}
 
-    def believing(self, arch: Arch | None = None) -> ProcessPoolExecutor:
-        """Those that believe in such a GPU; None: in none but a real one."""
+    def believing(self, arch: Arch) -> ProcessPoolExecutor:
+        """Those that believe in such a GPU."""
         if arch not in self._pools:
             pool = ProcessPoolExecutor(
                 self._jobs,
@@ -57,8 +54,7 @@ class Workers:
 
     def cache_folder(self, backend: str) -> str | None:
         """Where what was compiled for kernels of a backend lies; None: nowhere."""
-        pool = next(iter(self._pools.values()), None) or self.believing()
-        return pool.submit(worker.cache_folder, backend).result()
+        return next(iter(self._pools.values())).submit(worker.cache_folder, backend).result()
 
 
 def cores() -> int:
@@ -104,16 +100,12 @@ def plan(
     """
     reasons: dict[str, str] = {}
     listed: list[tuple[Target, Future]] = []
-    for kernel, problem, answer in [(kernel, problem, _offers(processes, kernel)) for kernel, problem in wanted]:
-        with _or_a_reason(kernel, None if named else reasons):
-            if recorded := not answer.result():
-                if kernel.backend == "torch":
-                    raise InputError(f"kernel {kernel.name} has nothing to compile: its backend is torch")
-                problem = problem or worker.USUAL[kernel.op]
-            for arch in archs:
-                pool = processes.believing(arch if recorded else None)
-                future = pool.submit(worker.variant_names, kernel, problem, arch)
-                listed.append((Target(kernel, problem, "", arch, recorded), future))
+    for kernel, problem in wanted:
+        if kernel.backend == "torch":
+            raise InputError(f"kernel {kernel.name} has nothing to compile: its backend is torch")
+        for arch in archs:
+            future = processes.believing(arch).submit(worker.variant_names, kernel, problem, arch)
+            listed.append((Target(kernel, problem, "", arch), future))
     targets: list[Target] = []
     for target, future in listed:
         with _or_a_reason(target.kernel, None if named else reasons):
@@ -137,28 +129,11 @@ def _or_a_reason(kernel: Kernel, reasons: dict[str, str] | None) -> Iterator[Non
         reasons[kernel.name] = str(error)
 
 
-def _offers(processes: Workers, kernel: Kernel) -> Future:
-    """What `worker.offers` says of it; a user's module is imported here already."""
-    if not isinstance(kernel, UserKernel):
-        return processes.believing().submit(worker.offers, kernel)
-    known: Future = Future()
-    known.set_result(worker.offers(kernel))
-    return known
-
-
 def _names(target: Target, future: Future) -> list[str]:
-    kernel = target.kernel.name
     try:
-        names = future.result()
+        return future.result()
     except BrokenProcessPool:
-        raise InputError(f"kernel {kernel}: the process that asked it for its variants died") from None
-    if not names and target.recorded:
-        from kdacli.compile.recorder import HINT
-
-        raise InputError(f"kernel {kernel} has nothing to compile: it launches no Triton kernel{HINT}")
-    if not names:
-        raise InputError(f"kernel {kernel} has nothing to compile: its variants() yields none")
-    return names
+        raise InputError(f"kernel {target.kernel.name}: the process that asked it for its variants died") from None
 
 
 def _matching(targets: list[Target], patterns: Sequence[str]) -> list[Target]:
@@ -185,9 +160,7 @@ def compile_targets(
         folder: where to write PTX, binaries, disassembly and IR.
     """
     futures = {
-        processes.believing(t.arch if t.recorded else None).submit(
-            worker.compile_variant, t.kernel, t.problem, t.variant, t.arch, folder
-        ): t
+        processes.believing(t.arch).submit(worker.compile_variant, t.kernel, t.problem, t.variant, t.arch, folder): t
         for t in targets
     }
     for future in as_completed(futures):

@@ -51,7 +51,7 @@ class _Driver:
     """What Triton asks of its driver before it launches."""
 
     def __init__(self, arch: Arch) -> None:
-        from kda_kernels.triton.variant import target_of
+        from kdacli.compile.specialised import target_of
 
         self.target = target_of(arch.name)
         limits = {"multiprocessor_count": arch.gpu.sms, "max_shared_mem": arch.gpu.shared}

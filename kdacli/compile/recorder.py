@@ -8,7 +8,7 @@ configuration that its pruning leaves: which one would win only a GPU can tell.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,43 +17,57 @@ from kda_kernels.errors import InputError, KdaError, UnavailableError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
-from kda_kernels.triton.variant import Variant
 from kdacli.compile import pretend
 from kdacli.compile.arch import Arch
+from kdacli.compile.specialised import Specialised
 
 HINT = "; a kernel that is not Triton's needs an attribute `variants` of the function, see kda_kernels/variant.py"
 
 
+def unchanged(inputs: Inputs) -> Inputs:
+    return inputs
+
+
 def record(
-    kernel: Kernel, problem: Problem, arch: Arch, change: Callable[[Inputs], Inputs] = lambda inputs: inputs
-) -> list[Variant]:
-    """The Triton launches of `kernel` on `problem` on a GPU of that architecture; equal ones once.
+    kernel: Kernel,
+    problems: Mapping[str, Problem],
+    arch: Arch,
+    change: Callable[[Inputs], Inputs] = unchanged,
+) -> list[Specialised]:
+    """The Triton launches of `kernel` on a GPU of that architecture; equal ones once.
 
     Args:
+        problems: what it is called on, by what the names of its launches end in.
         change: what is done to the contiguous tensors first: other strides, say.
 
     Raises:
         InputError: the kernel refuses the problem, or raises before it is through.
         UnavailableError: a package that it needs is missing.
     """
-    found: dict[str, Variant] = {}
-    with pretend.gpu(arch), _caught(found):
-        if reason := kernel.unsupported(problem):
-            missing = kernel.unsupported() == reason
-            raise (UnavailableError if missing else InputError)(f"kernel {kernel.name} cannot run this: {reason}")
-        try:
-            kernel.run(change(blank(problem)))
-        except KdaError:
-            raise
-        except ImportError as error:
-            raise UnavailableError(f"kernel {kernel.name}: {' '.join(str(error).split())}") from error
-        except Exception as error:  # anything that the user's code raises
-            said = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"kernel {kernel.name} raised {type(error).__name__} on tensors of zeros, so that its launches could "
-                f"not be recorded: {said}{'' if found else HINT}"
-            ) from error
+    found: dict[str, Specialised] = {}
+    for label, problem in problems.items():
+        with pretend.gpu(arch), caught(found, label):
+            _call(kernel, problem, change, bool(found))
     return list(found.values())
+
+
+def _call(kernel: Kernel, problem: Problem, change: Callable[[Inputs], Inputs], found: bool) -> None:
+    """Runs it, for errors that say what became of that. `found`: it launched something before."""
+    if reason := kernel.unsupported(problem):
+        missing = kernel.unsupported() == reason
+        raise (UnavailableError if missing else InputError)(f"kernel {kernel.name} cannot run this: {reason}")
+    try:
+        kernel.run(change(blank(problem)))
+    except KdaError:
+        raise
+    except ImportError as error:
+        raise UnavailableError(f"kernel {kernel.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # anything that the user's code raises
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"kernel {kernel.name} raised {type(error).__name__} on tensors of zeros, so that its launches could "
+            f"not be recorded: {said}{'' if found else HINT}"
+        ) from error
 
 
 def blank(problem: Problem) -> Inputs:
@@ -92,18 +106,20 @@ def _slots(problem: Problem) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _caught(found: dict[str, Variant]) -> Iterator[None]:
-    """Launches go into `found`, by what Triton's cache knows them by, instead of to a compiler."""
+def caught(found: dict[str, Specialised], label: str = "") -> Iterator[None]:
+    """Triton's launches go into `found`, by what its cache knows them by, instead of to a compiler; CuTe's nowhere."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
+
+    from kda_kernels.cute.cache import CompileCache
 
     config: list[str] = []
 
     def note(
         fn: Any, key: Any, signature: dict, device: Any, constexprs: dict, options: Any, attrs: dict, warmup: bool
     ) -> None:
-        name = " ".join([fn.__name__, *config])
-        variant = Variant(name, fn, dict(signature), dict(constexprs), dict(attrs), dict(options.__dict__), small=False)
+        name = " ".join(filter(None, [fn.__name__.removesuffix("_kernel"), label, *config]))
+        variant = Specialised(name, fn, dict(signature), dict(constexprs), dict(attrs), dict(options.__dict__))
         identity = f"{variant.source().hash()} {options.hash()}"
         if identity not in found:
             same = sum(v.name == name or v.name.startswith(f"{name} #") for v in found.values())
@@ -120,7 +136,12 @@ def _caught(found: dict[str, Variant]) -> Iterator[None]:
         tuner.nargs = None
 
     with contextlib.ExitStack() as stack:
-        for owner, method, replacement in ((JITFunction, "_do_compile", note), (Autotuner, "run", try_all)):
+        caught = [(JITFunction, "_do_compile", note), (Autotuner, "run", try_all)]
+        caught += [
+            (CompileCache, "get", lambda *key: None),
+            (CompileCache, "make", lambda *asked: lambda *tensors: None),
+        ]
+        for owner, method, replacement in caught:
             stack.enter_context(pretend.replaced(owner, method, replacement))
         yield
 

@@ -4,30 +4,31 @@ Nothing here imports triton at the top: `start` must come first.
 """
 
 import contextlib
+import functools
 import importlib
-import inspect
 import multiprocessing
 import os
 import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
+from kda_kernels.tensors import Inputs
 from kda_kernels.variant import Built, Variant
-from kdacli.compile import amd, emit, occupancy, sass, toolchain
+from kdacli.compile import amd, emit, occupancy, pretend, recorder, sass, toolchain
 from kdacli.compile.arch import Arch
 from kdacli.userkernels import UserKernel
 
 _pretence = contextlib.ExitStack()  # what a process believes, it believes until its end
-_recorded: dict[tuple[str, Problem], list[Variant]] = {}
 
 
-def start(cache: str | None = None, believed: Arch | None = None) -> None:
+def start(cache: str | None, believed: Arch) -> None:
     """Prepares a fresh process.
 
     Args:
@@ -40,10 +41,7 @@ def start(cache: str | None = None, believed: Arch | None = None) -> None:
     warnings.simplefilter("ignore")
     # LLVM writes to file descriptor 2 behind Python's back, up to hundreds of lines for an architecture it lacks
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    if believed is not None:
-        from kdacli.compile import pretend
-
-        _pretence.enter_context(pretend.gpu(believed))
+    _pretence.enter_context(pretend.gpu(believed))
 
 
 def cache_folder(backend: str) -> str | None:
@@ -57,33 +55,22 @@ def cache_folder(backend: str) -> str | None:
     return triton.knobs.cache.dir
 
 
-def offers(kernel: Kernel) -> bool:
-    """Whether the kernel says itself what there is to compile; otherwise its launches can be recorded.
-
-    Raises:
-        UnavailableError: its module cannot be imported.
-    """
-    if isinstance(kernel, UserKernel):
-        return hasattr(kernel.function, "variants")
-    try:
-        return hasattr(importlib.import_module(kernel.module), "variants")
-    except ImportError as error:
-        raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+NOTHING = f"it launches no Triton kernel{recorder.HINT}"
 
 
 def variant_names(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[str]:
-    """What the kernel launches for `problem` on such a GPU, or its usual variants; empty if nothing can be compiled.
+    """What the kernel launches for `problem` on such a GPU, or its usual variants.
 
     Raises:
-        InputError: the kernel cannot run `problem`, wherever it is, or its launches cannot be recorded.
+        InputError: the kernel cannot run `problem`, wherever it is, or there is nothing to compile.
         UnavailableError: a package is missing.
     """
     names = [variant.name for variant in variants(kernel, problem, arch)]
-    if not names and offers(kernel) and (reason := kernel.unsupported(problem)):
-        raise UnavailableError(f"kernel {kernel.name} has nothing to compile: {reason}")
-    reason = problem and kernel.unsupported(problem)
-    if names and reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
+    reason = kernel.unsupported(problem)
+    if reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
         raise InputError(f"kernel {kernel.name} cannot run {problem.name}: {reason}")
+    if not names:
+        raise InputError(f"kernel {kernel.name} has nothing to compile: {reason or NOTHING}")
     return names
 
 
@@ -145,36 +132,44 @@ def build(kernel: Kernel, problem: Problem | None, name: str, arch: Arch) -> Bui
     return _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
 
 
-def variants(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[Variant]:
-    """What there is to compile: what the kernel's own `variants` say, else its launches, recorded.
+@functools.cache  # recording runs a kernel's host half: once is enough
+def variants(
+    kernel: Kernel, problem: Problem | None, arch: Arch, change: Callable[[Inputs], Inputs] = recorder.unchanged
+) -> list[Variant]:
+    """What there is to compile: what the kernel's own `variants` say, and its Triton launches, recorded.
+
+    A user's function that has `variants` is not called. For `change` see `recorder.record`.
 
     Raises:
         InputError: the user's `variants` raised, or launches cannot be recorded.
+        UnavailableError: the kernel's module cannot be imported.
     """
-    if not offers(kernel):
-        return _record(kernel, problem, arch)
     if isinstance(kernel, UserKernel):
+        if hasattr(kernel.function, "variants"):
+            return _users(kernel, problem)
+        usual, offered = {}, []
+    else:
         try:
-            return kernel.variants(problem)
-        except Exception as error:  # anything that the user's code raises
-            said = " ".join(str(error).split())[:200]
-            raise InputError(f"kernel {kernel.name}: its variants() raised {type(error).__name__}: {said}") from error
-    offered = importlib.import_module(kernel.module).variants
-    takes_gpu = "gpu" in inspect.signature(offered).parameters
-    return list(offered(problem, gpu=arch.gpu) if takes_gpu else offered(problem))
+            module = importlib.import_module(kernel.module)
+        except ImportError as error:
+            raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        usual = getattr(module, "USUAL", {})
+        offered = list(module.variants(problem, arch.gpu)) if hasattr(module, "variants") else []
+    problems = usual or {"": USUAL[kernel.op]} if problem is None else {"": problem}
+    if offered and kernel.unsupported() is not None:  # `build` says why, of each
+        return offered
+    return offered + recorder.record(kernel, problems, arch, change)
 
 
-def _record(kernel: Kernel, problem: Problem, arch: Arch) -> list[Variant]:
-    """Once a process: the call runs a kernel's host half."""
-    from kdacli.compile import recorder
-
-    key = (kernel.name, problem)
-    if key not in _recorded:
-        _recorded[key] = recorder.record(kernel, problem, arch)
-    return _recorded[key]
+def _users(kernel: UserKernel, problem: Problem | None) -> list[Variant]:
+    try:
+        return kernel.variants(problem)
+    except Exception as error:  # anything that the user's code raises
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"kernel {kernel.name}: its variants() raised {type(error).__name__}: {said}") from error
 
 
-# What a kernel that names no variants of its own is recorded on where no flag says anything.
+# What a kernel that names no usual problems of its own is recorded on where no flag says anything.
 USUAL = {
     Op.DECODE: Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64),
     Op.PREFILL: Problem(Op.PREFILL, (8192,), H=32, HV=32),

@@ -6,13 +6,15 @@ it does not foresee, or cannot compile, is compiled, and reported, at its launch
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from typing import NamedTuple
 
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
+from kda_kernels.variant import Variant
 from kdacli.compile import pool, worker
 from kdacli.compile.arch import Arch, here
 from kdacli.output import progress
@@ -22,37 +24,16 @@ from kdacli.verify.properties import PROPERTIES
 from kdacli.verify.runner import Table
 from kdacli.verify.transforms import LAYOUTS, transformed
 
-FEW = 4  # to compile so few, processes would take longer to start than they save
+FEW = 8  # for so few calls, processes would take longer to start than they save
 _TOO_LARGE = "far-pool"  # gigabytes; and to a compiler it is a pool like others
 
 
-class Named(NamedTuple):
-    """One of a kernel's `variants` for a problem."""
-
-    kernel: Kernel
-    problem: Problem
-    variant: str
-
-
-class Unnamed(NamedTuple):
-    """Triton launches that nothing describes: on tensors of unusual layouts, or of a kernel without `variants`."""
+class Call(NamedTuple):
+    """What decides which functions are launched."""
 
     kernel: Kernel
     problem: Problem
     layouts: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to compile. `named`: by the key of the cache that lacks it. `unnamed`: may lie in the cache or not."""
-
-    named: dict[str, Named]
-    unnamed: tuple[Unnamed, ...]
-
-    @property
-    def pays(self) -> bool:
-        """Whether it is worth starting processes: not where a run like this one filled the cache before."""
-        return len(self.named) >= FEW
 
 
 def compile_ahead(table: Table, jobs: int | None = None) -> None:
@@ -63,30 +44,22 @@ def compile_ahead(table: Table, jobs: int | None = None) -> None:
         jobs: processes; None: one a core.
     """
     with contextlib.suppress(Exception):  # whatever is wrong, the run meets it too, and says so
-        if (arch := here()) is not None and (found := plan(table, arch)).pays:
-            _carry_out(found, arch, jobs or pool.cores())
+        if (arch := here()) is not None and len(calls := calls_of(table)) >= FEW:
+            with pool.workers(jobs) as processes:
+                _build(processes, arch, lacking(processes, arch, calls))
 
 
-def plan(table: Table, arch: Arch) -> Plan:
-    """What the cases launch on a GPU of that architecture, and the caches do not hold."""
-    named: dict[str, Named] = {}
-    unnamed: dict[Unnamed, None] = {}
+def calls_of(table: Table) -> list[Call]:
+    """The calls of all cases that differ in what they launch."""
+    calls: dict[Call, None] = {}
     for case, served in table:
         layouts = tuple(name for name in case.transforms if name in LAYOUTS and name != _TOO_LARGE)
-        for kernel, problem in [call for one in served for call in _calls(one, case)]:
-            offered = worker.offers(kernel)
-            if kernel.backend == "triton" and (layouts or not offered):
-                unnamed[Unnamed(kernel, problem, layouts)] = None
-            elif offered:
-                for variant in worker.variants(kernel, problem, arch):
-                    missing = getattr(variant, "missing", lambda name: None)
-                    if (key := missing(arch.name)) is not None:
-                        named.setdefault(key, Named(kernel, problem, variant.name))
-    return Plan(named, tuple(unnamed))
+        calls |= {Call(runs, problem, layouts): None for one in served for runs, problem in _problems(one, case)}
+    return list(calls)
 
 
-def _calls(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Problem]]:
-    """The calls of a case that differ in what they launch, each with its kernel."""
+def _problems(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Problem]]:
+    """What a case asks, properties included, each with the kernel that it asks."""
     calls = [(kernel, case.problem)]
     if case.decode_steps and (decode := PrefillThenDecode.of(kernel, case.decode_steps).decode) is not None:
         calls.append((decode, dataclasses.replace(case.problem, op=Op.DECODE, seq_lens=(1,) * case.problem.N)))
@@ -95,36 +68,44 @@ def _calls(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Problem]]:
     return ((runs, problem) for runs, problem in calls if runs.unsupported(problem) is None)
 
 
-def _carry_out(found: Plan, arch: Arch, jobs: int) -> None:
-    unnamed, total = len(found.unnamed), len(found.named) + len(found.unnamed)
-    count = min(unnamed, -(-jobs * unnamed // total))
-    shares = [found.unnamed[i::count] for i in range(count)]
-    with pool.workers(jobs) as processes, progress("compiling", total) as advance:
-        futures = {processes.believing(arch).submit(build_unnamed, share, arch): share for share in shares}
-        futures |= {
-            processes.believing().submit(worker.build, one.kernel, one.problem, one.variant, arch): (one,)
-            for one in found.named.values()
-        }
+def lacking(processes: pool.Workers, arch: Arch, calls: Sequence[Call]) -> dict[str, tuple[Call, str]]:
+    """By the key of a cache that lacks it: a call that launches it, and its name there."""
+    found: dict[str, tuple[Call, str]] = {}
+    futures = {processes.believing(arch).submit(missing, call, arch): call for call in calls}
+    for future, call in futures.items():
+        with contextlib.suppress(Exception):  # a kernel may refuse a layout
+            found |= {key: (call, name) for key, name in future.result().items() if key not in found}
+    return found
+
+
+def _build(processes: pool.Workers, arch: Arch, wanted: Mapping[str, tuple[Call, str]]) -> None:
+    with progress("compiling", len(wanted)) as advance:
+        futures = {processes.believing(arch).submit(build, call, name, arch): call for call, name in wanted.values()}
         try:
             for future in as_completed(futures):
-                advance(futures[future][0].kernel.name, len(futures[future]))
+                advance(futures[future].kernel.name)
         except KeyboardInterrupt:  # the processes would go on to the last of them
             for future in futures:
                 future.cancel()
             raise
 
 
-def laid_out(layouts: tuple[str, ...]) -> Callable[[Inputs], Inputs]:
-    """What gives inputs these layouts."""
-    return lambda inputs: transformed(inputs, layouts)
+def missing(call: Call, arch: Arch) -> dict[str, str]:
+    """In a process that believes in such a GPU: by key, the names of what the call launches and the caches lack."""
+    keys = {v.name: v.missing(arch.name) for v in _variants(call, arch) if hasattr(v, "missing")}
+    return {key: name for name, key in keys.items() if key is not None}
 
 
-def build_unnamed(share: Sequence[Unnamed], arch: Arch) -> None:
-    """In a process that believes in such a GPU: builds what these launch and Triton's cache lacks."""
-    from kdacli.compile import recorder
+def build(call: Call, name: str, arch: Arch) -> None:
+    """In such a process: compiles one of `missing`."""
+    next(v for v in _variants(call, arch) if v.name == name).build(arch.name)
 
-    for one in share:
-        with contextlib.suppress(Exception):  # a kernel may refuse a layout
-            for variant in recorder.record(one.kernel, one.problem, arch, laid_out(one.layouts)):
-                if variant.missing(arch.name) is not None:
-                    variant.build(arch.name)
+
+def _variants(call: Call, arch: Arch) -> list[Variant]:
+    return worker.variants(call.kernel, call.problem, arch, _laid_out(call.layouts))
+
+
+@functools.cache
+def _laid_out(layouts: tuple[str, ...]) -> functools.partial[Inputs]:
+    """What gives inputs these layouts; the same object for the same ones."""
+    return functools.partial(transformed, names=layouts)

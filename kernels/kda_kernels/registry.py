@@ -30,9 +30,8 @@ class Kernel:
             `unsupported(problem) -> str | None`  the reason why this machine cannot run this problem with it
                 (`problem` None: can it run anything here?), or None for yes;
             `run(inputs) -> Outputs`  the kernel itself; a pool in `inputs.state` is updated in place;
-            optionally `variants(problem=None, gpu=H100) -> Iterator[Variant]`, used by `kda compile`: what it launches
-                for a problem, or its usual specialisations, see `kda_kernels.variant`. Without it the Triton launches
-                of `run` are recorded.
+            optionally `USUAL` and `variants`, used by `kda compile`: see `kda_kernels.variant`. The Triton launches of
+                `run` are recorded.
         summary: one line for `kda kernels`.
         ours: False for peers.
     """

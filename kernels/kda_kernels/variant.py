@@ -1,8 +1,8 @@
 """What `kda compile` asks of a kernel: named variants, each of which builds itself for an architecture without a GPU.
 
-A kernel's module may have `variants(problem=None, gpu=H100) -> Iterator[Variant]`: what it launches for `problem` on
-`gpu`, or its usual specialisations. `gpu` may be left out where nothing depends on it. Triton's variants are
-`kda_kernels.triton.variant.Variant`; anything else with the attributes of the protocol below will do.
+Triton's launches need no description: `kda compile` records them. A kernel's module may have `USUAL`, problems by name:
+what it is called on where nobody says anything. A module whose kernels are not Triton's has `variants(problem=None,
+gpu=H100) -> Iterator[Variant]` beside it: what it launches for `problem` on `gpu`, or for its usual problems.
 
 A variant may also have `missing(arch) -> str | None`: what the cache that launches use would know it by, if it is not
 there; None if it is there, or if nothing is kept. `kda verify` builds beforehand what is missing.

@@ -385,32 +385,25 @@ def run(inputs: Inputs) -> Outputs:
     return prefill(inputs)
 
 
+_SAFE = Options(gate=Gate.SAFE, lower_bound=LEAST_BOUND)
+_POOL = Problem(Op.PREFILL, (2048,) * 8, H=32, HV=32, pool_slots=16, options=_SAFE)
+_GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
+# What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
+# come activated, in fp32; and 12 heads of one sequence, which is split.
+USUAL = {
+    "safe": _POOL,
+    "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
+    "activated": dataclasses.replace(_POOL, g_dtype="float32", options=_GIVEN),
+    "safe split": dataclasses.replace(_POOL, seq_lens=(8192,), H=12, HV=12),
+}
+
+
 def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernels for `problem` as launches on `gpu` specialise them, in their order.
-
-    Without one: bf16, safe gates, 32 heads packed on a pool, dense with a state that comes and goes, and gates that
-    come activated, in fp32; and 12 heads of one sequence, which is split.
-    """
-    if problem is not None:
-        yield from _variants(str(problem.options.gate), problem, gpu)
-        return
-    safe = Options(gate=Gate.SAFE, lower_bound=LEAST_BOUND)
-    usual = Problem(Op.PREFILL, (2048,) * 8, H=32, HV=32, pool_slots=16, options=safe)
-    given = dataclasses.replace(safe, gate=Gate.NONE)
-    yield from _variants("safe", usual, gpu)
-    yield from _variants("safe dense", dataclasses.replace(usual, packed=False, pool_slots=None), gpu)
-    yield from _variants("activated", dataclasses.replace(usual, g_dtype="float32", options=given), gpu)
-    yield from _variants("safe", dataclasses.replace(usual, seq_lens=(8192,), H=12, HV=12), gpu)
-
-
-def _variants(name: str, problem: Problem, gpu: Gpu) -> Iterator[Variant]:
-    """Of a whole prefill, or of the three launches of a split one."""
-    split = _split(problem.N, problem.T, problem.HV, gpu.sms)
-    if split is None:
-        yield _variant(name, _problem_spec(problem, Part.WHOLE))
-        return
-    yield _variant(f"{name} segments", _problem_spec(problem, Part.SPLIT))
-    yield from _triton_variants(problem, split)
+    """What `kda compile` builds of CuTe's kernels: as a launch for `problem`, or those of `USUAL`, specialises them."""
+    problems = USUAL if problem is None else {str(problem.options.gate): problem}
+    for name, one in problems.items():
+        part = Part.WHOLE if _split(one.N, one.T, one.HV, gpu.sms) is None else Part.SPLIT
+        yield _variant(name, _problem_spec(one, part))
 
 
 def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
@@ -422,33 +415,6 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
         shared_bytes=None,
         only=ARCH,
     )
-
-
-def _triton_variants(problem: Problem, split: Split) -> Iterator[Variant]:
-    """As `segment_scan.scan_segments` and `segment_outputs.add_segment_outputs` launch them."""
-    from kda_kernels.triton import segment_outputs, segment_scan
-    from kda_kernels.triton.variant import Variant as TritonVariant
-    from kda_kernels.triton.variant import batch, state_pointers
-
-    HV, V, K = problem.HV, problem.V, problem.K
-    pooled, pointers = problem.pool_slots is not None, state_pointers(problem)
-    final = pointers["h0" if pooled else "ht"]
-    same = {
-        "state_indices": "*i32" if pooled else None, "cu_seqlens": "*i32" if problem.packed else None, "N": problem.N,
-        "T": batch(problem)[1], "lead": split.lead, "segment": split.segment, "begin": 0, "limit": split.limit,
-        "HV": HV, "V": V, "K": K, "POOLED": pooled, "PACKED": problem.packed,
-    }  # fmt: skip
-    yield TritonVariant.of(
-        segment_scan.segment_scan_kernel, name="scan", summaries="*fp32", transitions="*bf16", starts="*fp32",
-        final=final, stride_final=0 if final is None else HV * V * K, BV=segment_scan.BV, FINAL=final is not None,
-        num_warps=segment_scan.NUM_WARPS, num_stages=segment_scan.NUM_STAGES, **same,
-    )  # fmt: skip
-    yield TritonVariant.of(
-        segment_outputs.segment_outputs_kernel, name="outputs", reads="*bf16", starts="*fp32",
-        o="*bf16",
-        stride_b=batch(problem)[1] * HV * V, stride_t=HV * V, stride_h=V, BT=segment_outputs.BT,
-        SPAN=segment_outputs.SPAN, num_warps=segment_outputs.NUM_WARPS, num_stages=segment_outputs.NUM_STAGES, **same,
-    )  # fmt: skip
 
 
 def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:

@@ -7,7 +7,6 @@ import triton.language as tl
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK
 from kda_kernels.triton.runtime import on_device, require_device
-from kda_kernels.triton.variant import Variant
 
 BLOCK, WARPS = 256, 2  # chunks a step, of one program a sequence
 
@@ -68,10 +67,3 @@ def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_siz
         with on_device(cu_seqlens):
             chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=BLOCK, num_warps=WARPS)
     return out
-
-
-def variant() -> Variant:
-    """What `kda compile` builds: the kernel as every packed batch with int32 cu_seqlens launches it."""
-    return Variant.of(
-        chunk_indices_kernel, name="chunk indices", cu_seqlens="*i32", out="*i32", C=CHUNK, BLOCK=BLOCK, num_warps=WARPS
-    )

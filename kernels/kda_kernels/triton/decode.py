@@ -6,7 +6,6 @@ at 3.0 TB/s. The activations are under 2% of that.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import torch
 
@@ -18,10 +17,16 @@ from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
-from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
-from kda_kernels.variant import H100, Gpu
 
 MAX_HEAD = 256
+# What `kda compile` builds where nothing is said: a pool in place, one token a sequence.
+_POOL = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
+USUAL = {
+    "softplus": _POOL,
+    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=-5.0)),
+    "softplus bf16-state": dataclasses.replace(_POOL, state_dtype="bfloat16"),
+    "softplus packed": dataclasses.replace(_POOL, packed=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,44 +136,3 @@ def run(inputs: Inputs) -> Outputs:
     """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
     check_inputs(inputs)
     return decode(inputs)
-
-
-def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernel for `problem` as a launch on `gpu` specialises it.
-
-    Without one: bf16, K = V = 128, 32 sequences of 32 heads, one token each, a pool in place.
-    """
-    if problem is not None:
-        yield _variant(str(problem.options.gate), problem, gpu)
-        return
-    usual = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
-    yield _variant("softplus", usual, gpu)
-    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)), gpu)
-    yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"), gpu)
-    yield _variant("softplus packed", dataclasses.replace(usual, packed=True), gpu)
-
-
-def _variant(name: str, problem: Problem, gpu: Gpu) -> Variant:
-    H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
-    config = DecodeConfig.choose(problem.N * HV, K, V, problem.state_v_first, gpu.sms)
-    B, T = batch(problem)
-    shapes = {"q": (H, K), "k": (H, K), "v": (HV, V), "g": (HV, K), "beta": (HV, 1), "o": (HV, V)}
-    letters, rows = ("th", (T,)) if problem.packed else ("sth", (B, T))
-    lengths = strides(**{f"stride_{x}_{letters}": (*rows, *shape) for x, shape in shapes.items()})
-    if problem.packed:  # a sequence starts so many tokens on
-        lengths |= {f"stride_{x}_s": lengths[f"stride_{x}_t"] for x in shapes}
-    states = state_pointers(problem)
-    slot = {f"stride_{x}_n": 0 if state is None else HV * K * V for x, state in states.items()}
-    params = None if options.gate is Gate.NONE else pointer(problem.param_dtype)
-    return Variant.of(
-        decode_kernel,
-        name=name,
-        **dict.fromkeys(("q", "k", "v", "o"), pointer(problem.dtype)),
-        g=pointer(problem.g_dtype), beta=pointer(problem.beta_dtype), A_log=params, dt_bias=params, **states,
-        token_states=None, stride_ts_s=0, stride_ts_t=0,
-        state_indices=None if problem.pool_slots is None else "*i32", cu_seqlens="*i32" if problem.packed else None,
-        scale="fp32", lower_bound="fp32", T=T, **lengths, **slot,
-        H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV, STATE_V_FIRST=problem.state_v_first,
-        GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit, NEG_EIGVAL=options.allow_neg_eigval,
-        L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip

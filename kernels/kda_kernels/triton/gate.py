@@ -7,8 +7,6 @@ A program owns `BLOCK` neighbouring channels of one chunk and walks down its tok
 access is a full-width coalesced row, and no lane ever needs another lane's value, unlike a scan over a 2-D tile.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +16,17 @@ from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
-from kda_kernels.triton.chunk_indices import variant as chunk_indices_variant
 from kda_kernels.triton.common import GATE_CODES, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
-from kda_kernels.triton.variant import Variant, batch, pointer, strides
-from kda_kernels.variant import H100, Gpu
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
 UNROLL = 8  # tokens whose loads are in flight together
+# What `kda compile` builds where nothing is said.
+_BOUNDS = {Gate.SOFTPLUS: None, Gate.SAFE: -5.0, Gate.NONE: None}
+USUAL = {
+    str(gate): Problem(Op.GATE, (8192,), H=32, HV=32, options=Options(gate=gate, lower_bound=bound))
+    for gate, bound in _BOUNDS.items()
+}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -199,30 +200,3 @@ def run(inputs: Inputs) -> Outputs:
         return Outputs(chunk_local_cumsum(inputs.g, **kwargs))
     lower_bound = inputs.options.lower_bound
     return Outputs(kda_gate_chunk_cumsum(inputs.g, inputs.A_log, inputs.dt_bias, lower_bound=lower_bound, **kwargs))
-
-
-def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernels for `problem`, or both activations and the plain sum, 32 heads of 128.
-
-    Nothing depends on `gpu`.
-    """
-    options = (Options(gate=gate, lower_bound=-5.0 if gate is Gate.SAFE else None) for gate in Gate)
-    usual = [Problem(Op.GATE, (8192,), H=32, HV=32, options=chosen) for chosen in options]
-    problems = usual if problem is None else [problem]
-    if any(p.packed for p in problems):
-        yield chunk_indices_variant()
-    yield from map(_variant, problems)
-
-
-def _variant(problem: Problem) -> Variant:
-    gate, HV, K = problem.options.gate, problem.HV, problem.K
-    B, T = batch(problem)
-    params = None if gate is Gate.NONE else pointer(problem.param_dtype)
-    index = "*i32" if problem.packed else None
-    return Variant.of(
-        gate_cumsum_kernel,
-        name=f"{gate} gate",
-        g=pointer(problem.g_dtype), A_log=params, dt_bias=params, out="*fp32", cu_seqlens=index, chunk_indices=index,
-        lower_bound="fp32", scale="fp32", T=T, **strides(stride_bth=(B, T, HV, K)),
-        HV=HV, K=K, C=CHUNK, BLOCK=BLOCK, UNROLL=UNROLL, GATE=GATE_CODES[gate], CUMSUM=True, num_warps=4,
-    )  # fmt: skip

@@ -6,7 +6,6 @@ then `chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and 
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +19,6 @@ from kda_kernels.triton.chunk_chain import chunk_chain_kernel
 from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
 from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
 from kda_kernels.triton.chunk_indices import in_order, max_chunks, prepare_chunk_indices
-from kda_kernels.triton.chunk_indices import variant as chunk_indices_variant
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.prefill_config import PrefillConfig
@@ -32,11 +30,15 @@ from kda_kernels.triton.runtime import (
     shared_memory,
     unsupported_here,
 )
-from kda_kernels.triton.variant import Variant, batch, pointer, state_pointers, strides
-from kda_kernels.variant import H100, Gpu
 
 MAX_HEAD = 256
 MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
+# What `kda compile` builds where nothing is said: packed prompts on a pool, and one, of narrow slices.
+_POOL = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
+USUAL = {
+    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=-5.0)),
+    "softplus": dataclasses.replace(_POOL, seq_lens=(8192,)),
+}
 MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
 
 
@@ -200,61 +202,3 @@ def run(inputs: Inputs) -> Outputs:
     """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
     check_inputs(inputs)
     return prefill(inputs)
-
-
-def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
-    """What `kda compile` builds: the kernels for `problem` as launches on `gpu` specialise them, in their order.
-
-    Without one: bf16, K = V = 128, 32 heads, packed, a pool in place; each factor kernel, both slice widths.
-    """
-    usual = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
-    bounded_gate = dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0))
-    one_prompt = dataclasses.replace(usual, seq_lens=(8192,))
-    found = [v for p in ([bounded_gate, one_prompt] if problem is None else [problem]) for v in _variants(p, gpu)]
-    return iter({variant.name: variant for variant in found}.values())
-
-
-def _variants(problem: Problem, gpu: Gpu) -> Iterator[Variant]:
-    H, HV, K, V, options = problem.H, problem.HV, problem.K, problem.V, problem.options
-    B, T = batch(problem)
-    matmul = operand_dtype(getattr(torch, problem.dtype))
-    config = PrefillConfig.choose(Dims(B, T, problem.N, H, HV, K, V), matmul.itemsize, gpu.sms, gpu.shared)
-    BK = max(16, next_power_of_2(K))
-    slots = max_chunks(T, problem.N) if problem.packed else B * cdiv(T, CHUNK)
-    index = "*i32" if problem.packed else None
-    work = dict.fromkeys(("qg", "kg", "kd", "Z", "Aqk"), pointer(str(matmul).removeprefix("torch.")))
-    work |= dict.fromkeys(("L", "decay", "rate"), "*fp32")
-    shared = work | {"cu_seqlens": index, "T": T, "slots": slots, "HV": HV, "K": K, "BK": BK, "C": CHUNK}
-
-    if problem.packed:
-        yield chunk_indices_variant()
-    dtype, params = pointer(problem.dtype), None if options.gate is Gate.NONE else pointer(problem.param_dtype)
-    kernel, scratch = chunk_factors_kernel, {"sums": "*bf16"}
-    if bounded(options):
-        kernel, scratch = chunk_factors_bounded_kernel, {"G": "*fp32"}
-    yield Variant.of(
-        kernel,
-        name=f"factors {'bounded' if bounded(options) else options.gate}",
-        **shared, **scratch, q=dtype, k=dtype, g=pointer(problem.g_dtype), beta=pointer(problem.beta_dtype),
-        A_log=params, dt_bias=params, chunk_indices=index, lower_bound="fp32", scale="fp32",
-        **strides(q_bth=(B, T, H, K), k_bth=(B, T, H, K), g_bth=(B, T, HV, K), b_bth=(B, T, HV)),
-        GROUP=HV // H, KB=min(config.KB, BK), GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
-        NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.factor_warps, num_stages=1,
-    )  # fmt: skip
-    yield Variant.of(
-        chunk_inverse_kernel,
-        name="inverse",
-        **shared, chunk_indices=index, num_warps=1, maxnreg=config.inverse_registers,
-    )  # fmt: skip
-    states = state_pointers(problem)
-    letters, last = ("nhvk", (V, K)) if problem.state_v_first else ("nhkv", (K, V))
-    steps = strides(**{f"{x}_{letters}": (problem.N, HV, *last) for x in states})
-    steps |= {f"{x}_{d}": 0 for x, state in states.items() if state is None for d in letters}
-    yield Variant.of(
-        chunk_chain_kernel,
-        name=f"chain BV={config.BV}",
-        **shared, **states, **steps, v=dtype, o=dtype, h=None,
-        state_indices=None if problem.pool_slots is None else "*i32",
-        **strides(v_bth=(B, T, HV, V), o_bth=(B, T, HV, V)),
-        V=V, BV=config.BV, STAGES=config.chain_stages, num_warps=config.chain_warps,
-    )  # fmt: skip
