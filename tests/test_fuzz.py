@@ -323,7 +323,100 @@ def wrong_files() -> Iterator[tuple[str, Write]]:
     yield "zip.pt", other_zip
 
 
+def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, more: int = 0) -> Write:
+    """A file as torch.save writes it, of a pickle of any making and one storage."""
+
+    def write(path: pathlib.Path) -> None:
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("dump/data.pkl", pickled)
+            archive.writestr("dump/byteorder", "little")
+            archive.writestr("dump/data/0", bytes(64 + more))
+            archive.writestr("dump/version", "3\n")
+
+    return write
+
+
+def nested(make: Callable[[Any], Any], levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = make(value)
+    return value
+
+
+class Calls:
+    """Pickles as a call of `function`, again and again with the same argument."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def hostile() -> Iterator[tuple[str, Write]]:
+    """Small files that would take a reader gigabytes or hours."""
+
+    def pickled(tree: Any) -> bytes:
+        return pickle.dumps(tree, protocol=2)
+
+    pairs = [(i, i) for i in range(4000)]
+    twice = nested(lambda part: [part, part], 60)
+    trees = (
+        {"meta": {"a": twice}},
+        {"meta": {"a": nested(lambda part: {"a": part, "b": part}, 60)}},
+        {"calls": [{"meta": twice}]},
+        {"meta": nested(lambda part: [part], 400)},
+        {"meta": nested(lambda part: {"a": part}, 100)},
+        {"meta": ["x" * 10_000] * 10_000},
+        {"extra": Calls(bytearray, 1 << 40)},
+        {"extra": [Calls(collections.OrderedDict, pairs) for _ in pairs]},
+        {"meta": {"a": "\ud800"}},
+        {"q\x1b[2J": 1.0},
+        {"q" * 1000: 1.0},
+        {"model.layers.0.q": 1.0, 3: 1.0},
+    )
+    round_ = [1]
+    round_.append(round_)
+    for tree in (*trees, {"meta": round_}):
+        yield "hostile.pt", zipped(pickled(good_shell(tree)))
+    tuples = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # BINPUT, BINGET, TUPLE2: each holds the last twice
+    yield "hostile.pt", zipped(b"\x80\x02}X\x01\x00\x00\x00x" + tuples + b"Ns.")  # as a key, which is hashed
+    yield "deflated.pt", zipped(pickled({"meta": "x" * (1 << 24)}), zipfile.ZIP_DEFLATED)
+    yield "deflated.pt", zipped(pickled({"meta": "x"}), zipfile.ZIP_BZIP2)
+    wide = torch.zeros(1, dtype=torch.bfloat16).expand(1, 1 << 40, 1, 16)
+    yield "wide.pt", pt(good() | {"q": wide, "k": wide, "v": wide})
+    yield "wide.pt", pt(good() | {"extra": wide})
+    shared = torch.zeros(1 << 20)
+    yield "shared.pt", pt({"calls": [good() | {"extra": shared}] * 64})
+    yield "deep.safetensors", lambda path: save_file({"a." * 5000 + "q": torch.zeros(1)}, path)
+
+    def two_directories(path: pathlib.Path) -> None:
+        """Of two zip files one after the other, readers may take either."""
+        zipped(pickled({"meta": "x"}), zipfile.ZIP_DEFLATED)(path)
+        first = path.read_bytes()
+        pt(good())(path)
+        path.write_bytes(first + path.read_bytes())
+
+    yield "two.pt", two_directories
+    yield "folder", dumper_file("step=0___rank=0___dump_index=x___name=q.pt")
+    yield "folder", dumper_file(f"step=0___rank=0___dump_index={'9' * 200}___name=k.pt")
+
+
+def good_shell(tree: dict) -> dict:
+    """Plain values in the place of tensors: what is refused is refused before they would be missed."""
+    return {"options": {"op": "prefill"}, **tree}
+
+
+def dumper_file(name: str) -> Write:
+    def write(path: pathlib.Path) -> None:
+        path.mkdir()
+        torch.save({"value": 1, "meta": {}}, path / name)
+
+    return write
+
+
 GENERATORS = (
+    hostile,
     truncations,
     bit_flips,
     pickled_objects,

@@ -4,7 +4,6 @@ No object is ever unpickled, and tensors stay in the file until something reads 
 """
 
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from kda_kernels.errors import InputError
-from kdacli.dumps import folders, sglang
+from kdacli.dumps import bounds, folders, sglang
 
 Tree = dict[str, Any]
 
@@ -35,50 +34,20 @@ def read(path: Path) -> Any:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty")
         tree = reader(path)
+        bounds.check_contents(tree, path)
         return {"calls": sglang.hooked_calls(tree, path)} if sglang.is_hooked(tree) else tree
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _read_pt(path: Path) -> Any:
-    _check_zip(path)
     try:
+        bounds.check_pt(path)
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except OSError:
+    except (InputError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # torch raises whatever the damage leads to: RuntimeError, KeyError, UnpicklingError, ...
-        if name := _forbidden_global(str(error)):
-            raise InputError(f"{path} holds a pickled {name}: a dump may hold tensors and plain values only") from error
-        raise InputError(f"{path} cannot be loaded: {_first_sentence(error)}") from error
-
-
-def _check_zip(path: Path) -> None:
-    """Finds damage that torch's own reader overlooks or words badly: torch checks no checksum of what it maps."""
-    with path.open("rb") as file:
-        if not file.read(4).startswith(b"PK"):
-            raise InputError(
-                f"{path} is not a zip file as torch.save writes (older formats cannot be mapped: save again)"
-            )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise InputError(f"{path} is a zip file but not one that torch.save wrote: it has no data.pkl")
-            archive.read(pickles[0])
-            for info in archive.infolist():
-                archive.open(info).close()  # compares the entry's own header with the directory
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError, ValueError) as error:
+    except Exception as error:  # zipfile, pickletools and torch raise whatever the damage leads to
         raise InputError(f"{path} is truncated or damaged: {_first_sentence(error)}") from error
-
-
-def _forbidden_global(message: str) -> str | None:
-    """The class or function that torch refused to unpickle, if that is what its message says."""
-    found = re.search(r"GLOBAL (\S+) was not an allowed global", message) or re.search(
-        r"(?:Unsupported (?:class|global):? |Trying to (?:load|call) unsupported GLOBAL )(\S+)", message
-    )
-    return found.group(1) if found else None
 
 
 def _first_sentence(error: Exception) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kda_kernels.errors import InputError
-from kdacli.dumps import sglang
+from kdacli.dumps import names, sglang
 from kdacli.dumps.tree import calls_of
 
 Read = Callable[[Path], Any]
@@ -22,7 +22,7 @@ def read(folder: Path, read_file: Read) -> dict[str, Any]:
     Raises:
         InputError: there is nothing to read, or a file is not as it should be.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = _files(folder)
     if not files:
         return _below(folder, read_file)
     if any(sglang.tags(path) for path in files):
@@ -34,6 +34,10 @@ def read(folder: Path, read_file: Read) -> dict[str, Any]:
     return {"calls": calls}
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
 def _below(folder: Path, read_file: Read) -> dict[str, Any]:
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     hooked = [path for path in inner if sglang.PROCESS.fullmatch(path.name)]
@@ -43,9 +47,11 @@ def _below(folder: Path, read_file: Read) -> dict[str, Any]:
             rank = re.search(r"Rank(\d+)", path.name)[1]
             calls |= {f"rank{rank}.{name}": call for name, call in read(path, read_file)["calls"].items()}
         return {"calls": calls}
-    full = [path for path in inner if any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir())]
+    full = [path for path in inner if _files(path)]
     if len(full) == 1:
         return read(full[0], read_file)
     if full:
-        raise InputError(f"{folder} holds the dump folders {', '.join(path.name for path in full)}: name one of them")
+        raise InputError(
+            f"{folder} holds the dump folders {names.listed(path.name for path in full)}: name one of them"
+        )
     raise InputError(f"{folder} is a directory without dump files ({' or '.join(SUFFIXES)})")

@@ -52,7 +52,7 @@ def load(path: str | Path, call: str | None = None) -> Dump:
     path = Path(path)
     calls = calls_of(files.read(path), path)
     if call is None and len(calls) > 1:
-        raise InputError(f"{path} holds the calls {', '.join(calls)}: name one of them (--call)")
+        raise InputError(f"{path} holds the calls {names.listed(calls)}: name one of them (--call)")
     return _dump(path, calls, next(iter(calls)) if call is None else call)
 
 
@@ -77,7 +77,7 @@ def load_all(path: str | Path, only: Sequence[str] = (), like: Sequence[Dump] = 
 
 def _named(path: Path, calls: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in calls:
-        held = f"the calls {', '.join(calls)}" if "" not in calls else "one call, which has no name"
+        held = f"the calls {names.listed(calls)}" if "" not in calls else "one call, which has no name"
         raise InputError(f"{path} has no call {name}: it holds {held}")
     return calls[name]
 
@@ -100,7 +100,7 @@ def _parse(call: Mapping[str, Any], name: str, like: Dump | None) -> Dump:
         outputs = build_outputs(parts.outputs, like.inputs, dims, like.op, notes)
         return Dump(like.inputs, outputs, like.op, parts.meta, notes, name)
     if parts.unused:
-        notes.append(f"not used: {', '.join(sorted(parts.unused))}")
+        notes.append(f"not used: {names.listed(parts.unused)}")
     for key in names.REQUIRED:
         if key not in found:
             raise names.missing(key, [*(name for name, _ in found.values()), *parts.unused])

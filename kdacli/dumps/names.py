@@ -6,7 +6,7 @@ first in each row. Names are matched as they are, case included: `A` (often -exp
 """
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kda_kernels.errors import InputError
@@ -113,8 +113,13 @@ def rename(found: Mapping[str, Any], section: Section) -> tuple[dict[str, Any], 
     return rest, known
 
 
-def missing(key: str, have: Sequence[str]) -> InputError:
+def listed(found: Iterable[str], most: int = 16) -> str:
+    """The first of some names, for a message of one line."""
+    names = sorted(found)
+    return ", ".join([name[:40] for name in names[:most]] + (["..."] if len(names) > most else []))
+
+
+def missing(key: str, have: Iterable[str]) -> InputError:
     """The error for a tensor that is not there: which names would do, and what there is instead."""
     also = f" (or {', '.join(INPUTS[key][1:])})" if INPUTS[key][1:] else ""
-    there = ", ".join(sorted(have)[:24]) or "no tensors"
-    return InputError(f"{key}{also} is missing: the dump holds {there}")
+    return InputError(f"{key}{also} is missing: the dump holds {listed(have) or 'no tensors'}")

@@ -11,12 +11,13 @@ Names are matched by their last part with the table of aliases, without a leadin
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kda_kernels.errors import InputError
 from kdacli.dumps import names
+from kdacli.dumps.tree import check_keys
 
 PROCESS = re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+")
 _LAYER = re.compile(r"(?:^|[._])layers?\.(\d+)\.")
@@ -32,7 +33,7 @@ Calls = dict[str, dict[str, dict[str, Any]]]
 def tags(path: Path) -> Tags:
     """{"step": "0", "rank": "0", "name": "q", ..} of a dumper's file; empty if it is none."""
     found = dict(part.split("=", 1) for part in path.stem.split("___") if "=" in part)
-    return found if {"name", "dump_index"} <= found.keys() else {}
+    return found if "name" in found and found.get("dump_index", "").isdecimal() else {}
 
 
 def dumper_calls(folder: Path, paths: Sequence[Path], read_file: Callable[[Path], Any]) -> Calls:
@@ -63,10 +64,7 @@ def dumper_calls(folder: Path, paths: Sequence[Path], read_file: Callable[[Path]
         call = calls.setdefault(name, {"meta": {"engine": "SGLang's dumper", "rank": rank, "layer": layer}})
         call.setdefault(section, {})[key] = value
     if not calls:
-        there = sorted({found["name"] for _, _, found in everything})
-        raise InputError(
-            f"{folder} has no tensor of a KDA call under a name that kda knows: it holds {', '.join(there[:16])}"
-        )
+        raise _nothing(folder, {found["name"] for _, _, found in everything})
     for call in calls.values():
         more = parameters.get((call["meta"]["rank"], call["meta"]["layer"]), {})
         call["inputs"] = more | call.get("inputs", {})
@@ -75,7 +73,7 @@ def dumper_calls(folder: Path, paths: Sequence[Path], read_file: Callable[[Path]
 
 def is_hooked(tree: Any) -> bool:
     """Whether a file holds the outputs of modules by their names in the model."""
-    return isinstance(tree, Mapping) and any(isinstance(key, str) and _LAYER.search(f"{key}.") for key in tree)
+    return isinstance(tree, Mapping) and any(_LAYER.search(f"{key}.") for key in tree if isinstance(key, str))
 
 
 def hooked_calls(tree: Mapping[str, Any], path: Path) -> Calls:
@@ -84,6 +82,7 @@ def hooked_calls(tree: Mapping[str, Any], path: Path) -> Calls:
     Raises:
         InputError: no layer has a tensor under a name that the table knows.
     """
+    check_keys(tree, f"{path}: ")
     calls: Calls = {}
     for name, value in tree.items():
         place = meaning(name)
@@ -97,10 +96,13 @@ def hooked_calls(tree: Mapping[str, Any], path: Path) -> Calls:
         if section == "outputs" and key == "o" and len(values) > 1:
             call["outputs"]["final_state"] = values[1]
     if not calls:
-        raise InputError(
-            f"{path} has no tensor of a KDA call under a name that kda knows: it holds {', '.join(sorted(tree)[:16])}"
-        )
+        raise _nothing(path, tree)
     return calls
+
+
+def _nothing(path: Path, there: Iterable[str]) -> InputError:
+    held = names.listed(there)
+    return InputError(f"{path} has no tensor of a KDA call under a name that kda knows: it holds {held}")
 
 
 def meaning(name: str) -> tuple[str, str] | None:

@@ -21,22 +21,13 @@ _DTYPES = (
 
 
 def usable(name: str, value: Any) -> torch.Tensor:
-    """`value` as a plain dense CPU tensor.
+    """`value`, if it is a tensor of a type that some kernel takes.
 
     Raises:
-        InputError: it is no tensor, or one that no kernel takes (sparse, quantised, complex, meta, nested).
+        InputError: it is not.
     """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} is a {type(value).__name__}: it should be a tensor")
-    kinds = {
-        "a meta tensor, without data": value.is_meta,
-        "a nested tensor": value.is_nested,
-        f"a {value.layout} tensor": value.layout != torch.strided,
-        "quantised": value.is_quantized,
-        "complex": value.is_complex(),
-    }
-    if kind := next((kind for kind, is_so in kinds.items() if is_so), None):
-        raise InputError(f"{name} is {kind}: it should be a dense real tensor")
     if value.dtype not in _DTYPES:
         raise InputError(f"{name} is {str(value.dtype).removeprefix('torch.')}: no kernel takes that type")
     return value.detach()

@@ -11,6 +11,8 @@ from kda_kernels.errors import InputError
 from kdacli.dumps import names
 from kdacli.dumps.names import Section
 
+_LONGEST = 200  # letters of a name
+
 Found = dict[str, tuple[str, Any]]  # {our name: (its name in the dump, value)}
 
 
@@ -38,7 +40,7 @@ def calls_of(tree: Any, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(tree, dict) or not tree:
         held = "nothing" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise InputError(f"{path} holds {held}: it should hold a dict of tensors by name")
-    _check_keys(tree, f"{path}: ")
+    check_keys(tree, f"{path}: ")
     if "calls" not in tree and _is_call(tree):
         return {"": tree}
     shared = {k: v for k, v in tree.items() if _section(k) in ("options", "meta") or not isinstance(v, dict | list)}
@@ -62,7 +64,7 @@ def split(call: Mapping[str, Any]) -> Parts:
     """
     parts = Parts()
     flat = {}
-    _check_keys(call)
+    check_keys(call)
     for key, value in call.items():
         section = _section(key)
         if section == "outputs" and isinstance(value, list | tuple):
@@ -70,7 +72,9 @@ def split(call: Mapping[str, Any]) -> Parts:
         if section is None or not isinstance(value, dict):
             flat[key] = value
         elif section == "meta":
-            parts.meta |= value
+            check_keys(value)
+            parts.meta |= {name: part for name, part in value.items() if _plain(part)}
+            parts.unused += [name for name in value if name not in parts.meta]
         else:
             rest = _sort(value, Section[section.upper()], parts)
             if section == "options" and rest:
@@ -104,7 +108,7 @@ def _merge(shared: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]
 
 def _sort(values: Mapping[str, Any], section: Section, parts: Parts) -> dict[str, Any]:
     """Adds to `parts` what the table knows under our names, and returns the rest."""
-    _check_keys(values)
+    check_keys(values)
     rest, known = names.rename({k: v for k, v in values.items() if v is not None}, section)
     for key, (name, value) in known.items():
         part = parts.options if key in names.OPTIONS else parts.outputs if key in names.OUTPUTS else parts.inputs
@@ -114,6 +118,21 @@ def _sort(values: Mapping[str, Any], section: Section, parts: Parts) -> dict[str
     return rest
 
 
-def _check_keys(values: Mapping[Any, Any], where: str = "") -> None:
-    if strange := [key for key in values if not isinstance(key, str)]:
-        raise InputError(f"{where}a key of the dump is a {type(strange[0]).__name__}: keys should be names")
+def check_keys(values: Mapping[Any, Any], where: str = "") -> None:
+    """Raises `InputError` unless every key is a name that can stand in a line or a table."""
+    for key in values:
+        if not isinstance(key, str):
+            raise InputError(f"{where}a key of the dump is a {type(key).__name__}: keys should be names")
+        if not key.isprintable() or len(key) > _LONGEST:
+            raise InputError(
+                f"{where}a key of the dump is {key[:40]!r}..: it should be up to {_LONGEST} printable letters"
+            )
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can stand in a report: text, a number, or lists and dicts of such."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
