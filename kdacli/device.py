@@ -11,13 +11,8 @@ from pathlib import Path
 from kda_kernels.errors import UnavailableError
 
 
-def pick_device(name: str = "auto") -> str:
-    """Returns "cuda" or "cpu" for "auto", "cpu" or "cuda".
-
-    When the answer is "cpu", TRITON_INTERPRET=1 is set so that Triton kernels run in Triton's interpreter. Triton reads
-    it when it is imported, so call this before importing any kernel; where Triton is there already, it is not set.
-    Autotuned kernels, which there is no GPU to time on, then take their first configuration, and the interpreter is
-    made quick.
+def choose_device(name: str = "auto") -> str:
+    """Returns "cuda" or "cpu" for "auto", "cpu" or "cuda", and changes nothing.
 
     Raises:
         UnavailableError: cuda is asked for and there is no CUDA GPU.
@@ -27,7 +22,21 @@ def pick_device(name: str = "auto") -> str:
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise UnavailableError("no CUDA GPU here: leave --device out or use --device cpu")
-    if name == "cuda" or (name == "auto" and has_gpu):
+    return "cuda" if name == "cuda" or (name == "auto" and has_gpu) else "cpu"
+
+
+def pick_device(name: str = "auto") -> str:
+    """The device of `choose_device`, for all that this process runs.
+
+    When the answer is "cpu", TRITON_INTERPRET=1 is set so that Triton kernels run in Triton's interpreter. Triton reads
+    it when it is imported, so call this before importing any kernel; where Triton is there already, it is not set.
+    Autotuned kernels, which there is no GPU to time on, then take their first configuration, and the interpreter is
+    made quick.
+
+    Raises:
+        UnavailableError: cuda is asked for and there is no CUDA GPU.
+    """
+    if choose_device(name) == "cuda":
         return "cuda"
     if "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -5,20 +5,33 @@
         kda_check()
 
 The marker takes what --kernel takes, and optionally suite ("quick"), op, cases (names, instead of a suite), seed (0),
-device ("auto") and shrink (seconds for the smallest case of a failure, 2). A refusal is a skipped test with its reason.
-Where no test asks for `kda_check`, nothing of kda is imported.
+device ("auto"), shrink (seconds for the smallest case of a failure, 2) and limit (seconds that a check may take, 300). A
+refusal is a skipped test with its reason.
+
+Kernels are imported and checked in a process apart: the run of the tests keeps its own Triton, interpreted or not, and
+outlives a crash. Where no test asks for `kda_check`, nothing of kda is imported.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-_DEFAULTS = {"suite": "quick", "op": None, "cases": (), "seed": 0, "device": "auto", "shrink": 2.0}
+if TYPE_CHECKING:
+    from kdacli.verify.isolated import IsolatedChecker
+
+_DEFAULTS = {"suite": "quick", "op": None, "cases": (), "seed": 0, "device": "auto", "shrink": 2.0, "limit": 300.0}
+_CHECKERS = pytest.StashKey[dict[tuple[str, int, float], "IsolatedChecker"]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kda(kernel, suite='quick', ...): runs cases of kda verify; see kda_check")
+    config.stash[_CHECKERS] = {}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for checker in config.stash.get(_CHECKERS, {}).values():
+        checker.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,37 +40,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     kernel, chosen = _read(metafunc.definition.get_closest_marker("kda"))
     from kda_kernels.errors import KdaError
-    from kdacli.device import pick_device
-    from kdacli.verify.selection import get_kernel, select_table
+    from kdacli.device import choose_device
+    from kdacli.verify.isolated import IsolatedChecker, NoStartError
 
+    checkers = metafunc.config.stash[_CHECKERS]
     try:
-        device = pick_device(chosen["device"])
-        found = get_kernel(kernel, chosen["op"])
-        cases = [case for case, _ in select_table(chosen["cases"], [found], device, chosen["suite"])]
-    except KdaError as error:
+        key = choose_device(chosen["device"]), chosen["seed"], chosen["limit"]
+        if key not in checkers:
+            checkers[key] = IsolatedChecker(*key)
+        found, cases = checkers[key].select(kernel, chosen["op"], chosen["cases"], chosen["suite"])
+    except (KdaError, NoStartError) as error:
         raise pytest.UsageError(f"kda: {error}") from error
-    params = [(found, case, device, chosen) for case in cases]
+    params = [(checkers[key], found, case, chosen) for case in cases]
     metafunc.parametrize("kda_check", params, indirect=True, ids=[case.name for case in cases])
 
 
 @pytest.fixture
 def kda_check(request: pytest.FixtureRequest) -> Callable[[], None]:
     """Checks one case, and fails or skips the test that calls it."""
-    kernel, case, device, chosen = request.param
+    checker, kernel, case, chosen = request.param
 
     def check() -> None:
         __tracebackhide__ = True
-        from kdacli.verify import report, runner, verdict
+        from kdacli.verify import report, verdict
 
-        bench = runner.Bench.of_case(case, chosen["seed"], device)
-        result = runner.check(kernel, bench)
+        (result,) = checker.check_case(case, [kernel])
         if result.status == "refused":
             pytest.skip(f"{kernel.name}: {result.notes[0]}")
         if result.ok:
             return
-        found = verdict.explain_case(kernel, case, result, chosen["seed"], device, chosen["shrink"])
+        found, _ = checker.explain(kernel, case, result, chosen["shrink"], None, False)
         lines = [f"{kernel.name} failed {case.name}: {case.why}", *report.failure_lines(result, found)]
-        again = verdict.command_for(found.smallest or case.name, kernel.name, chosen["seed"], device)
+        again = verdict.command_for(found.smallest or case.name, kernel.name, chosen["seed"], checker.device)
         pytest.fail("\n".join([*lines, f"again: {again}"]), pytrace=False)
 
     return check

@@ -21,7 +21,11 @@ def test_kernel(kda_check):
 
 
 def test_other():
-    pass
+    # Triton is what it is without the plugin.
+    import os
+    from triton.runtime.autotuner import Autotuner
+
+    assert "TRITON_INTERPRET" not in os.environ and Autotuner.run.__module__ == "triton.runtime.autotuner"
 """
 
 
@@ -29,6 +33,7 @@ def test_other():
 def project(pytester, monkeypatch):
     """pytester with the plugin, which an installed kda would bring by its entry point."""
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, ROOTS)))
 
     def run(kernel: str, cases: tuple[str, ...] = ("decode-fp32", "decode-weak-gates")):

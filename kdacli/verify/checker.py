@@ -14,7 +14,7 @@ import torch
 
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
-from kdacli.verify import room, runner, verdict
+from kdacli.verify import room, runner, selection, verdict
 from kdacli.verify.case import Case
 from kdacli.verify.runner import Bench, Result
 from kdacli.verify.search import Found, search
@@ -57,6 +57,11 @@ class Checker:
             torch.zeros(1, device=self.device)
         for kernel in kernels:
             kernel.unsupported()
+
+    def select(self, kernel: str, op: Op | None, names: Sequence[str], suite: str) -> tuple[Kernel, list[Case]]:
+        """A kernel by its name, and its cases: those named, or those of a suite."""
+        found = selection.get_kernel(kernel, op)
+        return found, [case for case, _ in selection.select_table(names, [found], self.device, suite)]
 
     def check_case(self, case: Case, kernels: Sequence[Kernel]) -> Iterator[Result]:
         """Each kernel in one case of their op.

@@ -54,7 +54,7 @@ class IsolatedChecker:
     """
 
     def __init__(self, device: str, seed: int, limit: float, config: int | None = None) -> None:
-        self.limit = limit
+        self.device, self.limit = device, limit
         self._made_with = (device, seed, config)
         self._ended_for_good = False
         self._given: tuple[dict[str, Any], Op] | None = None
@@ -122,6 +122,11 @@ class IsolatedChecker:
         """As `Checker.prepare`, without waiting for it."""
         with contextlib.suppress(OSError):  # it is gone already: the first question finds out
             self._pipe.send((0, "prepare", (kernels,)))
+
+    def select(self, kernel: str, op: Op | None, names: Sequence[str], suite: str) -> tuple[Kernel, list[Case]]:
+        """As `Checker.select`."""
+        (found,) = self._ask("select", kernel, op, names, suite)
+        return found
 
     def check_case(self, case: Case, kernels: Sequence[Kernel]) -> Iterator[Result]:
         """As `Checker.check_case`, but goes on with the other kernels after one that broke the process."""
