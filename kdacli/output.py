@@ -199,22 +199,19 @@ def write_json(obj: Any, dest: str | os.PathLike[str], force: bool = False) -> N
         if path.exists() and not path.is_file():  # a pipe or a device
             path.write_text(text, encoding="utf-8")
             return
-        with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, delete=False, encoding="utf-8") as tmp:
-            tmp.write(text)
-        try:
-            os.chmod(tmp.name, 0o666 & ~_umask())
-            os.replace(tmp.name, path)
-        except BaseException:
-            os.unlink(tmp.name)
-            raise
+        with whole_file(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{dest} cannot be written: {error.strerror}") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; what is there in the end takes the place of `path`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
+        part = Path(folder) / path.name
+        yield part
+        os.replace(part, path)
 
 
 def _plain(obj: Any) -> Any:

@@ -5,8 +5,8 @@
         kda_check()
 
 The marker takes what --kernel takes, and optionally suite ("quick"), op, cases (names, instead of a suite), seed (0),
-device ("auto"), shrink (seconds for the smallest case of a failure, 2) and limit (seconds that a check may take, 300). A
-refusal is a skipped test with its reason.
+device ("auto"), shrink (seconds for the smallest case of a failure, 2) and limit (seconds that a check may take, 300).
+A refusal is a skipped test with its reason.
 
 Kernels are imported and checked in a process apart: the run of the tests keeps its own Triton, interpreted or not, and
 outlives a crash. Where no test asks for `kda_check`, nothing of kda is imported.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,9 @@ from kda_kernels.problem import Op
 from kda_kernels.reference import oracle
 from kdacli import dumps
 from kdacli.capture import capture, journal, sites
-from kdacli.capture.launch import environment
+from kdacli.capture.launch import BOOTSTRAP, environment
 from kdacli.capture.settings import Settings
+from kdacli.output import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +136,13 @@ class TestInProcess:
             assert engine.chunk_kda.__name__ == "chunk_kda"
         assert engine.chunk_kda is function and user().mine is function and set(vars(engine)) == attributes
 
+    def test_a_wrapped_function_that_somebody_kept_records_no_more(self, engine, tmp_path):
+        with capture("engine_for_test:chunk_kda", out=tmp_path / "d", calls=9) as files:
+            kept = engine.chunk_kda
+            kept(**prefill()[1])
+        kept(**prefill()[1])
+        assert len(files) == 1 and len(list((tmp_path / "d").glob("*.pt"))) == 1
+
     @pytest.mark.parametrize("whole", [False, True])
     def test_a_pool_in_place(self, engine, tmp_path, whole):
         x, call = decode()
@@ -213,6 +222,28 @@ class TestInProcess:
                 o, _ = engine.chunk_kda(**prefill()[1])
         assert o.any() and files == []
         assert capsys.readouterr().err == "kda capture: not recorded: ZeroDivisionError: division by zero\n"
+
+    def test_a_full_disk_leaves_nothing_behind(self, engine, tmp_path, capsys):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with capture("engine_for_test:chunk_kda", out=tmp_path / "d", calls=9) as files:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+            try:
+                o, _ = engine.chunk_kda(**prefill()[1])
+                inputs = prefill()[0]
+                for path in (tmp_path / "dump.pt", tmp_path / "dump.safetensors"):
+                    with pytest.raises(InputError, match=f"{path} cannot be written: the disk took only a part of it"):
+                        dumps.save(path, inputs)
+                with pytest.raises(InputError, match="cannot be written: File too large"):
+                    write_json({"a": "b" * 9000}, tmp_path / "report.json")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (
+            o.any()
+            and files == []
+            and [path.name for path in (tmp_path / "d").iterdir()] == [".capture-bytes", journal.NAME]
+        )
+        assert not {path.suffix for path in tmp_path.iterdir()} & {".pt", ".safetensors", ".json"}
+        assert "the disk took only a part of it" in capsys.readouterr().err
 
     def test_bytes(self, engine, tmp_path, capsys):
         with capture("engine_for_test:chunk_kda", out=tmp_path / "d", calls=9, max_bytes=20_000) as files:
@@ -438,6 +469,13 @@ class TestPrograms:
         assert result.returncode == 0, result.stderr
         assert "mine ran" in result.stdout and len(list((tmp_path / "d").glob("*.pt"))) == 1
 
+    def test_a_sitecustomize_of_the_users_own_runs_where_ours_cannot(self, tmp_path):
+        (tmp_path / "sitecustomize.py").write_text("print('mine ran')")
+        settings = Settings(targets=("fla",), out=str(tmp_path)).to_environment()  # and no KDA_CAPTURE_ROOTS
+        variables = {**os.environ, **settings, "PYTHONPATH": f"{BOOTSTRAP}:{tmp_path}"}
+        result = subprocess.run([sys.executable, "-c", ""], env=variables, capture_output=True, text=True)
+        assert result.stdout == "mine ran\n" and "cannot record in this process: KeyError" in result.stderr
+
     def test_the_programs_exit_code_is_passed_on(self, engine, tmp_path):
         self.write(tmp_path, "engine_for_test.chunk_kda(**prefill()[1])\nraise SystemExit(7)")
         result = run(tmp_path, ["serve.py"], *self.TARGET)
@@ -499,11 +537,15 @@ def test_events_survive_many_writers(tmp_path):
         from kdacli.capture import journal
         for i in range(50):
             journal.reserve(sys.argv[1], 1, 120)
-            journal.record(sys.argv[1], "x", i=i)
+            journal.record(sys.argv[1], "note", text=str(i))
     """
     path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     workers = [subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}) for _ in range(3)]
     assert [worker.wait() for worker in workers] == [0, 0, 0]
-    assert len(journal.events(tmp_path)) == 150
+    with (tmp_path / journal.NAME).open("ab") as file:
+        file.write(b'{"event": "note", "te')  # torn by a full disk
+    journal.record(tmp_path, "note", text="after it")
+    events, torn = journal.events(tmp_path)
+    assert (len(events), torn) == (151, 1) and events[-1]["text"] == "after it"
     assert not journal.reserve(tmp_path, 1, 120) and json.loads((tmp_path / ".capture-bytes").read_text()) == 120

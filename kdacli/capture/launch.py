@@ -52,7 +52,9 @@ def run(program: Sequence[str], settings: Settings) -> Result:
     except OSError as error:
         raise UnavailableError(f"{words[0]} cannot be started: {error.strerror}") from error
     exit_code = _wait(process)
-    events = journal.events(settings.out)
+    events, torn = journal.events(settings.out)
+    if torn:
+        journal.note(f"{torn} lines of {journal.NAME} are torn: there may be dumps that are not counted here")
     return Result(
         exit_code=exit_code,
         files=[(event["file"], event["bytes"]) for event in events if event["event"] == "written"],

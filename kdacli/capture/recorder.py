@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from kdacli.capture import arguments, journal, taken
 from kdacli.capture.settings import Settings
 from kdacli.capture.sites import Site, resolve
+from kdacli.dumps.save import write_pt
 from kdacli.output import fmt_bytes
 
 _FRAMES = 24  # how far up the stack the layer is looked for
@@ -32,7 +34,7 @@ class Recorder:
         self.settings = settings
         self.sites = {site.target: site for site in resolve(settings.targets)}
         self.files: list[Path] = []
-        self.full = False
+        self.stopped = False
         self._seen: Counter[tuple[str, int | None]] = Counter()
         self._taken: Counter[tuple[str, int | None]] = Counter()
         self._told: set[str] = set()
@@ -47,7 +49,7 @@ class Recorder:
 
         @functools.wraps(function)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if is_compiling() or self.full or getattr(self._inside, "call", False):
+            if is_compiling() or self.stopped or getattr(self._inside, "call", False):
                 return function(*args, **kwargs)
             return self._call(site, function, args, kwargs)
 
@@ -137,13 +139,13 @@ class Recorder:
         """Whether `need` bytes are within the limit, and on the disk."""
         settings = self.settings
         if shutil.disk_usage(settings.out).free < need + (need >> 4):
-            self.full = True
+            self.stopped = True
             self._tell_once(f"stopped: {settings.out} has no room for another {fmt_bytes(need)}", "limit")
         elif not journal.reserve(settings.out, need, settings.max_bytes):
-            self.full = True
+            self.stopped = True
             limit = fmt_bytes(settings.max_bytes)
             self._tell_once(f"stopped: a call of {fmt_bytes(need)} would exceed --max-bytes {limit}", "limit")
-        return not self.full
+        return not self.stopped
 
     def _write(
         self,
@@ -162,15 +164,10 @@ class Recorder:
         else:
             meta["raised"] = f"{type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
         tree = {"inputs": inputs, "outputs": outputs, "options": call.options, "meta": meta}
-        path = self._place(site, meta)
-        part = path.with_suffix(".part")
-        try:
-            torch.save(tree, part)
+        with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=".writing-") as folder:
+            write_pt(tree, part := Path(folder) / "dump.pt")
+            path = self._place(site, meta)
             os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise
         self.files.append(path)
         bytes_ = path.stat().st_size
         journal.record(self.settings.out, "written", target=site.target, file=path.name, bytes=bytes_)

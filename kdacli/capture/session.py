@@ -68,6 +68,7 @@ def capture(
         yield recorder.files
     finally:
         patches.remove()
+        recorder.stopped = True  # somebody may have kept a wrapped function
 
 
 def prepare(out: str | Path, force: bool = False) -> None:
@@ -108,11 +109,15 @@ class _Lazy:
         hooks.Patches(targets, self._wrap, self._missing).install()
 
     def _wrap(self, function: Any, target: str) -> Any:
-        if self.recorder is None:
-            from kdacli.capture.recorder import Recorder
+        try:
+            if self.recorder is None:
+                from kdacli.capture.recorder import Recorder
 
-            self.recorder = Recorder(self.settings)
-        return self.recorder.wrap(function, target)
+                self.recorder = Recorder(self.settings)
+            return self.recorder.wrap(function, target)
+        except Exception as error:
+            journal.note(f"cannot record {target}: {type(error).__name__}: {error}")
+            return function
 
     def _missing(self, target: str) -> None:
         journal.record(self.settings.out, "missing", target=target)

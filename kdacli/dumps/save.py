@@ -1,8 +1,7 @@
 """Writes dumps that `load` reads back to the same tensors, under our names."""
 
+import errno
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.dumps.strides import copy_with_strides
-from kdacli.output import check_dest
+from kdacli.output import check_dest, whole_file
+
+_TORN = "the disk took only a part of it (is it full?)"
 
 
 def save(
@@ -45,12 +46,10 @@ def save(
     tree["options"] = said_options(inputs, op)
     tree["meta"] = dict(meta or {})
     try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
-            whole = Path(folder) / path.name
-            _WRITERS[path.suffix.lower()](tree, whole)
-            os.replace(whole, path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors raise the latter, for a full disk for one
-        raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        with whole_file(path) as part:
+            _WRITERS[path.suffix.lower()](tree, part)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def check_path(path: str | Path, force: bool = False) -> None:
@@ -80,10 +79,19 @@ def said_options(inputs: Inputs, op: Op | str | None) -> dict[str, Any]:
 
 def _write_pt(tree: Mapping[str, Any], path: Path) -> None:
     parts = {part: {name: copy_with_strides(t) for name, t in tree[part].items()} for part in ("inputs", "outputs")}
-    torch.save({**tree, **parts}, path)
+    write_pt({**tree, **parts}, path)
+
+
+def write_pt(tree: Mapping[str, Any], path: Path) -> None:
+    """Saves what is on the CPU already; raises OSError where torch raises RuntimeError for a full disk."""
+    try:
+        torch.save(tree, path)
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, _TORN) from error
 
 
 def _write_safetensors(tree: Mapping[str, Any], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {  # cloned, since the format refuses tensors that share memory
@@ -92,7 +100,10 @@ def _write_safetensors(tree: Mapping[str, Any], path: Path) -> None:
         for name, tensor in tree[part].items()
     }
     words = {f"{part}.{name}": _text(value) for part in ("options", "meta") for name, value in tree[part].items()}
-    save_file(tensors, path, metadata=words)
+    try:
+        save_file(tensors, path, metadata=words)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, _TORN) from error
 
 
 def _text(value: Any) -> str:

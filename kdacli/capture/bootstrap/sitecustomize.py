@@ -24,9 +24,9 @@ class OnlyOurs:
 
 
 def start():
-    roots = dict(item.split("=", 1) for item in os.environ["KDA_CAPTURE_ROOTS"].split(os.pathsep))
-    sys.meta_path.append(OnlyOurs(roots))
     try:
+        roots = dict(item.split("=", 1) for item in os.environ["KDA_CAPTURE_ROOTS"].split(os.pathsep))
+        sys.meta_path.append(OnlyOurs(roots))
         from kdacli.capture import session
     except Exception as error:
         print(f"kda capture: cannot record in this process: {type(error).__name__}: {error}", file=sys.stderr)
