@@ -23,8 +23,8 @@ def _switch(name: str, text: str) -> Callable:
     return click.option(name, is_flag=True, default=None, help=text)
 
 
-def _dtype(name: str, text: str, *short: str) -> Callable:
-    return click.option(name, type=DType(*short), metavar="DTYPE", help=text)
+def _dtype(name: str, text: str) -> Callable:
+    return click.option(name, type=DType(), metavar="DTYPE", help=text)
 
 
 SECTIONS = {
@@ -57,7 +57,7 @@ SECTIONS = {
         _dtype("--g-dtype", "Of the gate. Default: as q."),
         _dtype("--beta-dtype", "Of beta. Default: as q."),
         _dtype("--param-dtype", "Of A_log and dt_bias. Default: fp32."),
-        _dtype("--state-dtype", "Of the state, fp32 or bf16. Default: fp32.", "fp32", "bf16"),
+        _dtype("--state-dtype", "Of the state. Default: fp32."),
         click.option("--dense/--packed", default=None, help="[N, T, ..], or [1, total, ..] with cu_seqlens."),
         click.option(
             "--pool", type=Count(0), metavar="SLOTS", help="State pool, updated in place. Decode: 2N; 0: none."

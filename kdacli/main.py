@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 import kdacli
-from kda_kernels.errors import KdaError, UnavailableError
+from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 
 
 class Entry(NamedTuple):
@@ -118,20 +118,23 @@ def explain(error: Exception) -> tuple[str, int]:
         return "Interrupted", 130
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "kda"
-        return f"Error: {_one_line(error.format_message())} (see {where} --help)", 2
+        return f"Error: {one_line(error.format_message())} (see {where} --help)", 2
     if isinstance(error, click.ClickException):
-        return f"Error: {_one_line(error.format_message())}", 2
+        return f"Error: {one_line(error.format_message())}", 2
     if isinstance(error, KdaError):
-        return f"Error: {_one_line(error)}", error.exit_code
+        return f"Error: {one_line(error)}", exit_code(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"Error: out of memory: {_one_line(error)}", UnavailableError.exit_code
+        return f"Error: out of memory: {one_line(str(error))}", exit_code(UnavailableError())
     if isinstance(error, OSError):  # a full disk, a library that cannot be loaded
-        return f"Error: {_one_line(error)}", UnavailableError.exit_code
-    return f"Error: internal: {type(error).__name__}: {_one_line(error)} (rerun with --debug for the traceback)", 1
+        return f"Error: {one_line(str(error))}", exit_code(UnavailableError())
+    return f"Error: internal: {one_line(error)} (rerun with --debug for the traceback)", 1
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+def exit_code(error: KdaError) -> int:
+    """What an error of ours means on the command line: see `EPILOG`."""
+    if isinstance(error, InputError):
+        return 2
+    return 3 if isinstance(error, UnavailableError) else 1
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

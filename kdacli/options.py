@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kdacli.flags import (
     SHAPE_FLAGS,
     SectionedCommand,
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
-DEFAULT_LOWER_BOUND = -5.0  # Kimi K3's
 _LARGE_SHAPE = {Op.PREFILL: (1, 8192), Op.GATE: (1, 8192), Op.DECODE: (32, 1)}  # N, T each
 _SMALL_SHAPE = {Op.PREFILL: (1, 256), Op.GATE: (1, 256), Op.DECODE: (4, 1)}  # for a CPU
 _LARGE_HEADS, _SMALL_HEADS = 96, 2
@@ -209,7 +208,7 @@ def _options(params: Params) -> Options:
         gate, lower_bound = preset.gate, preset.lower_bound
     else:
         gate = Gate(_or(params, "gate", Gate.SAFE))
-        lower_bound = _or(params, "lower_bound", DEFAULT_LOWER_BOUND if gate is Gate.SAFE else None)
+        lower_bound = _or(params, "lower_bound", SAFE_BOUND if gate is Gate.SAFE else None)
     _exclusive(params, "beta_values", ("allow_neg_eigval",), "but it needs logits")
     for name in ("scale", "lower_bound"):
         if not math.isfinite(_or(params, name, 1.0)):

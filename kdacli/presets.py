@@ -3,7 +3,7 @@
 import dataclasses
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate
+from kda_kernels.problem import SAFE_BOUND, Gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Preset:
     def heads_per_gpu(self, tp: int) -> int:
         """Heads left on one of `tp` tensor-parallel GPUs. Raises `InputError` unless `tp` divides them."""
         if tp < 1 or self.heads % tp:
-            raise InputError(f"--tp is {tp}: it should divide the model's {self.heads} heads")
+            raise InputError("--tp", f"is {tp}", f"it should divide the model's {self.heads} heads")
         return self.heads // tp
 
 
@@ -36,8 +36,8 @@ class Preset:
 # GLM-5.3-Flash from Megatron-LM's 7054 (34 of 45 layers, bound -5) and an issue on a port of it (64 heads of 128);
 # Kimi-Linear's 20 of 27 layers from its paper's description.
 PRESETS = {
-    "kimi-k3": Preset(96, 128, Gate.SAFE, -5.0, 69, 93),
+    "kimi-k3": Preset(96, 128, Gate.SAFE, SAFE_BOUND, 69, 93),
     "kimi-linear": Preset(32, 128, Gate.SOFTPLUS, None, 20, 27),
-    "glm-5.3-flash": Preset(64, 128, Gate.SAFE, -5.0, 34, 45),
-    "ling-3.0-flash": Preset(32, 128, Gate.SAFE, -5.0, 35, 42),
+    "glm-5.3-flash": Preset(64, 128, Gate.SAFE, SAFE_BOUND, 34, 45),
+    "ling-3.0-flash": Preset(32, 128, Gate.SAFE, SAFE_BOUND, 35, 42),
 }

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from kda_kernels.dtypes import torch_dtype
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Options, Problem
 from kda_kernels.tensors import Inputs
@@ -72,26 +73,28 @@ def make_inputs(
         InputError: `gates` or `keys` is no known name.
     """
     if gates not in GATES:
-        raise InputError(f"gates is {gates}: it should be one of {', '.join(GATES)}")
+        raise InputError("gates", f"is {gates}", f"it should be one of {', '.join(GATES)}")
     if keys not in KEYS:
-        raise InputError(f"keys is {keys}: it should be one of {', '.join(KEYS)}")
+        raise InputError("keys", f"is {keys}", f"it should be one of {', '.join(KEYS)}")
+    if problem.features:
+        raise InputError("features", f"are {', '.join(sorted(problem.features))}", "synthetic inputs have none of them")
     draw = _Draw(seed, device, on_device=elements(problem) >= LARGE)
     B, T = (1, problem.T) if problem.packed else (problem.N, problem.T // max(problem.N, 1))
-    options, dtype = problem.options, getattr(torch, problem.dtype)
+    options, dtype = problem.options, torch_dtype(problem.dtype)
     q = draw.normal("q", (B, T, problem.H, problem.K))
     k = _keys(draw, keys, (B, T, problem.H, problem.K))
     if not options.qk_l2norm:
         q, k = _normalise(q), _normalise(k)
     beta = draw.normal("beta", (B, T, problem.HV)).add_(4.0 if keys == "near-collinear" else 0.0)
     g, A_log, dt_bias = _gate(draw, GATES[gates], options, (B, T, problem.HV, problem.K))
-    param_dtype = getattr(torch, problem.param_dtype)
+    param_dtype = torch_dtype(problem.param_dtype)
     state, state_indices = _state(draw, problem)
     return Inputs(
         q=q.to(dtype),
         k=k.to(dtype),
         v=draw.normal("v", (B, T, problem.HV, problem.V)).to(dtype),
-        g=g.to(getattr(torch, problem.g_dtype)),
-        beta=(beta if options.beta_is_logit else beta.sigmoid()).to(getattr(torch, problem.beta_dtype)),
+        g=g.to(torch_dtype(problem.g_dtype)),
+        beta=(beta if options.beta_is_logit else beta.sigmoid()).to(torch_dtype(problem.beta_dtype)),
         options=options,
         A_log=None if A_log is None else A_log.to(param_dtype),
         dt_bias=None if dt_bias is None else dt_bias.to(param_dtype),
@@ -159,7 +162,7 @@ def _gate(
 def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The initial state, or the pool and the slot of each sequence."""
     rows, columns = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
-    dtype = getattr(torch, problem.state_dtype)
+    dtype = torch_dtype(problem.state_dtype)
     if problem.pool_slots is None:
         if not problem.initial_state:
             return None, None

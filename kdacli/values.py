@@ -4,8 +4,10 @@ from typing import Any
 
 import click
 
+from kda_kernels.dtypes import FLOATS
+
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = {dtype.short: dtype.name for dtype in FLOATS.values()}
 
 
 class Count(click.ParamType):
@@ -61,15 +63,10 @@ class Part(click.ParamType):
 class DType(click.ParamType):
     """bf16, fp16 or fp32, or their long names."""
 
-    def __init__(self, *short: str) -> None:
-        self.short = short or tuple(_DTYPES)
-        self.name = "|".join(self.short)
+    name = "|".join(_DTYPES)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        long = {name: _DTYPES[name] for name in self.short}
         name = value.lower().removeprefix("torch.")
-        if name in long.values():
-            return name
-        if name not in long:
-            self.fail(f"{value} is no dtype for it: choose from {', '.join(long)}", param, ctx)
-        return long[name]
+        if name not in _DTYPES and name not in FLOATS:
+            self.fail(f"{value} is no dtype for it: choose from {', '.join(_DTYPES)}", param, ctx)
+        return _DTYPES.get(name, name)

@@ -1,16 +1,18 @@
 """Every check of a call's tensors, by the message a user reads, and the views that have to pass."""
 
 import dataclasses
+import pickle
 import re
 import timeit
 
 import pytest
 import torch
 
-from kda_kernels.checks import Dims, check_gate, check_inputs, problem_of
-from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op, Options
-from kda_kernels.tensors import Inputs
+from kda_kernels import checks
+from kda_kernels.checks import check_gate, check_inputs, problem_of, require_features, require_no_tail
+from kda_kernels.errors import InputError, UnavailableError, one_line
+from kda_kernels.problem import FEATURES, Gate, Op, Options
+from kda_kernels.tensors import Checkpoints, Dims, Inputs
 
 H, HV, K, V, T, P = 2, 4, 8, 6, 12, 5
 INT = torch.int32
@@ -73,7 +75,7 @@ SHAPES = [
         {"state_indices": torch.zeros(2, dtype=INT)},
         "state_indices has shape [2]: it should be [N] = [3], one slot for each sequence",
     ),
-    ({"state_indices": torch.zeros(3, 1, dtype=INT)}, "state_indices has shape [3, 1]: it should be of one dimension"),
+    ({"state_indices": torch.zeros(3, 1, dtype=INT)}, "state_indices has shape [3, 1]: it should be [N] = [3], one"),
     ({"cu_seqlens": torch.zeros(2, 2, dtype=INT)}, "cu_seqlens has shape [2, 2]: it should be of one dimension"),
     ({"cu_seqlens": torch.zeros(0, dtype=INT)}, "cu_seqlens is empty: it should hold N + 1 offsets, at least a 0"),
     ({"state": None}, "state_indices is given without a state: it should come with a state pool"),
@@ -89,7 +91,7 @@ DTYPES = [
     ({"beta": torch.zeros(1, T, HV).bool()}, "beta is bool: it should be bfloat16 or float16 or float32"),
     ({"A_log": torch.zeros(HV).double()}, "A_log is float64: it should be bfloat16 or float16 or float32"),
     ({"dt_bias": torch.zeros(HV, K).int()}, "dt_bias is int32: it should be bfloat16 or float16 or float32"),
-    ({"state": torch.zeros(P, HV, V, K).half()}, "state is float16: it should be bfloat16 or float32"),
+    ({"state": torch.zeros(P, HV, V, K).double()}, "state is float64: it should be bfloat16 or float16 or float32"),
     ({"state_indices": torch.zeros(3)}, "state_indices is float32: it should be int32 or int64"),
     ({"cu_seqlens": torch.zeros(4).short()}, "cu_seqlens is int16: it should be int32 or int64"),
     ({"v": [1.0]}, "v is of type list: it should be a torch.Tensor"),
@@ -143,7 +145,7 @@ def test_last_dimension_must_be_contiguous(name):
     refused(packed(**{name: spread}), f"{name} has stride 2 in its last dimension: it should be 1")
 
 
-@pytest.mark.parametrize("name", ["A_log", "dt_bias", "cu_seqlens", "state_indices"])
+@pytest.mark.parametrize("name", ["A_log", "dt_bias", "cu_seqlens"])
 def test_small_vectors_must_be_contiguous(name):
     t = getattr(packed(), name)
     spread = torch.stack([t, t], -1)[:, 0]
@@ -190,17 +192,11 @@ def test_a_plain_state_is_only_read_so_its_rows_may_share_memory():
 VALUES = [
     ("cu_seqlens", [1, 5, 5, 12], "cu_seqlens starts at 1: it should start at 0"),
     ("cu_seqlens", [0, 9, 5, 12], "cu_seqlens falls from 9 to 5 (at position 2): it should never decrease"),
-    ("cu_seqlens", [0, 5, 5, 11], "cu_seqlens ends at 11: it should end at T = 12, the number of tokens"),
     ("cu_seqlens", [0, 5, 5, 13], "cu_seqlens ends at 13: it should end at T = 12, the number of tokens"),
     (
         "state_indices",
         [1, 0, 7],
-        "state_indices holds 7 (at position 2): it should be -1 or a slot of the pool, 0 to 4",
-    ),
-    (
-        "state_indices",
-        [-2, 0, 1],
-        "state_indices holds -2 (at position 0): it should be -1 or a slot of the pool, 0 to",
+        "state_indices holds 7 (at position 2): it should be negative or a slot of the pool, 0 to 4",
     ),
     ("state_indices", [1, 0, 1], "state_indices holds 1 twice (at positions 0 and 2): each slot should belong to one"),
 ]
@@ -216,20 +212,22 @@ def test_values(name, held, message, dtype):
 
 
 def test_padding_may_repeat_and_a_pool_may_be_empty():
-    none = torch.full((3,), -1, dtype=torch.int64)
+    none = torch.tensor([-1, -1, -7])
     assert check_inputs(packed(state_indices=none)).N == 3
     no_slots = torch.zeros(0, HV, V, K)
     assert check_inputs(packed(state_indices=none, state=no_slots)).N == 3
-    refused(packed(state=no_slots), "state_indices holds 3 (at position 0): it should be -1 or a slot of the pool, of ")
+    refused(
+        packed(state=no_slots), "state_indices holds 3 (at position 0): it should be negative or a slot of the pool, of"
+    )
 
 
 @pytest.mark.gpu
 def test_values_on_a_gpu_are_read_on_request_only(monkeypatch):
     wrong = packed(state_indices=torch.tensor([1, 0, 7], dtype=INT)).to("cuda")
-    monkeypatch.delenv("KDA_CHECK_VALUES", raising=False)
+    monkeypatch.setattr(checks, "CHECK_VALUES", None)
     assert check_inputs(wrong).N == 3
     refused(wrong, "state_indices holds 7", values=True)
-    monkeypatch.setenv("KDA_CHECK_VALUES", "1")
+    monkeypatch.setattr(checks, "CHECK_VALUES", "1")
     refused(wrong, "state_indices holds 7")
 
 
@@ -297,5 +295,139 @@ def test_problem_of_dense():
 
 
 def test_problem_of_checks_values_first():
-    with pytest.raises(InputError, match="cu_seqlens ends at 11"):
-        problem_of(packed(cu_seqlens=torch.tensor([0, 5, 5, 11])), Op.PREFILL)
+    with pytest.raises(InputError, match="cu_seqlens ends at 13"):
+        problem_of(packed(cu_seqlens=torch.tensor([0, 5, 5, 13])), Op.PREFILL)
+
+
+def test_problem_of_names_the_features():
+    used = problem_of(packed(**DRAFT, update_state=False, cu_seqlens=torch.tensor([0, 2, 2, 4])), Op.DECODE)
+    assert used.features == {"num_accepted_tokens", "update_state", "tail"}
+    assert problem_of(packed(null_slot=0, state_indices=torch.tensor([0, 3, 0])), Op.DECODE).padding == 2
+    assert type(used).from_dict(used.to_dict()) == used
+    with pytest.raises(InputError, match="features holds nonsense"):
+        dataclasses.replace(used, features={"nonsense"})
+
+
+# --- features ------------------------------------------------------------------------------------------------------
+
+ONES = torch.ones(3, dtype=INT)
+DRAFT = {"state_indices": torch.tensor([[0, 1], [2, 3], [-1, 4]]), "num_accepted_tokens": torch.tensor([1, 2, 1])}
+KEEP = Checkpoints(torch.zeros(4, HV, V, K), torch.tensor([0, -1, 3]), torch.tensor([64, 0, 128]))
+
+
+def keep(**changes) -> dict[str, Checkpoints]:
+    return {"checkpoints": dataclasses.replace(KEEP, **changes)}
+
+
+BUFFER = {"token_states": torch.zeros(4, 7, HV, V, K), "token_state_indices": torch.tensor([3, -1, 0])}
+DENSE_STATES = torch.zeros(1, T, HV, V, K)
+USED = [
+    {"null_slot": 0},
+    {"has_initial_state": torch.tensor([True, False, True])},
+    {**DRAFT, "cu_seqlens": torch.tensor([0, 2, 2, 4])},
+    {"update_state": False},
+    {"token_states": DENSE_STATES},
+    {"token_states": DENSE_STATES.half()},
+    BUFFER,
+    keep(),
+    keep(offsets=None, every=64, rows=torch.tensor([[0, 1], [2, 3], [-1, -1]])),
+    {"batch_invariant": True},
+    {"workspace": torch.zeros(9, dtype=torch.uint8)},
+    {"state_indices": torch.tensor([3, 9, 0, 9, -1, 9])[::2]},
+]
+
+
+@pytest.mark.parametrize("changes", USED, ids=lambda changes: "+".join(changes))
+def test_features_are_seen_and_asked_for(changes):
+    inputs = packed(**changes)
+    assert check_inputs(inputs).N == 3
+    used = {name for name in changes if name in FEATURES} or {"strided_indices"}
+    assert inputs.features() == used
+    require_features(inputs, FEATURES, "kernel")
+    with pytest.raises(InputError, match=f"^{min(used)} is used: kernel does not support it"):
+        require_features(inputs, FEATURES - used, "kernel")
+
+
+def test_tokens_behind_the_last_sequence():
+    inputs = packed(cu_seqlens=torch.tensor([0, 5, 5, 11]))
+    assert check_inputs(inputs).T == T
+    require_no_tail(packed(), "kernel")
+    with pytest.raises(InputError, match="^cu_seqlens ends at 11: kernel needs it to end at T"):
+        require_no_tail(inputs, "kernel")
+
+
+def test_more_slots_than_sequences_are_the_rest_of_a_buffer():
+    assert check_inputs(packed(state_indices=torch.tensor([3, 0, -1, 3, 99]))).N == 3
+
+
+WRONG_FEATURES = [
+    ({"state_indices": None, "state": None, "null_slot": 0}, "null_slot is given without state_indices: it should"),
+    ({"state_indices": None, "state": None, "update_state": False}, "update_state is False without state_indices"),
+    ({"state_indices": None, "state": None, "has_initial_state": ONES.bool()}, "has_initial_state is given without a"),
+    ({"has_initial_state": ONES}, "has_initial_state is int32: it should be bool"),
+    ({"has_initial_state": ONES[:2].bool()}, "has_initial_state has shape [2]: it should be [N] = [3], one for each"),
+    ({"num_accepted_tokens": ONES}, "state_indices has shape [3]: it should be [N, C] = [3, C], slots for each"),
+    ({**DRAFT, "num_accepted_tokens": ONES.float()}, "num_accepted_tokens is float32: it should be int32 or int64"),
+    ({**DRAFT, "num_accepted_tokens": 0 * ONES}, "num_accepted_tokens holds 0 (at position 0): it should be 1 to 2"),
+    (DRAFT, "state_indices has 2 columns: it should have a column for each of 7 tokens"),
+    (
+        {**DRAFT, "cu_seqlens": torch.tensor([0, 2, 4, 4]), "state_indices": torch.tensor([[0, 1], [2, 0], [-1, 4]])},
+        "state_indices holds 0 twice (at positions 0 and 1): each slot should belong to one sequence",
+    ),
+    ({"token_state_indices": ONES}, "token_state_indices is given without token_states: it should name rows of them"),
+    ({"token_states": DENSE_STATES[:, 1:]}, "token_states has shape [1, 11, 4, 6, 8]: it should be [1, 12, 4, 6, 8]"),
+    ({"token_states": DENSE_STATES.double()}, "token_states is float64: it should be bfloat16 or float16 or float32"),
+    ({"token_states": DENSE_STATES.to("meta")}, "token_states is on meta: it should be on cpu, as q"),
+    (
+        {"token_states": torch.zeros(1, T, HV, K, V).mT},
+        "token_states has strides [2304, 192, 48, 1, 6]: it should be contiguous from HV on",
+    ),
+    ({**BUFFER, "token_states": torch.zeros(4, 6, HV, V, K)}, "token_states has S = 6 rows a sequence: it should have"),
+    ({**BUFFER, "token_state_indices": 4 * ONES}, "token_state_indices holds 4: it should be negative or a row, of"),
+    ({**BUFFER, "token_state_indices": ONES}, "token_state_indices holds 1 twice: each row should be written once"),
+    (keep(rows=torch.zeros(2, dtype=INT)), "checkpoints.rows has shape [2]: it should be [N] = [3] or [N, C]"),
+    (keep(every=64), "checkpoints has both of offsets and every: it should have one of them"),
+    (keep(offsets=None), "checkpoints has neither of offsets and every: it should have one of them"),
+    (keep(offsets=None, every=32), "checkpoints.every is 32: it should be a multiple of 64"),
+    (keep(offsets=torch.tensor([64, 0, 65])), "checkpoints.offsets holds 65: they should be multiples of 64"),
+    (keep(offsets=torch.zeros(3, 2, dtype=INT)), "checkpoints.offsets has shape [3, 2]: it should be [3], as"),
+    (keep(rows=torch.tensor([0, -1, 4])), "checkpoints.rows holds 4: it should be negative or a row, of which there"),
+    (keep(states=torch.zeros(4, HV, K, V)), "checkpoints.states has shape [4, 4, 8, 6]: it should be [R, HV, V, K]"),
+    ({"workspace": torch.zeros(9)}, "workspace is float32: it should be uint8"),
+    ({"cu_seqlens_cpu": torch.tensor([0, 5, 6, 12])}, "cu_seqlens_cpu differs from cu_seqlens: it should be the same"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_FEATURES, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_features(changes, message):
+    refused(packed(**changes), message)
+
+
+def test_null_slot_may_repeat_and_what_a_sequence_stores_to_its_own_slots_too():
+    assert check_inputs(packed(null_slot=2, state_indices=torch.tensor([2, 0, 2]))).N == 3
+    same = torch.tensor([[0, 0], [2, 3], [-1, 3]])
+    assert check_inputs(packed(**{**DRAFT, "state_indices": same}, cu_seqlens=torch.tensor([0, 2, 2, 4]))).N == 3
+
+
+def test_copies_keep_a_pool_that_checkpoints_go_to_one_tensor():
+    inputs = packed()
+    inputs.checkpoints = Checkpoints(inputs.state, torch.tensor([1, 2, 4]), every=64)
+    for copy in (inputs.fresh(), inputs.map(torch.clone)):
+        assert copy.checkpoints.states is copy.state is not inputs.state
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_an_input_error_has_fields_and_can_be_renamed():
+    error = InputError("state", "is missing", "it should be a tensor")
+    assert (error.argument, error.found, error.wanted) == ("state", "is missing", "it should be a tensor")
+    assert str(error.renamed({"state": "initial_state"})) == "initial_state is missing: it should be a tensor"
+    assert str(error.renamed({"q": "x"})) == str(pickle.loads(pickle.dumps(error))) == str(error)
+    text = InputError("state of the art: none")
+    assert text.argument is None and str(text.renamed({"state": "x"})) == "state of the art: none"
+
+
+def test_one_line():
+    assert one_line(ValueError("a\n  b")) == "ValueError: a b" and one_line(UnavailableError("a\nb")) == "a b"
+    assert one_line(KeyError()) == "KeyError" and one_line("abc\tdefg", 7) == "abc ..."

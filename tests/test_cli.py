@@ -99,7 +99,7 @@ def test_no_arguments_show_the_help_and_are_wrong_use():
         (["run", "--op", "decode", "-N", "4", "--pool", "3"], 2, "pool_slots is 3"),
         (["run", "-H", "3", "--v-heads", "4"], 2, "multiple of H"),
         (["run", "--dtype", "fp8"], 2, "fp8 is no dtype"),
-        (["run", "--state-dtype", "fp16"], 2, "choose from fp32, bf16"),
+        (["run", "--state-dtype", "fp8"], 2, "choose from fp32, fp16, bf16"),
         (["run", "--kernel", "nope"], 2, "kernel nope is unknown"),
         (["run", "--json", "no/such/folder/x.json"], 2, "there is no directory"),
         (["run", "--json", "."], 2, "is a directory"),

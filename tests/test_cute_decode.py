@@ -102,7 +102,7 @@ def check(
     before = None if inputs.state is None else bits(inputs.state)
     if token_states is not None:
         token_states.fill_(KEPT)
-    outputs = decode(inputs, o, config, token_states=token_states, **given)
+    outputs = decode(dataclasses.replace(inputs, token_states=token_states), o, config, **given)
     torch.cuda.synchronize()
     assert outputs.o is o
     close(o, exact.o)
@@ -292,7 +292,7 @@ def test_activations_past_2_31_elements():
         decode(dataclasses.replace(inputs.fresh(), **{name: moved}), o)
         close(o, expected.o)
         del moved
-    decode(inputs, o, token_states=token_states)
+    decode(dataclasses.replace(inputs, token_states=token_states), o)
     close(o, expected.o)
     close(token_states, states)
 
@@ -391,10 +391,12 @@ def test_back_to_an_accepted_token():
     inputs = usual(3, T=4)
     draft, short, honest = inputs.fresh(), inputs.fresh(), inputs.fresh()
     token_states = torch.empty(3, 4, 4, 128, 128, device=DEVICE)
-    o = decode(draft, token_states=token_states).o
+    o = decode(dataclasses.replace(draft, token_states=token_states)).o
     draft.state[SLOTS] = token_states[:, 1]
     accepted = tokens_of(short, slice(None), slice(2))
-    assert same_bits(decode(accepted, token_states=torch.empty_like(token_states[:, :2])).o, o[:, :2])
+    assert same_bits(
+        decode(dataclasses.replace(accepted, token_states=torch.empty_like(token_states[:, :2]))).o, o[:, :2]
+    )
     assert same_bits(draft.state[SLOTS], short.state[SLOTS])
     for t in range(2):
         one = decode(tokens_of(honest, slice(None), slice(t, t + 1))).o
@@ -587,5 +589,7 @@ def test_wrong_buffers(cold, name, warm):
     inputs, wrong = small(), wrong_tensors.BUFFERS[name]
     if warm:
         decode(inputs.fresh())
+    given = {wrong.argument: wrong.make(inputs)}
+    out = given.pop("out", None)
     with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
-        decode(inputs, **{wrong.argument: wrong.make(inputs)})
+        decode(dataclasses.replace(inputs, **given), out)

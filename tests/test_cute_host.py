@@ -234,7 +234,9 @@ def test_wrong_buffers(made, wrong, warm):
     if warm:
         decode(inputs.fresh())
     with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
-        decode(inputs, **{wrong.argument: wrong.make(inputs)})
+        given = {wrong.argument: wrong.make(inputs)}
+        out = given.pop("out", None)
+        decode(dataclasses.replace(inputs, **given), out)
 
 
 @both
@@ -269,9 +271,10 @@ def test_run_checks_values_on_request(made, monkeypatch):
     inputs = pooled()
     decode(inputs.fresh())
     outside = dataclasses.replace(inputs, state_indices=inputs.state_indices + 1)
+    monkeypatch.setattr("kda_kernels.checks.CHECK_VALUES", "0")
     with pytest.raises(AssertionError, match="a GPU would have run this: state_indices holds 7"):
         module.run(outside)
-    monkeypatch.setenv("KDA_CHECK_VALUES", "1")
+    monkeypatch.setattr("kda_kernels.checks.CHECK_VALUES", "1")
     with pytest.raises(InputError, match="^state_indices holds 7"):
         module.run(outside)
 

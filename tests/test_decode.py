@@ -214,7 +214,7 @@ def check_token_states(inputs: Inputs, token_states: torch.Tensor, run) -> None:
 
 
 def decode_with(inputs: Inputs, token_states: torch.Tensor) -> Outputs:
-    return decode(inputs, token_states=token_states)
+    return decode(dataclasses.replace(inputs, token_states=token_states))
 
 
 def kda_decode_with(inputs: Inputs, token_states: torch.Tensor) -> Outputs:
@@ -259,7 +259,7 @@ def test_token_states_of_a_k_first_state_and_sizes_that_are_no_power_of_two():
 def test_token_states_without_a_state_that_comes_in_or_goes_out():
     inputs = make(T=3, output_final_state=False)
     token_states = torch.empty(2, 3, 2, 16, 16, device=DEVICE)
-    assert decode(inputs, token_states=token_states).final_state is None
+    assert decode_with(inputs, token_states).final_state is None
     close(token_states, states_after_tokens(inputs))
 
 
@@ -267,7 +267,7 @@ def test_token_states_without_a_state_that_comes_in_or_goes_out():
     ("wrong", "message"),
     [
         (torch.empty(2, 3, 2, 16, 8), r"has shape \[2, 3, 2, 16, 8\]: it should be \[2, 3, 2, 16, 16\]"),
-        (torch.empty(2, 3, 2, 16, 16, dtype=torch.float16), "is torch.float16: it should be float32 or bfloat16"),
+        (torch.empty(2, 3, 2, 16, 16, dtype=torch.float64), "is float64: it should be bfloat16 or float16 or float32"),
         (torch.empty(2, 3, 2, 16, 16).transpose(3, 4), "has strides .*: it should be contiguous from HV on"),
         (torch.empty(2, 3, 2, 16, 16, device="meta"), "is on meta: it should be on"),
     ],

@@ -318,8 +318,7 @@ def test_kda_decode_on_a_gpu(monkeypatch):
 def test_values_are_checked_on_request(monkeypatch):
     if (reason := cute.unsupported()) is not None:
         pytest.skip(reason)
-    monkeypatch.setenv("KDA_CHECK_VALUES", "1")
-    monkeypatch.setattr(dispatch, "CHECK_VALUES", True)
+    monkeypatch.setattr("kda_kernels.checks.CHECK_VALUES", "1")
     inputs = pooled(K=128, V=128)
     with pytest.raises(InputError, match="^state_indices holds 7"):
         call(dataclasses.replace(inputs, state_indices=inputs.state_indices + 1))

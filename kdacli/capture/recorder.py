@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kda_kernels.errors import one_line
 from kdacli.capture import arguments, journal, taken
 from kdacli.capture.settings import Settings
 from kdacli.capture.sites import Site, resolve
@@ -75,7 +76,7 @@ class Recorder:
             with torch.no_grad():
                 return step(*args)
         except Exception as error:
-            self._tell_once(f"not recorded: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self._tell_once(f"not recorded: {one_line(error, 200)}")
             return None
 
     def _before(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -162,7 +163,7 @@ class Recorder:
         if raised is None:
             outputs = taken.after(call, result, slots)
         else:
-            meta["raised"] = f"{type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
+            meta["raised"] = one_line(raised, 300)
         tree = {"inputs": inputs, "outputs": outputs, "options": call.options, "meta": meta}
         with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=".writing-") as folder:
             write_pt(tree, part := Path(folder) / "dump.pt")

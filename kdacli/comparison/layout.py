@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import torch
 
-from kda_kernels.checks import Dims, check_inputs, seq_lens
+from kda_kernels.checks import check_inputs, seq_lens
 from kda_kernels.problem import CHUNK
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Dims, Inputs
 
 PIECE = 1 << 20  # elements of the largest tensor that are looked at in one go (8 MiB in fp64)
 

@@ -69,8 +69,7 @@ class Walk:
     def usual(self) -> torch.Tensor | None:
         if self.op is Op.GATE:
             return None
-        scale, K = self.inputs.options.scale, self.layout.dims.K
-        scale = K**-0.5 if scale is None else scale
+        scale, K = self.inputs.scale, self.layout.dims.K
         return abs(scale) * self._squares.sqrt() * self._states / K**0.5
 
     def _measure(self, truth: Truth) -> None:

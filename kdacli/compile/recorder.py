@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kda_kernels.errors import InputError, KdaError, UnavailableError
+from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
@@ -61,9 +61,9 @@ def _call(kernel: Kernel, problem: Problem, change: Callable[[Inputs], Inputs], 
     except KdaError:
         raise
     except ImportError as error:
-        raise UnavailableError(f"kernel {kernel.name}: {' '.join(str(error).split())}") from error
+        raise UnavailableError(f"kernel {kernel.name}: {one_line(str(error))}") from error
     except Exception as error:  # anything that the user's code raises
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error), 200)
         raise InputError(
             f"kernel {kernel.name} raised {type(error).__name__} on tensors of zeros, so that its launches could "
             f"not be recorded: {said}{'' if found else HINT}"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
@@ -152,7 +152,7 @@ def variants(
         try:
             module = importlib.import_module(kernel.module)
         except ImportError as error:
-            raise UnavailableError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise UnavailableError(one_line(error)) from error
         usual = getattr(module, "USUAL", {})
         offered = list(module.variants(problem, arch.gpu)) if hasattr(module, "variants") else []
     problems = usual or {"": USUAL[kernel.op]} if problem is None else {"": problem}
@@ -165,7 +165,7 @@ def _users(kernel: UserKernel, problem: Problem | None) -> list[Variant]:
     try:
         return kernel.variants(problem)
     except Exception as error:  # anything that the user's code raises
-        said = " ".join(str(error).split())[:200]
+        said = one_line(str(error), 200)
         raise InputError(f"kernel {kernel.name}: its variants() raised {type(error).__name__}: {said}") from error
 
 

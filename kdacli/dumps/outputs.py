@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from kda_kernels.checks import Dims
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Dims, Inputs, Outputs
 from kdacli.dumps.shapes import fit, usable
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

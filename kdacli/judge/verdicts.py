@@ -239,8 +239,7 @@ def _usual_norms(inputs: Inputs, tokens: Blocks, final_state: torch.Tensor | Non
     q = q.repeat_interleave(heads // q.shape[1], dim=1)
     squares = q.new_zeros(tokens.sequences, heads).index_add_(0, tokens.owner, q)
     full = torch.zeros_like(squares).index_copy_(0, states.owner, state)
-    scale = K**-0.5 if inputs.options.scale is None else inputs.options.scale
-    return abs(scale) * squares.sqrt() * full / K**0.5
+    return abs(inputs.scale) * squares.sqrt() * full / K**0.5
 
 
 def _notes(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kda_kernels.errors import CheckFailedError
+from kda_kernels.errors import CheckFailedError, one_line
 from kdacli.profile import inner, nvtx
 
 SUFFIX = ".ncu-rep"
@@ -87,7 +87,7 @@ def reader(ncu: str, places: Sequence[str] = READERS) -> tuple[ModuleType | None
             return _import("ncu_report", path), None
         except Exception as error:  # a compiled module can fail in any way
             if path is not None or not isinstance(error, ModuleNotFoundError):
-                why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                why = f"{one_line(error)}"
     return None, why
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 
-SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
+SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
 SOFTPLUS = Options(gate=Gate.SOFTPLUS)
 
 

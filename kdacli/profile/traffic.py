@@ -8,9 +8,10 @@ out. Divided by a bandwidth this gives the floor under the time of any kernel.
 
 import dataclasses
 
+from kda_kernels.dtypes import FLOATS
 from kda_kernels.problem import CHUNK, Gate, Op, Problem
 
-SIZEOF = {"float32": 4, "float16": 2, "bfloat16": 2}
+SIZEOF = {dtype.name: dtype.bytes for dtype in FLOATS.values()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kda_kernels.errors import InputError, KdaError, UnavailableError
+from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 
 _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}  # by file: its time and size, and what it became
 
@@ -118,7 +118,7 @@ def _importing(file: str | None) -> Iterator[None]:
     except Exception as error:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         hint = "; give it as package.module:function" if "relative import" in message else ""
-        raise InputError(f"{_place(error, file)}{type(error).__name__}: {' '.join(message.split())}{hint}") from error
+        raise InputError(f"{_place(error, file)}{type(error).__name__}: {one_line(message)}{hint}") from error
 
 
 def _place(error: BaseException, file: str | None) -> str:

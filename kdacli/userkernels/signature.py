@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, Gate, Op, Problem
+from kda_kernels.problem import CHUNK, SAFE_BOUND, Gate, Op, Problem
 
 if TYPE_CHECKING:
     from kda_kernels.tensors import Inputs
@@ -32,7 +32,6 @@ _NAMES = (
     *_SWITCHES,
     *_BUFFERS,
 )
-SAFE_BOUND = -5.0  # FLA's safe_gate promises log decays from here to 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Signature:
         for name, on in wanted.items():
             if self.fixed.get(name, on) != on:
                 return f"it takes no {name}, which is taken as {self.fixed[name]}: {on} is asked"
-        if "scale" not in self.typed and problem.scale != problem.K**-0.5:
+        if "scale" not in self.typed and not problem.has_usual_scale:
             return f"it takes no scale, which is taken as K^-0.5: {problem.scale} is asked"
         return self._state(problem)
 
@@ -184,7 +183,7 @@ def _values(inputs: "Inputs", op: Op) -> dict[str, Any]:
         "k": inputs.k,
         "v": inputs.v,
         "beta": inputs.beta,
-        "scale": inputs.q.shape[-1] ** -0.5 if options.scale is None else options.scale,
+        "scale": inputs.scale,
         "state": inputs.state,
         "state_indices": inputs.state_indices,
         "output_final_state": inputs.output_final_state,
@@ -196,17 +195,5 @@ def _values(inputs: "Inputs", op: Op) -> dict[str, Any]:
         "allow_neg_eigval": options.allow_neg_eigval,
         "state_v_first": inputs.state_v_first,
         "out": inputs.v.new_empty(inputs.v.shape),
-        "final_state": _final_state(inputs) if inputs.output_final_state and not pooled else None,
+        "final_state": inputs.new_final_state() if inputs.output_final_state and not pooled else None,
     }
-
-
-def _final_state(inputs: "Inputs") -> Any:
-    """An empty tensor for the final state."""
-    import torch
-
-    if inputs.state is not None:
-        return torch.empty_like(inputs.state)
-    (B, _, HV, V), K = inputs.v.shape, inputs.q.shape[-1]
-    N = B if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    inner = (V, K) if inputs.state_v_first else (K, V)
-    return inputs.v.new_empty((N, HV, *inner), dtype=torch.float32)

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 
 SOFTPLUS = Options()  # Kimi-Linear
-SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)  # Kimi K3
+SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)  # Kimi K3
 NONE = Options(gate=Gate.NONE)
 
 FP32 = {"dtype": "float32", "g_dtype": "float32", "beta_dtype": "float32"}

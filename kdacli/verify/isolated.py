@@ -313,7 +313,7 @@ def _without_tensors(item: Any) -> Any:
 def _portable(error: Exception) -> Exception:
     """The error as it is if it is one of ours for users, else one that holds its words and its traceback."""
     if isinstance(error, KdaError):
-        return type(error)(str(error))
+        return type(error)(*error.args)
     inner = InnerError(f"{type(error).__name__}: {error}")
     inner.add_note("".join(traceback.format_exception(error)))
     return inner

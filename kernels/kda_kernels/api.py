@@ -17,13 +17,12 @@ import torch
 from kda_kernels.boundary import check, check_out, forward_only, options_of
 from kda_kernels.dispatch import decode, prefill
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK
+from kda_kernels.problem import CHUNK, SAFE_BOUND
 from kda_kernels.serving import chunk_kda_fwd, kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs
 
 __all__ = ["chunk_kda", "chunk_kda_fwd", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
 
-SAFE_BOUND = -5.0  # what FLA's safe_gate promises of log decays that come in activated
 FLA_NAMES = {"state": "initial_state", "state_indices": "ssm_state_indices"}
 
 
@@ -87,19 +86,19 @@ def chunk_kda(
     state_v_first = _state_v_first(state_v_first, kwargs)
     for name, value in (("cp_context", cp_context), ("use_graph", use_graph)):
         if value:
-            raise InputError(f"{name} is given: it is not supported; leave it out")
+            raise InputError(name, "is given", "it is not supported; leave it out")
     A_log, dt_bias, chunk_size = kwargs.pop("A_log", None), kwargs.pop("dt_bias", None), kwargs.pop("chunk_size", CHUNK)
     _refuse("chunk_kda", kwargs)
     if chunk_size not in (32, 64):
-        raise InputError(f"`chunk_size` must be either 32 or 64 for KDA, got {chunk_size}")
+        raise InputError("chunk_size", f"is {chunk_size}", "`chunk_size` must be either 32 or 64 for KDA")
     if return_intermediate_states and chunk_size != CHUNK:
-        raise InputError(f"chunk_size is {chunk_size}: it should be {CHUNK} with return_intermediate_states")
+        wanted = f"it should be {CHUNK} with return_intermediate_states"
+        raise InputError("chunk_size", f"is {chunk_size}", wanted)
     if safe_gate and use_gate_in_kernel and lower_bound is None:
-        raise InputError(
-            "lower_bound is missing: safe_gate with use_gate_in_kernel needs a negative number, such as -5.0"
-        )
+        wanted = "safe_gate with use_gate_in_kernel needs a negative number, such as -5.0"
+        raise InputError("lower_bound", "is missing", wanted)
     if initial_state is not None and initial_state.dtype != torch.float32:
-        raise InputError(f"initial_state is {initial_state.dtype}: it should be float32")
+        raise InputError("initial_state", f"is {initial_state.dtype}", "it should be float32")
     inputs = Inputs(
         q, k, v, g, beta,
         options=options_of(
@@ -195,11 +194,11 @@ def fused_recurrent_kda_fwd(
     """
     _refuse("fused_recurrent_kda_fwd", kwargs)
     if num_accepted_tokens is not None:
-        raise InputError("num_accepted_tokens is given: it is not supported; leave it out")
+        raise InputError("num_accepted_tokens", "is given", "it is not supported; leave it out")
     if inplace_final_state and initial_state is None:
-        raise InputError("initial_state is missing: inplace_final_state writes to it")
+        raise InputError("initial_state", "is missing", "inplace_final_state writes to it")
     if ssm_state_indices is not None and not inplace_final_state:
-        raise InputError("inplace_final_state is False: it should be True with ssm_state_indices")
+        raise InputError("inplace_final_state", "is False", "it should be True with ssm_state_indices")
     inputs = Inputs(
         q, k, v, g, beta,
         options=options_of(
@@ -232,11 +231,11 @@ def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:
     if "transpose_state_layout" not in kwargs:
         return state_v_first
     if state_v_first:
-        raise InputError("transpose_state_layout is given next to state_v_first: leave it out, it is its old name")
+        raise InputError("transpose_state_layout", "is given next to state_v_first", "leave it out, it is its old name")
     warnings.warn("transpose_state_layout is deprecated: use state_v_first", DeprecationWarning, stacklevel=3)
     return kwargs.pop("transpose_state_layout")
 
 
 def _refuse(function: str, kwargs: dict[str, Any]) -> None:
     if kwargs:
-        raise InputError(f"{next(iter(kwargs))} is not an argument of {function}: leave it out")
+        raise InputError(next(iter(kwargs)), f"is not an argument of {function}", "leave it out")

@@ -1,13 +1,14 @@
 """What every public function does on its way in: options from switches, checks, and no way back for gradients."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.errors import InputError, KdaError
-from kda_kernels.problem import Gate, Options
+from kda_kernels.problem import Options
+from kda_kernels.tensor_checks import INDEX_DTYPES, check_tensor, shape_error
 from kda_kernels.tensors import Inputs
 
 
@@ -21,21 +22,24 @@ def options_of(
     scale: float | None,
     promise: float | None = None,
 ) -> Options:
-    """FLA's switches as `Options`. `promise`: the bound of gates that come in activated."""
-    if use_gate:
-        gate = Gate.SOFTPLUS if lower_bound is None else Gate.SAFE
-    else:
-        gate, lower_bound = Gate.NONE, promise
-    return Options(gate, lower_bound, bool(beta_is_logit), bool(allow_neg_eigval), bool(qk_l2norm), scale)
+    """FLA's switches as `Options`, see `Options.of_switches`; remembered, as it is on the way of every call."""
+    return Options.of_switches(
+        use_gate,
+        lower_bound,
+        promise=promise,
+        beta_is_logit=bool(beta_is_logit),
+        allow_neg_eigval=bool(allow_neg_eigval),
+        qk_l2norm=bool(qk_l2norm),
+        scale=scale,
+    )
 
 
-def check(inputs: Inputs, names: dict[str, str] | None = None) -> None:
+def check(inputs: Inputs, names: Mapping[str, str] | None = None) -> None:
     """`check_inputs`, with the caller's names for the arguments in its message."""
     try:
         check_inputs(inputs)
     except InputError as error:
-        argument, _, rest = str(error).partition(" ")
-        raise InputError(f"{(names or {}).get(argument, argument)} {rest}") from None
+        raise error.renamed(names or {}) from None
 
 
 def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
@@ -44,26 +48,9 @@ def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
         return
     for what in ("shape", "dtype", "device"):
         if getattr(out, what) != getattr(v, what):
-            raise InputError(f"out has {what} {getattr(out, what)}: it should be {getattr(v, what)}, as v")
+            raise InputError("out", f"has {what} {getattr(out, what)}", f"it should be {getattr(v, what)}, as v")
     if out.shape[-1] > 1 and out.stride(-1) != 1:
-        raise InputError(f"out has stride {out.stride(-1)} in its last dimension: it should be 1")
-
-
-def check_token_states(token_states: torch.Tensor | None, inputs: Inputs) -> None:
-    """A buffer for the states after each token must have room for them, contiguous from HV on. Raises `InputError`."""
-    if token_states is None:
-        return
-    B, T, HV, V = inputs.v.shape
-    K = inputs.q.shape[3]
-    shape = (B, T, HV, V, K) if inputs.state_v_first else (B, T, HV, K, V)
-    if token_states.shape != shape:
-        raise InputError(f"token_states has shape {list(token_states.shape)}: it should be {list(shape)}")
-    if token_states.dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"token_states is {token_states.dtype}: it should be float32 or bfloat16")
-    if token_states.device != inputs.q.device:
-        raise InputError(f"token_states is on {token_states.device}: it should be on {inputs.q.device}, as q")
-    if not token_states[:1, :1].is_contiguous():
-        raise InputError(f"token_states has strides {list(token_states.stride())}: it should be contiguous from HV on")
+        raise InputError("out", f"has stride {out.stride(-1)} in its last dimension", "it should be 1")
 
 
 def check_chunk_indices(chunk_indices: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:
@@ -71,17 +58,10 @@ def check_chunk_indices(chunk_indices: torch.Tensor | None, cu_seqlens: torch.Te
     if chunk_indices is None:
         return
     if cu_seqlens is None:
-        raise InputError("chunk_indices is given without cu_seqlens: a dense batch needs no table")
+        raise InputError("chunk_indices", "is given without cu_seqlens", "a dense batch needs no table")
+    check_tensor("chunk_indices", chunk_indices, INDEX_DTYPES, cu_seqlens, "cu_seqlens")
     if chunk_indices.ndim != 2 or chunk_indices.shape[1] != 2 or not chunk_indices.is_contiguous():
-        raise InputError(
-            f"chunk_indices has shape {list(chunk_indices.shape)}: it should be [chunks, 2], contiguous, as "
-            "prepare_chunk_indices makes it"
-        )
-    if chunk_indices.dtype not in (torch.int32, torch.int64) or chunk_indices.device != cu_seqlens.device:
-        raise InputError(
-            f"chunk_indices is {chunk_indices.dtype} on {chunk_indices.device}: it should be int32 or int64 on "
-            f"{cu_seqlens.device}, as cu_seqlens"
-        )
+        raise shape_error("chunk_indices", chunk_indices, "[chunks, 2], contiguous, as prepare_chunk_indices makes it")
 
 
 class _ForwardOnly(torch.autograd.Function):

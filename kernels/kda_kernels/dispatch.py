@@ -12,7 +12,6 @@ error.
 """
 
 import functools
-import os
 import sys
 
 import torch
@@ -23,7 +22,6 @@ from kda_kernels.tensors import Inputs, Outputs
 CUTE, TRITON = "cute-decode", "triton-decode"
 CUTE_PREFILL, TRITON_PREFILL = "cute-prefill", "triton-prefill"
 CUTE_MODULE = "kda_kernels.cute.decode"
-CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES") == "1"  # what tensors hold is checked, too; see `kda_kernels.checks`
 
 
 def decode_kernel(inputs: Inputs) -> str:
@@ -41,7 +39,6 @@ def decode(
     out: torch.Tensor | None = None,
     *,
     final_state: torch.Tensor | None = None,
-    token_states: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> Outputs:
     """Runs a checked problem with `kernel`, or the one that `decode_kernel` names.
@@ -53,20 +50,21 @@ def decode(
         UnavailableError: it cannot run on this machine.
     """
     kernel = kernel or decode_kernel(inputs)
+    inputs = inputs.without_spare_slots()
     if kernel == CUTE:
         if not inputs.q.is_cuda:
             raise UnavailableError(f"{CUTE}: {_cute().unsupported_here() or 'the tensors lie on the CPU'}")
-        return _cute().decode(inputs, out, final_state=final_state, token_states=token_states)
+        return _cute().decode(inputs, out, final_state=final_state)
     if kernel != TRITON:
-        raise InputError(f"kernel is {kernel}: it should be {CUTE} or {TRITON}")
+        raise InputError("kernel", f"is {kernel}", f"it should be {CUTE} or {TRITON}")
     from kda_kernels.triton.decode import decode as triton_decode
 
-    return triton_decode(inputs, out, final_state=final_state, token_states=token_states)
+    return triton_decode(inputs, out, final_state=final_state)
 
 
-def decode_again(inputs: Inputs, out: torch.Tensor, token_states: torch.Tensor | None) -> bool:
+def decode_again(inputs: Inputs, out: torch.Tensor) -> bool:
     """`decode` in place, if this call is just like the one before: an engine's every step. False: nothing was done."""
-    return CUTE_MODULE in sys.modules and _cute().again(inputs, out, None, token_states)
+    return CUTE_MODULE in sys.modules and _cute().again(inputs, out)
 
 
 def prefill_kernel(inputs: Inputs, out: torch.Tensor | None = None) -> str:
@@ -93,10 +91,11 @@ def prefill(
         UnavailableError: it cannot run on this machine.
     """
     kernel = kernel or prefill_kernel(inputs, out)
+    inputs = inputs.without_spare_slots()
     if kernel == CUTE_PREFILL:
         return _cute_prefill().prefill(inputs, out, return_intermediate_states=return_intermediate_states)
     if kernel != TRITON_PREFILL:
-        raise InputError(f"kernel is {kernel}: it should be {CUTE_PREFILL} or {TRITON_PREFILL}")
+        raise InputError("kernel", f"is {kernel}", f"it should be {CUTE_PREFILL} or {TRITON_PREFILL}")
     from kda_kernels.triton.prefill import prefill as triton_prefill
 
     return triton_prefill(

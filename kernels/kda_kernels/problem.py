@@ -10,11 +10,23 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from kda_kernels.errors import InputError
+from kda_kernels.dtypes import FLOATS
+from kda_kernels.errors import InputError, one_line
 
-DTYPES = ("float32", "float16", "bfloat16")
-STATE_DTYPES = ("float32", "bfloat16")
 CHUNK = 64  # tokens a chunk of the prefill pipeline
+MAX_HEAD = 256  # most channels of a key or value head
+SAFE_BOUND = -5.0  # lower_bound of Kimi K3, and what FLA's safe_gate promises of log decays
+
+# What a call may ask for beyond the operation itself: fields of `kda_kernels.tensors.Inputs` that a kernel could
+# overlook, so each kernel declares those that it has (`kda_kernels.registry.Kernel.features`); and two layouts.
+FEATURES = frozenset(
+    (
+        *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
+        *("token_state_indices", "checkpoints", "batch_invariant", "workspace"),
+        "strided_indices",  # state_indices that are not contiguous
+        "tail",  # tokens behind the last sequence of a packed batch
+    )
+)
 
 
 class Op(enum.StrEnum):
@@ -57,13 +69,41 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate", Gate(self.gate))
         if self.gate is Gate.SAFE and self.lower_bound is None:
-            raise InputError("lower_bound is missing: the safe gate needs a negative number, such as -5.0")
+            raise InputError("lower_bound", "is missing", "the safe gate needs a negative number, such as -5.0")
         if self.gate is Gate.SOFTPLUS and self.lower_bound is not None:
-            raise InputError(f"lower_bound is {self.lower_bound}: the softplus gate has none; leave it out")
+            raise InputError("lower_bound", f"is {self.lower_bound}", "the softplus gate has none; leave it out")
         if self.lower_bound is not None and not self.lower_bound < 0:
-            raise InputError(f"lower_bound is {self.lower_bound}: it should be negative, such as -5.0")
+            raise InputError("lower_bound", f"is {self.lower_bound}", "it should be negative, such as -5.0")
         if self.allow_neg_eigval and not self.beta_is_logit:
-            raise InputError("allow_neg_eigval is set but beta is not a logit: it needs use_beta_sigmoid_in_kernel")
+            raise InputError(
+                "allow_neg_eigval", "is set but beta is not a logit", "it needs use_beta_sigmoid_in_kernel"
+            )
+
+    @classmethod
+    def of_switches(
+        cls,
+        use_gate: bool,
+        lower_bound: float | None,
+        *,
+        promise: float | None = None,
+        **options: Any,
+    ) -> "Options":
+        """The one rule which gate a call means, from FLA's switches.
+
+        Args:
+            use_gate: FLA's use_gate_in_kernel: g is raw. Without a lower_bound that is the softplus gate, else the
+                safe one.
+            lower_bound: of a raw gate.
+            promise: without `use_gate`, the bound that every g is promised to keep.
+            options: the other attributes.
+        """
+        if not use_gate:
+            return cls(Gate.NONE, promise, **options)
+        return cls(Gate.SOFTPLUS if lower_bound is None else Gate.SAFE, lower_bound, **options)
+
+    def scale_for(self, K: int) -> float:
+        """The factor on q for key heads of `K` channels."""
+        return K**-0.5 if self.scale is None else self.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +120,10 @@ class Problem:
         initial_state: whether a state comes in; final_state: whether it goes out.
         pool_slots: None for a plain [N, HV, V, K] state that is not modified; else the slots of a state pool that is
             updated in place through state_indices.
-        padding: how many of the sequences carry state index -1.
+        padding: how many of the sequences are padding: their state index is negative, or the null slot.
         state_v_first: [.., V, K] (ours) or [.., K, V].
         options: see `Options`.
+        features: what the call uses of `FEATURES`.
     """
 
     op: Op
@@ -103,26 +144,29 @@ class Problem:
     padding: int = 0
     state_v_first: bool = True
     options: Options = dataclasses.field(default_factory=Options)
+    features: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", Op(self.op))
         object.__setattr__(self, "seq_lens", tuple(int(n) for n in self.seq_lens))
+        object.__setattr__(self, "features", frozenset(self.features))
         for name in ("H", "HV", "K", "V"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: it should be at least 1")
+                raise InputError(name, f"is {getattr(self, name)}", "it should be at least 1")
         if self.HV % self.H:
-            raise InputError(f"HV is {self.HV}: it should be a multiple of H = {self.H}")
+            raise InputError("HV", f"is {self.HV}", f"it should be a multiple of H = {self.H}")
         if any(n < 0 for n in self.seq_lens):
-            raise InputError(f"seq_lens holds {min(self.seq_lens)}: lengths should be 0 or more")
+            raise InputError("seq_lens", f"holds {min(self.seq_lens)}", "lengths should be 0 or more")
         if not self.packed and len(set(self.seq_lens)) > 1:
-            raise InputError("seq_lens differ but packed is False: a dense batch needs equal lengths")
-        for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise InputError(f"{name} is {getattr(self, name)}: it should be one of {', '.join(DTYPES)}")
-        if self.state_dtype not in STATE_DTYPES:
-            raise InputError(f"state_dtype is {self.state_dtype}: it should be one of {', '.join(STATE_DTYPES)}")
+            raise InputError("seq_lens", "differ but packed is False", "a dense batch needs equal lengths")
+        for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype"):
+            if getattr(self, name) not in FLOATS:
+                raise InputError(name, f"is {getattr(self, name)}", f"it should be one of {', '.join(FLOATS)}")
         if self.pool_slots is not None and self.pool_slots < self.N - self.padding:
-            raise InputError(f"pool_slots is {self.pool_slots}: {self.N - self.padding} sequences need a slot each")
+            needed = f"{self.N - self.padding} sequences need a slot each"
+            raise InputError("pool_slots", f"is {self.pool_slots}", needed)
+        if unknown := self.features - FEATURES:
+            raise InputError("features", f"holds {min(unknown)}", f"there are {', '.join(sorted(FEATURES))}")
 
     @property
     def N(self) -> int:
@@ -136,7 +180,13 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        return self.K**-0.5 if self.options.scale is None else self.options.scale
+        """The factor on q."""
+        return self.options.scale_for(self.K)
+
+    @property
+    def has_usual_scale(self) -> bool:
+        """Whether the factor on q is K ** -0.5."""
+        return self.scale == self.K**-0.5
 
     @property
     def name(self) -> str:
@@ -153,6 +203,9 @@ class Problem:
         out = dataclasses.asdict(self)
         out["op"], out["seq_lens"] = str(self.op), list(self.seq_lens)
         out["options"]["gate"] = str(self.options.gate)
+        out["features"] = sorted(self.features)
+        if not self.features:
+            del out["features"]
         return out
 
     @classmethod
@@ -162,4 +215,4 @@ class Problem:
             data = dict(data)
             return cls(**{**data, "options": Options(**data.get("options", {}))})
         except (TypeError, ValueError) as error:
-            raise InputError(f"not a problem description: {error}") from error
+            raise InputError(f"not a problem description: {one_line(str(error))}") from error

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.problem import Op, Problem
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Kernel:
             `unsupported(problem) -> str | None`  the reason why this machine cannot run this problem with it
                 (`problem` None: can it run anything here?), or None for yes;
             `run(inputs) -> Outputs`  the kernel itself; a pool in `inputs.state` is updated in place;
+            optionally FEATURES, what it has of `kda_kernels.problem.FEATURES`: without it nothing;
             optionally `USUAL` and `variants`, used by `kda compile`: see `kda_kernels.variant`. The Triton launches of
                 `run` are recorded.
         summary: one line for `kda kernels`.
@@ -51,9 +52,18 @@ class Kernel:
         if problem is not None and problem.op is not self.op:
             return f"serves the op {self.op}, not {problem.op}"
         try:
-            return importlib.import_module(self.module).unsupported(problem)
+            module = importlib.import_module(self.module)
+            if problem is not None and (lacking := problem.features - self.features):
+                return f"it does not support {', '.join(sorted(lacking))}"
+            return module.unsupported(problem)
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return one_line(error)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What it has of `kda_kernels.problem.FEATURES`: its module's FEATURES, or those of its CONTRACT."""
+        module = importlib.import_module(self.module)
+        return getattr(module, "FEATURES", None) or getattr(getattr(module, "CONTRACT", None), "features", frozenset())
 
     @property
     def carried_state(self) -> str | None:
@@ -64,7 +74,11 @@ class Kernel:
         return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "carried_state", None)
 
     def run(self, inputs: "Inputs") -> "Outputs":
-        return importlib.import_module(self.module).run(inputs)
+        """Raises `InputError` where the call uses a feature that it does not have."""
+        from kda_kernels.checks import require_features
+
+        require_features(inputs, self.features, self.name)
+        return importlib.import_module(self.module).run(inputs.without_spare_slots())
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -73,7 +87,7 @@ _KERNELS: dict[str, Kernel] = {}
 def register(kernel: Kernel) -> Kernel:
     """Adds a kernel. Raises `InputError` if the name is taken."""
     if kernel.name in _KERNELS:
-        raise InputError(f"kernel {kernel.name} is registered already: choose another name")
+        raise InputError("kernel", f"{kernel.name} is registered already", "choose another name")
     _KERNELS[kernel.name] = kernel
     return kernel
 
@@ -88,7 +102,7 @@ def get(name: str) -> Kernel:
     try:
         return _KERNELS[name]
     except KeyError:
-        raise InputError(f"kernel {name} is unknown: there are {', '.join(_KERNELS)}") from None
+        raise InputError("kernel", f"{name} is unknown", f"there are {', '.join(_KERNELS)}") from None
 
 
 def choose(problem: Problem) -> Kernel:

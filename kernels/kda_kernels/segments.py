@@ -59,8 +59,7 @@ def _summary(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     # any prefill can say it: once from nothing, once from the identity with values of 0
     end = dispatch.prefill(inputs, kernel=dispatch.TRITON_PREFILL).final_state
     K, v = inputs.k.shape[-1], inputs.v
-    N = v.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    identity = torch.eye(K, device=v.device).expand(N, v.shape[2], K, K).contiguous()
+    identity = torch.eye(K, device=v.device).expand(inputs.N, v.shape[2], K, K).contiguous()
     nothing = v.new_zeros((*v.shape[:3], K))
     moved = dataclasses.replace(inputs, v=nothing, state=identity)
     return end, dispatch.prefill(moved, kernel=dispatch.TRITON_PREFILL).final_state

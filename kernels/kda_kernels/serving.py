@@ -5,12 +5,11 @@ For engines; `api` is where they are imported from.
 
 import torch
 
-from kda_kernels import dispatch
+from kda_kernels import checks, dispatch
 from kda_kernels.boundary import (
     check,
     check_chunk_indices,
     check_out,
-    check_token_states,
     forward_only,
     options_of,
 )
@@ -51,8 +50,8 @@ def kda_decode(
             written, and its rows of o are zero.
         A_log [HV], dt_bias [HV * K] or [HV, K], lower_bound, use_..., allow_neg_eigval, scale: as in `chunk_kda`.
         out: [B, T, HV, V] in the dtype of v, where o goes; nothing is allocated then.
-        token_states: [B, T, HV, V, K], fp32 or bf16, contiguous from HV on: the state after each token goes there too
-            (to go back to the last accepted one of a draft); nothing is written for padding.
+        token_states: [B, T, HV, V, K], fp32, bf16 or fp16, contiguous from HV on: the state after each token goes there
+            too (to go back to the last accepted one of a draft); nothing is written for padding.
         kernel: "cute-decode" or "triton-decode"; by default `kda_kernels.dispatch.decode_kernel` says which.
 
     Returns:
@@ -67,19 +66,21 @@ def kda_decode(
     )
     if options.gate is Gate.NONE:
         A_log = dt_bias = None
-    inputs = Inputs(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens)
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, token_states=token_states
+    )  # fmt: skip
     _require_pool(inputs)
-    plain = kernel is None and out is not None and not torch.is_grad_enabled() and not dispatch.CHECK_VALUES
-    if plain and dispatch.decode_again(inputs, out, token_states):
+    values = checks.CHECK_VALUES == "1"
+    plain = kernel is None and out is not None and not torch.is_grad_enabled() and not values
+    if plain and dispatch.decode_again(inputs, out):
         return out
     chosen = dispatch.decode_kernel(inputs) if kernel is None else kernel
-    if chosen != dispatch.CUTE or dispatch.CHECK_VALUES:  # the CuTe function checks shapes, strides and dtypes itself
+    if chosen != dispatch.CUTE or values:  # the CuTe function checks shapes, strides and dtypes itself
         check(inputs)
         check_out(out, v)
-        check_token_states(token_states, inputs)
 
     def run() -> tuple[torch.Tensor]:
-        return (dispatch.decode(inputs, out, token_states=token_states, kernel=chosen).o,)
+        return (dispatch.decode(inputs, out, kernel=chosen).o,)
 
     return forward_only(run, inputs)[0]
 
@@ -200,4 +201,4 @@ def _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_
 def _require_pool(inputs: Inputs) -> None:
     if inputs.state is None or inputs.state_indices is None:
         name = "state" if inputs.state is None else "state_indices"
-        raise InputError(f"{name} is missing: it should be a tensor")
+        raise InputError(name, "is missing", "it should be a tensor")

@@ -1,10 +1,52 @@
 """The tensors of one call, and what comes out of it: the one shape in which kernels, the oracle and dumps meet."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from kda_kernels.problem import Options
+
+_NO_FEATURES: frozenset[str] = frozenset()
+
+
+class Dims(NamedTuple):
+    """Sizes of one call: batch rows, tokens a row, sequences, query/key heads, value heads, head sizes."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    HV: int
+    K: int
+    V: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """States inside a prefill that are kept, so that a later prompt with the same beginning can start there.
+
+    Exactly one of `offsets` and `every` is given. A position is a number of tokens of its sequence in this call, and a
+    multiple of `kda_kernels.api.checkpoint_alignment()`: one that is not makes its row NaN. Where a position is 0 or
+    less, or past the end of its sequence, nothing is written. Nothing is written for padding.
+
+    Attributes:
+        states: where they go, [R, HV, V, K], fp32, bf16 or fp16; slots may lie apart, and it may be the pool itself.
+        rows: int32 or int64, [N] or [N, C], the row of each; a negative one is nowhere, and one >= R writes nothing.
+        offsets: int32 or int64, as `rows`: the position of each.
+        every: column j is the state after (j + 1) * every tokens.
+    """
+
+    states: torch.Tensor
+    rows: torch.Tensor
+    offsets: torch.Tensor | None = None
+    every: int | None = None
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Checkpoints":
+        """A copy with `fn` applied to each tensor."""
+        offsets = None if self.offsets is None else fn(self.offsets)
+        return Checkpoints(fn(self.states), fn(self.rows), offsets, self.every)
 
 
 @dataclasses.dataclass
@@ -15,9 +57,30 @@ class Inputs:
         q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K]; beta [B, T, HV]
         A_log [HV]; dt_bias [HV * K] or [HV, K]; both None when the gate is given activated
         state: None; or [N, HV, V, K] ([N, HV, K, V] unless state_v_first), which is not modified; or, when
-            state_indices is given, a pool [P, HV, V, K] that is updated in place
-        state_indices: int32 or int64 [N], slots in the pool; -1 is padding (no read, no write, output zero)
-        cu_seqlens: int32 or int64 [N + 1] for packed batches, else None
+            state_indices is given, a pool [P, HV, V, K] that is updated in place; fp32, bf16 or fp16
+        state_indices: int32 or int64 [N], slots in the pool, or [N, C] with num_accepted_tokens; any strides. A
+            negative one is padding: no read, no write, and the rows of o are zero. One >= P touches nothing, and the
+            rows of o are NaN.
+        cu_seqlens: int32 or int64 [N + 1] for packed batches, else None. T may exceed its last entry: the rows of o
+            behind it are zero.
+
+    What engines ask for beyond that, each a feature that a kernel declares (`kda_kernels.problem.FEATURES`):
+        null_slot: a slot that is padding too, and that any number of sequences may carry.
+        has_initial_state: bool [N]; where false, the state starts at zero and what its slot holds is not read.
+        num_accepted_tokens: int32 or int64 [N], for speculative decoding, with state_indices [N, C]: sequence n loads
+            its state from column num_accepted_tokens[n] - 1, and the state after its token t goes to column t. A
+            sequence whose column to load from is padding is padding; to a column that is, nothing is written.
+        update_state: False leaves the pool as it is: an engine's verify.
+        token_states: fp32, bf16 or fp16, contiguous from HV on, written: the state after each token.
+            [B, T, HV, V, K]; with token_state_indices [R, S, HV, V, K]. K-first states: [.., K, V].
+        token_state_indices: int32 or int64 [N]: the state after token t of sequence n goes to
+            token_states[token_state_indices[n], t]; nowhere if that is negative, and nothing is written if it is >= R.
+        checkpoints: of a prefill, see `Checkpoints`.
+        batch_invariant: the bits of a sequence depend on itself alone, not on its batch.
+        workspace: uint8, `kda_kernels.api.prefill_workspace_bytes()` of it: the call allocates no other scratch memory.
+
+    And what a kernel may use or not:
+        cu_seqlens_cpu: cu_seqlens on the host.
     """
 
     q: torch.Tensor
@@ -33,28 +96,111 @@ class Inputs:
     cu_seqlens: torch.Tensor | None = None
     state_v_first: bool = True
     output_final_state: bool = True
+    null_slot: int | None = None
+    has_initial_state: torch.Tensor | None = None
+    num_accepted_tokens: torch.Tensor | None = None
+    update_state: bool = True
+    token_states: torch.Tensor | None = None
+    token_state_indices: torch.Tensor | None = None
+    checkpoints: Checkpoints | None = None
+    batch_invariant: bool = False
+    workspace: torch.Tensor | None = None
+    cu_seqlens_cpu: torch.Tensor | None = None
+
+    @property
+    def N(self) -> int:
+        """Number of sequences."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes, of tensors that are checked."""
+        B, T, H, K = self.q.shape
+        HV, V = self.v.shape[2:]
+        return Dims(B, T, self.N, H, HV, K, V)
+
+    @property
+    def scale(self) -> float:
+        """The factor on q."""
+        return self.options.scale_for(self.q.shape[3])
+
+    def state_shape(self, slots: int) -> tuple[int, int, int, int]:
+        """Of a state or a pool of so many slots."""
+        _, _, HV, V = self.v.shape
+        K = self.q.shape[3]
+        return (slots, HV, V, K) if self.state_v_first else (slots, HV, K, V)
+
+    def new_final_state(self) -> torch.Tensor:
+        """Room for the final states of a call without a pool, in the dtype of its state; fp32 where none comes in."""
+        dtype = torch.float32 if self.state is None else self.state.dtype
+        return torch.empty(self.state_shape(self.N), dtype=dtype, device=self.q.device)
+
+    def features(self) -> frozenset[str]:
+        """What the call uses of `kda_kernels.problem.FEATURES`, as far as it can be told without reading a tensor."""
+        indices = self.state_indices
+        strided = isinstance(indices, torch.Tensor) and not indices.is_contiguous()
+        if (
+            not strided
+            and (self.null_slot is None and self.has_initial_state is None and self.num_accepted_tokens is None)
+            and (self.token_states is None and self.token_state_indices is None and self.checkpoints is None)
+            and (self.workspace is None and self.update_state)
+            and not self.batch_invariant
+        ):  # nearly every call, and on the way of each
+            return _NO_FEATURES
+        given = ("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices")
+        used = {name for name in (*given, "checkpoints", "workspace") if getattr(self, name) is not None}
+        used |= {"update_state"} if not self.update_state else set()
+        used |= {"batch_invariant"} if self.batch_invariant else set()
+        used |= {"strided_indices"} if strided else set()
+        return frozenset(used)
+
+    def without_spare_slots(self) -> "Inputs":
+        """The same call with as many state_indices as there are sequences. Of wrong tensors: itself."""
+        indices = self.state_indices
+        try:
+            spare = indices is not None and indices.shape[0] > self.N
+        except (AttributeError, IndexError):  # no tensors, which the check of the kernel says
+            return self
+        return dataclasses.replace(self, state_indices=indices[: self.N]) if spare else self
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are present, by name."""
+        """The tensors that are present, by name; those of `checkpoints` not."""
         return {
             f.name: value for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
 
-    def map(self, fn) -> "Inputs":
-        """A copy with `fn` applied to each tensor."""
-        return dataclasses.replace(self, **{name: fn(t) for name, t in self.tensors().items()})
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Inputs":
+        """A copy with `fn` applied to each tensor, but cu_seqlens_cpu, which stays on the host."""
+        fn = _once(fn)
+        changed = {name: fn(t) for name, t in self.tensors().items() if name != "cu_seqlens_cpu"}
+        checkpoints = None if self.checkpoints is None else self.checkpoints.map(fn)
+        return dataclasses.replace(self, **changed, checkpoints=checkpoints)
 
     def to(self, device: torch.device | str) -> "Inputs":
         return self.map(lambda t: t.to(device))
 
     def fresh(self) -> "Inputs":
-        """A copy whose state may be written without touching this one's (strides and gaps of a pool are kept)."""
-        if self.state is None:
-            return self
-        state = torch.empty_strided(
-            self.state.shape, self.state.stride(), dtype=self.state.dtype, device=self.state.device
-        ).copy_(self.state)
-        return dataclasses.replace(self, state=state)
+        """A copy whose state, token_states and checkpoints may be written without touching this one's.
+
+        Strides and gaps of each are kept, and checkpoints that go to the pool go to the copy of the pool.
+        """
+
+        def copy(t: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+        copy, kept = _once(copy), self.checkpoints
+        return dataclasses.replace(
+            self,
+            state=None if self.state is None else copy(self.state),
+            token_states=None if self.token_states is None else copy(self.token_states),
+            checkpoints=None if kept is None else dataclasses.replace(kept, states=copy(kept.states)),
+        )
+
+
+def _once(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn`, called once for each tensor: a pool that is also where checkpoints go stays one tensor."""
+    done: dict[int, torch.Tensor] = {}
+    return lambda t: done[id(t)] if id(t) in done else done.setdefault(id(t), fn(t))
 
 
 @dataclasses.dataclass
@@ -68,6 +214,13 @@ class Outputs:
 
     o: torch.Tensor
     final_state: torch.Tensor | None = None
+
+    def without_spare_slots(self) -> "Inputs":
+        """Of checked tensors: the same call with as many state_indices as there are sequences."""
+        indices, N = self.state_indices, self.N
+        return (
+            self if indices is None or indices.shape[0] == N else dataclasses.replace(self, state_indices=indices[:N])
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: t for name, t in (("o", self.o), ("final_state", self.final_state)) if t is not None}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kda_kernels.errors import one_line
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.verify.call import pool_as_final_state
 from kdacli.verify.memory import own_memory
@@ -29,7 +30,7 @@ def check(subject: Subject) -> Iterator[str]:
         torch.cuda.synchronize()
         if not subject.ours or getattr(subject.kernel, "backend", None) == "torch":
             raise NotApplicableError(f"it cannot be captured: {type(error).__name__}: {error}") from error
-        yield f"it cannot be captured in a CUDA graph: {type(error).__name__}: {' '.join(str(error).split())}"
+        yield f"it cannot be captured in a CUDA graph: {one_line(error)}"
         return
     other = half(subject.inputs)
     for what, inputs, expected in (

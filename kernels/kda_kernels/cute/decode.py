@@ -9,26 +9,26 @@ only when it refuses are the tensors looked at in Python, to say in our words wh
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from kda_kernels import ranges
-from kda_kernels.boundary import check_out, check_token_states
-from kda_kernels.checks import check_inputs
+from kda_kernels.boundary import check_out
+from kda_kernels.checks import check_inputs, require_features, values_checked
 from kda_kernels.cute.cache import CACHE
 from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import architecture, unsupported_here
 from kda_kernels.cute.variant import CuteVariant
-from kda_kernels.errors import InputError, KdaError, UnavailableError
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.dtypes import name_of
+from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
+from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.variant import H100, Gpu
 
-MAX_HEAD = 256
+FEATURES = frozenset(("token_states",))
 
 # What the last call was like, its function and its last two arguments. One tuple, so that threads read it whole.
 _last: tuple[tuple | None, Any, float, float] = (None, None, 0.0, 0.0)
@@ -40,7 +40,6 @@ def decode(
     config: DecodeConfig | None = None,
     *,
     final_state: torch.Tensor | None = None,
-    token_states: torch.Tensor | None = None,
 ) -> Outputs:
     """Runs a problem: any number of tokens a sequence, though it is meant for 1 to 8.
 
@@ -52,8 +51,6 @@ def decode(
         config: tuning choices; None lets `DecodeConfig.choose` decide.
         final_state: without a pool, where the final states go, [N, HV, V, K] in fp32 or bf16; it may be `inputs.state`
             itself. None: a new tensor in the dtype of the state if `inputs.output_final_state`.
-        token_states: [B, T, HV, V, K] in fp32 or bf16, contiguous from HV on, 16-byte aligned: the state after each
-            token goes there too; nothing is written for padding.
 
     Returns:
         Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token.
@@ -61,16 +58,17 @@ def decode(
     Raises:
         InputError: a tensor is not as it should be.
     """
+    require_features(inputs, FEATURES, "cute-decode")
     o, ht = out, None
     try:
         if out is None:
             o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
         if inputs.state_indices is None:
-            ht = _new_state(inputs) if final_state is None and inputs.output_final_state else final_state
+            ht = inputs.new_final_state() if final_state is None and inputs.output_final_state else final_state
     except (AttributeError, IndexError, TypeError):  # not even tensors of four dimensions
         check_inputs(inputs)
         raise
-    launch(inputs, o, ht, token_states, config)
+    launch(inputs, o, ht, config)
     final = inputs.state if inputs.state_indices is not None else ht
     return Outputs(o, final if inputs.output_final_state else None)
 
@@ -79,36 +77,33 @@ def launch(
     inputs: Inputs,
     o: torch.Tensor,
     ht: torch.Tensor | None = None,
-    token_states: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> None:
     """`decode` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
     global _last
     try:
-        if config is None and again(inputs, o, ht, token_states):
+        if config is None and again(inputs, o, ht):
             return
         q, options = inputs.q, inputs.options
         if not q.shape[0] * q.shape[1]:
             check_inputs(inputs)
             return _hand_on(inputs.state, ht)
-        function = _function(inputs, o, ht, token_states, config)
-        scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+        function = _function(inputs, o, ht, config)
+        scale = options.scale_for(q.shape[-1])
         last = (options, q.shape, q.device), function, scale, options.lower_bound or 0.0
-        _call(last, inputs, o, ht, token_states)
+        _call(last, inputs, o, ht)
     except KdaError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
-        _check_all(inputs, o, ht, token_states)
+        _check_all(inputs, o, ht)
         if isinstance(error, (TypeError, ValueError)):
-            raise InputError(f"cute-decode: {' '.join(str(error).split())}") from None
+            raise InputError(f"cute-decode: {one_line(str(error))}") from None
         raise
     if config is None:
         _last = last
 
 
-def again(
-    inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None, token_states: torch.Tensor | None = None
-) -> bool:
+def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
     """`launch`, if this call is like the last one and takes the same function. False: it is not, and nothing was done.
 
     Options, shape and device are compared; what is not compared the function checks itself.
@@ -117,15 +112,13 @@ def again(
     try:
         if last[0] != (inputs.options, q.shape, q.device):
             return False
-        _call(last, inputs, o, ht, token_states)
+        _call(last, inputs, o, ht)
     except (AttributeError, IndexError, TypeError, ValueError):  # other dtypes, say; or wrong, as `launch` will tell
         return False
     return True
 
 
-def _call(
-    last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, token_states: torch.Tensor | None
-) -> None:
+def _call(last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
     """Calls the compiled function of `last`.
 
     Raises:
@@ -152,8 +145,8 @@ def _call(
         bias = _flat(bias, inputs.g.shape[3])
     _, function, scale, bound = last
     arguments = (
-        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets, token_states,
-        scale, bound,
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets,
+        inputs.token_states, scale, bound,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
@@ -173,37 +166,30 @@ def _function(
     inputs: Inputs,
     o: torch.Tensor,
     ht: torch.Tensor | None,
-    token_states: torch.Tensor | None,
     config: DecodeConfig | None,
 ) -> Callable[..., Any]:
     """The compiled function for these tensors; where it is not in memory, they are checked first."""
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
-    N = B if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    N = inputs.N
     one_token = inputs.cu_seqlens is None and T == 1
     if config is None:
-        narrow = K % 64 == 0 and all(x is None or x.element_size() == 2 for x in (inputs.state, ht, token_states))
+        states = [x for x in (inputs.state, ht, inputs.token_states) if x is not None]
+        narrow = K % 64 == 0 and all(x.element_size() == 2 for x in states)
         config = DecodeConfig.choose(N * HV, K, V, narrow, one_token, multiprocessors(inputs.q.device))
     parts = (
         inputs.q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, inputs.state_indices,
-        inputs.cu_seqlens, token_states,
+        inputs.cu_seqlens, inputs.token_states,
     )  # fmt: skip
     dtypes = tuple(None if x is None else x.dtype for x in parts)
     key = ("decode", inputs.options, config, H, HV, K, V, one_token, inputs.q.device, dtypes)
     if (function := CACHE.get(key)) is not None:
         return function
-    _check_all(inputs, o, ht, token_states)
+    _check_all(inputs, o, ht)
     if (reason := unsupported_here(inputs.q.device)) is not None:
         raise UnavailableError(f"cute-decode: {reason}")
-    spec, arch = spec_of(inputs, ht, token_states, config), architecture(inputs.q.device)
+    spec, arch = spec_of(inputs, ht, config), architecture(inputs.q.device)
     return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
-
-
-def _new_state(inputs: Inputs) -> torch.Tensor:
-    q, v = inputs.q, inputs.v
-    N = q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    return torch.empty((N, v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
 
 
 def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
@@ -212,27 +198,26 @@ def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
         ht.zero_() if h0 is None else ht.copy_(h0)
 
 
-def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, token_states: torch.Tensor | None) -> None:
+def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
     """Everything that the function relies on, in the words that all our kernels use. Raises `InputError`."""
     check_inputs(inputs)
     if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3]) or unsupported_tensors(inputs)) is not None:
         raise InputError(f"cute-decode: {reason}")
     check_out(o, inputs.v)
-    check_token_states(token_states, inputs)
     if ht is not None:
+        if ht.dtype is torch.float16:
+            raise InputError("final_state", "is float16", "it should be float32 or bfloat16")
         try:
             check_inputs(dataclasses.replace(inputs, state=ht, state_indices=None))
         except InputError as error:
-            raise InputError(f"final_{error}") from None
+            raise error.renamed({"state": "final_state"}) from None
 
 
-def spec_of(
-    inputs: Inputs, ht: torch.Tensor | None, token_states: torch.Tensor | None, config: DecodeConfig
-) -> DecodeSpec:
+def spec_of(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> DecodeSpec:
     """What the kernel has to be compiled for."""
 
     def name(x: torch.Tensor | None) -> str | None:
-        return None if x is None else str(x.dtype).removeprefix("torch.")
+        return None if x is None else name_of(x.dtype)
 
     options = inputs.options
     return DecodeSpec(
@@ -240,7 +225,7 @@ def spec_of(
         beta_is_logit=options.beta_is_logit, allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm,
         dtype=name(inputs.q), g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log),
         dt_bias=name(inputs.dt_bias), h0=name(inputs.state), ht=name(ht), index=name(inputs.state_indices),
-        offsets=name(inputs.cu_seqlens), token_states=name(token_states),
+        offsets=name(inputs.cu_seqlens), token_states=name(inputs.token_states),
         one_token=inputs.cu_seqlens is None and inputs.q.shape[1] == 1, config=config,
     )  # fmt: skip
 
@@ -266,6 +251,8 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def _unsupported_problem(problem: Problem) -> str | None:
     if not problem.state_v_first and (problem.initial_state or problem.final_state):
         return "the state is K-first: this kernel's is V-first"
+    if problem.state_dtype == "float16":
+        return "the state is fp16: it takes fp32 or bf16"
     return unsupported_shape(problem.K, problem.V)
 
 
@@ -280,7 +267,11 @@ def unsupported_tensors(inputs: Inputs) -> str | None:
     """Why this kernel cannot run these checked tensors although it could run their problem; None if it can."""
     if not inputs.state_v_first and (inputs.state is not None or inputs.output_final_state):
         return "the state is K-first: this kernel's is V-first"
+    if lacking := inputs.features() - FEATURES:
+        return f"it does not support {min(lacking)}"
     state = inputs.state
+    if any(x is not None and x.dtype is torch.float16 for x in (state, inputs.token_states)):
+        return "a state is fp16: it takes fp32 or bf16"
     if state is not None and (state.data_ptr() % 16 or state.stride(0) * state.element_size() % 16):
         return "a slot of the state is not 16-byte aligned"
     return None
@@ -291,7 +282,7 @@ def run(inputs: Inputs) -> Outputs:
 
     With KDA_CHECK_VALUES=1 in the environment what cu_seqlens and state_indices hold is checked, too.
     """
-    if os.environ.get("KDA_CHECK_VALUES") == "1":
+    if values_checked(inputs.q):
         check_inputs(inputs)
     return decode(inputs)
 
@@ -307,7 +298,7 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[CuteVa
     usual = Problem(Op.DECODE, (1,) * 128, H=32, HV=32, packed=False, pool_slots=256)
     yield _variant("softplus", usual, gpu)
     yield _variant("softplus few", dataclasses.replace(usual, seq_lens=(1,), pool_slots=2), gpu)
-    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=-5.0)), gpu)
+    yield _variant("safe", dataclasses.replace(usual, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)), gpu)
     yield _variant("softplus bf16-state", dataclasses.replace(usual, state_dtype="bfloat16"), gpu)
     yield _variant("softplus packed", dataclasses.replace(usual, packed=True), gpu)
 

@@ -30,17 +30,18 @@ from kda_kernels.cute.prefill_plan import Split, plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant
-from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.dtypes import name_of
+from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.peers.contract import Contract
 from kda_kernels.problem import CHUNK as PAIR
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
-LEAST_BOUND = -5.0  # 16 tokens of it are exp(80): see `prefill_kernel`
+LEAST_BOUND = SAFE_BOUND  # 16 tokens of it are exp(80): see `prefill_kernel`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def prefill(
         UnavailableError: it cannot run on this machine.
     """
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
-    ht = _new_state(inputs) if inputs.state_indices is None and inputs.output_final_state else None
+    ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
     h = _room_for_states(inputs) if return_intermediate_states else None
     launch(inputs, o, ht, h)
     final = ht if inputs.state_indices is None else inputs.state
@@ -111,7 +112,7 @@ def _room_for_states(inputs: Inputs) -> torch.Tensor:
     from kda_kernels.triton.chunk_indices import max_chunks
 
     (B, T, _, K), (HV, V) = inputs.q.shape, inputs.v.shape[2:]
-    slots = B * -(-T // PAIR) if inputs.cu_seqlens is None else max_chunks(T, _sequences(inputs))
+    slots = B * -(-T // PAIR) if inputs.cu_seqlens is None else max_chunks(T, inputs.N)
     return torch.empty((slots, HV, K, V), dtype=inputs.k.dtype, device=inputs.k.device)
 
 
@@ -127,7 +128,7 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None, h: t
         if ht is not None:
             ht.zero_() if inputs.state is None else ht.copy_(inputs.state)
         return
-    split = _split(_sequences(inputs), B * T, inputs.v.shape[2], multiprocessors(inputs.q.device))
+    split = _split(inputs.N, B * T, inputs.v.shape[2], multiprocessors(inputs.q.device))
     if split is not None and h is None:
         _launch_split(split, inputs, o, ht)
         return
@@ -139,7 +140,7 @@ def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tenso
     from kda_kernels.triton.segment_outputs import add_segment_outputs
     from kda_kernels.triton.segment_scan import scan_segments
 
-    (B, T, HV, V), K, N = inputs.v.shape, inputs.q.shape[3], _sequences(inputs)
+    (B, T, HV, V), K, N = inputs.v.shape, inputs.q.shape[3], inputs.N
     indices, offsets = inputs.state_indices, inputs.cu_seqlens
     summaries, starts, reads = (
         torch.empty(shape, dtype=dtype, device=inputs.q.device)
@@ -164,7 +165,7 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if (reason := unsupported_tensors(inputs)) is not None:
         raise InputError(f"cute-prefill: {reason}")
-    v, N = inputs.v, _sequences(inputs)
+    v, N = inputs.v, inputs.N
     both = torch.empty((2 * N, v.shape[2], v.shape[3], inputs.q.shape[3]), dtype=torch.float32, device=v.device)
     if not v.shape[0] * v.shape[1]:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
@@ -201,10 +202,6 @@ def _workspaces(
     yield (units * split.segment, HV, K), torch.bfloat16
 
 
-def _sequences(inputs: Inputs) -> int:
-    return inputs.q.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-
-
 def _call(
     part: Part,
     inputs: Inputs,
@@ -225,24 +222,18 @@ def _call(
     arguments = (
         q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
         inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads, h,
-        q.shape[3] ** -0.5 if options.scale is None else options.scale, options.lower_bound or 0.0,
+        options.scale_for(q.shape[3]), options.lower_bound or 0.0,
         lead, segment, begin, limit,
     )  # fmt: skip
     function = _function(part, inputs, h0, ht, h is not None)
     try:
         function(*arguments)
     except (TypeError, ValueError) as error:  # nothing was launched
-        raise InputError(f"cute-prefill: {' '.join(str(error).split())}") from None
+        raise InputError(f"cute-prefill: {one_line(str(error))}") from None
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else parameter.view(-1)
-
-
-def _new_state(inputs: Inputs) -> torch.Tensor:
-    q, v = inputs.q, inputs.v
-    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    return torch.empty((_sequences(inputs), v.shape[2], v.shape[3], q.shape[3]), dtype=dtype, device=q.device)
 
 
 def _function(
@@ -272,7 +263,7 @@ def spec_of(
     """What the kernel has to be compiled for."""
 
     def name(x: torch.Tensor | None) -> str | None:
-        return None if x is None else _name(x.dtype)
+        return None if x is None else name_of(x.dtype)
 
     options = inputs.options
     return PrefillSpec(
@@ -327,6 +318,8 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
     )  # fmt: skip
     if reason is not None:
         return reason
+    if lacking := inputs.features() - CONTRACT.features:
+        return f"it does not support {min(lacking)}"
     for name, x in (("q", q), ("k", inputs.k), ("v", v), ("g", inputs.g), ("out", out)):
         if x is not None and not _by_tma(x):
             return (
@@ -356,8 +349,8 @@ def _unsupported_kind(
     """What `CONTRACT` says of such tensors."""
     for param in params or (torch.float32,):
         problem = Problem(
-            Op.PREFILL, (1,), H=H, HV=HV, K=K, V=V, dtype=_name(dtype), g_dtype=_name(g), beta_dtype=_name(beta),
-            param_dtype=_name(param), state_dtype=_name(state), initial_state=has_state, final_state=has_state,
+            Op.PREFILL, (1,), H=H, HV=HV, K=K, V=V, dtype=name_of(dtype), g_dtype=name_of(g), beta_dtype=name_of(beta),
+            param_dtype=name_of(param), state_dtype=name_of(state), initial_state=has_state, final_state=has_state,
             state_v_first=v_first, options=options,
         )  # fmt: skip
         if (reason := CONTRACT.refusal(problem)) is not None:
@@ -370,10 +363,6 @@ def _by_tma(x: torch.Tensor) -> bool:
     step = 16 // x.element_size()
     b, t, h, _ = x.stride()
     return not x.numel() or not (b % step or t % step or h % step or x.data_ptr() % 16) and b * t * h != 0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def run(inputs: Inputs) -> Outputs:

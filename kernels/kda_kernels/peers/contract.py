@@ -7,9 +7,8 @@ is refused here never runs, so whatever does run and comes out wrong is the peer
 import dataclasses
 from collections.abc import Iterator
 
-from kda_kernels.problem import DTYPES, STATE_DTYPES, Gate, Problem
-
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+from kda_kernels.dtypes import FLOATS
+from kda_kernels.problem import Gate, Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,8 @@ class Contract:
         carried_state: what it says that it carries states in from chunk to chunk, where that is less than their own
             dtype; states are judged as such.
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
-        padding: takes index -1.
+        padding: takes negative state indices.
+        features: what it has of `kda_kernels.problem.FEATURES`.
         aligned: names of the tensors whose addresses should be multiples of 16 bytes. A `Problem` says nothing of
             addresses: the adapter refuses them when it runs, by `given.require_aligned`.
         why: reasons to print in place of the plain ones: (field, reason).
@@ -38,8 +38,8 @@ class Contract:
     dtypes: tuple[str, ...] = ("bfloat16",)
     g_dtypes: tuple[str, ...] = ("bfloat16",)
     beta_dtypes: tuple[str, ...] = ("bfloat16",)
-    param_dtypes: tuple[str, ...] = DTYPES
-    state_dtypes: tuple[str, ...] = STATE_DTYPES
+    param_dtypes: tuple[str, ...] = tuple(FLOATS)
+    state_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     carried_state: str | None = None
     K: tuple[int, ...] = (128,)
     V_multiple: int = 1
@@ -56,6 +56,7 @@ class Contract:
     plain_state: bool = True
     pool: bool = True
     padding: bool = False
+    features: frozenset[str] = frozenset()
     aligned: tuple[str, ...] = ()
     why: tuple[tuple[str, str], ...] = ()
 
@@ -79,7 +80,7 @@ class Contract:
             *((("param_dtypes", "A_log and dt_bias are", problem.param_dtype),) if raw else ()),
         ):
             if have not in (takes := getattr(self, field)):
-                yield self._because(field, f"{tensors} {_SHORT[have]}: it takes {_names(takes)}")
+                yield self._because(field, f"{tensors} {FLOATS[have].short}: it takes {_names(takes)}")
 
     def _shapes(self, problem: Problem) -> Iterator[str]:
         if problem.K not in self.K:
@@ -107,7 +108,7 @@ class Contract:
             yield self._because("neg_eigval", "it has no allow_neg_eigval")
         if options.qk_l2norm not in self.l2norm:
             yield "it always normalises q and k" if not options.qk_l2norm else "it does not normalise q and k"
-        if not self.any_scale and problem.scale != problem.K**-0.5:
+        if not self.any_scale and not problem.has_usual_scale:
             yield f"scale is {problem.scale}: it has K ** -0.5 built in"
 
     def _state(self, problem: Problem) -> Iterator[str]:
@@ -118,7 +119,7 @@ class Contract:
         # without an incoming state the final one is asked for in fp32
         dtype = problem.state_dtype if pooled or problem.initial_state else "float32"
         if stateful and dtype not in self.state_dtypes:
-            yield f"the state is {_SHORT[dtype]}: it takes {_names(self.state_dtypes)}"
+            yield f"the state is {FLOATS[dtype].short}: it takes {_names(self.state_dtypes)}"
         if pooled and not self.pool:
             yield "it has no state pool"
         if not pooled and not self.plain_state:
@@ -131,4 +132,4 @@ class Contract:
 
 
 def _names(dtypes: tuple[str, ...]) -> str:
-    return " or ".join(_SHORT[name] for name in dtypes)
+    return " or ".join(FLOATS[name].short for name in dtypes)

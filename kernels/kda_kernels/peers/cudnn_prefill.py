@@ -13,10 +13,12 @@ import importlib.util
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.dtypes import FLOATS
+from kda_kernels.errors import one_line
 from kda_kernels.peers import here
 from kda_kernels.peers.contract import Contract
 from kda_kernels.peers.given import gate_parameters, offsets, require_aligned
-from kda_kernels.problem import DTYPES, Gate, Problem
+from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 
 ENGINE = "kda_hopper_cuda"
@@ -26,7 +28,7 @@ OP = "cudnn.linear_attention.ops"
 # part of its time. Of addresses the package says, beside its other Hopper engine, that all but cu_seqlens are multiples
 # of 16 bytes; this one copies 16 bytes at a time and does not check ("misaligned address").
 CONTRACT = Contract(
-    g_dtypes=DTYPES,
+    g_dtypes=tuple(FLOATS),
     beta_dtypes=("float32", "bfloat16"),
     square=True,
     gates=(Gate.SAFE, Gate.NONE),
@@ -58,7 +60,7 @@ def _no_engine() -> str | None:
     try:
         importlib.import_module("cudnn.linear_attention.cake.compiler").cuda_include_dirs()
     except Exception as error:
-        return f"cudnn finds no NVRTC or no CUDA headers: {' '.join(str(error).split())}"
+        return f"cudnn finds no NVRTC or no CUDA headers: {one_line(error)}"
     return None
 
 

@@ -55,9 +55,8 @@ def run(inputs: Inputs) -> Outputs:
     check_inputs(inputs)
     require_aligned(inputs, CONTRACT.aligned)
     if not inputs.state.is_contiguous():
-        raise InputError(
-            f"state has strides {list(inputs.state.stride())}: cuLA takes a pool without gaps between slots"
-        )
+        found = f"has strides {list(inputs.state.stride())}"
+        raise InputError("state", found, "cuLA takes a pool without gaps between slots")
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = kda_decode(

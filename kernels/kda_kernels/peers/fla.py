@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from kda_kernels.problem import Gate
+from kda_kernels.problem import SAFE_BOUND, Gate
 from kda_kernels.tensors import Inputs
 
 OLDEST = (0, 6)  # the first with state_v_first, grouped value heads and beta logits in all of its KDA functions
-SAFE_RANGE = -5.0  # FLA's safe_gate promises log decays in [-5, 0]
 
 
 def unsupported_here() -> str | None:
@@ -63,4 +62,4 @@ def options_of(inputs: Inputs) -> dict[str, Any]:
 def safe_gate(inputs: Inputs) -> bool:
     """Whether FLA may take the gates as bounded, which makes its chunk kernels faster."""
     bound = inputs.options.lower_bound
-    return bound is not None and bound >= SAFE_RANGE
+    return bound is not None and bound >= SAFE_BOUND

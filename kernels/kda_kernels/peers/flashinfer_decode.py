@@ -54,7 +54,7 @@ def run(inputs: Inputs) -> Outputs:
     check_inputs(inputs)
     options, raw = inputs.options, inputs.options.gate is not Gate.NONE
     if raw and inputs.A_log is None:
-        raise InputError("A_log is missing: this kernel should be given one")
+        raise InputError("A_log", "is missing", "this kernel should be given one")
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o, _ = recurrent_kda(
             *(x.flatten(0, 1).unsqueeze(0).contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)),

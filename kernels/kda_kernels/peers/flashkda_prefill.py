@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.errors import UnavailableError
+from kda_kernels.errors import UnavailableError, one_line
 from kda_kernels.peers import here
 from kda_kernels.peers.contract import Contract
 from kda_kernels.peers.given import gate_parameters, require_aligned
-from kda_kernels.problem import Gate, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 
 LIBRARY = "KDA_FLASHKDA_LIB"
@@ -31,7 +31,7 @@ CONTRACT = Contract(
     square=True,
     grouped_heads=False,
     gates=(Gate.SAFE,),
-    least_bound=-5.0,
+    least_bound=SAFE_BOUND,
     carried_state="bfloat16",  # docs/20260420-flashkda-v1-deep-dive.md, "Numerical Precision"
     aligned=("q", "k", "v", "g", "beta", "dt_bias", "state"),
     why=(("padding", "FlashKDA has no padding: vLLM takes the padding rows out of the batch before it"),),
@@ -83,7 +83,7 @@ def _load(library: str):
         torch.ops.load_library(library)
         return torch.ops._flashkda_C.fwd, torch.ops._flashkda_C.get_workspace_size
     except (OSError, AttributeError) as error:
-        raise UnavailableError(f"{library} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UnavailableError(f"{library} cannot be loaded: {one_line(error)}") from error
 
 
 def run(inputs: Inputs) -> Outputs:
@@ -117,7 +117,7 @@ def run(inputs: Inputs) -> Outputs:
         fwd(
             *(x.contiguous() for x in (q, inputs.k, inputs.v, inputs.g)),
             inputs.beta,
-            K**-0.5 if options.scale is None else options.scale,
+            inputs.scale,
             o,
             torch.empty(get_workspace_size(B * T, H, N), dtype=torch.uint8, device=q.device),
             A_log,

@@ -45,7 +45,7 @@ def gate_parameters(
     """
     for name in ("A_log", "dt_bias"):
         if getattr(inputs, name) is None:
-            raise InputError(f"{name} is missing: this kernel should be given A_log and dt_bias")
+            raise InputError(name, "is missing", "this kernel should be given A_log and dt_bias")
     HV, K = inputs.v.shape[2], inputs.q.shape[3]
     return (
         parameter(inputs.A_log, A_log or inputs.A_log.dtype).view(HV),
@@ -79,4 +79,5 @@ def require_aligned(inputs: Inputs, names: Iterable[str], size: int = 16) -> Non
     for name, tensor in inputs.tensors().items():
         in_place = tensor.is_contiguous() or (name == "state" and inputs.state_indices is not None)
         if name in names and in_place and tensor.data_ptr() % size:
-            raise InputError(f"{name} is not aligned: its address should be a multiple of {size} bytes for this kernel")
+            wanted = f"its address should be a multiple of {size} bytes for this kernel"
+            raise InputError(name, "is not aligned", wanted)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from kda_kernels.errors import UnavailableError
+from kda_kernels.errors import UnavailableError, one_line
 
 
 def missing_package(packages: Sequence[str], how: str) -> str | None:
@@ -51,7 +51,7 @@ def load(modules: Sequence[str]) -> ModuleType:
             with contextlib.redirect_stdout(sys.stderr):
                 return importlib.import_module(name)
         except Exception as error:  # whatever a package's import throws, it is not there for us
-            reasons.append(f"{name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}")
+            reasons.append(f"{name} cannot be imported: {one_line(error)}")
     raise UnavailableError(reasons[0] if reasons else f"{modules[0]} is not installed")
 
 

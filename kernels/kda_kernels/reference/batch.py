@@ -9,9 +9,11 @@ from itertools import accumulate
 
 import torch
 
-from kda_kernels.checks import Dims, check_inputs, seq_lens
+from kda_kernels.checks import check_inputs, loaded_slots, require_features, seq_lens
 from kda_kernels.reference.gate import beta_values, l2norm, log_decay
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Dims, Inputs
+
+FEATURES = frozenset(("strided_indices", "tail", "workspace", "batch_invariant", "null_slot"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +51,16 @@ class Batch:
 def prepare(inputs: Inputs, dtype: torch.dtype) -> Batch:
     """Applies the activations of `inputs` in `dtype`. Raises `InputError` (see `check_inputs`)."""
     dims = check_inputs(inputs, values=True)
+    require_features(inputs, FEATURES, "the reference")
     options, rows, group = inputs.options, dims.B * dims.T, dims.HV // dims.H
     norm = l2norm if options.qk_l2norm else torch.Tensor.to
-    scale = dims.K**-0.5 if options.scale is None else options.scale
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(rows, dims.H, dims.K).repeat_interleave(group, dim=1)
 
     return Batch(
         dims=dims,
-        q=heads(norm(inputs.q, dtype) * scale),
+        q=heads(norm(inputs.q, dtype) * inputs.scale),
         k=heads(norm(inputs.k, dtype)),
         v=inputs.v.to(dtype).reshape(rows, dims.HV, dims.V),
         g=log_decay(inputs.g, inputs.A_log, inputs.dt_bias, options, dtype).reshape(rows, dims.HV, dims.K),
@@ -70,7 +72,7 @@ def prepare(inputs: Inputs, dtype: torch.dtype) -> Batch:
 def _sequences(inputs: Inputs, dims: Dims) -> list[Sequence]:
     lens = seq_lens(inputs, dims)
     starts = [0, *accumulate(lens)][:-1]
-    slots = range(dims.N) if inputs.state_indices is None else inputs.state_indices.tolist()
+    slots = range(dims.N) if inputs.state_indices is None else loaded_slots(inputs)
     live = (Sequence(*where) for where in zip(starts, lens, slots, strict=True) if where[1] > 0 and where[2] >= 0)
     return sorted(live, key=lambda sequence: -sequence.length)
 
@@ -103,8 +105,7 @@ def store_states(
     if dtype is None:
         dtype = torch.float32 if inputs.state is None else inputs.state.dtype
     if inputs.state is None:
-        inner = (dims.V, dims.K) if inputs.state_v_first else (dims.K, dims.V)
-        out = states.new_zeros(dims.N, dims.HV, *inner, dtype=dtype)
+        out = states.new_zeros(inputs.state_shape(dims.N), dtype=dtype)
     else:
         out = inputs.state if pooled and in_place else inputs.state.to(dtype, copy=True)
     if not inputs.state_v_first:

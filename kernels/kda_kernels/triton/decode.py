@@ -9,21 +9,21 @@ import functools
 
 import torch
 
-from kda_kernels.checks import check_inputs
+from kda_kernels.checks import check_inputs, require_features, require_no_tail
 from kda_kernels.ints import cdiv, next_power_of_2
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
 
-MAX_HEAD = 256
+FEATURES = frozenset(("token_states",))
 # What `kda compile` builds where nothing is said: a pool in place, one token a sequence.
 _POOL = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
 USUAL = {
     "softplus": _POOL,
-    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=-5.0)),
+    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus bf16-state": dataclasses.replace(_POOL, state_dtype="bfloat16"),
     "softplus packed": dataclasses.replace(_POOL, packed=True),
 }
@@ -61,7 +61,6 @@ def decode(
     config: DecodeConfig | None = None,
     *,
     final_state: torch.Tensor | None = None,
-    token_states: torch.Tensor | None = None,
 ) -> Outputs:
     """Runs a checked problem: any number of tokens a sequence, though it is meant for one or a few.
 
@@ -72,8 +71,6 @@ def decode(
         config: tuning choices; None lets `DecodeConfig.choose` decide.
         final_state: without a pool, where the final states go, shaped like a plain state, in fp32 or bf16; it may be
             `inputs.state` itself. None: a new tensor in the dtype of the state if `inputs.output_final_state`.
-        token_states: [B, T, HV, V, K] ([.., K, V] for a K-first state) in fp32 or bf16, contiguous from HV on: the
-            state after each token goes there too; nothing is written for padding.
 
     Returns:
         Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token.
@@ -82,21 +79,21 @@ def decode(
         UnavailableError: the tensors lie where Triton cannot work.
     """
     require_device(inputs.q)
+    require_features(inputs, FEATURES, "triton-decode")
+    require_no_tail(inputs, "triton-decode")
     q, k, v, g, beta, options = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.options
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     packed = inputs.cu_seqlens is not None
-    N = inputs.cu_seqlens.shape[0] - 1 if packed else B
-    h0 = inputs.state
+    N = inputs.N
+    h0, token_states = inputs.state, inputs.token_states
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device) if out is None else out
     if inputs.state_indices is not None:
         ht = h0
     elif final_state is not None or not inputs.output_final_state:
         ht = final_state
     else:
-        last = (V, K) if inputs.state_v_first else (K, V)
-        dtype = torch.float32 if h0 is None else h0.dtype
-        ht = torch.empty((N, HV, *last), dtype=dtype, device=q.device)
+        ht = inputs.new_final_state()
     if config is None:
         config = DecodeConfig.choose(N * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
     grid = cdiv(V, config.BV) * HV * N
@@ -105,7 +102,7 @@ def decode(
     with stage("decode"), on_device(q):
         decode_kernel[(grid,)](
             q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, token_states, inputs.state_indices,
-            inputs.cu_seqlens, K**-0.5 if options.scale is None else options.scale,
+            inputs.cu_seqlens, options.scale_for(K),
             0.0 if options.lower_bound is None else options.lower_bound,
             T,
             *_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed),

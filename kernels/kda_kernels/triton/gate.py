@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kda_kernels.checks import check_gate, check_inputs
 from kda_kernels.ints import cdiv
-from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
+from kda_kernels.problem import CHUNK, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.common import GATE_CODES, log_decay
@@ -22,7 +22,7 @@ from kda_kernels.triton.runtime import on_device, require_device, unsupported_he
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
 UNROLL = 8  # tokens whose loads are in flight together
 # What `kda compile` builds where nothing is said.
-_BOUNDS = {Gate.SOFTPLUS: None, Gate.SAFE: -5.0, Gate.NONE: None}
+_BOUNDS = {Gate.SOFTPLUS: None, Gate.SAFE: SAFE_BOUND, Gate.NONE: None}
 USUAL = {
     str(gate): Problem(Op.GATE, (8192,), H=32, HV=32, options=Options(gate=gate, lower_bound=bound))
     for gate, bound in _BOUNDS.items()

@@ -9,12 +9,12 @@ import dataclasses
 
 import torch
 
-from kda_kernels.checks import Dims, check_inputs
+from kda_kernels.checks import check_inputs, require_features, require_no_tail
 from kda_kernels.errors import InputError
 from kda_kernels.ints import cdiv, next_power_of_2
-from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
+from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Dims, Inputs, Outputs
 from kda_kernels.triton.chunk_chain import chunk_chain_kernel
 from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
 from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
@@ -31,12 +31,12 @@ from kda_kernels.triton.runtime import (
     unsupported_here,
 )
 
-MAX_HEAD = 256
+FEATURES: frozenset[str] = frozenset()
 MAX_TOKEN_STRIDE = 2**25  # 64 of them fit 32-bit offsets
 # What `kda compile` builds where nothing is said: packed prompts on a pool, and one, of narrow slices.
 _POOL = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
 USUAL = {
-    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=-5.0)),
+    "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus": dataclasses.replace(_POOL, seq_lens=(8192,)),
 }
 MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
@@ -101,14 +101,16 @@ def prefill(
         Outputs, with the pool itself as final_state when there is one; and h if asked for.
     """
     require_device(inputs.q)
+    require_features(inputs, FEATURES, "triton-prefill")
+    require_no_tail(inputs, "triton-prefill")
     q, k, v = inputs.q, inputs.k, inputs.v
     for name in ("q", "k", "v", "g"):
         if (stride := getattr(inputs, name).stride(1)) >= MAX_TOKEN_STRIDE:
-            raise InputError(f"{name} has stride {stride} between tokens: it should be under {MAX_TOKEN_STRIDE}")
+            raise InputError(name, f"has stride {stride} between tokens", f"it should be under {MAX_TOKEN_STRIDE}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    N = B if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-    dims = Dims(B, T, N, H, HV, K, V)
+    dims = inputs.dims
+    N = dims.N
     if config is None:
         itemsize = operand_dtype(q.dtype).itemsize
         config = PrefillConfig.choose(dims, itemsize, multiprocessors(q.device), shared_memory(q.device))
@@ -119,7 +121,7 @@ def prefill(
         if chunk_indices is None:
             chunk_indices = prepare_chunk_indices(inputs.cu_seqlens, T)
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device) if out is None else out
-    h0, ht = inputs.state, _final_state(inputs, dims)
+    h0, ht = inputs.state, _final_state(inputs)
     vk = (3, 2) if inputs.state_v_first else (2, 3)  # positions of the K and V dimensions in a state
     h = torch.empty((slots, HV, K, V), dtype=k.dtype, device=k.device) if return_intermediate_states else None
     work = Workspace.allocate(dims, slots, operand_dtype(q.dtype), q.device)
@@ -157,7 +159,7 @@ def _factors(
     q, k, g, beta, options = inputs.q, inputs.k, inputs.g, inputs.beta, inputs.options
     T, H, K = q.shape[1:]
     HV = g.shape[2]
-    scale = K**-0.5 if options.scale is None else options.scale
+    scale = options.scale_for(K)
     lower_bound = 0.0 if options.lower_bound is None else options.lower_bound
     out = (work.qg, work.kg, work.kd, work.L, work.Aqk, work.decay, work.rate)
     seqs = (inputs.cu_seqlens, chunk_indices)
@@ -176,14 +178,10 @@ def _factors(
             chunk_factors_kernel[grid](*tensors, chunk_sums(q.device), *seqs, *numbers, **flags)
 
 
-def _final_state(inputs: Inputs, dims: Dims) -> torch.Tensor | None:
+def _final_state(inputs: Inputs) -> torch.Tensor | None:
     if inputs.state_indices is not None:
         return inputs.state
-    if not inputs.output_final_state:
-        return None
-    last = (dims.V, dims.K) if inputs.state_v_first else (dims.K, dims.V)
-    dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    return torch.empty((dims.N, dims.HV, *last), dtype=dtype, device=inputs.q.device)
+    return inputs.new_final_state() if inputs.output_final_state else None
 
 
 def _strides(state: torch.Tensor | None, vk: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from kda_kernels.checks import Dims
 from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK
+from kda_kernels.tensors import Dims
 
 
 @dataclasses.dataclass(frozen=True)

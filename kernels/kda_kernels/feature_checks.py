@@ -1,0 +1,189 @@
+"""Checks of what a call uses beyond the operation itself: shapes of the features, and what indices and lengths hold."""
+
+from itertools import pairwise
+
+import torch
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import CHUNK
+from kda_kernels.tensor_checks import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_contiguous,
+    check_states,
+    check_tensor,
+    shape_error,
+)
+from kda_kernels.tensors import Checkpoints, Dims, Inputs
+
+_BOOL = frozenset((torch.bool,))
+_BYTES = frozenset((torch.uint8,))
+
+
+def check_features(inputs: Inputs, dims: Dims) -> None:
+    """Shapes, dtypes and devices of the features that checked tensors come with. Raises `InputError`."""
+    N, pooled = dims.N, inputs.state_indices is not None
+    for name in ("null_slot", "num_accepted_tokens"):
+        if getattr(inputs, name) is not None and not pooled:
+            raise InputError(name, "is given without state_indices", "it should come with a state pool")
+    if not inputs.update_state and not pooled:
+        raise InputError("update_state", "is False without state_indices", "only a state pool is updated")
+    if inputs.has_initial_state is not None and inputs.state is None:
+        raise InputError("has_initial_state", "is given without a state", "it should come with one")
+    for name, dtypes in (
+        ("has_initial_state", _BOOL),
+        ("num_accepted_tokens", INDEX_DTYPES),
+        ("token_state_indices", INDEX_DTYPES),
+    ):
+        if (t := getattr(inputs, name)) is not None:
+            check_tensor(name, t, dtypes, inputs.q, "q")
+            if t.shape != (N,):
+                raise shape_error(name, t, f"[N] = [{N}], one for each sequence")
+            check_contiguous(name, t)
+    if inputs.token_states is not None or inputs.token_state_indices is not None:
+        _check_token_states(inputs, dims)
+    if inputs.checkpoints is not None:
+        _check_checkpoints(inputs.checkpoints, inputs, N)
+    if inputs.workspace is not None:
+        check_tensor("workspace", inputs.workspace, _BYTES, inputs.q, "q")
+        check_contiguous("workspace", inputs.workspace)
+
+
+def _check_token_states(inputs: Inputs, dims: Dims) -> None:
+    """Contiguous from HV on, and room for every token."""
+    states = inputs.token_states
+    if states is None:
+        raise InputError("token_state_indices", "is given without token_states", "it should name rows of them")
+    check_tensor("token_states", states, FLOAT_DTYPES, inputs.q, "q")
+    inner = inputs.state_shape(1)[1:]
+    if inputs.token_state_indices is None:
+        if states.shape != (dims.B, dims.T, *inner):
+            raise shape_error("token_states", states, str([dims.B, dims.T, *inner]))
+    elif states.ndim != 5 or states.shape[2:] != inner:
+        raise shape_error("token_states", states, f"[R, S, {', '.join(map(str, inner))}]")
+    elif inputs.cu_seqlens is None and states.shape[1] < dims.T:
+        raise shape_error("token_states", states, f"[R, S, ..] with room for T = {dims.T} tokens in S")
+    if not states[:1, :1].is_contiguous():
+        wanted = "it should be contiguous from HV on"
+        raise InputError("token_states", f"has strides {list(states.stride())}", wanted)
+
+
+def _check_checkpoints(kept: Checkpoints, inputs: Inputs, N: int) -> None:
+    check_states("checkpoints.states", kept.states, inputs, "R", written=True)
+    check_tensor("checkpoints.rows", kept.rows, INDEX_DTYPES, inputs.q, "q")
+    if kept.rows.ndim not in (1, 2) or kept.rows.shape[0] != N:
+        raise shape_error("checkpoints.rows", kept.rows, f"[N] = [{N}] or [N, C]")
+    check_contiguous("checkpoints.rows", kept.rows)
+    if (kept.offsets is None) == (kept.every is None):
+        given = "neither" if kept.offsets is None else "both"
+        raise InputError("checkpoints", f"has {given} of offsets and every", "it should have one of them")
+    if kept.offsets is not None:
+        check_tensor("checkpoints.offsets", kept.offsets, INDEX_DTYPES, inputs.q, "q")
+        if kept.offsets.shape != kept.rows.shape:
+            raise shape_error("checkpoints.offsets", kept.offsets, f"{list(kept.rows.shape)}, as checkpoints.rows")
+        check_contiguous("checkpoints.offsets", kept.offsets)
+    elif kept.every < 1 or kept.every % CHUNK:
+        raise InputError("checkpoints.every", f"is {kept.every}", f"it should be a multiple of {CHUNK}")
+
+
+def check_values(inputs: Inputs, dims: Dims) -> None:
+    """What lengths and indices hold; reads them, for which the host waits for a GPU. Raises `InputError`."""
+    if inputs.cu_seqlens is not None:
+        check_offsets(inputs.cu_seqlens, dims.T)
+        if inputs.cu_seqlens_cpu is not None and inputs.cu_seqlens_cpu.tolist() != inputs.cu_seqlens.tolist():
+            raise InputError("cu_seqlens_cpu", "differs from cu_seqlens", "it should be the same on the host")
+    lens = seq_lens(inputs, dims)
+    if inputs.state_indices is not None:
+        if inputs.num_accepted_tokens is not None:
+            _check_accepted(inputs, lens)
+        _check_slots(inputs, lens)
+    if inputs.token_state_indices is not None:
+        room = inputs.token_states.shape[1]
+        if max(lens, default=0) > room:
+            wanted = f"it should have room for {max(lens)} tokens"
+            raise InputError("token_states", f"has S = {room} rows a sequence", wanted)
+        _check_rows("token_state_indices", inputs.token_state_indices, inputs.token_states.shape[0])
+    if (kept := inputs.checkpoints) is not None:
+        _check_rows("checkpoints.rows", kept.rows, kept.states.shape[0])
+        for offset in [] if kept.offsets is None else kept.offsets.flatten().tolist():
+            if offset > 0 and offset % CHUNK:
+                raise InputError("checkpoints.offsets", f"holds {offset}", f"they should be multiples of {CHUNK}")
+
+
+def check_offsets(cu_seqlens: torch.Tensor, T: int, *, exact: bool = False) -> None:
+    """`exact`: no tokens may lie behind the last sequence."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise InputError("cu_seqlens", f"starts at {offsets[0]}", "it should start at 0")
+    for position, (start, end) in enumerate(pairwise(offsets), 1):
+        if end < start:
+            found = f"falls from {start} to {end} (at position {position})"
+            raise InputError("cu_seqlens", found, "it should never decrease")
+    if offsets[-1] > T or (exact and offsets[-1] != T):
+        wanted = f"it should end at T = {T}, the number of tokens" + ("" if exact else ", or before")
+        raise InputError("cu_seqlens", f"ends at {offsets[-1]}", wanted)
+
+
+def seq_lens(inputs: Inputs, dims: Dims) -> list[int]:
+    """Tokens of each sequence (reads cu_seqlens, which synchronises a GPU)."""
+    if inputs.cu_seqlens is None:
+        return [dims.T] * dims.N
+    return [end - start for start, end in pairwise(inputs.cu_seqlens.tolist())]
+
+
+def loaded_slots(inputs: Inputs) -> list[int]:
+    """The slot of a pool that each sequence loads its state from, -1 for padding (synchronises a GPU)."""
+    slots = inputs.state_indices[: inputs.N].tolist()
+    if inputs.num_accepted_tokens is not None:
+        slots = [row[n - 1] for row, n in zip(slots, inputs.num_accepted_tokens.tolist(), strict=True)]
+    return [-1 if slot < 0 or slot == inputs.null_slot else slot for slot in slots]
+
+
+def stored_slots(inputs: Inputs, lens: list[int]) -> list[list[int]]:
+    """The slots of a pool that each sequence stores states to, in order of its tokens; -1: nowhere.
+
+    One for the final state; with num_accepted_tokens one for each token. Padding stores nothing.
+    """
+    loaded = loaded_slots(inputs)
+    if inputs.num_accepted_tokens is None:
+        return [[slot] for slot in loaded]
+    rows = inputs.state_indices[: inputs.N].tolist()
+    live = [row[:n] if slot >= 0 else [] for row, n, slot in zip(rows, lens, loaded, strict=True)]
+    return [[-1 if slot < 0 or slot == inputs.null_slot else slot for slot in row] for row in live]
+
+
+def _check_accepted(inputs: Inputs, lens: list[int]) -> None:
+    columns = inputs.state_indices.shape[1]
+    for position, accepted in enumerate(inputs.num_accepted_tokens.tolist()):
+        if not 1 <= accepted <= columns:
+            found = f"holds {accepted} (at position {position})"
+            raise InputError("num_accepted_tokens", found, f"it should be 1 to {columns}, a column of state_indices")
+    if max(lens, default=0) > columns:
+        wanted = f"it should have a column for each of {max(lens)} tokens"
+        raise InputError("state_indices", f"has {columns} columns", wanted)
+
+
+def _check_slots(inputs: Inputs, lens: list[int]) -> None:
+    """Slots of the pool, each of one sequence."""
+    slots, owner = inputs.state.shape[0], {}
+    used = zip(loaded_slots(inputs), stored_slots(inputs, lens), strict=True)
+    for position, (loaded, stored) in enumerate(used):
+        for slot in (loaded, *stored):
+            if slot >= slots:
+                where = f"0 to {slots - 1}" if slots else "of which there are none"
+                found = f"holds {slot} (at position {position})"
+                raise InputError("state_indices", found, f"it should be negative or a slot of the pool, {where}")
+            if slot >= 0 and owner.setdefault(slot, position) != position:
+                found = f"holds {slot} twice (at positions {owner[slot]} and {position})"
+                raise InputError("state_indices", found, "each slot should belong to one sequence")
+
+
+def _check_rows(name: str, rows: torch.Tensor, count: int) -> None:
+    """Rows of a buffer of `count`, none of them twice."""
+    seen = set()
+    for row in rows.flatten().tolist():
+        if row >= count:
+            raise InputError(name, f"holds {row}", f"it should be negative or a row, of which there are {count}")
+        if row >= 0 and row in seen:
+            raise InputError(name, f"holds {row} twice", "each row should be written once")
+        seen.add(row)
