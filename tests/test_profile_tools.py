@@ -1,208 +1,87 @@
-"""What `kda profile` draws, traces, reads from Nsight Compute and adds up; no GPU needed."""
+"""Profilers around `kda profile`, and ranges: programs that behave as nsys and ncu do, and real ones where they are."""
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from profile_stand_ins import SMALL, Kernel, load, rendered
 
 from kda_kernels import ranges
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
-from kda_kernels.problem import Gate, Op, Options, Problem
-from kdacli import plots
-from kdacli.commands.profile import command
-from kdacli.presets import PRESETS
-from kdacli.profile import chrome, halflife, inner, layer, ncu, nvtx, plot, report, report_ncu
-from kdacli.profile.cases import cases_from
-from kdacli.profile.columns import fitting
-from kdacli.profile.suites import Case
-from kdacli.profile.trace import Ranges, trace
-from kdacli.synthetic import make_inputs
-
-SMALL = Problem(Op.PREFILL, (64,), 1, 1, K=16, V=16)
-
-
-# Half-lives of gates
-
-
-def gates(half_life, tokens=100, heads=2, K=8):
-    """Activated gates whose channels all have this half-life, but jitter from token to token."""
-    problem = Problem(Op.PREFILL, (tokens,), heads, heads, K=K, V=8, g_dtype="float32", options=Options(gate=Gate.NONE))
-    inputs = make_inputs(problem)
-    mean = -math.log(2) / half_life
-    jitter = torch.tensor([0.5, 1.5]).repeat(tokens // 2)[None, :, None, None]
-    return dataclasses.replace(inputs, g=torch.full_like(inputs.g, mean) * jitter)
-
-
-@pytest.mark.parametrize(("half_life", "at"), [(0.4, 0), (2.0, 1), (10.0, 2), (700.0, 5), (1e6, 8)])
-def test_the_half_life_of_a_channel(half_life, at):
-    found = halflife.half_lives(gates(half_life))
-    assert found["p50"] == pytest.approx(half_life, rel=1e-4)
-    assert found["counts"] == [16 if i == at else 0 for i in range(9)]
-    assert found["tokens"] == 100
-
-
-def test_half_lives_differ_by_channel_and_come_from_raw_gates():
-    """Half of the channels forget in a token (dt_bias large), the others remember (dt_bias small)."""
-    options = Options(gate=Gate.SAFE, lower_bound=-5.0)
-    inputs = make_inputs(Problem(Op.PREFILL, (32,), 1, 1, K=8, V=8, options=options))
-    bias = torch.tensor([20.0, -12.0]).repeat(4)
-    inputs = dataclasses.replace(inputs, g=torch.zeros_like(inputs.g), A_log=torch.zeros(1), dt_bias=bias)
-    found = halflife.half_lives(inputs)
-    assert found["p10"] == pytest.approx(math.log(2) / 5, rel=1e-3)
-    assert found["p90"] == pytest.approx(math.log(2) * math.exp(12) / 5, rel=1e-3)
-    text = halflife.lines(found)
-    assert "< 1   50%  ████" in text[1]
-    assert ">= 16384   50%  ████" in text[-1]
-    assert text[0].endswith("median 22563, 10th to 90th percentile 0.139 to 22563 (from 32 tokens).")
-    assert max(map(len, text[1:])) <= 80
-
-
-def test_gates_that_never_forget():
-    inputs = gates(1.0)
-    found = halflife.half_lives(dataclasses.replace(inputs, g=torch.zeros_like(inputs.g)))
-    assert found["p50"] == math.inf
-    assert found["counts"][-1] == 16
-
-
-# Layers
-
-
-def parsed(*words):
-    return command.make_context("profile", list(words)).params
-
-
-def test_the_cases_of_a_layer():
-    cases, _ = cases_from(parsed("--layer", "kimi-k3", "--tp", "8", "-T", "32k", "-N", "64"))
-    prefill, decode = (case.problem for case in cases)
-    assert (prefill.op, prefill.N, prefill.T, prefill.H) == (Op.PREFILL, 1, 32768, 12)
-    assert (decode.op, decode.N, decode.T, decode.H) == (Op.DECODE, 64, 64, 12)
-    assert prefill.options == decode.options == Options(gate=Gate.SAFE, lower_bound=-5.0)
-    assert [case.gates for case in cases] == ["init", "init"]
-    cases, _ = cases_from(parsed("--layer", "kimi-linear", "--op", "decode", "--gates", "weak", "--gates", "bench"))
-    assert [(c.problem.H, c.problem.options.gate, c.gates) for c in cases] == [
-        (32, Gate.SOFTPLUS, "weak"), (32, Gate.SOFTPLUS, "bench")
-    ]  # fmt: skip
-
-
-def test_the_cost_of_a_models_layers():
-    """69 layers of 100 us and 8192 tokens: 6.9 ms, 1187 tokens a ms."""
-    row = {
-        "op": "prefill", "gates": "init", "kernel": "k", "median_us": 100.0, "low_us": 99.0, "high_us": 102.0,
-        "problem": {"seq_lens": [8192]},
-    }  # fmt: skip
-    found = layer.costs("kimi-k3", 8, [row, {"error": "boom"}])
-    assert found["kda_layers"] == PRESETS["kimi-k3"].kda_layers == 69
-    (cost,) = found["rows"]
-    assert (cost["ms"], cost["low_ms"], cost["high_ms"]) == (
-        pytest.approx(6.9),
-        pytest.approx(6.831),
-        pytest.approx(7.038),
-    )
-    assert cost["tokens_per_ms"] == pytest.approx(8192 / 6.9)
-    (table,) = report.layer_tables(found)
-    assert table.title.plain == "kimi-k3, TP 8, 69 KDA layers, prefill of 8192 tokens"
-    assert [str(cell) for column in table.columns for cell in column.cells][3:5] == ["6.900", "0.103"]
-    (table,) = report.layer_tables(layer.costs("kimi-k3", 8, [row | {"median_us": 324.0, "high_us": 324.4}]))
-    assert [str(cell) for column in table.columns for cell in column.cells][3] == "22.36"
-
-
-# Tables that fit
-
-
-@pytest.mark.parametrize(("columns", "kept"), [("200", 4), ("100", 3), ("80", 2), ("30", 2)])
-def test_columns_of_less_worth_go_first(columns, kept, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
-    names = ("kernel", "us", "x" * 70, "y" * 30)
-    table, left_out = fitting("t", names, [["triton-decode", "1.0", "2", "3"]], ("y" * 30, "x" * 70))
-    assert len(table.columns) == kept
-    assert left_out == ["y" * 30, "x" * 70][: 4 - kept]
-
-
-# Plots
-
-
-def record(*rows):
-    provenance = {"gpu": {"name": "H100"}, "date": "2026-11-22", "commit": None}
-    return {"provenance": provenance, "rows": list(rows), "ceilings": {"copy_gbps": 2440.0, "inplace_gbps": 3020.0}}
-
-
-def point(kernel, n, us, **extra):
-    return {
-        "op": "decode", "case": f"N={n}", "gates": "bench", "kernel": kernel, "point": {"N": n}, "median_us": us,
-        "floor_us": us / 2, "tflops": 0.5, "bytes": 1_000_000,
-        "problem": {"seq_lens": [1] * n, "H": 2, "state_dtype": "float32"},
-    } | extra  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_a_sweep_is_drawn(suffix, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = str(tmp_path / f"p.{suffix}")
-    plots.require(path)
-    plot.draw(record(*(point(k, n, n + 3.0) for k in ("ours", "peer") for n in (1, 2, 4))), path)
-    head = (tmp_path / f"p.{suffix}").read_bytes()
-    assert head.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
-
-
-def test_curves_and_the_floor_are_in_the_picture():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    found = plot.series([point(k, n, n + 3.0) for k in ("ours", "peer") for n in (1, 2, 4)])
-    panel = figure.subplots()
-    plot._against(panel, found)
-    assert [line.get_label() for line in panel.lines] == ["ours", "peer", "floor: bytes at the ceiling"]
-    assert list(panel.lines[1].get_xdata()) == [1, 2, 4]
-    assert list(panel.lines[1].get_ydata()) == [4.0, 5.0, 7.0]
-
-
-def test_a_roofline():
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    panel = figure.subplots()
-    ceilings = {"copy_gbps": 2440.0, "inplace_gbps": 3020.0, "tensor_tflops": 800.0}
-    plot.roofline(panel, [point("ours", 1, 10.0)], ceilings)
-    ((x, y),) = panel.collections[0].get_offsets()
-    assert (x, y) == (pytest.approx(0.5e12 * 10e-6 / 1e6), 0.5)  # operations in 10 us, over the bytes
-    roof = panel.lines[0]
-    assert roof.get_ydata()[0] == pytest.approx(roof.get_xdata()[0] * 2.440)
-    assert list(roof.get_ydata()[1:]) == [800.0, 800.0]  # flat from the ridge on
-    assert roof.get_xdata()[1] == pytest.approx(800.0 / 2.440)
-    with pytest.raises(InputError, match="no operations"):
-        plot.roofline(panel, [point("gate", 1, 10.0, tflops=None)], {})
-
-
-def test_a_picture_that_cannot_be(monkeypatch):
-    with pytest.raises(InputError, match="should end in"):
-        plots.require("x.gif")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UnavailableError, match=r"pip install matplotlib, or kdacli\[plot\]"):
-        plots.require("x.png")
-
+from kda_kernels.problem import Op, Problem
+from kdacli.profile.cases.suites import Case
+from kdacli.profile.reporting import launches, tables
+from kdacli.profile.tools import chrome, inner, ncu, nsys, nvtx
+from kdacli.profile.tools.trace import CALLS, Ranges, trace
 
 # Ranges and the trace
 
 
 @dataclasses.dataclass(frozen=True)
-class Staged:
-    name: str = "ours"
-    error: str | None = None
-    op: Op = Op.PREFILL
-
-    def unsupported(self, problem):
-        return None
-
+class Staged(Kernel):
     def run(self, inputs):
         with ranges.stage("chain"):
-            if self.error:
-                raise RuntimeError(self.error)
-            return inputs.q + inputs.q
+            return super().run(inputs)
 
 
-def load(case):
-    return make_inputs(case.problem)
+def test_ranges_cost_nothing_until_enabled():
+    opened = []
+
+    class Range:
+        def __init__(self, name):
+            opened.append(name)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            pass
+
+    with ranges.stage("a"):
+        pass
+    ranges.enable(Range)
+    try:
+        with ranges.stage("b"):
+            pass
+    finally:
+        ranges.disable()
+    with ranges.stage("c"):
+        pass
+    assert opened == ["b"]
+
+
+def test_nvtx_ranges_open_with_no_profiler():
+    with nvtx.open_range("case"), nvtx.open_range("kernel"):
+        pass
+
+
+def test_the_traced_run_shows_stages_of_the_measured_calls_only(monkeypatch):
+    opened = []
+
+    @dataclasses.dataclass
+    class Range:
+        name: str
+        payload: object
+
+        def __enter__(self):
+            opened.append(self.name)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(nvtx, "open_range", Range)
+    kernels = [Staged("bad", error="boom"), Staged("good")]
+    with pytest.raises(CheckFailedError, match="bad at S bench: RuntimeError: boom"):
+        trace([Case("S", SMALL, "bench")], load, kernels, lambda: None, lambda: None)
+    calls = [nvtx.EVICT, "good", "chain"] * CALLS
+    assert opened == ["S bench", nvtx.INPUTS, nvtx.WARM_UP, nvtx.WARM_UP, *calls]
+    with ranges.stage("after"):
+        pass
+    assert "after" not in opened
 
 
 def test_ranges_carry_the_shape(monkeypatch):
@@ -244,7 +123,7 @@ def test_a_trace_gives_call_and_stage_the_shape_of_the_case(monkeypatch):
 
     monkeypatch.setattr(nvtx, "shape", lambda problem: problem.T)
     shown = Ranges(Range, Measured, calls=1)
-    trace([Case("S", SMALL, "bench")], load, [Staged()], lambda: None, lambda: None, shown)
+    trace([Case("S", SMALL, "bench")], load, [Staged("ours")], lambda: None, lambda: None, shown)
     assert opened == [
         ("S bench", 64), ("inputs", None), ("warm-up", None), ("evict", None), ("ours", 64), ("chain", 64)
     ]  # fmt: skip
@@ -257,12 +136,172 @@ def test_a_timeline_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     path = tmp_path / "t.json"
     with pytest.raises(UnavailableError, match="no GPU activity"):
-        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged()], lambda: None)
+        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged("ours")], lambda: None)
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("S bench") == names.count("warm-up") == 1
     assert names.count("ours") == names.count("chain") == 5  # the calls looked at; stages of the warm-up are hidden
     with pytest.raises(CheckFailedError, match="ours at S bench: RuntimeError: boom"):
-        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged(error="boom")], lambda: None)
+        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged("ours", error="boom")], lambda: None)
+
+
+# Nsight Systems
+
+NSYS_CSV = """NOTICE: Existing SQLite export found: kda-profile-1.sqlite
+Processing [kda-profile-1.sqlite] with [cuda_gpu_kern_sum.py]...
+Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name
+60.0,5000000,5,1000000.0,999000.0,990000,1010000,1000.0,kda:chain:chunk_chain_kernel
+30.0,2500000,5,500000.0,499000.0,490000,510000,1000.0,"kda:evict:void reduce_kernel<512, 1>(int, int)"
+5.0,"400,000",1,400000.0,400000.0,400000,400000,0.0,warm-up/chunk_chain_kernel
+5.0,400000,1,400000.0,400000.0,400000,400000,0.0,"void evict_not<int, 2>(float *)"
+
+Processing [kda-profile-1.sqlite] with [nvtx_gpu_proj_sum.py]...
+Range,Style,Total Proj Time (ns),Total Range Time (ns),Range Instances,Proj Avg (ns),Total GPU Ops,Avg Range Lvl
+kda:P1 bench,PushPop,9000000,9500000,1,9000000.0,12,0
+kda:warm-up,PushPop,9000000,9500000,1,9000000.0,12,1
+:evict,PushPop,9000000,9500000,1,9000000.0,12,1.0
+kda:ours,PushPop,6000000,70000,5,1200000.0,15,1.0
+kda:chain,PushPop,5000000,60000,5,1000000.0,5,2.0
+
+"""
+
+
+def test_kernels_of_an_nsys_summary():
+    assert nsys.parse_kernels(NSYS_CSV) == [
+        {"kernel": "kda:chain:chunk_chain_kernel", "launches": 5, "total_us": 5000.0, "median_us": 999.0},
+        {"kernel": "void evict_not<int, 2>(float *)", "launches": 1, "total_us": 400.0, "median_us": 400.0},
+    ]
+    assert nsys.parse_kernels("SKIPPED: no CUDA kernel data\n") == []
+
+
+def test_ranges_of_an_nsys_summary():
+    """Means, without cases: theirs would count compiling, too."""
+    ours = {"range": "ours", "instances": 5, "launches": 3.0, "gpu_us": 1200.0, "host_us": 14.0}
+    chain = {"range": "chain", "instances": 5, "launches": 1.0, "gpu_us": 1000.0, "host_us": 12.0}
+    assert nsys.parse_ranges(NSYS_CSV) == [ours, chain]
+    older = "\n".join(
+        line.rpartition(",")[0] if "Push" in line or "Style" in line else line for line in NSYS_CSV.splitlines()
+    )
+    assert [row["range"] for row in nsys.parse_ranges(older)] == ["P1 bench", "ours", "chain"]
+
+
+def test_nsys_tables_show_both():
+    text = rendered(tables.nsys_tables(nsys.parse_kernels(NSYS_CSV), nsys.parse_ranges(NSYS_CSV)))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "kda:chain:chunk_chain_kernel" in text
+    assert "ours" in text and "P1 bench" not in text
+    assert "All 3 cases are taken together" in tables.nsys_notes(3, True)[0]
+    assert "together" not in tables.nsys_notes(1, True)[0]
+    assert tables.nsys_notes(1, True)[2].endswith("has its shape as payload.")
+    assert "pip install -U nvtx" in tables.nsys_notes(1, False)[2]
+
+
+def test_the_inner_run_gets_the_same_problem():
+    words = ["profile", "--nsys", "-H", "4", "--json", "a.json", "--output=r", "--nsys-path", "x", "--gates", "weak"]
+    assert inner.arguments(words) == ["profile", "-H", "4", "--gates", "weak"]
+
+
+def test_a_report_gets_a_name_that_is_free(tmp_path):
+    assert inner.report_path(".nsys-rep", None, tmp_path).name == "kda-profile-1.nsys-rep"
+    (tmp_path / "kda-profile-1.qdstrm").touch()
+    assert inner.report_path(".nsys-rep", None, tmp_path).name == "kda-profile-2.nsys-rep"
+    assert inner.report_path(".nsys-rep", str(tmp_path / "mine")).name == "mine.nsys-rep"
+    (tmp_path / "mine.nsys-rep").touch()
+    with pytest.raises(InputError, match="exists"):
+        inner.report_path(".nsys-rep", str(tmp_path / "mine"))
+
+
+def test_nsys_is_found_or_told_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnavailableError, match="install Nsight Systems"):
+        nsys.find(places=())
+    for version in ("2024.10.1", "2025.9.1", "2025.10.2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "nsys").touch(mode=0o755)
+    assert nsys.find(places=(f"{tmp_path}/*/nothing", f"{tmp_path}/*/nsys")) == f"{tmp_path}/2025.10.2/nsys"
+    assert nsys.find(f"{tmp_path}/2024.10.1/nsys") == f"{tmp_path}/2024.10.1/nsys"
+
+
+FAKE_NSYS = r"""#!/bin/sh
+if [ "$1" = stats ]; then cat "$(dirname "$0")/stats.csv"; exit 0; fi
+while [ "$1" != -o ]; do shift; done
+[ -n "$KDA_PROFILE_TRACE" ] || exit 9
+echo "inner: $*"
+touch "$2.$(cat "$(dirname "$0")/suffix")"
+exit "$(cat "$(dirname "$0")/code")"
+"""
+
+
+@pytest.fixture
+def fake_nsys(tmp_path):
+    (tmp_path / "nsys").write_text(FAKE_NSYS)
+    (tmp_path / "nsys").chmod(0o755)
+    (tmp_path / "stats.csv").write_text(NSYS_CSV)
+
+    def setup(suffix="nsys-rep", code=0):
+        (tmp_path / "suffix").write_text(suffix)
+        (tmp_path / "code").write_text(str(code))
+        return str(tmp_path / "nsys"), tmp_path / "tables.nsys-rep"
+
+    return setup
+
+
+def test_a_run_under_nsys(fake_nsys, capfd):
+    program, path = fake_nsys()
+    nsys.profile(program, path, ["profile", "--nsys", "-H", "4"])
+    kernels, found = nsys.stats(program, path)
+    assert path.exists()
+    assert len(kernels) == len(found) == 2
+    said = capfd.readouterr()
+    assert "-m kdacli profile -H 4" in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code", "error", "message"),
+    [
+        ("qdstrm", 0, UnavailableError, "there is no QdstrmImporter beside it"),
+        ("nothing", 7, CheckFailedError, "exit code 7"),
+        ("nsys-rep", 1, CheckFailedError, "exit code 1"),
+    ],
+)
+def test_a_run_under_nsys_that_fails(fake_nsys, suffix, code, error, message):
+    program, path = fake_nsys(suffix, code)
+    with pytest.raises(error, match=message):
+        nsys.profile(program, path, ["profile"])
+
+
+def test_an_importer_that_cannot_start(tmp_path, monkeypatch, capfd):
+    """As in Nsight Compute's copy on a machine without libdw and libelf; said before anything runs."""
+    for name in ("target-linux-x64/nsys", "linux-desktop-glibc_2_11_3-x64/QdstrmImporter"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("#!/bin/sh\necho started\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ldd").write_text("""#!/bin/sh
+echo '	libdw.so.1 => not found'
+echo '	libelf.so.1 => not found'
+echo '	libdw.so.1 => not found'
+echo '	libc.so.6 => /lib/libc.so.6 (0x7f)'
+""")
+    (tmp_path / "ldd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    program, path = str(tmp_path / "target-linux-x64" / "nsys"), tmp_path / "r.nsys-rep"
+    with pytest.raises(UnavailableError, match="lacks libdw.so.1, libelf.so.1; .*apt-get install libdw1 libelf1$"):
+        nsys.profile(program, path, ["profile"])
+    assert "started" not in capfd.readouterr().err
+    (tmp_path / "ldd").write_text("#!/bin/sh\necho '	libc.so.6 => /lib/libc.so.6 (0x7f)'\n")
+    with pytest.raises(CheckFailedError, match="wrote no report"):
+        nsys.profile(program, path, ["profile"])
+    assert "started" in capfd.readouterr().err
+    path.with_suffix(".qdstrm").touch()
+    with pytest.raises(UnavailableError, match="QdstrmImporter, failed: see above"):
+        nsys.profile(program, path, ["profile"])
+
+
+def test_a_report_with_nothing_in_it(fake_nsys):
+    program, path = fake_nsys()
+    path.with_name("stats.csv").write_text("SKIPPED: no data\n")
+    with pytest.raises(CheckFailedError, match="SKIPPED: no data"):
+        nsys.stats(program, path)
 
 
 # Nsight Compute
@@ -380,18 +419,10 @@ def test_a_report_read_by_nvidias_reader(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("columns", ["80", "100", "160"])
 def test_the_tables_of_launches_fit(columns, monkeypatch):
-    import io
-
-    from kdacli.output import console
-
     monkeypatch.setenv("COLUMNS", columns)
     where = ("P1 bench", "triton-prefill", "chain")
     rows = ncu.summarise([("chunk_chain_kernel", where, METRICS), ("k2", where[:2], METRICS)])
-    out = console()
-    out.file = io.StringIO()
-    for table, _ in report_ncu.tables(rows):
-        out.print(table)
-    text = out.file.getvalue()
+    text = rendered(launches.tables(rows))
     assert max(map(len, text.splitlines())) <= int(columns)
     for part in ("triton-prefill at P1 bench", "92%", "DRAM", "960 B", "2.5M"):
         assert part in text
@@ -468,30 +499,24 @@ def test_ncu_is_found_or_told_of(tmp_path, monkeypatch):
     assert ncu.find() == str(tmp_path / "ncu")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--ncu", "--nsys"),
-        ("--ncu-path", "x"),
-        ("--ncu", "--ncu-path", "no-such-program"),
-        ("--ncu", "--plot", "x.png"),
-        ("--nsys", "--baseline", "x.json"),
-        ("--plot", "x.gif"),
-        ("--plot", "no-such-directory/x.png"),
-        ("--trace", "no-such-directory/x.json"),
-        ("--from", "no-such-file.json"),
-        ("--baseline", "no-such-file.json"),
-    ],
-)
-def test_wrong_use_is_named(words):
-    with pytest.raises(InputError):
-        command.main(list(words), standalone_mode=False)
-
-
-def test_help_stays_quick():
-    """Nothing heavy is imported to print it."""
-    heavy = "'torch', 'numpy', 'rich', 'triton', 'matplotlib'"
-    code = f"import sys; import kdacli.commands.profile; print(sorted({{{heavy}}} & set(sys.modules)))"
-    env = inner.environment("nsys")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout == "[]\n"
+@pytest.mark.gpu
+def test_gpu_nsight_compute_end_to_end(tmp_path):
+    """A real ncu, where there is one: our kernels and nothing of what is around them, with the main metrics."""
+    try:
+        ncu.find()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    dest = tmp_path / "n.json"
+    words = [sys.executable, "-m", "kdacli", "profile", "--ncu", "--kernel", "triton-decode", "-N", "64", "-H", "32"]
+    words += ["--output", str(tmp_path / "n"), "--json", str(dest)]
+    env = inner.environment("")
+    del env[inner.TRACE_ENV]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    launches = json.loads(dest.read_text())["ncu"]["launches"]
+    assert launches
+    for key in ("us", "dram", "l2", "sm", "occupancy", "registers", "bank_conflicts", "local_bytes", "read_bytes"):
+        assert all(row[key] is not None for row in launches), key
+    assert all(row["stalls"] for row in launches)
+    if "read as CSV" not in done.stdout:
+        assert {row["kernel"] for row in launches} == {"triton-decode"}

@@ -2,16 +2,16 @@
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from kda_kernels.errors import InputError
 from kdacli import options
 from kdacli.presets import PRESETS
-from kdacli.profile import axes, inner
-from kdacli.profile.suites import SUITES
+from kdacli.profile.cases import axes
+from kdacli.profile.cases.suites import SUITES
+from kdacli.profile.wanted import Wanted
 
 SECONDS = click.FloatRange(min=0, max=60)
 
@@ -27,7 +27,7 @@ class Axis(click.ParamType):
 
 @click.command("profile", cls=options.SectionedCommand)
 @options.kernel_option
-@click.option("--suite", "suite_name", type=click.Choice(list(SUITES)), help="A named set of shapes instead of one.")
+@click.option("--suite", type=click.Choice(list(SUITES)), help="A named set of shapes instead of one.")
 @click.option(
     "--sweep", type=Axis(), multiple=True, metavar="AXIS", help="T=1k..1M, N=1..256 (doubling; :1 for every), H=12,96."
 )
@@ -43,10 +43,10 @@ class Axis(click.ParamType):
 @click.option("--baseline", metavar="FILE", help="Compare with a recording (of --json); exit 1 on a regression.")
 @click.option("--from", "source", metavar="FILE", help="Show a recording instead of timing; needs no GPU.")
 @click.option("--plot", metavar="FILE", help="Draw a sweep's times, or the roofline: .png, .svg or .pdf.")
-@click.option("--trace", "trace_dest", metavar="FILE", help="Write a timeline of some calls for Perfetto.")
-@click.option("--nsys", "with_nsys", is_flag=True, help="Run under Nsight Systems; print its kernels and NVTX ranges.")
+@click.option("--trace", metavar="FILE", help="Write a timeline of some calls for Perfetto.")
+@click.option("--nsys", is_flag=True, help="Run under Nsight Systems; print its kernels and NVTX ranges.")
 @click.option("--nsys-path", metavar="FILE", help="The program nsys, where it is not found by itself.")
-@click.option("--ncu", "with_ncu", is_flag=True, help="Run under Nsight Compute; print what limits each CUDA kernel.")
+@click.option("--ncu", is_flag=True, help="Run under Nsight Compute; print what limits each CUDA kernel.")
 @click.option("--ncu-path", metavar="FILE", help="The program ncu, where it is not found by itself.")
 @click.option("--output", "tool_output", metavar="FILE", help="Report of --nsys or --ncu. Default: kda-profile-<n>.")
 @options.problem_options
@@ -60,7 +60,9 @@ def command(ctx: click.Context, /, **params: Any) -> None:
     it. Beside it stand the bytes that must move at least, as GB/s and as a share of what this GPU's memory did in the
     same run: a copy for prefill and the gate, an in-place update for decode. All kernels of a case get the same tensors
     and take turns, so that drifting clocks hit all alike; the first is timed twice, to see by how much a repetition
-    differs. A ratio that the noise does not support is marked with a "?".
+    differs. A ratio that the noise does not support is marked with a "?". Host times are of eager calls of one shape,
+    and of calls that each have a shape not seen before, as in serving. What a timed call leaves is checked once, after
+    its inputs have changed: wrong outputs have no time, and the exit code is 1.
 
     By default our kernels and the installed peers of one op are timed: a prefill of T=8192, H=96, or with --op decode
     the shapes of --suite decode. --gates may be repeated: how strong the gates are decides the time of some kernels.
@@ -79,17 +81,21 @@ def command(ctx: click.Context, /, **params: Any) -> None:
     """
     from kdacli.output import check_dest
 
-    for dest in ("json_dest", "plot", "trace_dest"):
-        check_dest(params[dest], params["force"])
-    _check_tools(params)
-    if params["plot"]:
+    wanted = Wanted.of(params)
+    for dest in (wanted.json, wanted.plot, wanted.trace):
+        check_dest(dest, wanted.force)
+    if wanted.plot:
         from kdacli import plots
 
-        plots.require(params["plot"])
-    if params["source"]:
-        _from_recording(params)
+        plots.require(wanted.plot)
+    if wanted.source:
+        from kdacli.profile import timed
+        from kdacli.profile.records import record
+
+        before = record.read(wanted.baseline) if wanted.baseline else None
+        timed.finish(record.read(wanted.source), wanted, before)
     else:
-        _measured(ctx, params)
+        _measure(wanted, ctx.meta.get("kdacli.args") or sys.argv[1:])
 
 
 # The shared --gates takes one regime; this command's may be repeated.
@@ -101,64 +107,22 @@ command.params = [
 ]
 
 
-def _check_tools(params: dict[str, Any]) -> None:
-    """Raises `InputError` for flags of a profiler that is not asked for, and for two profilers at once."""
-    tools = [name for name in ("nsys", "ncu") if params[f"with_{name}"]]
-    if len(tools) == 2:
-        raise InputError("--nsys is given with --ncu: one profiler at a time")
-    for name in ("nsys", "ncu"):
-        if params[f"{name}_path"] and name not in tools:
-            raise InputError(f"--{name}-path is for --{name}, which is not given")
-    if params["tool_output"] and not tools:
-        raise InputError("--output is for --nsys or --ncu, and neither is given")
-    for name in ("plot", "trace_dest", "baseline", "source"):
-        if tools and params[name]:
-            flag = {"trace_dest": "trace", "source": "from"}.get(name, name)
-            raise InputError(f"--{flag} is given with --{tools[0]}, which times nothing: leave one out")
-    for name in ("stages", "trace_dest"):
-        if params["sweep"] and params[name]:
-            raise InputError(f"--{name.removesuffix('_dest')} is given with --sweep: look into one shape at a time")
-    if params["bump"] is not None and not (params["sweep"] or params["source"]):
-        raise InputError("--bump is for --sweep, which is not given")
+def _measure(wanted: Wanted, words: Sequence[str]) -> None:
+    """Times, or is watched by a profiler, or starts one around this command line."""
+    from kdacli.profile import timed
+    from kdacli.profile.cases import select
+    from kdacli.profile.cases.choose import cases_of
+    from kdacli.profile.records import record
+    from kdacli.profile.tools import inner, watched
 
-
-def _from_recording(params: dict[str, Any]) -> None:
-    """Shows, draws and compares what was recorded before."""
-    from kdacli.profile import baseline, run
-
-    for name in ("kernels", "suite_name", "sweep", "layer", "dump", "op", "stages", "trace_dest", "json_dest"):
-        if params[name]:
-            flag = {"kernels": "kernel", "suite_name": "suite", "trace_dest": "trace", "json_dest": "json"}
-            raise InputError(f"--{flag.get(name, name)} is given with --from, which times nothing: leave one out")
-    if flags := options.given({**params, "gates": params["gates"] or None}):
-        raise InputError(f"{flags[0]} is given with --from, which times nothing: leave one out")
-    before = baseline.read(params["baseline"]) if params["baseline"] else None
-    run.finish(baseline.read(params["source"]), params, before)
-
-
-def _measured(ctx: click.Context, params: dict[str, Any]) -> None:
-    from kdacli.profile import baseline, run, select
-    from kdacli.profile.cases import cases_from
-
-    before = baseline.read(params["baseline"]) if params["baseline"] else None
-    cases, load = cases_from(params)
-    kernels = select.candidates([case.problem.op for case in cases], params["kernels"], not params["no_peers"])
-    words = ctx.meta.get("kdacli.args") or sys.argv[1:]
-    watched = _profiler(params)
-    run.require_gpu(cases, kernels)
-    if watched is not None:
-        run.under_profiler(*watched, words, params, len(cases))
+    before = record.read(wanted.baseline) if wanted.baseline else None
+    cases, load = cases_of(wanted)
+    kernels = select.candidates([case.problem.op for case in cases], wanted.kernels, wanted.peers)
+    run_watched = watched.prepared(wanted.profiler, words) if wanted.profiler else None
+    timed.require_gpu(cases, kernels)
+    if run_watched:
+        run_watched(wanted, len(cases))
     elif inner.TRACE_ENV in os.environ:
-        run.traced(cases, load, kernels)
+        watched.traced(cases, load, kernels)
     else:
-        run.timed(cases, load, kernels, params, before)
-
-
-def _profiler(params: dict[str, Any]) -> tuple[str, str, Path] | None:
-    """Which profiler is asked for, its program, and its report's path."""
-    from kdacli.profile import ncu, nsys
-
-    for name, tool in (("nsys", nsys), ("ncu", ncu)):
-        if params[f"with_{name}"]:
-            return name, tool.find(params[f"{name}_path"]), inner.report_path(tool.SUFFIX, params["tool_output"])
-    return None
+        timed.time_and_show(wanted, cases, load, kernels, before)

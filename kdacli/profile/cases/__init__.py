@@ -1,0 +1,1 @@
+"""What is timed: cases from flags and suites, and the kernels for them."""

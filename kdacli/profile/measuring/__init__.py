@@ -1,0 +1,1 @@
+"""How it is timed: calls, samples, their statistics, and the ceilings and clocks beside them."""

@@ -1,0 +1,76 @@
+"""Whether the call that was timed computes: its outputs after its inputs have changed where they lie.
+
+A kernel that remembers what it returned for an address, or a graph that holds no work, shows here. How accurate a
+kernel is, `kda verify` says: the limit here is far over any rounding.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from kda_kernels.problem import Op
+from kda_kernels.reference.oracle import chunk_form, gate_cumsum
+from kda_kernels.tensors import Inputs, Outputs
+
+LIMIT = 0.1  # relative error; near-collinear keys cost bf16 kernels up to 0.05
+TOKENS = 1 << 15  # of each row are looked at
+
+
+def change(inputs: Inputs) -> None:
+    """Changes q, k, v, g and beta in place into others of the same kind: channels change places, values their sign.
+
+    Parameters stay, since a layer's do; so does a tensor whose elements share memory.
+    """
+    for name in ("q", "k", "v", "g"):
+        x = getattr(inputs, name)
+        if not any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            rolled = x.roll(1, -1)
+            x.copy_(rolled.neg_() if name == "v" else rolled)
+    if inputs.beta.shape[-1] > 1 and 0 not in inputs.beta.stride():
+        inputs.beta.copy_(inputs.beta.roll(1, -1))
+
+
+class Check:
+    """Of the timed calls of one case, which share their inputs. Changes the inputs when made."""
+
+    def __init__(self, inputs: Inputs, op: Op) -> None:
+        change(inputs)
+        self.inputs, self.op = inputs, op
+        self.heads = sorted({0, inputs.v.shape[2] - 1})
+        self.whole = inputs.q.shape[1] <= TOKENS
+        self.expected: Outputs | None = None  # the same for all kernels, but for a pool that each of them goes on from
+
+    def error(self, call: Callable[[], Outputs]) -> float:
+        """The largest relative error of an output of `call` against the fp64 oracle, over two heads; NaN is infinite.
+
+        Of a row of more than `TOKENS` tokens the rest is not looked at, nor the final states.
+        """
+        part = self._part()
+        if self.expected is None or self.inputs.state_indices is not None:
+            self.expected = Outputs(gate_cumsum(part)) if self.op is Op.GATE else chunk_form(part)
+        found, expected = call(), self.expected
+        errors = [_relative(found.o[:, :TOKENS, self.heads], expected.o)]
+        if self.whole and found.final_state is not None and expected.final_state is not None:
+            used = slice(None) if part.state_indices is None else part.state_indices[part.state_indices >= 0].long()
+            errors.append(_relative(found.final_state[used][:, self.heads], expected.final_state[used]))
+        return max(errors)
+
+    def _part(self) -> Inputs:
+        """The inputs of the heads, and of the first tokens. Copies, so that the call may write to the state."""
+        x, HV = self.inputs, self.inputs.v.shape[2]
+        own = [head * x.q.shape[2] // HV for head in self.heads]
+        tokens = {"q": own, "k": own, "v": self.heads, "g": self.heads, "beta": self.heads}
+        return dataclasses.replace(
+            x,
+            **{name: getattr(x, name)[:, :TOKENS, heads] for name, heads in tokens.items()},
+            A_log=None if x.A_log is None else x.A_log.reshape(HV)[self.heads],
+            dt_bias=None if x.dt_bias is None else x.dt_bias.reshape(HV, -1)[self.heads],
+            state=None if x.state is None else x.state[:, self.heads],
+            cu_seqlens=None if x.cu_seqlens is None else x.cu_seqlens.clamp(max=TOKENS),
+        )
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    size, off = expected.norm().item(), (found.double() - expected).norm().item()
+    return float("inf") if off != off else off / size if size else off

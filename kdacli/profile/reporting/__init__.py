@@ -1,0 +1,1 @@
+"""Records as tables, notes and pictures."""

@@ -1,0 +1,91 @@
+"""`--plot`: times against T or N, or a roofline, from a record. matplotlib is an extra."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kda_kernels.errors import InputError
+from kdacli.profile.measuring.ceilings import Ceilings
+from kdacli.profile.records.record import Record
+from kdacli.profile.records.row import TimedRow, timed
+from kdacli.profile.records.sweep import UNITS, Series, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZE = (7.5, 4.8)  # inches
+_MARKERS = "osD^vP*X<>"
+
+
+def draw(record: Record, path: str) -> None:
+    """Writes the picture: of a sweep, time against its first axis with a panel for each group; else the roofline."""
+    import matplotlib.figure
+
+    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "kda"}):
+        found = series(record.rows)
+        groups = list(dict.fromkeys((one.op, one.label) for one in found))
+        if found:
+            columns = min(2, len(groups))
+            rows = -(-len(groups) // columns)
+            figure = matplotlib.figure.Figure((_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
+            panels = figure.subplots(rows, columns, squeeze=False).flatten()
+            for panel, group in zip(panels, groups, strict=False):
+                _against(panel, [one for one in found if (one.op, one.label) == group])
+            for panel in panels[len(groups) :]:
+                panel.set_visible(False)
+        else:
+            figure = matplotlib.figure.Figure(_SIZE, layout="constrained")
+            roofline(figure.subplots(), timed(record.rows), record.ceilings)
+        figure.suptitle(_machine(record), fontsize=9)
+        metadata = {"Date": None} if path.lower().endswith((".svg", ".pdf")) else None
+        figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.lower().endswith(".pdf") else metadata)
+
+
+def _machine(record: Record) -> str:
+    return f"{record.gpu.get('name', 'unknown GPU')}, commit {record.commit}, {str(record.provenance.get('date'))[:10]}"
+
+
+def _against(panel: "Axes", group: Sequence[Series]) -> None:
+    """Median time against the axis, one curve a kernel, with the floor under all of them."""
+    for i, one in enumerate(group):
+        panel.plot(one.x, one.y, label=one.kernel, marker=_marker(i, len(one.x)), markersize=4, linewidth=1.2)
+    first = group[0]
+    panel.plot(first.x, [row.floor_us for row in first.rows], "k--", linewidth=1, label="floor: bytes at the ceiling")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel(f"{UNITS[first.axis]}s")
+    panel.set_ylabel("us a call, median")
+    panel.set_title(f"{first.op}, {first.label} gates: us against {UNITS[first.axis]}s")
+    panel.grid(True, which="both", alpha=0.25)
+    panel.legend(fontsize=8)
+
+
+def _marker(i: int, points: int) -> str:
+    return _MARKERS[i % len(_MARKERS)] if points <= 40 else ""
+
+
+def roofline(panel: "Axes", rows: Sequence[TimedRow], ceilings: Ceilings) -> None:
+    """TFLOP/s against operations a byte, under the measured bandwidths. The gate stage has no operations: no point."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.tflops:
+            intensity = row.tflops * row.median_us * 1e6 / row.bytes
+            points.setdefault(row.kernel, []).append((intensity, row.tflops))
+    if not points:
+        raise InputError("--plot draws a roofline, and the gate stage has no operations to speak of: use --sweep T=..")
+    for i, (kernel, at) in enumerate(points.items()):
+        xs, ys = zip(*at, strict=True)
+        panel.scatter(xs, ys, label=kernel, marker=_MARKERS[i % len(_MARKERS)], s=28)
+    every = [x for at in points.values() for x, _ in at]
+    top = ceilings.tensor_tflops
+    for gbps, title, style in ((ceilings.copy_gbps, "copy", "k--"), (ceilings.inplace_gbps, "in place", "k-")):
+        slope = gbps / 1e3
+        ends = [min(every) / 2, top / slope if top else 2 * max(every)]
+        roof = [(x, x * slope) for x in ends] + ([(4 * max(ends[1], *every), top)] if top else [])
+        panel.plot(*zip(*roof, strict=True), style, linewidth=1, label=f"{title}, measured")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("operations a byte that must move")
+    panel.set_ylabel("TFLOP/s")
+    panel.set_title("roofline under the ceilings of the same run")
+    panel.grid(True, which="both", alpha=0.25)
+    panel.legend(fontsize=8)

@@ -1,0 +1,1 @@
+"""Profilers around a run, and the ranges that they show."""
