@@ -21,7 +21,7 @@ from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.serving import kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge import judge
+from kdacli.judge import Reference, judge
 
 pytestmark = pytest.mark.gpu
 KEPT = 7.0  # what a buffer held before
@@ -67,7 +67,7 @@ def check(inputs: Inputs, clean: Inputs | None = None) -> Outputs:
         outputs = prefill(inputs, o)
     torch.cuda.synchronize()
     assert whole[:2048].eq(KEPT).all() and whole[2048 + numel :].eq(KEPT).all(), "guards around o"
-    for verdict in judge(reference, outputs, op=Op.PREFILL):
+    for verdict in judge(Reference(reference, Op.PREFILL), outputs):
         assert verdict.passed, verdict
     if inputs.state is not None:
         view = torch.empty(0, dtype=inputs.state.dtype, device=inputs.state.device)
@@ -289,7 +289,7 @@ def test_two_halves_are_the_whole(at):
     if at % CHUNK == 0:  # else all chunks behind the cut are others
         for cut, one in ((o, expected.o), (halves.state[2], whole.state[2])):
             assert (cut.float() - one.float()).norm() < 2e-3 * one.float().norm()
-    for verdict in judge(inputs, Outputs(o, halves.state), op=Op.PREFILL):
+    for verdict in judge(Reference(inputs, Op.PREFILL), Outputs(o, halves.state)):
         assert verdict.passed, verdict
 
 
@@ -345,7 +345,7 @@ def test_decode_goes_on_where_it_ended():
     for t in range(prompt, prompt + steps):
         token = {name: x[:, t : t + 1] for name, x in tensors.items()}
         parts.append(kda_decode(**token, **rest, kernel="cute-decode"))
-    for verdict in judge(before, Outputs(torch.cat(parts, 1), inputs.state), op=Op.PREFILL):
+    for verdict in judge(Reference(before, Op.PREFILL), Outputs(torch.cat(parts, 1), inputs.state)):
         assert verdict.passed, verdict
 
 

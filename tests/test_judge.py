@@ -9,9 +9,11 @@ import torch
 
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import oracle
+from kda_kernels.reference.gate import log_decay
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import DRAWS, LONG, Cut, draws, expect, operand_dtype, plain
+from kdacli.judge import Reference, Verdict, expect
+from kdacli.judge import judge as judge_by
+from kdacli.judge.reference import DRAWS, LONG, operand_dtype, plains
 from kdacli.synthetic import make_inputs
 from kdacli.verify import spec
 from kdacli.verify.runner import Bench
@@ -25,6 +27,19 @@ def _inputs(
     """Two heads; K differs from V unless `fields` say otherwise."""
     problem = Problem(op, seq_lens, **{"H": 2, "HV": 2, "K": 32, "V": 16, **fields})
     return make_inputs(problem, gates=gates, keys=keys)
+
+
+def judge(inputs: Inputs, outputs: Outputs, *, op: Op, **more) -> list[Verdict]:
+    return judge_by(Reference(inputs, op), outputs, **more)
+
+
+def _plain(inputs: Inputs, op: Op) -> Outputs:
+    """What a plain implementation makes."""
+    if op is Op.GATE:
+        decay = log_decay(inputs.g, inputs.A_log, inputs.dt_bias, inputs.options, torch.float32)[0]
+        pieces = [piece.cumsum(0) for own in decay.split(LENS) for piece in own.split(64)]
+        return Outputs(torch.cat(pieces).unsqueeze(0))
+    return oracle.chunk_form(inputs, operand_dtype=operand_dtype(inputs.q.dtype))
 
 
 def _good(inputs: Inputs, op: Op = Op.PREFILL) -> Outputs:
@@ -63,7 +78,7 @@ def test_tensor_cores_may_cut_operands_to_tf32(dtype, gates, keys):
     """A kernel that does not round fp32 operands itself is right, in other chunks too."""
     inputs = _inputs(dtype=dtype, g_dtype=dtype, beta_dtype=dtype, gates=gates, keys=keys)
     made = oracle.chunk_form(inputs, chunk=32, operand_dtype="tf32 cut")
-    verdicts = judge(inputs, made, op=Op.PREFILL, plain_outputs=draws(inputs, Op.PREFILL))
+    verdicts = judge(inputs, made, op=Op.PREFILL)
     assert [v.note for v in verdicts] == ["", ""]
 
 
@@ -72,7 +87,7 @@ def test_tensor_cores_may_cut_operands_to_tf32(dtype, gates, keys):
 def test_products_in_bf16_fail_where_tf32_is_due(dtype, gates):
     inputs = _inputs(dtype=dtype, g_dtype=dtype, beta_dtype=dtype, gates=gates)
     made = oracle.chunk_form(inputs, operand_dtype=torch.bfloat16)
-    verdicts = judge(inputs, made, op=Op.PREFILL, plain_outputs=draws(inputs, Op.PREFILL))
+    verdicts = judge(inputs, made, op=Op.PREFILL)
     assert [v.passed for v in verdicts] == [False, False]
 
 
@@ -86,10 +101,12 @@ def test_last_bit_noise_passes():
 
 @pytest.mark.parametrize("op", [Op.PREFILL, Op.DECODE])
 @pytest.mark.parametrize("tensor", ["o", "final_state"])
-def test_one_per_cent_of_scale_fails(op, tensor):
+def test_a_wrong_scale_fails(op, tensor):
+    """By 1%; by 2% where products are in bf16."""
     inputs = _inputs(op)
     outputs = _good(inputs, op)
-    wrong = dataclasses.replace(outputs, **{tensor: getattr(outputs, tensor) * 1.01})
+    factor = 1.02 if op is Op.PREFILL else 1.01
+    wrong = dataclasses.replace(outputs, **{tensor: getattr(outputs, tensor) * factor})
     verdicts = _verdicts(inputs, wrong, op)
     assert not verdicts[tensor].passed
     assert [v.passed for name, v in verdicts.items() if name != tensor] == [True]
@@ -259,7 +276,7 @@ def test_nan_in_the_inputs_is_told_apart():
 
 def test_the_gate_is_judged_as_its_cumulative_sum():
     inputs = _inputs(Op.GATE)
-    good = Outputs(plain(inputs, Op.GATE).o)
+    good = Outputs(_plain(inputs, Op.GATE).o)
     (verdict,) = judge(inputs, good, op=Op.GATE)
     assert verdict.tensor == "g_cumsum" and verdict.passed and 0 < verdict.error < 1e-6
     good.o[0, 3 + 64] += good.o[0, 3 + 63]  # the sum goes on over the end of a chunk
@@ -288,19 +305,18 @@ def test_the_luck_of_other_roundings_passes(name, unit):
     bench = Bench.of_case(spec.parse(name), 0, "cpu")
     inputs = dataclasses.replace(bench.inputs, output_final_state=True)
     made = oracle.chunk_form(inputs, operand_dtype=operand_dtype(inputs.q.dtype), unit=unit)
-    found = judge(bench.inputs, made, op=Op.PREFILL, expected=bench.expected, plain_outputs=bench.plain_outputs)
+    found = judge_by(bench.reference, made)
     assert [verdict.note for verdict in found if not verdict.passed] == []
 
 
 def test_draws_are_as_good_and_differ():
     inputs = _inputs()
-    expected, found = expect(inputs, Op.PREFILL).o, draws(inputs, Op.PREFILL)
-    errors = [((one.o - expected).norm() / expected.norm()).item() for one in found]
+    (piece,) = Reference(inputs, Op.PREFILL)
+    errors = piece.rows["o"].squares.sum((1, 2)).sqrt().tolist()
     assert len(set(errors)) == DRAWS and max(errors) < 1.5 * min(errors)
-    tf32 = draws(_inputs(dtype="float32"), Op.PREFILL)
-    assert [isinstance(one, Cut) for one in tf32] == [False] * DRAWS + [True] * DRAWS
-    assert len(draws(_inputs(Op.DECODE), Op.DECODE)) == len(draws(_inputs(Op.GATE), Op.GATE)) == 1
-    assert len(draws(_inputs(seq_lens=(3, LONG + 1), K=8, V=8), Op.PREFILL)) == 1
+    assert [one.cut for one in plains(Op.PREFILL, torch.float32, 70)] == [False] * DRAWS + [True] * DRAWS
+    assert len(plains(Op.DECODE, torch.float32, 70)) == len(plains(Op.GATE, torch.float32, 70)) == 1
+    assert len(plains(Op.PREFILL, torch.bfloat16, LONG + 1)) == 1
 
 
 def _rounded(state: torch.Tensor, to: torch.dtype | str) -> torch.Tensor:
@@ -318,12 +334,11 @@ def test_a_float32_state_that_was_rounded_on_its_way_fails(op, to):
     outputs = _good(inputs, op)
     second = (torch.arange(len(LENS)) == 1).view(-1, 1, 1, 1)
     outputs.final_state = torch.where(second, _rounded(outputs.final_state, to), outputs.final_state)
-    verdict = _verdicts(inputs, outputs, op, count_digits=True)["final_state"]
+    verdict = _verdicts(inputs, outputs, op)["final_state"]
     assert not verdict.passed
     assert "2 of 10 (sequence, head) blocks, first sequence 1, head 0, hold ten bits of mantissa" in verdict.note
     if op is Op.PREFILL:
         assert verdict.error < verdict.bound and verdict.worst < verdict.worst_bound
-        assert _verdicts(inputs, outputs, op)["final_state"].passed  # where nobody counts
 
 
 @pytest.mark.parametrize("op", [Op.PREFILL, Op.DECODE])
@@ -331,10 +346,10 @@ def test_a_kernel_may_say_that_it_carries_states_in_bf16(op):
     inputs = _inputs(op)
     outputs = _good(inputs, op)
     outputs.final_state = _rounded(outputs.final_state, torch.bfloat16)
-    found = _verdicts(inputs, outputs, op, count_digits=True, carried_state="bfloat16")["final_state"]
+    found = _verdicts(inputs, outputs, op, carried_state="bfloat16")["final_state"]
     assert found.passed
     outputs.final_state *= 1.01
-    assert not _verdicts(inputs, outputs, op, count_digits=True, carried_state="bfloat16")["final_state"].passed
+    assert not _verdicts(inputs, outputs, op, carried_state="bfloat16")["final_state"].passed
 
 
 def test_a_state_that_has_no_more_digits_is_no_fault():
@@ -343,16 +358,16 @@ def test_a_state_that_has_no_more_digits_is_no_fault():
     inputs = _inputs(seq_lens=(1, 1), initial_state=False, options=options)
     inputs.k.copy_(inputs.k.sign())
     inputs.beta.fill_(0.7)
-    exact = plain(inputs, Op.PREFILL)
+    exact = _plain(inputs, Op.PREFILL)
     assert exact.final_state.bfloat16().float().equal(exact.final_state)
-    assert _verdicts(inputs, exact, count_digits=True)["final_state"].passed
+    assert _verdicts(inputs, exact)["final_state"].passed
     zero = _good(inputs := _inputs(seq_lens=(0, 0), initial_state=False))
-    assert _verdicts(inputs, zero, count_digits=True)["final_state"].passed
+    assert _verdicts(inputs, zero)["final_state"].passed
 
 
 def test_a_bf16_state_is_no_float32():
     inputs = _inputs(state_dtype="bfloat16")
-    assert _verdicts(inputs, _good(inputs), count_digits=True)["final_state"].passed
+    assert _verdicts(inputs, _good(inputs))["final_state"].passed
 
 
 def test_softplus_by_a_gpus_logarithm_passes():

@@ -9,7 +9,7 @@ import pytest
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
-from kdacli.judge.blocks import Blocks
+from kdacli.judge.layout import Layout
 from kdacli.synthetic import make_inputs
 from kdacli.verify import spec
 from kdacli.verify.properties import PROPERTIES
@@ -143,7 +143,7 @@ def test_a_regime_keeps_shapes_dtypes_and_promises(name, lens):
             assert other.shape == tensor.shape and other.dtype is tensor.dtype or case.transforms != (name,)
         if problem.options.lower_bound is not None and problem.options.gate == "none":
             assert (inputs.g >= problem.options.lower_bound - 0.02).all()
-        assert Blocks.of_tokens(inputs).sequences == len(lens)
+        assert len(Layout.of(inputs).lens) == len(lens)
 
 
 # --- cases as words

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 from kda_kernels import registry
 from kda_kernels.problem import Op
+from kda_kernels.tensors import Outputs
 from kdacli import dumps
-from kdacli.judge import judge
+from kdacli.judge import Reference, expect, judge
 from kdacli.main import cli
 from kdacli.verify import spec
 from kdacli.verify.diagnose import diagnose
@@ -40,7 +41,7 @@ def looks_like(name: str, word: str) -> list[str]:
     kernel, bench = MUTANTS[name].kernel(), Bench.of_case(spec.parse(word), 0, "cpu")
     result = check(kernel, bench)
     assert result.status == "fail"
-    return diagnose(bench.inputs, result.outputs, bench.expected, bench.problem.op, result.verdicts)
+    return diagnose(bench.inputs, result.outputs, bench.problem.op, result.verdicts)
 
 
 # --- what it looks like
@@ -91,9 +92,9 @@ def test_numbers_alone_say_a_lot(change, said):
     bench = Bench.of_case(spec.parse("prefill-any/lens=30/H=3/HV=3"), 0, "cpu")
     good = registry.get("torch-prefill").run(bench.inputs)
     bad = dataclasses.replace(good, o=change(good.o))
-    verdicts = judge(bench.inputs, bad, op=Op.PREFILL)
-    assert f"o: {said}" in diagnose(bench.inputs, bad, bench.expected, Op.PREFILL, verdicts)
-    assert diagnose(bench.inputs, good, bench.expected, Op.PREFILL, judge(bench.inputs, good, op=Op.PREFILL)) == []
+    verdicts = judge(Reference(bench.inputs, Op.PREFILL), bad)
+    assert f"o: {said}" in diagnose(bench.inputs, bad, Op.PREFILL, verdicts)
+    assert diagnose(bench.inputs, good, Op.PREFILL, judge(Reference(bench.inputs, Op.PREFILL), good)) == []
 
 
 # --- where it is
@@ -101,10 +102,12 @@ def test_numbers_alone_say_a_lot(change, said):
 
 def test_the_map_shows_the_place():
     bench = Bench.of_case(spec.parse("prefill-any/lens=5,70/H=2/HV=2"), 0, "cpu")
-    o = bench.expected.o.clone()
+    exact = expect(bench.inputs, Op.PREFILL)
+    o = exact.o.clone()
     o[0, 5 + 66, 1, 7] = torch.nan
     o[0, 5 + 2, 0] += 100
-    title, first, second = heat_map(bench.inputs, "o", o, bench.expected.o, bench.plain_outputs[0].o)
+    verdict, _ = judge(bench.reference, Outputs(o, exact.final_state))
+    title, first, second = heat_map(bench.inputs, "o", o, exact.o, verdict)
     assert title == "o, sequence 1: 2 heads down, 70 tokens across"
     line = first.split()[-1]
     assert line.count("|") == 1 and line[1] == "#" and line.replace("|", "")[2:].strip(".") == ""
@@ -113,11 +116,11 @@ def test_the_map_shows_the_place():
 
 def test_the_map_of_a_state_shows_its_worst_head():
     bench = Bench.of_case(spec.parse("prefill-any/lens=5/H=2/HV=2/K=16/V=8"), 0, "cpu")
-    state = bench.expected.final_state.clone()
+    exact = expect(bench.inputs, Op.PREFILL)
+    state = exact.final_state.clone()
     state[0, 1, 3, 12] += 1
-    title, *rows = heat_map(
-        bench.inputs, "final_state", state, bench.expected.final_state, bench.plain_outputs[0].final_state
-    )
+    _, verdict = judge(bench.reference, Outputs(exact.o, state))
+    title, *rows = heat_map(bench.inputs, "final_state", state, exact.final_state, verdict)
     assert title == "final_state, sequence 0, head 1: 8 v down, 16 k across"
     assert [row.split()[-1] for row in rows] == ["." * 12 + "#..." if v == 3 else "." * 16 for v in range(8)]
 

@@ -1,7 +1,7 @@
 """Compares kernels with a dump (kernels.py), and dumps with each other (pair.py); both against the oracle.
 
-layout.py and walk.py read tensors and compute the truth in pieces, judging.py and difference.py add up what they find,
-and heat.py and plot.py draw it.
+`kdacli.judge` computes the truth in pieces and judges; difference.py adds up how far two results are apart, and heat.py
+and plot.py draw it.
 """
 
 from kdacli.comparison.kernels import (

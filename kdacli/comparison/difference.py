@@ -2,12 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
 from kda_kernels.problem import CHUNK
-from kdacli.comparison.judging import Place, keep_largest
+from kda_kernels.tensors import Outputs
+from kdacli.judge import Verdict
+from kdacli.judge.layout import Place, Stretch
+from kdacli.judge.reference import Piece, Reference
+from kdacli.judge.tensor import keep_largest
 
+# Two right results may each be off by the bound; a row of one token scatters more than the whole tensor.
+_BEYOND = 4.0
 # Upper ends of the bins of the histogram of ULPs; the last bin has no end.
 ULPS = (0, 1, 2, 4, 8, 16, 64, 1024)
 _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
@@ -115,7 +122,7 @@ class Comparing:
         d = (x - y).abs_()
         self.dot += (x * y).sum().item()
         self.sum_a += x.square().sum().item()
-        column = (self.first_column[place.owner] + place.first // CHUNK).to(torch.int64)
+        column = self.first_column[place.owner] + (0 if self.states else place.token // CHUNK)
         rows = d.square().sum(-1).cpu()
         self.sum_d.index_add_(0, column, rows)
         self.sum_b.index_add_(0, column, y.square().sum(-1).cpu())
@@ -194,6 +201,54 @@ class Comparing:
         power = (x * y).sum() / x.square().sum()
         spread = (y - power * x).square().sum() / (len(x) - 2) / x.square().sum()
         return Growth(power.item(), spread.sqrt().item(), len(points))
+
+
+class CallDifference:
+    """The differences of the outputs that two calls, a and b, both hold, a piece of their references at a time."""
+
+    def __init__(self, references: Sequence[Reference], outputs: Sequence[Outputs]) -> None:
+        self.references, self.outputs = references, outputs
+        self.by_field: dict[str, Comparing] = {}
+        layout = references[0].layout
+        for field in ("o", "final_state"):
+            tensors = [getattr(one, field) for one in outputs]
+            if all(t is not None and r.fits(field, t) for t, r in zip(tensors, references, strict=True)):
+                states = field != "o"
+                lens = [1] * layout.dims.N if states else layout.lens
+                dtypes = tensors[0].dtype, tensors[1].dtype
+                self.by_field[field] = Comparing(references[0].name(field), lens, layout.dims.HV, dtypes, states)
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """One of each call."""
+        for field, comparing in self.by_field.items():
+            if all(field in piece.rows for piece in pieces):
+                places = [piece.rows[field].place for piece in pieces]
+                a, b = (p.rows(getattr(one, field)) for p, one in zip(places, self.outputs, strict=True))
+                device = self.references[0].device
+                comparing.add(places[0], a.to(device), b.to(device))
+
+    def of(self, verdicts: Sequence[Verdict]) -> Difference | None:
+        """That of the tensor that the verdicts are about; what rounding does not explain begins beyond their bounds."""
+        threshold = _BEYOND * max((v.bound for v in verdicts if not math.isnan(v.bound)), default=0.0)
+        for field, comparing in self.by_field.items():
+            if comparing.tensor == verdicts[0].tensor:
+                found = comparing.result(threshold)
+                return found if field != "o" else self._with_first_token(found)
+        return None
+
+    def _with_first_token(self, difference: Difference) -> Difference:
+        """With the token, in the chunk that `material` names, where it begins to be more than rounding."""
+        place = difference.material
+        if place is None:
+            return difference
+        n, chunk, head = (int(place[name]) for name in ("sequence", "chunk", "head"))
+        stretch = Stretch(n, chunk * CHUNK, (chunk + 1) * CHUNK)
+        each = zip(self.references, self.outputs, strict=True)
+        a, b = (reference.layout.tokens(one.o, stretch)[:, head].double() for reference, one in each)
+        apart = (a - b.to(a.device)).square().sum(-1).sqrt()
+        token = chunk * CHUNK + int((~(apart <= difference.material_limit)).nonzero()[0])
+        names = {"sequence": n, "chunk": chunk, "token": token, "head": head}
+        return dataclasses.replace(difference, material={name: str(value) for name, value in names.items()})
 
 
 def _ordered(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

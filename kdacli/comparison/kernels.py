@@ -1,7 +1,4 @@
-"""Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded.
-
-A call whose fp64 copies would not fit into memory is judged in pieces (pair.py), with bounds from one run.
-"""
+"""Runs kernels on the inputs of a dump, and compares what comes out with the oracle and with what the dump recorded."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,16 +10,13 @@ from kda_kernels.checks import problem_of
 from kda_kernels.errors import KdaError, UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
-from kda_kernels.tensors import Inputs, Outputs
-from kdacli.comparison.difference import Comparing, Difference
-from kdacli.comparison.layout import Layout, stack
-from kdacli.comparison.pair import beyond, first_token, judge_streamed, state_place, token_place
-from kdacli.device import free_memory
+from kda_kernels.tensors import Outputs
+from kdacli.comparison.difference import CallDifference, Difference
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_with_strides
-from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import draws, expect
+from kdacli.judge import CallJudge, Reference, Verdict, judge
 from kdacli.userkernels import resolve
+from kdacli.verify.call import pool_as_final_state
 from kdacli.verify.memory import poisoned_memory
 from kdacli.verify.runner import one_line
 
@@ -157,14 +151,15 @@ def compare(
         recorded = None
         if dump.outputs is not None:
             recorded = Outputs(**{name: tensor.to(device) for name, tensor in dump.outputs.tensors().items()})
-        against = (_Streamed if _is_large(job.problem, device) else _Against)(dump, inputs, device)
+        reference = Reference(inputs, dump.op, device)
         result = Comparison(dump, job.problem, not_run=list(job.not_run))
         if recorded is not None:
-            result.rows += [Row(dump.call, DUMP, verdict) for verdict in against.judge(recorded, partial=True)]
+            verdicts = judge(reference, recorded, carried_state=carried_state(dump), partial=True)
+            result.rows += [Row(dump.call, DUMP, verdict) for verdict in verdicts]
         advance(f"{label}: oracle")
         for kernel in job.kernels:
             try:
-                result.rows += _run(kernel, dump, against, recorded, detail)
+                result.rows += _run(kernel, dump, reference, recorded, detail)
             except KdaError as refusal:  # such as a layout of tensors that it does not take
                 if job.asked:
                     raise UnavailableError(f"{kernel.name} cannot run {label}: {refusal}") from refusal
@@ -173,90 +168,35 @@ def compare(
         yield result
 
 
-class _Against:
-    """The inputs of a call with what they should give, which is computed once."""
-
-    def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
-        self.inputs, self.op, self.device = inputs, dump.op, device
-        self.expected, self.plain = expect(inputs, dump.op), draws(inputs, dump.op)
-
-    def judge(self, outputs: Outputs, partial: bool = False, carried_state: str | None = None) -> list[Verdict]:
-        """`partial`: a missing final_state is no fault (a dump need not hold it). carried_state: of the kernel."""
-        wanted = self.inputs.output_final_state and not (partial and outputs.final_state is None)
-        inputs = dataclasses.replace(self.inputs, output_final_state=wanted)
-        return judge(
-            inputs,
-            outputs,
-            op=self.op,
-            expected=self.expected,
-            plain_outputs=self.plain,
-            carried_state=carried_state,
-        )
+def carried_state(dump: Dump) -> str | None:
+    """What the kernel that made a dump, if it says which, carries states in."""
+    name = dump.meta.get("kernel")
+    kernel = next((k for k in registry.kernels() if k.name == name), None)
+    return None if kernel is None else kernel.carried_state
 
 
-class _Streamed:
-    """The same for a call whose fp64 copies do not fit: the oracle runs anew for each result, a stretch at a time."""
-
-    def __init__(self, dump: Dump, inputs: Inputs, device: str) -> None:
-        self.dump, self.inputs, self.op, self.device = dump, inputs, dump.op, device
-
-    def judge(self, outputs: Outputs, partial: bool = False, carried_state: str | None = None) -> list[Verdict]:
-        return judge_streamed(self.dump, outputs, self.device, partial=partial, carried_state=carried_state)
-
-
-def _is_large(problem: Problem, device: str) -> bool:
-    """Whether judging in one piece would take more than a quarter of the memory that is free."""
-    tokens = problem.T * problem.HV * (4 * problem.K + 6 * problem.V)
-    states = 4 * (problem.pool_slots or problem.N) * problem.HV * problem.K * problem.V
-    free = free_memory(device)
-    return free is not None and 8 * (tokens + states) > free // 4
-
-
-def _run(
-    kernel: Kernel, dump: Dump, against: _Against | _Streamed, recorded: Outputs | None, detail: bool
-) -> list[Row]:
-    call = against.inputs.fresh()
+def _run(kernel: Kernel, dump: Dump, reference: Reference, recorded: Outputs | None, detail: bool) -> list[Row]:
+    inputs = reference.inputs.fresh()
     try:
         with poisoned_memory():
-            outputs = kernel.run(call)
-            if call.q.is_cuda:
+            outputs = kernel.run(inputs)
+            if inputs.q.is_cuda:
                 torch.cuda.synchronize()
     except (KdaError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a kernel that raises has failed; what the others make of it is still of interest
-        nan = float("nan")
         note = f"raised {type(error).__name__}: {one_line(error)}"
-        return [Row(dump.call, kernel.name, Verdict("o", nan, nan, nan, nan, {}, False, note))]
-    if call.state_indices is not None:
-        outputs = dataclasses.replace(outputs, final_state=call.state)
+        return [Row(dump.call, kernel.name, Verdict.failed("o", note))]
+    outputs = pool_as_final_state(outputs, inputs)
+    call = CallJudge(reference, outputs, carried_state=kernel.carried_state)
+    difference = None if recorded is None else CallDifference((reference,) * 2, (outputs, recorded))
+    for piece in reference:
+        call.add(piece)
+        if difference is not None:
+            difference.add((piece, piece))
     rows = []
-    for verdict in against.judge(outputs, carried_state=kernel.carried_state):
-        found = _compared(verdict, against, outputs, recorded)
+    for verdict in call.verdicts(reference.usual):
+        found = None if difference is None else difference.of([verdict])
         apart = None if found is None else found.relative
         rows.append(Row(dump.call, kernel.name, verdict, apart, found if detail else None))
     return rows
-
-
-def _compared(
-    verdict: Verdict, against: _Against | _Streamed, outputs: Outputs, recorded: Outputs | None
-) -> Difference | None:
-    """The kernel's tensor against the recorded one, over the tokens or the states that sequences use."""
-    field = "final_state" if verdict.tensor == "final_state" else "o"
-    ours, theirs = (None if x is None else getattr(x, field) for x in (outputs, recorded))
-    if ours is None or theirs is None or ours.shape != theirs.shape:
-        return None
-    inputs, layout = against.inputs, Layout.of(against.inputs)
-    states = field == "final_state"
-    lens = [1] * layout.dims.N if states else layout.lens
-    comparing = Comparing(verdict.tensor, lens, layout.dims.HV, (ours.dtype, theirs.dtype), states)
-    for group in layout.groups():
-        if not states:
-            comparing.add(token_place(group), stack(layout, ours, group), stack(layout, theirs, group))
-            continue
-        for n in {s.sequence for s in group if s.stop == layout.lens[s.sequence] and layout.slots[s.sequence] >= 0}:
-            pooled = inputs.state_indices is not None
-            slot = layout.slots[n] if pooled else n
-            rows = [x[slot] if inputs.state_v_first else x[slot].mT for x in (ours, theirs)]
-            comparing.add(state_place(layout, n, pooled=pooled), *(row.reshape(1, layout.dims.HV, -1) for row in rows))
-    found = comparing.result(beyond([verdict]))
-    return first_token(found, lambda stretch: (layout.tokens(ours, stretch), layout.tokens(theirs, stretch)))

@@ -5,25 +5,21 @@ differ, each by its own roundings. Everything is read from the files in pieces.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from kda_kernels.checks import problem_of
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, Op, Problem
+from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.comparison.difference import Comparing, Difference
-from kdacli.comparison.judging import Judge, Place, written_slots
-from kdacli.comparison.layout import Layout, Stretch, stack, state_of
-from kdacli.comparison.walk import Truth, Walk
+from kdacli.comparison.difference import CallDifference, Difference
+from kdacli.comparison.kernels import carried_state
 from kdacli.dumps import Dump
 from kdacli.dumps.pieces import pieces
-from kdacli.judge import Verdict, state_dtype
+from kdacli.judge import CallJudge, Reference, Verdict
+from kdacli.judge.layout import Layout, Stretch
 
-# Two right results may each be off by the bound; a row of one token scatters more than the whole tensor.
-_BEYOND = 4.0
 # Errors within this factor of each other are of the same size: those of right kernels by different houses are.
 _ALIKE = 2.0
 
@@ -127,29 +123,56 @@ def compare_pairs(pairs: Sequence[tuple[Dump, Dump]], device: str, advance: Call
 def _compare(a: Dump, b: Dump, device: str) -> Pair:
     name = a.call if a.call == b.call else f"{a.call} and {b.call}"
     problem, other = problem_of(a.inputs, a.op), problem_of(b.inputs, b.op)
-    _require_alike(problem, other, a, b)
-    layouts = Layout.of(a.inputs), Layout.of(b.inputs)
-    unequal = dict(_unequal_inputs(a.inputs, b.inputs, layouts))
+    outputs = _require_alike(problem, other, a, b)
+    if any(one.final_state is None for one in outputs):
+        outputs = [Outputs(one.o) for one in outputs]
+    references = [Reference(dump.inputs, dump.op, device) for dump in (a, b)]
+    unequal = dict(_unequal_inputs(a.inputs, b.inputs, (references[0].layout, references[1].layout)))
     options = _unequal_options(a, b)
-    walks = [Walk(a.inputs, a.op, device)]
-    if unequal or options:
-        walks.append(Walk(b.inputs, b.op, device))
-    both = _Both(a, b, layouts, device)
-    for truths in zip(*walks, strict=True):
-        both.add(truths[0], truths[-1])
+    if not unequal and not options and _alike(*references):  # one oracle for both
+        pairs = ((piece, piece.placed(references[1].layout)) for piece in references[0].walk())
+        measured = [references[0]] * 2
+    else:
+        pairs, measured = zip(*(one.walk() for one in references), strict=True), references
+    judges = [
+        CallJudge(reference, its, carried_state=carried_state(dump), partial=True)
+        for reference, its, dump in zip(references, outputs, (a, b), strict=True)
+    ]
+    difference = CallDifference(references, outputs)
+    for each in pairs:
+        difference.add(each)
+        for one, piece in zip(judges, each, strict=True):
+            one.add(piece)
+    verdicts = (judge.verdicts(reference.usual) for judge, reference in zip(judges, measured, strict=True))
+    rows = [PairRow(difference.of([x, y]), x, y) for x, y in zip(*verdicts, strict=True)]
+    return Pair(name, problem, unequal, options, rows, _notes(a, b))
+
+
+def _alike(a: Reference, b: Reference) -> bool:
+    """Whether calls of the same numbers have the same padding and dtypes."""
+    dtypes = [{name: t.dtype for name, t in one.inputs.tensors().items() if t.is_floating_point()} for one in (a, b)]
+    return dtypes[0] == dtypes[1] and [s < 0 for s in a.layout.slots] == [s < 0 for s in b.layout.slots]
+
+
+def _notes(a: Dump, b: Dump) -> list[str]:
     notes = [f"{side}: {note}" for side, dump in (("A", a), ("B", b)) for note in dump.notes]
-    if (a.outputs.final_state is None) != (b.outputs.final_state is None):
-        notes.append(f"final_state is not compared: only {'B' if a.outputs.final_state is None else 'A'} holds one")
-    return Pair(name, problem, unequal, options, both.rows(walks[0].usual, walks[-1].usual), notes)
+    held = [dump.outputs is not None and dump.outputs.final_state is not None for dump in (a, b)]
+    if held[0] != held[1]:
+        notes.append(f"final_state is not compared: only {'A' if held[0] else 'B'} holds one")
+    return notes
 
 
-def _require_alike(problem: Problem, other: Problem, a: Dump, b: Dump) -> None:
+def _require_alike(problem: Problem, other: Problem, a: Dump, b: Dump) -> list[Outputs]:
+    """The outputs of both."""
+    outputs = []
     for side, dump in (("A", a), ("B", b)):
         if dump.outputs is None:
             raise InputError(f"{side}{f', call {dump.call},' if dump.call else ''} holds no outputs to compare")
+        outputs.append(dump.outputs)
     sizes = ("op", "seq_lens", "H", "HV", "K", "V")
     if any(getattr(problem, size) != getattr(other, size) for size in sizes):
         raise InputError(f"A is {problem.name} and B {other.name}: only calls of the same shape can be compared")
+    return outputs
 
 
 def _unequal_options(a: Dump, b: Dump) -> list[str]:
@@ -175,12 +198,12 @@ def _unequal_inputs(a: Inputs, b: Inputs, layouts: tuple[Layout, Layout]) -> Ite
             yield from _if_unequal(name, [(x.flatten(), y.flatten())])
     if (a.state is None) != (b.state is None):
         yield "state", float("inf")
-    elif a.state is not None:
-        states = [
-            tuple(_state(x, layout, x.state, n) for x, layout in zip((a, b), layouts, strict=True))
+    else:
+        each = (
+            [layout.initial(inputs, n) for layout, inputs in zip(layouts, (a, b), strict=True)]
             for n in range(layouts[0].dims.N)
-        ]
-        yield from _if_unequal("state", ((x, y) for x, y in states if x is not None and y is not None))
+        )
+        yield from _if_unequal("state", ((x, y) for x, y in each if x is not None and y is not None))
 
 
 def _if_unequal(name: str, parts) -> Iterator[tuple[str, float]]:
@@ -194,169 +217,3 @@ def _if_unequal(name: str, parts) -> Iterator[tuple[str, float]]:
             apart += (x_piece.double() - y_piece.double()).square().sum().item()
     if apart:
         yield name, (apart / norm) ** 0.5 if norm else float("inf")
-
-
-def _state(inputs: Inputs, layout: Layout, tensor: torch.Tensor, sequence: int) -> torch.Tensor | None:
-    pooled = inputs.state_indices is not None
-    return state_of(tensor, layout, sequence, pooled=pooled, v_first=inputs.state_v_first)
-
-
-class _Both:
-    """The outputs of both dumps, judged and compared group by group."""
-
-    def __init__(self, a: Dump, b: Dump, layouts: tuple[Layout, Layout], device: str) -> None:
-        self.dumps, self.layouts, self.device = (a, b), layouts, device
-        self.tokens = Results("g_cumsum" if a.op is Op.GATE else "o", (a, b), layouts[0])
-        with_states = all(dump.outputs.final_state is not None for dump in (a, b))
-        self.states = Results("final_state", (a, b), layouts[0]) if with_states else None
-
-    def add(self, truth: Truth, other: Truth) -> None:
-        sides = zip(self.dumps, self.layouts, strict=True)
-        outs = [stack(layout, dump.outputs.o, truth.group) for dump, layout in sides]
-        self.tokens.add(token_place(truth.group), [out.to(self.device) for out in outs], (truth, other))
-        if self.states is None:
-            return
-        for n in truth.states:
-            held = [
-                _state(dump.inputs, layout, dump.outputs.final_state, n)
-                for dump, layout in zip(self.dumps, self.layouts, strict=True)
-            ]
-            if all(state is not None for state in held):
-                self.states.add_state(n, [state.to(self.device) for state in held], (truth, other))
-
-    def rows(self, *usual: torch.Tensor | None) -> list[PairRow]:
-        """`usual`: of a's and b's `Walk`, at its end."""
-        row = self.tokens.row(usual=usual)
-        found = [dataclasses.replace(row, difference=first_token(row.difference, self._read))]
-        if self.states is not None:
-            found.append(self.states.row(self._written()))
-        return found
-
-    def _read(self, stretch: Stretch) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(
-            layout.tokens(dump.outputs.o, stretch) for dump, layout in zip(self.dumps, self.layouts, strict=True)
-        )
-
-    def _written(self) -> list[str]:
-        sides = zip(self.dumps, self.layouts, strict=True)
-        return [written_slots(dump.inputs, layout, dump.outputs.final_state) for dump, layout in sides]
-
-
-class Results:
-    """Judges of one output tensor of two sources, and their difference."""
-
-    def __init__(self, tensor: str, dumps: tuple[Dump, Dump], layout: Layout) -> None:
-        d = layout.dims
-        self.dims, self.layout = d, layout
-        self.pooled = dumps[0].inputs.state_indices is not None
-        outputs = [dump.outputs.final_state if tensor == "final_state" else dump.outputs.o for dump in dumps]
-        terms = CHUNK if tensor == "g_cumsum" else d.K
-        self.judges = [Judge(tensor, d.N, d.HV, judged_dtype(dump, tensor), terms) for dump in dumps]
-        states = tensor == "final_state"
-        lens = [1] * d.N if states else layout.lens
-        self.comparing = Comparing(tensor, lens, d.HV, (outputs[0].dtype, outputs[1].dtype), states)
-
-    def add(self, place: Place, outs: Sequence[torch.Tensor], truths: Sequence[Truth]) -> None:
-        """Rows of tokens [R, HV, C]."""
-        for judge, out, truth in zip(self.judges, outs, truths, strict=True):
-            judge.add(place, out.double(), truth.o, truth.plain_o)
-        self.comparing.add(place, *outs)
-
-    def add_state(self, sequence: int, states: Sequence[torch.Tensor], truths: Sequence[Truth]) -> None:
-        """The final state [HV, V, K] of a sequence."""
-        place = state_place(self.layout, sequence, pooled=self.pooled)
-        rows = [state.reshape(1, self.dims.HV, -1) for state in states]
-        for judge, row, truth in zip(self.judges, rows, truths, strict=True):
-            exact, plain = (s[sequence].reshape(1, self.dims.HV, -1) for s in (truth.states, truth.plain_states))
-            judge.add(place, row.double(), exact, plain)
-        self.comparing.add(place, *rows)
-
-    def row(self, more: Sequence[str] = ("", ""), usual: Sequence[torch.Tensor | None] = (None, None)) -> PairRow:
-        """The result; `more` is what else is wrong with each source, `usual` as for `Judge.verdict`."""
-        each = zip(self.judges, more, usual, strict=True)
-        a, b = (judge.verdict(size).with_fault(note) for judge, note, size in each)
-        return PairRow(self.comparing.result(beyond([a, b])), a, b)
-
-
-def first_token(difference: Difference, read: Callable[[Stretch], tuple[torch.Tensor, torch.Tensor]]) -> Difference:
-    """The difference with the token, in the chunk that `material` names, where it begins to be more than rounding.
-
-    Args:
-        read: gives a's and b's rows [t, HV, C] of a stretch of tokens.
-    """
-    place = difference.material
-    if place is None or "chunk" not in place:
-        return difference
-    n, chunk, head = (int(place[name]) for name in ("sequence", "chunk", "head"))
-    a, b = read(Stretch(n, chunk * CHUNK, (chunk + 1) * CHUNK))
-    apart = (a[:, head].double() - b[:, head].double()).square().sum(-1).sqrt()
-    token = chunk * CHUNK + int((~(apart <= difference.material_limit)).nonzero()[0])
-    names = {"sequence": n, "chunk": chunk, "token": token, "head": head}
-    return dataclasses.replace(difference, material={name: str(value) for name, value in names.items()})
-
-
-def beyond(verdicts: Sequence[Verdict]) -> float:
-    """From which relative difference of a row on rounding does not explain it."""
-    return _BEYOND * max((v.bound for v in verdicts if not math.isnan(v.bound)), default=0.0)
-
-
-def judged_dtype(dump: Dump, tensor: str) -> torch.dtype:
-    """What a result should be rounded to."""
-    if tensor == "g_cumsum":
-        return torch.float32
-    if tensor == "o":
-        return dump.inputs.v.dtype
-    return state_dtype(dump.inputs, None)
-
-
-def token_place(group: Sequence[Stretch]) -> Place:
-    """The rows of a group of stretches."""
-    owner = torch.cat([torch.full((s.stop - s.start,), s.sequence) for s in group])
-    return Place(owner, torch.cat([torch.arange(s.start, s.stop) for s in group]))
-
-
-def state_place(layout: Layout, sequence: int, *, pooled: bool) -> Place:
-    """The one row of a sequence's state, V-first."""
-    slot = layout.slots[sequence] if pooled else None
-    return Place(torch.tensor([sequence]), torch.tensor([0]), (layout.dims.V, layout.dims.K), slot)
-
-
-def judge_streamed(
-    dump: Dump, outputs: Outputs, device: str, *, partial: bool = False, carried_state: str | None = None
-) -> list[Verdict]:
-    """`kdacli.judge.judge` in bounded memory: outputs [B, T, HV, .] and states as in the dump's layout, on any device.
-
-    Args:
-        partial: a missing final_state is no fault. carried_state: as of `judge`.
-    """
-    both = dataclasses.replace(dump, outputs=outputs)
-    layout = Layout.of(dump.inputs)
-    name = "g_cumsum" if dump.op is Op.GATE else "o"
-    d = layout.dims
-    wanted = (d.B, d.T, d.HV, d.K if dump.op is Op.GATE else d.V)
-    if tuple(outputs.o.shape) != wanted:
-        return [_failed(name, f"shape is {list(outputs.o.shape)}: it should be {list(wanted)}")]
-    tokens = Judge(name, d.N, d.HV, judged_dtype(both, name), CHUNK if dump.op is Op.GATE else d.K)
-    states = Judge("final_state", d.N, d.HV, state_dtype(dump.inputs, carried_state), d.K)
-    pooled = dump.inputs.state_indices is not None
-    truths = Walk(dump.inputs, dump.op, device)
-    for truth in truths:
-        out = stack(layout, outputs.o, truth.group).to(device).double()
-        tokens.add(token_place(truth.group), out, truth.o, truth.plain_o)
-        if outputs.final_state is None:
-            continue
-        for n, exact in truth.states.items():
-            state = _state(dump.inputs, layout, outputs.final_state, n).to(device).double()
-            rows = [x.reshape(1, d.HV, -1) for x in (state, exact, truth.plain_states[n])]
-            states.add(state_place(layout, n, pooled=pooled), *rows)
-    verdicts = [tokens.verdict(truths.usual)]
-    if outputs.final_state is not None and dump.op is not Op.GATE:
-        verdicts.append(states.verdict().with_fault(written_slots(dump.inputs, layout, outputs.final_state)))
-    elif dump.inputs.output_final_state and not partial and dump.op is not Op.GATE:
-        verdicts.append(_failed("final_state", "missing: the kernel returned none"))
-    return verdicts
-
-
-def _failed(name: str, note: str) -> Verdict:
-    nan = float("nan")
-    return Verdict(name, nan, nan, nan, nan, {}, False, note)

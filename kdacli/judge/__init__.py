@@ -1,17 +1,9 @@
-"""Is a result good enough? `verdicts` has the rule, `baseline` what it goes by, `blocks` the parts it looks at, and
-`digits` what no bound sees.
+"""Is a result good enough? `verdicts` has the rule, for all outputs of a call, and `tensor`, for one of them;
+`reference` is what they go by, in pieces, and `layout` says where these lie.
 """
 
-from kdacli.judge.verdicts import (
-    ELEMENT_FACTOR,
-    FACTOR,
-    FLOOR,
-    SMALLEST,
-    UNIT_ROUNDOFF,
-    Verdict,
-    judge,
-    said,
-    state_dtype,
-)
+from kdacli.judge.reference import Reference, expect
+from kdacli.judge.tensor import Verdict, said
+from kdacli.judge.verdicts import CallJudge, judge
 
-__all__ = ["ELEMENT_FACTOR", "FACTOR", "FLOOR", "SMALLEST", "UNIT_ROUNDOFF", "Verdict", "judge", "said", "state_dtype"]
+__all__ = ["CallJudge", "Reference", "Verdict", "expect", "judge", "said"]

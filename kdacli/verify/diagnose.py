@@ -7,48 +7,44 @@ import torch
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge import Verdict, said
-from kdacli.judge.baseline import expect
-from kdacli.judge.blocks import Blocks
+from kdacli.judge import Verdict, expect, said
+from kdacli.judge.layout import Place
 from kdacli.verify.suspects import suspects
 
-Rows = dict[str, tuple[Blocks, torch.Tensor, torch.Tensor]]  # by tensor: its blocks, what came out, the reference
+Rows = dict[str, tuple[Place, torch.Tensor, torch.Tensor]]  # by field of `Outputs`: what came out, the reference
 CLOSE = 0.25  # an explanation leaves at most this share of the error, and
 NEAR = 2e-2  # this relative error
 
 
-def diagnose(inputs: Inputs, outputs: Outputs, expected: Outputs, op: Op, verdicts: Sequence[Verdict]) -> list[str]:
+def diagnose(inputs: Inputs, outputs: Outputs, op: Op, verdicts: Sequence[Verdict]) -> list[str]:
     """Explanations of a wrong result, one line each; none if nothing known fits.
 
     Args:
         inputs: as they were before the call. outputs: what came out, pool included.
-        expected: the fp64 reference.
         verdicts: what the judge said of these outputs; only tensors that did not pass are looked at.
     """
     wrong = {"o" if v.tensor == "g_cumsum" else v.tensor for v in verdicts if not v.passed}
-    pairs = {"o": (Blocks.of_tokens(inputs), outputs.o, expected.o)}
-    if op is not Op.GATE and outputs.final_state is not None and expected.final_state is not None:
-        pairs["final_state"] = (Blocks.of_state(inputs), outputs.final_state, expected.final_state)
-    rows = {
-        name: (blocks, blocks.rows(out), blocks.rows(ref))
-        for name, (blocks, out, ref) in pairs.items()
-        if name in wrong and out.shape == ref.shape and ref.numel()
-    }
+    expected, rows = expect(inputs, op), {}
+    for name in wrong & expected.tensors().keys() & outputs.tensors().keys():
+        out, ref = getattr(outputs, name), getattr(expected, name)
+        if out.shape == ref.shape and ref.numel():
+            place = Place.whole(inputs, name)
+            rows[name] = (place, place.rows(out).double(), place.rows(ref))
     found = [f"{name}: {line}" for name, parts in rows.items() for line in _from_numbers(name, *parts)]
     if "final_state" in rows and inputs.state is not None:
-        blocks, out, ref = rows["final_state"]
-        if _explains(out, blocks.rows(inputs.state), ref):
+        place, out, ref = rows["final_state"]
+        if _explains(out, place.rows(inputs.state).double(), ref):
             found.append("final_state: it is the state that came in: nothing was written, or into a copy")
     if rows and all(bool(out.isfinite().all()) for _, out, _ in rows.values()):
         found += [f"it fits if {what}" for what in _mistakes(inputs, rows, op)]
     return found
 
 
-def _from_numbers(name: str, blocks: Blocks, out: torch.Tensor, ref: torch.Tensor) -> Iterator[str]:
+def _from_numbers(name: str, place: Place, out: torch.Tensor, ref: torch.Tensor) -> Iterator[str]:
     """What the numbers of one tensor say without the inputs."""
     finite = out.isfinite()
     if not bool(finite.all()):
-        yield _not_finite(blocks, finite)
+        yield _not_finite(place, finite)
         return
     if not bool(out.any()):
         yield "it is all zeros"
@@ -57,8 +53,8 @@ def _from_numbers(name: str, blocks: Blocks, out: torch.Tensor, ref: torch.Tenso
     if _explains(out, factor * ref, ref):
         yield f"it is {factor.item():.4g} times what it should be"
     if name == "final_state":
-        (_, rows), (_, columns) = blocks.state_axes
-        if rows == columns and _explains(out, ref.unflatten(-1, (rows, columns)).mT.flatten(-2), ref):
+        V, K = place.layout.dims.V, place.layout.dims.K
+        if V == K and _explains(out, ref.unflatten(-1, (V, K)).mT.flatten(-2), ref):
             yield "it is transposed: the other of V-first and K-first"
     elif len(out) > 1:
         for step, which in ((1, "the one before"), (-1, "the next")):
@@ -70,15 +66,14 @@ def _from_numbers(name: str, blocks: Blocks, out: torch.Tensor, ref: torch.Tenso
             yield f"its heads are permuted: they hold those of {order.tolist()}"
 
 
-def _not_finite(blocks: Blocks, finite: torch.Tensor) -> str:
+def _not_finite(place: Place, finite: torch.Tensor) -> str:
     """From where on there is no number."""
     bad = ~finite
-    first = blocks.where(int(bad.flatten().byte().argmax()), finite.shape)
-    rows = bad.flatten(1).any(1)
-    sequence = blocks.owner == int(first["sequence"])
-    if blocks.state_axes is not None:
+    first = place.name_flat(int(bad.flatten().byte().argmax()), finite.shape)
+    rows = bad.flatten(1).any(1).cpu()
+    if not place.group:
         return f"NaN or Inf in {int(rows.sum())} of {len(rows)} states, first at {said(first)}"
-    token = int(first["token"])
+    sequence, token = place.owner == int(first["sequence"]), int(first["token"])
     to_its_end = bool(rows[sequence][token:].all())
     chunk = f", chunk {token // CHUNK}" if int(sequence.sum()) > CHUNK else ""
     rest = "and to the end of the sequence" if to_its_end else f"in {int(rows.sum())} of {len(rows)} tokens"
@@ -93,18 +88,16 @@ def _mistakes(inputs: Inputs, rows: Rows, op: Op) -> Iterator[str]:
         except InputError:
             continue  # with that mistake it would have been refused
         if all(
-            name in would and _explains(out, _rows_like(blocks, would[name], out), ref)
-            for name, (blocks, out, ref) in rows.items()
+            name in would and _explains(out, _rows_like(place, would[name], out), ref)
+            for name, (place, out, ref) in rows.items()
         ):
             yield what
 
 
-def _rows_like(blocks: Blocks, tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _rows_like(place: Place, tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The rows of `tensor`, or something of another shape than `out` where it has fewer."""
-    enough = blocks.state_axes is None or len(tensor) > int(
-        (blocks.owner if blocks.slots is None else blocks.slots).max()
-    )
-    return blocks.rows(tensor) if enough else tensor.new_empty(0)
+    enough = all(index[0] < len(tensor) for index in place.index)
+    return place.rows(tensor) if enough else tensor.new_empty(0)
 
 
 def _explains(out: torch.Tensor, made: torch.Tensor, ref: torch.Tensor) -> bool:

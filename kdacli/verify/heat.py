@@ -1,11 +1,11 @@
-"""Where it is wrong, as a small map of characters: errors against the largest that a plain implementation makes."""
+"""Where it is wrong, as a small map of characters: errors against what the worst element may be off."""
 
 import torch
 
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Inputs
-from kdacli.judge import ELEMENT_FACTOR
-from kdacli.judge.blocks import Blocks
+from kdacli.judge import Verdict
+from kdacli.judge.layout import Place
 
 WIDTH, HEIGHT = 64, 12
 # Each character stands for the worst element under it, in multiples of what it may be off.
@@ -14,35 +14,36 @@ WORST, NOT_FINITE = "#", "N"
 KEY = ". - + * #: errors up to 1, 3, 10, 100 and over 100 times the bound; N: NaN or Inf"
 
 
-def heat_map(inputs: Inputs, tensor: str, out: torch.Tensor, ref: torch.Tensor, plain_out: torch.Tensor) -> list[str]:
+def heat_map(inputs: Inputs, field: str, out: torch.Tensor, ref: torch.Tensor, verdict: Verdict) -> list[str]:
     """Lines of a map of the sequence that is worst (for a state: of its worst head), title first.
 
-    Token tensors: heads down, tokens across, with a bar at every chunk's end where they fit; states: their last two
-    axes. Several neighbours share a character where there are many.
+    Token tensors: heads down, tokens across, with a bar at every chunk's end where they fit; states: V down, K across.
+    Several neighbours share a character where there are many.
 
     Args:
-        tensor: "o" (also for the gate's sums) or "final_state". out, ref, plain_out: as the judge has them.
+        field: "o" (also for the gate's sums) or "final_state". out, ref: what came out, and what should.
+        verdict: on it.
     """
-    blocks = Blocks.of_tokens(inputs) if tensor != "final_state" else Blocks.of_state(inputs)
-    out, ref, plain_out = blocks.rows(out), blocks.rows(ref), blocks.rows(plain_out)
+    place = Place.whole(inputs, field)
+    out, ref = place.rows(out).double().cpu(), place.rows(ref).cpu()
+    bound = verdict.worst_bound if verdict.worst_bound > 0 else 2.0**-6  # NaN where it is not finite
+    rms = torch.stack([ref[place.owner == n].square().mean((0, 2)).sqrt() for n in place.owner.unique()])
+    allowed = bound * rms[place.owner.unique(return_inverse=True)[1]].unsqueeze(-1)
     wrong = (out - ref).abs()
-    allowed = blocks.spread(ELEMENT_FACTOR * blocks.maxima((plain_out - ref).abs())) + 2.0**-8 * ref.abs()
     share = torch.where(wrong > 0, wrong / allowed.clamp(min=1e-300), 0.0)
     share = torch.where(out.isfinite(), share, torch.inf)
     row = int(share.flatten(1).amax(1).argmax())
-    sequence = int(blocks.owner[row])
-    if blocks.state_axes is None:
-        grid, finite = (x[blocks.owner == sequence].transpose(0, 1) for x in (share, out.isfinite()))
+    sequence = int(place.owner[row])
+    if place.group:
+        grid, finite = (x[place.owner == sequence].transpose(0, 1) for x in (share, out.isfinite()))
         grid, finite = grid.amax(-1), finite.all(-1)
         tokens = grid.shape[1]
-        title = f"{tensor}, sequence {sequence}: {len(grid)} heads down, {tokens} tokens across"
+        title = f"{field}, sequence {sequence}: {len(grid)} heads down, {tokens} tokens across"
         return [title, *_draw(grid, finite, "head", CHUNK if CHUNK < tokens <= WIDTH * 4 else None)]
-    head = int(share[row].amax(-1).argmax())
-    shape = [size for _, size in blocks.state_axes]
-    grid, finite = (x[row, head].view(shape) for x in (share, out.isfinite()))
-    down, across = (f"{size} {name}" for name, size in blocks.state_axes)
-    title = f"{tensor}, sequence {sequence}, head {head}: {down} down, {across} across"
-    return [title, *_draw(grid, finite, blocks.state_axes[0][0], None)]
+    head, d = int(share[row].amax(-1).argmax()), place.layout.dims
+    grid, finite = (x[row, head].view(d.V, d.K) for x in (share, out.isfinite()))
+    title = f"{field}, sequence {sequence}, head {head}: {d.V} v down, {d.K} k across"
+    return [title, *_draw(grid, finite, "v", None)]
 
 
 def _draw(grid: torch.Tensor, finite: torch.Tensor, row_name: str, mark: int | None) -> list[str]:

@@ -13,8 +13,7 @@ from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import interpreted
-from kdacli.judge import Verdict, judge
-from kdacli.judge.baseline import draws, expect
+from kdacli.judge import Reference, Verdict, judge
 from kdacli.judge.bits import same_bits
 from kdacli.synthetic import make_inputs
 from kdacli.userkernels import UserKernel
@@ -82,7 +81,7 @@ class Bench:
 
     Attributes:
         name: of the case. problem: what a kernel is asked whether it supports it.
-        inputs, expected, plain_outputs: as `judge` takes them.
+        inputs: of the call. reference: what it should give.
         properties, decode_steps: see `Case`.
         strided: the inputs' memory is laid out unusually: a kernel may refuse it by an `InputError`.
     """
@@ -90,8 +89,7 @@ class Bench:
     name: str
     problem: Problem
     inputs: Inputs
-    expected: Outputs
-    plain_outputs: tuple[Outputs, ...]
+    reference: Reference
     properties: tuple[str, ...] = ()
     decode_steps: int = 0
     strided: bool = False
@@ -114,7 +112,7 @@ class Bench:
 
     @classmethod
     def of_inputs(cls, name: str, problem: Problem, inputs: Inputs) -> "Bench":
-        return cls(name, problem, inputs, expect(inputs, problem.op), draws(inputs, problem.op))
+        return cls(name, problem, inputs, Reference(inputs, problem.op).computed())
 
 
 def inputs_of(case: Case, seed: int, device: str) -> Inputs:
@@ -177,15 +175,7 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
             return result("refused", [one_line(error)])
         return result("error", [said(error)])
     outputs = first.outputs
-    verdicts = judge(
-        bench.inputs,
-        outputs,
-        op=bench.problem.op,
-        expected=bench.expected,
-        plain_outputs=bench.plain_outputs,
-        carried_state=runner.carried_state,
-        count_digits=True,
-    )
+    verdicts = judge(bench.reference, outputs, carried_state=runner.carried_state)
     notes = [*_wrong_beside_values(bench, first), *_differences(outputs, again.outputs)]
     passed = not notes and all(verdict.passed for verdict in verdicts)
     held: tuple[Held, ...] = ()
@@ -195,8 +185,7 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
             problem=bench.problem,
             inputs=bench.inputs,
             outputs=outputs,
-            expected=bench.expected,
-            plain_outputs=bench.plain_outputs,
+            reference=bench.reference,
             ours=kernel.ours and not isinstance(kernel, UserKernel),
             interpreted=_is_interpreted(kernel),
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Outputs
+from kdacli.judge import expect
 from kdacli.verify.case import Case
 from kdacli.verify.diagnose import diagnose
 from kdacli.verify.heat import heat_map
@@ -52,7 +53,7 @@ def _explain(bench: Bench, result: Result, smallest: str | None, complete: bool)
     maps: list[str] = []
     outputs = result.outputs
     if outputs is not None and result.wrong_values:
-        looks_like = diagnose(bench.inputs, outputs, bench.expected, bench.problem.op, result.verdicts)
+        looks_like = diagnose(bench.inputs, outputs, bench.problem.op, result.verdicts)
         maps = _maps(bench, result, outputs)
     return Explanation(tuple(wrong_lines(result)), tuple(looks_like), tuple(maps), smallest, complete, bench, outputs)
 
@@ -60,12 +61,12 @@ def _explain(bench: Bench, result: Result, smallest: str | None, complete: bool)
 def _maps(bench: Bench, result: Result, outputs: Outputs) -> list[str]:
     """A map of each tensor that is wrong and of the right shape."""
     lines: list[str] = []
+    expected = expect(bench.inputs, bench.problem.op)
     for verdict in result.verdicts:
-        name = "final_state" if verdict.tensor == "final_state" else "o"
-        out, ref = getattr(outputs, name), getattr(bench.expected, name)
-        if verdict.passed or out is None or out.shape != ref.shape or not ref.numel():
-            continue
-        lines += heat_map(bench.inputs, name, out, ref, getattr(bench.plain_outputs[0], name))
+        field = "final_state" if verdict.tensor == "final_state" else "o"
+        out, ref = getattr(outputs, field), getattr(expected, field)
+        if not verdict.passed and out is not None and out.shape == ref.shape and ref.numel():
+            lines += heat_map(bench.inputs, field, out, ref, verdict)
     return lines
 
 

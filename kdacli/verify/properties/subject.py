@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge import judge
+from kdacli.judge import Reference, judge
 from kdacli.judge.bits import same_bits
 from kdacli.verify.call import Runner, call
 
@@ -21,7 +21,7 @@ class Subject:
     Attributes:
         kernel: what is run. problem, inputs: the case.
         outputs: of a call on `inputs`, with nothing else going on.
-        expected, plain_outputs: as `judge` takes them.
+        reference: what it should give.
         ours: whether the kernel is one of this package.
         interpreted: it runs in Triton's interpreter.
     """
@@ -30,8 +30,7 @@ class Subject:
     problem: Problem
     inputs: Inputs
     outputs: Outputs
-    expected: Outputs
-    plain_outputs: tuple[Outputs, ...]
+    reference: Reference
     ours: bool
     interpreted: bool
 
@@ -44,27 +43,15 @@ class Subject:
         if (reason := self.kernel.unsupported(problem)) is not None:
             raise NotApplicableError(reason)
 
-    def wrong(self, outputs: Outputs, inputs: Inputs | None = None, expected: Outputs | None = None) -> Iterator[str]:
-        """What the judge says against `outputs`, where they are not as good as those of one plain call must be."""
-        inputs, plain_outputs = inputs or self.inputs, self.plain_outputs
-        if inputs.state_v_first != self.inputs.state_v_first:
-            plain_outputs = [swapped(one) for one in plain_outputs]
-        found = judge(
-            inputs,
-            outputs,
-            op=self.problem.op,
-            expected=expected or self.expected,
-            plain_outputs=plain_outputs,
-            carried_state=self.kernel.carried_state,
-            count_digits=True,
-        )
+    def wrong(self, outputs: Outputs, inputs: Inputs | None = None) -> Iterator[str]:
+        """What the judge says against `outputs`, where they are not as good as those of one plain call must be.
+
+        Args:
+            inputs: of a call that means the same; None: those of the case.
+        """
+        reference = self.reference if inputs is None else self.reference.on(inputs)
+        found = judge(reference, outputs, carried_state=self.kernel.carried_state)
         return (f"{verdict.tensor}: {verdict.note}" for verdict in found if not verdict.passed)
-
-
-def swapped(outputs: Outputs) -> Outputs:
-    """The final state in the other layout."""
-    state = outputs.final_state
-    return outputs if state is None else dataclasses.replace(outputs, final_state=state.mT)
 
 
 def differing(first: Outputs, second: Outputs) -> list[str]:

@@ -13,6 +13,7 @@ No exponent here is ever positive, so nothing overflows, whatever the gate.
 import torch
 
 from kda_kernels.reference.batch import Batch, Sequence
+from kda_kernels.reference.recurrent import After
 from kda_kernels.reference.rounding import Rounding
 
 SUBCHUNK = 16
@@ -22,7 +23,13 @@ SUBCHUNK = 16
 _ZERO_DECAY = {torch.float64: -800.0, torch.float32: -120.0}
 
 
-def chunk_recurrence(batch: Batch, states: torch.Tensor, chunk: int, rounded: Rounding) -> torch.Tensor:
+def chunk_recurrence(
+    batch: Batch,
+    states: torch.Tensor,
+    chunk: int,
+    rounded: Rounding,
+    after: After = lambda tokens, running: None,
+) -> torch.Tensor:
     """Runs every sequence chunk by chunk; the n-th chunks of all sequences go together.
 
     Args:
@@ -30,6 +37,7 @@ def chunk_recurrence(batch: Batch, states: torch.Tensor, chunk: int, rounded: Ro
         states: [n, HV, V, K] in the dtype of the batch, updated in place.
         chunk: tokens a chunk.
         rounded: applied to every operand of a matmul.
+        after: called with the number of tokens done, and the states of the sequences that have them all or end there.
 
     Returns:
         o [R, HV, V]; zero in rows that belong to no sequence of the batch.
@@ -55,6 +63,7 @@ def chunk_recurrence(batch: Batch, states: torch.Tensor, chunk: int, rounded: Ro
             rounded,
         )
         o[rows[valid]] = out.transpose(1, 2)[valid]
+        after(first + chunk, states[: len(running)])
     return o
 
 

@@ -37,10 +37,15 @@ def log_decay(
         return x
     if dt_bias is not None:
         x = x + dt_bias.to(dtype).reshape(HV, K)
-    rate = x.new_ones(HV, 1) if A_log is None else A_log.to(dtype).reshape(HV, 1).exp()
+    rate = x.new_ones(HV, 1) if A_log is None else gate_rate(A_log, dtype).reshape(HV, 1)
     if options.gate is Gate.SAFE:
         return options.lower_bound * torch.sigmoid(rate * x)
     return -rate * softplus(x)
+
+
+def gate_rate(A_log: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """exp(A_log), at most the largest number there is: infinity times a gate of 0 would be NaN."""
+    return A_log.to(dtype).exp().clamp(max=torch.finfo(dtype).max)
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

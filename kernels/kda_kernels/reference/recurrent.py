@@ -1,11 +1,15 @@
 """The token recurrence: the definition of the operation, one step a token, all sequences and heads at once."""
 
+from collections.abc import Callable
+
 import torch
 
 from kda_kernels.reference.batch import Batch
 
+After = Callable[[int, torch.Tensor], None]
 
-def token_recurrence(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+
+def token_recurrence(batch: Batch, states: torch.Tensor, after: After = lambda tokens, running: None) -> torch.Tensor:
     """Runs every sequence through
 
         S <- S diag(exp(g_t));  u <- beta_t (v_t - S k_t);  S <- S + u k_t^T;  o_t = S q_t      (S is V x K)
@@ -13,6 +17,7 @@ def token_recurrence(batch: Batch, states: torch.Tensor) -> torch.Tensor:
     Args:
         batch: the call; its sequences are sorted by length, so those still running are always the first ones.
         states: [n, HV, V, K], updated in place.
+        after: called with the number of tokens done, and the states of the sequences that have so many.
 
     Returns:
         o [R, HV, V]; zero in rows that belong to no sequence of the batch.
@@ -31,4 +36,5 @@ def token_recurrence(batch: Batch, states: torch.Tensor) -> torch.Tensor:
         u = batch.beta[rows].unsqueeze(-1) * (batch.v[rows] - (S @ k.unsqueeze(-1)).squeeze(-1))
         S.addcmul_(u.unsqueeze(-1), k.unsqueeze(-2))
         o[rows] = (S @ batch.q[rows].unsqueeze(-1)).squeeze(-1)
+        after(t + 1, S)
     return o

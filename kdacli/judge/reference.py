@@ -1,0 +1,366 @@
+"""What results are measured with, in pieces: the fp64 recurrence, and the errors of plain implementations beside it.
+
+A piece is a stretch of tokens or some whole sequences; from stretch to stretch the state is carried in full precision.
+So memory is bounded and length is not, and a result is judged alike whether its call fits into memory or not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from kda_kernels.problem import CHUNK, Gate, Op
+from kda_kernels.reference import oracle
+from kda_kernels.reference.batch import Batch, prepare
+from kda_kernels.reference.chunked import chunk_recurrence
+from kda_kernels.reference.gate import L2NORM_EPS, gate_rate, log_decay
+from kda_kernels.reference.recurrent import After, token_recurrence
+from kda_kernels.reference.rounding import OperandDtype, operand_rounding
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge.layout import Layout, Place, Stretch, Target
+
+DRAWS = 8
+UNITS = tuple(2 ** (i / DRAWS) for i in range(DRAWS))  # spread over what a mantissa can be
+LONG = 1024  # tokens
+KEPT = 1 << 27  # elements of a call's outputs up to which its pieces are kept: 1 GiB of fp64
+_TOKENS = ("q", "k", "v", "g", "beta")
+_LOW = (1 << 13) - 1  # what float32's mantissa has beyond the ten bits of fp16 and tf32
+
+Recurrence = Callable[[Batch, torch.Tensor, After], torch.Tensor]
+
+
+def expect(inputs: Inputs, op: Op | str) -> Outputs:
+    """The fp64 reference for `op`: o (for the op `gate`: the chunk-local cumsum) and final_state, float64.
+
+    final_state is there whether it was asked for or not; with a pool it is the whole pool after the call. `inputs` are
+    not modified. Raises `InputError` (see `check_inputs`).
+    """
+    if Op(op) is Op.GATE:
+        return Outputs(oracle.gate_cumsum(inputs))
+    return oracle.recurrence(dataclasses.replace(inputs, output_final_state=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """One plain implementation, which rounds where a kernel of its op must round, and nowhere else.
+
+    decode: the token recurrence in fp32; output and state rounded to their dtypes.
+    prefill: the chunk form in fp32, the operands of its matrix products rounded to what tensor cores take; output and
+        state rounded to their dtypes.
+    gate: the activation and the cumulative sum in fp32, softplus by the logarithm that a GPU has.
+
+    Attributes:
+        run: how it goes through the tokens of a batch.
+        cut: it leaves it to tensor cores to make tf32 of fp32, which they do by cutting, towards zero. All roundings
+            then go one way and add up instead of scattering: errors are up to four times those of rounding to nearest.
+            A kernel may do so, and the judge counts that shift once, not times its factor: twice such an error is what
+            products in bf16 make, which fp32 activations must not pass through.
+    """
+
+    run: Recurrence
+    cut: bool = False
+
+
+def plains(op: Op, dtype: torch.dtype, longest: int) -> list[Plain]:
+    """The plain implementation of `op`, and the same with operands rounded in other units: as good, other errors.
+
+    One alone may be lucky: where a few tokens, or a nearly singular chunk, decide, its error is a third of another's as
+    easily as three times it. decode and gate round nothing but results and fp32 sums: there one is all. So it is with a
+    sequence over `LONG`, for its cost. Where products are in tf32, as many follow that cut.
+
+    Args:
+        dtype: of the activations. longest: tokens of the longest sequence.
+    """
+    if op is not Op.PREFILL:
+        return [Plain(token_recurrence)]
+    operands = operand_dtype(dtype)
+    kinds: list[tuple[OperandDtype, bool]] = [(operands, False)]
+    if operands == "tf32":
+        kinds.append(("tf32 cut", True))
+
+    def chunks(rounded: Callable[[torch.Tensor], torch.Tensor]) -> Recurrence:
+        return lambda batch, states, after: chunk_recurrence(batch, states, CHUNK, rounded, after)
+
+    units = UNITS if longest <= LONG else UNITS[:1]
+    return [Plain(chunks(operand_rounding(kind, unit)), cut) for kind, cut in kinds for unit in units]
+
+
+def operand_dtype(dtype: torch.dtype) -> OperandDtype:
+    """What a chunk kernel multiplies in, for activations of `dtype`.
+
+    bf16 for bf16. fp16 activations take tf32 too: intermediate results such as the inverse of a near-singular chunk
+    leave fp16's range, and tf32 has fp16's ten bits of mantissa.
+    """
+    return torch.bfloat16 if dtype is torch.bfloat16 else "tf32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of one output tensor: tokens or states.
+
+    Attributes:
+        place: whose they are. exact: float64 [R, HV, C].
+        squares, worst: float64 [draws, R, HV], of each plain implementation's errors the sum of squares, and the
+            largest.
+        finite: whether the plain implementations made numbers.
+        fine: bool [R, HV, C], of states: which elements need more than ten bits of mantissa, and a plain implementation
+            has them. A single product of short numbers is short.
+    """
+
+    place: Place
+    exact: torch.Tensor
+    squares: torch.Tensor
+    worst: torch.Tensor
+    finite: bool
+    fine: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, place: Place, exact: torch.Tensor, made: Sequence[torch.Tensor], *, digits: bool = False) -> "Rows":
+        """`made`: by each plain implementation, [R, HV, C], rounded as a result is."""
+        exact = exact.double()
+        errors = [(one.double() - exact).abs_() for one in made]
+        squares = torch.stack([error.square().sum(-1) for error in errors])
+        worst = torch.stack([error.amax(-1) if error.numel() else error.sum(-1) for error in errors])
+        finite = all(bool(one.isfinite().all()) for one in made)
+        return cls(place, exact, squares, worst, finite, fine(exact) & fine(made[0]) if digits else None)
+
+
+def fine(rows: torch.Tensor) -> torch.Tensor:
+    """Which elements, of values that float32 holds, need more than ten bits of mantissa."""
+    return rows.float().view(torch.int32).bitwise_and(_LOW).ne(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A group of stretches, and by output tensor (o, final_state, ...) its rows."""
+
+    group: list[Stretch]
+    rows: dict[str, Rows]
+
+    def placed(self, layout: Layout) -> "Piece":
+        """The same for a call whose tensors are laid out otherwise."""
+        rows = {}
+        for field, one in self.rows.items():
+            if field == "o":
+                place = Place.of_tokens(layout, self.group)
+            else:
+                mine = set(zip(one.place.owner.tolist(), one.place.token.tolist(), strict=True))
+                targets = [t for t in layout.targets[field] if (t.sequence, t.tokens) in mine]
+                place = Place.of_states(layout, targets, several=one.place.several)
+            rows[field] = dataclasses.replace(one, place=place)
+        return Piece(self.group, rows)
+
+
+class Reference:
+    """What one call should give; iterate it for the pieces, in order.
+
+    Args:
+        inputs: on any device, perhaps mapped from a file; not modified.
+        device: where to compute; None: where the inputs are.
+
+    Attributes:
+        layout: of the call. plains: the plain implementations.
+        usual: float64 [sequences, HV], once all pieces were seen: how large o of each (sequence, head) is where q and
+            the state know nothing of each other. o = scale * S q is a sum over K. With few, nearly parallel keys and a
+            q at a right angle to them the sum cancels: o is then far smaller than its terms, and a rounding error,
+            which goes with the terms, far larger beside it. What one implementation makes of such a block is chance; so
+            it is granted what a block that does not cancel would be: ||scale q|| ||S|| / sqrt(K), the norm of the
+            terms. S is the larger of the states before and after. None for the op `gate`.
+
+    Raises:
+        InputError: see `check_inputs`.
+    """
+
+    def __init__(self, inputs: Inputs, op: Op | str, device: str | torch.device | None = None) -> None:
+        self.inputs, self.op = inputs, Op(op)
+        self.device = torch.device(inputs.q.device if device is None else device)
+        self.layout = Layout.of(inputs)
+        self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0))
+        self._squares, self._states = (torch.zeros(self.layout.dims.N, self.layout.dims.HV).double() for _ in range(2))
+        d = self.layout.dims
+        states = sum(map(len, self.layout.targets.values())) * d.HV * d.V * d.K
+        self._small = sum(self.layout.lens) * d.HV * max(d.K, d.V) + states <= KEPT
+        self._kept: list[Piece] | None = None
+
+    def computed(self) -> "Reference":
+        """Itself, with its pieces made and kept, as far as they are kept at all."""
+        if self._small:
+            for _ in self:
+                pass
+        return self
+
+    def on(self, inputs: Inputs) -> "Reference":
+        """The same for a call that means the same, with its tensors in other dtypes or memory."""
+        other = Reference(inputs, self.op, self.device)
+        other._kept = [piece.placed(other.layout) for piece in self]
+        other._squares, other._states = self._squares, self._states
+        return other
+
+    def name(self, field: str) -> str:
+        """What a field of `Outputs` is called in verdicts."""
+        return "g_cumsum" if self.op is Op.GATE else field
+
+    def shape(self, field: str) -> list[int]:
+        """Of a field of `Outputs`."""
+        d = self.layout.dims
+        if field == "o":
+            return [d.B, d.T, d.HV, d.K if self.op is Op.GATE else d.V]
+        slots = d.N if self.inputs.state_indices is None else len(self.inputs.state)
+        return [slots, d.HV, *((d.V, d.K) if self.inputs.state_v_first else (d.K, d.V))]
+
+    def fits(self, field: str, tensor: torch.Tensor) -> bool:
+        return list(tensor.shape) == self.shape(field)
+
+    def __iter__(self) -> Iterator[Piece]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        if not self._small:
+            yield from self.walk()
+            return
+        seen = []
+        for piece in self.walk():
+            seen.append(piece)
+            yield piece
+        self._kept = seen
+
+    @property
+    def usual(self) -> torch.Tensor | None:
+        if self.op is Op.GATE:
+            return None
+        return abs(self.inputs.scale) * self._squares.sqrt() * self._states / self.layout.dims.K**0.5
+
+    @torch.no_grad()
+    def walk(self) -> Iterator[Piece]:
+        """Its pieces, none of them kept."""
+        self._squares.zero_()
+        inputs, layout, carried = self.inputs, self.layout, []
+        params = {name: t.to(self.device) for name in ("A_log", "dt_bias") if (t := getattr(inputs, name)) is not None}
+        for group in layout.groups():
+            lens = [s.stop - s.start for s in group]
+            ends = torch.tensor([0, *lens], dtype=torch.int64).cumsum(0).to(self.device)
+            tokens = {name: layout.stacked(getattr(inputs, name), group).to(self.device)[None] for name in _TOKENS}
+            small = Inputs(**tokens, options=inputs.options, cu_seqlens=ends, **params)
+            if self.op is Op.GATE:
+                made = oracle.gate_cumsum(small).flatten(0, 1), [_gate_cumsum_fp32(small, lens).flatten(0, 1)]
+                yield Piece(group, {"o": Rows.of(Place.of_tokens(layout, group), *made)})
+                continue
+            if group[0].start == 0:
+                carried = self._initial(group)
+            piece = self._piece(group, small, carried)
+            self._measure(group, carried[0])
+            yield piece
+
+    def _initial(self, group: list[Stretch]) -> list[torch.Tensor]:
+        """Initial states [n, HV, V, K] of a group, in fp64, and for each plain implementation in fp32."""
+        d = self.layout.dims
+        states = torch.zeros(len(group), d.HV, d.V, d.K, dtype=torch.float64, device=self.device)
+        for i, s in enumerate(group):
+            if (held := self.layout.initial(self.inputs, s.sequence)) is not None:
+                states[i] = held.to(self.device)
+        return [states, *(states.float() for _ in self.plains)]
+
+    def _piece(self, group: list[Stretch], small: Inputs, carried: list[torch.Tensor]) -> Piece:
+        """`carried` moves on in place."""
+        targets = {name: _within(every, group) for name, every in self.layout.targets.items()}
+        asked = {(t.sequence, t.tokens) for every in targets.values() for t in every}
+        exact, rounded = prepare(small, torch.float64), prepare(small, torch.float32)
+        o, states = _run(token_recurrence, exact, carried[0], group, asked)
+        made = [_run(one.run, rounded, c, group, asked) for one, c in zip(self.plains, carried[1:], strict=True)]
+        live = torch.cat([torch.full((s.stop - s.start,), self.layout.slots[s.sequence] >= 0) for s in group])
+        live = live.to(self.device).view(-1, 1, 1)
+        plain_o = [torch.where(live, one.to(self.inputs.v.dtype), 0.0) for one, _ in made]
+        rows = {"o": Rows.of(Place.of_tokens(self.layout, group), torch.where(live, o, 0.0), plain_o)}
+        for name, every in targets.items():
+            if every:
+                dtype = stored_dtype(self.inputs, name)
+                one, *others = (
+                    torch.stack([held[t.sequence, t.tokens] for t in every]).flatten(2)
+                    for held in (states, *(held for _, held in made))
+                )
+                place = Place.of_states(self.layout, every, several=_several(self.layout.targets[name]))
+                rows[name] = Rows.of(place, one, [other.to(dtype) for other in others], digits=True)
+        return Piece(group, rows)
+
+    def _measure(self, group: list[Stretch], states: torch.Tensor) -> None:
+        """What `usual` is made of."""
+        q = self.layout.stacked(self.inputs.q, group).to(self.device).double().square().sum(-1)
+        if self.inputs.options.qk_l2norm:
+            q = q / (q + L2NORM_EPS)
+        owner = torch.cat([torch.full((s.stop - s.start,), s.sequence) for s in group])
+        self._squares.index_add_(0, owner, q.repeat_interleave(self.layout.dims.HV // q.shape[1], dim=1).cpu())
+        for i, s in enumerate(group):
+            norm = states[i].flatten(1).norm(dim=-1).cpu()
+            if (held := self.layout.initial(self.inputs, s.sequence)) is not None:
+                norm = torch.maximum(norm, held.to(self.device).double().flatten(1).norm(dim=-1).cpu())
+            self._states[s.sequence] = norm
+
+
+def stored_dtype(inputs: Inputs, tensor: str) -> torch.dtype:
+    """In what a result is stored."""
+    if tensor == "o":
+        return inputs.v.dtype
+    return torch.float32 if inputs.state is None else inputs.state.dtype
+
+
+def _several(targets: Sequence[Target]) -> bool:
+    """Whether a sequence has more than one."""
+    return len(targets) > len({t.sequence for t in targets})
+
+
+def _within(targets: Sequence[Target], group: list[Stretch]) -> list[Target]:
+    """Those that are reached in a group: behind its tokens, or at its start where nothing is before."""
+    spans = {s.sequence: (s.start if s.start else -1, s.stop) for s in group}
+    return [t for t in targets if t.sequence in spans and spans[t.sequence][0] < t.tokens <= spans[t.sequence][1]]
+
+
+States = dict[tuple[int, int], torch.Tensor]  # [HV, V, K] of a sequence after so many tokens
+
+
+def _run(
+    run: Recurrence, batch: Batch, states: torch.Tensor, group: list[Stretch], asked: set[tuple[int, int]]
+) -> tuple[torch.Tensor, States]:
+    """o [R, HV, V], and the states that are asked for; `states` [n, HV, V, K] move on in place."""
+    numbers = [s.slot for s in batch.sequences]
+    inside = {group[i].sequence: (row, group[i].start) for row, i in enumerate(numbers)}
+    found: States = {(s.sequence, s.start): states[i].clone() for i, s in enumerate(group) if s.start == 0}
+    wanted: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+    for sequence, tokens in asked:
+        if sequence in inside and tokens > inside[sequence][1]:
+            row, start = inside[sequence]
+            wanted.setdefault(tokens - start, []).append((row, (sequence, tokens)))
+
+    def after(done: int, running: torch.Tensor) -> None:
+        for row, key in wanted.pop(done, ()):
+            found[key] = running[row].clone()
+
+    order = batch.index(numbers)
+    moving = states[order]
+    o = run(batch, moving, after)
+    states[order] = moving
+    for left in wanted.values():  # a sequence's end inside a chunk
+        found |= {key: moving[row] for row, key in left}
+    return o, found
+
+
+def _gate_cumsum_fp32(inputs: Inputs, lens: Sequence[int]) -> torch.Tensor:
+    """float32 [B, T, HV, K]."""
+    decay = log_decay(inputs.g, inputs.A_log, inputs.dt_bias, inputs.options, torch.float32)
+    if inputs.options.gate is Gate.SOFTPLUS and inputs.A_log is not None:
+        rate = gate_rate(inputs.A_log, torch.float32).reshape(-1, 1)
+        decay = -rate * _by_a_gpus_logarithm(-decay / rate)
+    chunks = [min(CHUNK, n - first) for n in lens for first in range(0, n, CHUNK)]
+    pieces = [piece.cumsum(0) for piece in decay.flatten(0, 1).split(chunks)] if chunks else []
+    return torch.cat(pieces).view(decay.shape) if pieces else decay
+
+
+def _by_a_gpus_logarithm(softplus: torch.Tensor) -> torch.Tensor:
+    """What log(1 + exp(x)) is as ln(2) lg2(1 + exp(x)), by the one instruction for logarithms that a GPU has.
+
+    Its largest absolute error is 2^-22 where its operand lies between 0.5 and 2 (CUDA C++ Programming Guide, intrinsic
+    functions, __log2f), and there long memory lies. Here it is half of that on average, and goes one way, as it may in
+    a real one.
+    """
+    small = (softplus / math.log(2) * 2.0**22).floor() * 2.0**-22 * math.log(2)
+    return torch.where(softplus < math.log(2), small, softplus)
