@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -387,22 +388,88 @@ class TestSites:
         assert (dump.inputs.state_indices < 0).tolist() == (x.state_indices < 0).tolist()  # slot 0 is padding there
         assert dump.inputs.options == x.options
 
-    def test_speculative_calls_and_other_ops_are_left_out(self, tmp_path):
+    def test_verify_of_sglang_leaves_the_pool_and_writes_states_of_tokens(self, tmp_path):
+        x, call = decode()
+        call = {name: call[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias", "ssm_states", "lower_bound")}
+        call["ssm_states"] = pool = torch.randn(9, 2, 8, 16)
+        call |= {"cache_indices": torch.tensor([4, -1, 2, 0]), "query_start_loc": torch.arange(4)}
+        buffer = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 2, 2, 8, 16).clone()
+        call |= {"intermediate_states_buffer": buffer, "intermediate_state_indices": torch.tensor([5, 1, 3])}
+        source = """
+        class KDAKernelDispatcher:
+            def target_verify(self, A_log, dt_bias, q, k, v, a, b, *, ssm_states, cache_indices, query_start_loc,
+                              intermediate_states_buffer, intermediate_state_indices, cache_steps,
+                              retrieve_parent_token, lower_bound=None, **kwargs):
+                intermediate_states_buffer[5] = 50
+                return v + 1
+        """
+        target = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher.target_verify"
+        arguments = {**call, "cache_steps": 2, "retrieve_parent_token": None}
+        inputs = self.recorded(tmp_path, target, source, None, **arguments).inputs
+        assert not inputs.update_state and not inputs.output_final_state and inputs.options == x.options
+        assert inputs.state_indices.tolist() == [1, -1, 0] and torch.equal(inputs.state, pool[[2, 4]])
+        assert inputs.token_state_indices.tolist() == [2, 0, 1]
+        assert inputs.token_states[:, 0, 0, 0, 0].tolist() == [1, 3, 50]  # as the call left them
+        for path in (tmp_path / "d").iterdir():
+            path.unlink()
+        arguments["retrieve_parent_token"] = torch.zeros(1)
+        assert self.recorded(tmp_path, target, source, None, **arguments) is None
+        (event,) = [event for event in journal.events(tmp_path / "d")[0] if event["event"] == "left out"]
+        assert (event["target"], event["reason"], event["calls"]) == (target, "a tree of drafts", 1)
+
+    def test_speculative_decoding_of_vllm(self, tmp_path):
+        x, call = decode()
+        tensors = {name: call[name] for name in ("q", "k", "v", "A_log", "dt_bias", "lower_bound")}
+        slots = torch.tensor([[3, 7], [0, 0], [5, 0]], dtype=torch.int32)
+        source = """
+        def fused_recurrent_kda(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens,
+                                ssm_state_indices=None, num_accepted_tokens=None, out=None, fuse_gate=True):
+            initial_state[7] = 70
+            return v + 1, initial_state
+        """
+        target = "vllm.models.kimi_k3.nvidia.ops.third_party.kda:fused_recurrent_kda"
+        tensors |= {"raw_g": x.g, "raw_beta": x.beta, "initial_state": x.state, "cu_seqlens": x.cu_seqlens}
+        tensors |= {"ssm_state_indices": slots, "num_accepted_tokens": torch.tensor([2, 0, 1, 0], dtype=torch.int32)}
+        before = x.state[[3, 5, 7]]
+        dump = self.recorded(tmp_path, target, source, **tensors)
+        assert dump.inputs.state_indices.tolist() == [[0, 2], [-1, -1], [1, -1]]
+        assert dump.inputs.num_accepted_tokens.tolist() == [2, 1, 1]
+        assert torch.equal(dump.inputs.state.nan_to_num(9.0), before.nan_to_num(9.0))
+        assert (dump.outputs.final_state[2] == 70).all() and dump.op is Op.DECODE
+
+    def test_a_method_keeps_parameters_of_its_own(self, tmp_path):
+        x, call = prefill()
+        source = """
+        class Glm5NextLinearAttention:
+            def _flashkda_prefill(self, q, k, v, g, beta, initial_state, cu_seqlens, out, checkpoint=None, raw_qkv=None,
+                                  conv_state=None, recurrent_state=None):
+                return v + 1, initial_state + 1
+        """
+        target = "vllm.models.glm5next.common.kda:Glm5NextLinearAttention._flashkda_prefill"
+        layer = types.SimpleNamespace(A_log=x.A_log.view(1, 1, -1, 1), dt_bias=x.dt_bias, kda_lower_bound=-5.0)
+        tensors = {name: call[name] for name in ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")}
+        dump = self.recorded(tmp_path, target, source, layer, **tensors, out=None, recurrent_state=torch.zeros(9, 9))
+        assert_same(x, dump)
+        assert dump.inputs.options == x.options and torch.equal(dump.outputs.final_state, x.state + 1)
+
+    def test_calls_of_other_ops_and_fused_steps_are_counted_or_passed_over(self, tmp_path, capsys):
         x, call = decode()
         source = """
         def fused_sigmoid_gating_delta_rule_update(A_log, a, dt_bias, q, k, v, b, initial_state_source,
-                                                   initial_state_indices, is_kda=False, retrieve_parent_token=None):
+                                                   initial_state_indices, is_kda=False):
             return v
         """
-        target = (
-            "sglang.kernels.ops.attention.fla.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update"
-        )
+        update = "linear.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update"
         call = {name: call[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias")}
         call |= {"initial_state_source": x.state, "initial_state_indices": x.state_indices}
-        assert self.recorded(tmp_path, target, source, **call) is None
+        assert self.recorded(tmp_path, f"sglang.kernels.ops.attention.{update}", source, **call) is None
+        assert capsys.readouterr().err == ""  # no KDA, so nothing to tell
         (tmp_path / "d" / journal.NAME).unlink()
-        draft = torch.zeros(1)
-        assert self.recorded(tmp_path, target, source, **call, is_kda=True, retrieve_parent_token=draft) is None
+        target, source = "vllm._custom_ops:fused_kda_decode", "def fused_kda_decode(x):\n    return x"
+        assert self.recorded(tmp_path, target, source, torch.zeros(1)) is None
+        assert capsys.readouterr().err.startswith(
+            f"kda capture: calls of {target} are counted and not recorded: a fused"
+        )
 
     def test_every_site_is_well_formed_and_once(self):
         every = [site.target for group in sites.ENGINES.values() for site in group]

@@ -25,11 +25,12 @@ class Call:
     """One call, before it ran.
 
     Attributes:
-        tensors: inputs by our names; `state` is the pool where there is one.
+        tensors: inputs by our names; `state` is the pool where there is one, and `token_states` an output.
         options: by FLA's names.
         out: the tensor that the call was given for its result, if any.
         left_out: tensor arguments that no table knows.
         writes_state: whether the call leaves its final state anywhere.
+        rows: of token_states, those that the call writes, once they are known.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -37,6 +38,7 @@ class Call:
     out: torch.Tensor | None
     left_out: list[str]
     writes_state: bool = True
+    rows: list[int] | None = None
 
     @property
     def pooled(self) -> bool:
@@ -66,13 +68,17 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
     """
     if site.only_if and not arguments.get(site.only_if):
         raise NotKdaError
-    if arguments.get("num_accepted_tokens") is not None or arguments.get("retrieve_parent_token") is not None:
-        raise NotKdaError("a speculative call, whose states depend on which drafts were accepted")
-    call = Call({}, {}, None, [], writes_state=not arguments.get("disable_state_update"))
+    if site.seen_only:
+        raise NotKdaError(site.seen_only)
+    if reason := next((why for name, why in site.not_if.items() if arguments.get(name) is not None), None):
+        raise NotKdaError(reason)
+    arguments = dict(arguments) | {name: getattr(arguments["self"], own) for name, own in site.own.items()}
+    updates = site.options.get("update_state", not arguments.get("disable_state_update"))
+    call = Call({}, {}, None, [], writes_state=updates)
     for name, value in sorted(
         arguments.items(), key=lambda item: item[0] in given
     ):  # what was given goes last and wins
-        if value is None or name == site.packed_qkv:
+        if value is None or name == site.packed_qkv or name in site.ignored:
             continue
         known = renamed.get(name, name)
         if isinstance(value, torch.Tensor):
@@ -109,7 +115,7 @@ def _apply(site: Site, call: Call, arguments: Mapping[str, Any]) -> None:
     if site.op:
         options["op"] = site.op
     if not call.writes_state:
-        options["output_final_state"] = False
+        options |= {"output_final_state": False, "update_state": False}
 
 
 def _present(value: Any) -> bool:
@@ -133,13 +139,19 @@ def _slots(call: Call, site: Site) -> None:
     if not call.pooled:
         call.tensors.pop("state_indices", None)
         return
-    indices = call.tensors["state_indices"]
-    if indices.ndim != 1:
-        raise NotKdaError("several slots for each sequence (speculative decoding)")
-    q, cu_seqlens = call.tensors["q"], call.tensors.get("cu_seqlens")
-    sequences = len(indices) if cu_seqlens is None and q.shape[0] == 1 else len(q) if cu_seqlens is None else None
-    indices = indices[: len(cu_seqlens) - 1 if sequences is None else sequences]
+    tensors = call.tensors
+    indices, q, cu_seqlens = tensors["state_indices"], tensors["q"], tensors.get("cu_seqlens")
+    if indices.ndim != 1 + ("num_accepted_tokens" in tensors):
+        raise NotKdaError(f"its slots have {indices.ndim} dimensions")
+    sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else len(indices) if q.shape[0] == 1 else len(q)
+    indices = indices[:sequences]
     padding = indices < 0
     if site.null_slot is not None:
         padding = padding | (indices == site.null_slot)
-    call.tensors["state_indices"] = torch.where(padding, -1, indices)
+    tensors["state_indices"] = torch.where(padding, -1, indices)
+    for name in ("num_accepted_tokens", "has_initial_state", "token_state_indices"):
+        if name in tensors:
+            tensors[name] = tensors[name][:sequences]
+    if "num_accepted_tokens" in tensors:  # of rows that are padding, it is whatever the buffer held
+        accepted = tensors["num_accepted_tokens"]
+        tensors["num_accepted_tokens"] = torch.where(padding.all(dim=1), 1, accepted)

@@ -18,6 +18,7 @@ _VALUES = {  # what an event of each kind holds
     "found": {"target"},
     "missing": {"target"},
     "note": {"text"},
+    "left out": {"target", "reason", "calls"},
     "written": {"target", "file", "bytes"},
 }
 

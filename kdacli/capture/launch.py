@@ -26,6 +26,7 @@ class Result:
         files: (name, bytes) of each dump.
         found: targets that some process had; missing: targets whose module lacked them.
         notes: what was told meanwhile, each once.
+        left_out: {(target, reason): calls} of those that were seen and not recorded, to the power of ten below.
     """
 
     exit_code: int
@@ -33,6 +34,7 @@ class Result:
     found: list[str]
     missing: list[str]
     notes: list[str]
+    left_out: dict[tuple[str, str], int]
 
 
 def run(program: Sequence[str], settings: Settings) -> Result:
@@ -61,6 +63,7 @@ def run(program: Sequence[str], settings: Settings) -> Result:
         found=_each(events, "found", "target"),
         missing=_each(events, "missing", "target"),
         notes=_each(events, "note", "text"),
+        left_out=_left_out(events),
     )
 
 
@@ -86,6 +89,14 @@ def _wait(process: subprocess.Popen) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _left_out(events: list[dict]) -> dict[tuple[str, str], int]:
+    counts: dict[tuple[str, str], dict[int, int]] = {}  # of each process, which counts for itself
+    for event in events:
+        if event["event"] == "left out":
+            counts.setdefault((event["target"], event["reason"]), {})[event["pid"]] = event["calls"]
+    return {key: sum(of_each.values()) for key, of_each in counts.items()}
 
 
 def _each(events: list[dict], kind: str, key: str) -> list[str]:

@@ -38,6 +38,7 @@ class Recorder:
         self.stopped = False
         self._seen: Counter[tuple[str, int | None]] = Counter()
         self._taken: Counter[tuple[str, int | None]] = Counter()
+        self._lost: Counter[tuple[str, str]] = Counter()  # (target, reason)
         self._told: set[str] = set()
         self._lock = threading.Lock()
         self._inside = threading.local()
@@ -101,7 +102,7 @@ class Recorder:
             call = arguments.read(site, *arguments.bind(function, args, kwargs), settings.names)
         except arguments.NotKdaError as reason:
             if str(reason):
-                self._tell_once(f"a call of {site.target} is left out: {reason}", "left out")
+                self._left_out(site, str(reason))
             return None
         number = self._number(site, layer)
         if number is None:
@@ -123,6 +124,16 @@ class Recorder:
             "torch": str(torch.__version__),
         }
         return site, call, inputs, slots, {name: value for name, value in meta.items() if value is not None}
+
+    def _left_out(self, site: Site, reason: str) -> None:
+        """Counts a call that cannot be recorded, and writes the count down at every power of ten."""
+        with self._lock:
+            self._lost[site.target, reason] += 1
+            calls = self._lost[site.target, reason]
+        if str(calls).strip("0") == "1":
+            journal.record(self.settings.out, "left out", target=site.target, reason=reason, calls=calls)
+        if calls == 1:
+            journal.note(f"calls of {site.target} are counted and not recorded: {reason}")
 
     def _number(self, site: Site, layer: int | None) -> int | None:
         """Counts a call; its number if it is to be taken."""

@@ -1,8 +1,8 @@
 """Where engines call KDA: which functions to record, and what their arguments mean where the names do not say it.
 
 Argument names become ours by the table of aliases in `kdacli.dumps.names`; a `Site` holds only what that table cannot
-know. The sources are FLA 0.6, SGLang 0.5.23 and vLLM 0.33. Imports no torch: every Python process of a captured program
-reads this.
+know. The sources are FLA 0.6, SGLang 0.5.23 and vLLM 0.33.0; tests/test_capture_sites.py holds the table against them.
+Imports no torch: every Python process of a captured program reads this.
 """
 
 import dataclasses
@@ -20,9 +20,14 @@ class Site:
         gate_if: the argument whose presence means that g is raw; "" if `options` or an argument says so.
         logit_if: the argument whose truth means that beta is a logit.
         only_if: the argument that must be true for the call to be KDA at all.
+        not_if: arguments that make the call one that a dump cannot hold, where they are given, and why.
         bound_if_safe: lower_bound counts only beside a true safe_gate.
         null_slot: the slot that engines reserve for padding, beside negative ones.
         packed_qkv: the argument that holds q, k and v of one token a row, side by side.
+        own: {argument's name: attribute of self} of what a method does not receive.
+        ignored: arguments that are no part of the call, whatever they are called.
+        seen_only: why its calls are counted and not recorded; "" if they are recorded.
+        since, until: the first release known to have it, and the first known to have it no more; "" where not known.
     """
 
     target: str
@@ -31,9 +36,15 @@ class Site:
     gate_if: str = ""
     logit_if: str = ""
     only_if: str = ""
+    not_if: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bound_if_safe: bool = False
     null_slot: int | None = None
     packed_qkv: str = ""
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    seen_only: str = ""
+    since: str = ""
+    until: str = ""
 
 
 _V_FIRST = {"state_v_first": True}
@@ -41,74 +52,97 @@ _RAW = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_
 _READY = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 _FUSED_GATE = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 
-_SGLANG = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
-_SGLANG_OPS = "sglang.kernels.ops.attention.fla"
-_VLLM_K3 = "vllm.models.kimi_k3"
-_VLLM_OPS = ("vllm.third_party.flash_linear_attention.ops.kda", "vllm.model_executor.layers.fla.ops.kda")
+_STEP = "a fused step of convolution, KDA and norm, which a dump does not hold"
+_RECORDS = "its states are kept as records that a later call folds in, which a dump does not hold"
+_TREE = {"retrieve_parent_token": "a tree of drafts"}
+_FUSED_ACCEPT = {"fused_accept_state_indices": "its states come from the drafts' own buffer"}
+_OUTPUTS = ("final_state", "workspace", "seq_order")
 
-ENGINES: dict[str, tuple[Site, ...]] = {
-    "fla": (
+
+def _fla() -> tuple[Site, ...]:
+    return (
         Site("fla.ops.kda:chunk_kda", "prefill"),
         Site("fla.ops.kda:fused_recurrent_kda"),
         Site("fla.ops.kda.fused_recurrent:fused_recurrent_kda_fwd"),
-    ),
-    # The dispatcher sees every backend's calls; its extend takes ready betas unless beta_is_raw.
-    "sglang": (
+    )
+
+
+def _sglang() -> tuple[Site, ...]:
+    """The dispatcher sees every backend's calls; its extend takes ready betas unless beta_is_raw."""
+    dispatcher = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
+    ops = "sglang.kernels.ops.attention"
+    normed = {"use_qk_l2norm_in_kernel": True, **_V_FIRST}
+    packed = {"op": "decode", "options": _RAW, "packed_qkv": "mixed_qkv"}
+    update, now = "fused_sigmoid_gating_delta_rule_update", {"since": "0.5.23"}
+    gating = {"options": _RAW, "only_if": "is_kda", "not_if": _TREE}
+    cutedsl = "cutedsl_fused_sigmoid_gating_kda_update"
+    verify = {**_RAW, "update_state": False}
+    return (
+        Site(f"{dispatcher}.extend", "prefill", normed, gate_if="A_log", logit_if="beta_is_raw", **now),
+        Site(f"{dispatcher}.decode", "decode", _RAW, **now),
+        Site(f"{dispatcher}.packed_decode", **packed, not_if={"replayssm_d": _RECORDS}, **now),
+        Site(f"{dispatcher}.target_verify", "decode", verify, not_if={**_TREE, **_FUSED_ACCEPT}, **now),
+        Site(f"{ops}.fla.kda:chunk_kda", "prefill", _V_FIRST, gate_if="A_log", logit_if="beta_is_raw", **now),
+        Site(f"{ops}.fla.fused_recurrent:fused_recurrent_kda_packed_decode", **packed, **now),
+        Site(f"{ops}.linear.fused_sigmoid_gating_recurrent:{update}", **gating, **now),
+        Site(f"{ops}.fla.fused_sigmoid_gating_recurrent:{update}", **gating, until="0.5.23"),
+        Site(f"{ops}.cutedsl_kda:{cutedsl}", "decode", _RAW, **now),
+        Site(f"sglang.jit_kernel.cutedsl_kda:{cutedsl}", "decode", _RAW, until="0.5.23"),
+        Site(f"{ops}.kda_fused_decode:kda_fused_decode", seen_only=_STEP, **now),
+        Site(f"{ops}.linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify", seen_only=_STEP, **now),
+        Site(f"{ops}.kda_decode_mtp:fused_kda_decode_mtp_dspark", seen_only=_STEP, **now),
+    )
+
+
+def _vllm() -> tuple[Site, ...]:
+    """Slot 0 is vLLM's null block."""
+    k3, glm, now, null = "vllm.models.kimi_k3", "vllm.models.glm5next", {"since": "0.33.0"}, {"null_slot": 0}
+    sites = [
+        Site(f"{k3}.nvidia.kda:_flashkda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
+        Site(f"{k3}.nvidia.kda:_flashinfer_kda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
         Site(
-            f"{_SGLANG}.extend",
+            f"{glm}.common.kda:Glm5NextLinearAttention._flashkda_prefill",
             "prefill",
-            {"use_qk_l2norm_in_kernel": True, **_V_FIRST},
-            gate_if="A_log",
-            logit_if="beta_is_raw",
+            _RAW,
+            own={"A_log": "A_log", "dt_bias": "dt_bias", "lower_bound": "kda_lower_bound"},
+            ignored=("raw_qkv", "conv_state", "recurrent_state"),
+            **now,
         ),
-        Site(f"{_SGLANG}.decode", "decode", _RAW),
-        Site(f"{_SGLANG}.packed_decode", "decode", _RAW, packed_qkv="mixed_qkv"),
-        Site(f"{_SGLANG_OPS}.kda:chunk_kda", "prefill", _V_FIRST, gate_if="A_log", logit_if="beta_is_raw"),
-        Site(
-            f"{_SGLANG_OPS}.fused_recurrent:fused_recurrent_kda_packed_decode", "decode", _RAW, packed_qkv="mixed_qkv"
-        ),
-        Site(
-            f"{_SGLANG_OPS}.fused_sigmoid_gating_recurrent:fused_sigmoid_gating_delta_rule_update",
-            options=_RAW,
-            only_if="is_kda",
-        ),
-        Site("sglang.jit_kernel.cutedsl_kda:cutedsl_fused_sigmoid_gating_kda_update", "decode", _RAW),
-    ),
-    # Slot 0 is vLLM's null block.
-    "vllm": (
-        *(
-            site
-            for module in _VLLM_OPS
-            for site in (
-                Site(f"{module}:chunk_kda", "prefill", _READY),
-                Site(f"{module}:chunk_kda_with_fused_gate", "prefill", _FUSED_GATE, bound_if_safe=True),
-                Site(
-                    f"{module}:fused_recurrent_kda",
-                    options=_V_FIRST,
-                    gate_if="compute_gate",
-                    logit_if="sigmoid_beta",
-                    null_slot=0,
-                ),
-            )
-        ),
-        *(
-            site
-            for module in (f"{_VLLM_K3}.nvidia.ops.third_party.kda", f"{_VLLM_K3}.amd.ops.third_party.kda")
-            for site in (
-                Site(f"{module}:chunk_kda_with_fused_gate", "prefill", {**_RAW, "use_qk_l2norm_in_kernel": True}),
-                Site(f"{module}:fused_recurrent_kda", options=_RAW, null_slot=0),
-                Site(
-                    f"{module}:fused_recurrent_kda_packed_decode",
-                    "decode",
-                    _RAW,
-                    null_slot=0,
-                    packed_qkv="mixed_qkv",
-                ),
-            )
-        ),
-        Site(f"{_VLLM_K3}.nvidia.kda:_flashkda_prefill", "prefill", _RAW),
-    ),
-}
+        Site("vllm._custom_ops:fused_kda_decode", seen_only=_STEP, **now),
+        Site("vllm.utils.flashinfer:flashinfer_fused_kda_decode", seen_only=_STEP, **now),
+        Site("vllm.utils.flashinfer:flashinfer_packed_fused_kda_decode", seen_only=_STEP, **now),
+        Site(f"{k3}.nvidia.ops.recoverssm:kda_recoverssm_verify", seen_only=_RECORDS, **now),
+        Site(f"{k3}.nvidia.recoverssm.kernels:CuteRecoverSSMVerify.__call__", seen_only=_RECORDS, **now),
+        Site(f"{k3}.nvidia.specialized_decode.cutedsl.kda.prepared:PreparedKda.run", seen_only=_STEP, **now),
+    ]
+    computed = {"options": _V_FIRST, "gate_if": "compute_gate", "logit_if": "sigmoid_beta", **null}
+    gate = {"op": "prefill", "options": _FUSED_GATE, "bound_if_safe": True}
+    module, before = "vllm.third_party.flash_linear_attention.ops.kda", "vllm.model_executor.layers.fla.ops.kda"
+    sites += [
+        Site(f"{module}:chunk_kda", "prefill", _READY, **now),
+        Site(f"{module}:chunk_kda_with_fused_gate", "prefill", _FUSED_GATE, **now),
+        Site(f"{module}:fused_recurrent_kda", options=_READY, **null, **now),
+        Site(f"{module}:fused_recurrent_kda_fwd", options=_READY, **null, **now),
+        Site(f"{before}:chunk_kda", "prefill", _READY, until="0.33.0"),
+        Site(f"{before}:chunk_kda_with_fused_gate", **gate, until="0.33.0"),
+        Site(f"{before}:fused_recurrent_kda", **computed, until="0.33.0"),
+    ]
+    for vendor in ("nvidia", "amd"):
+        module = f"{glm}.{vendor}.ops.third_party.kda"
+        sites += [
+            Site(f"{module}:chunk_kda_with_fused_gate", **gate, **now),
+            Site(f"{module}:fused_recurrent_kda", **computed, **now),
+        ]
+        module = f"{k3}.{vendor}.ops.third_party.kda"
+        sites += [
+            Site(f"{module}:chunk_kda_with_fused_gate", "prefill", _RAW, **now),
+            Site(f"{module}:fused_recurrent_kda", options=_RAW, **null, **now),
+            Site(f"{module}:fused_recurrent_kda_packed_decode", "decode", _RAW, packed_qkv="mixed_qkv", **null, **now),
+        ]
+    return tuple(sites)
+
+
+ENGINES: dict[str, tuple[Site, ...]] = {"fla": _fla(), "sglang": _sglang(), "vllm": _vllm()}
 
 SITES = {site.target: site for sites in ENGINES.values() for site in sites}
 

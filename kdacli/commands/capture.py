@@ -75,9 +75,10 @@ def command(
     call uses, before and after it, numbered anew (--pool whole: all slots). Argument names are matched with those of
     FLA, SGLang and vLLM; for others use --name.
 
-    Not recorded, and told: calls under CUDA graph capture, and speculative decoding. Replays of a CUDA graph and code
-    compiled by torch.compile never call the target: turn both off in the engine (vLLM: --enforce-eager; SGLang:
-    --disable-cuda-graph).
+    Speculative calls are recorded with their slots, accepted tokens and the states of their tokens. Not recorded, but
+    counted and told: fused steps of convolution, KDA and norm, trees of drafts, states that are kept as records, and
+    calls under CUDA graph capture. Replays of a CUDA graph and code compiled by torch.compile never call the target:
+    turn both off in the engine (vLLM: --enforce-eager; SGLang: --disable-cuda-graph).
 
     Exits with the program's exit code if that is not 0, and with 1 if nothing was recorded.
 
@@ -137,6 +138,8 @@ def _report(out: str, settings: "Settings", result: "Result") -> None:
         say(f"the program was ended by signal {-result.exit_code}", stderr=True)
     elif result.exit_code:
         say(f"the program ended with exit code {result.exit_code}", stderr=True)
+    for (target, reason), calls in result.left_out.items():
+        say(f"not recorded: {calls} or more calls of {target}: {reason}", stderr=True)
     if result.files:
         count, total = len(result.files), sum(size for _, size in result.files)
         say(f"{count} call{'s' if count > 1 else ''}, {fmt_bytes(total)}, in {out}: kda compare {out}")
@@ -144,6 +147,8 @@ def _report(out: str, settings: "Settings", result: "Result") -> None:
 
 def _why_nothing(settings: "Settings", result: "Result") -> str:
     what = " or ".join(settings.targets)
+    if result.left_out:
+        return "nothing was recorded: no call that was seen can be"
     if result.notes:
         return f"nothing was recorded: {result.notes[0]}"
     if result.found:

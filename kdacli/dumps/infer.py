@@ -9,7 +9,7 @@ import torch
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli.dumps.pieces import anywhere
 from kdacli.dumps.said import Said
 from kdacli.dumps.shapes import Tensors
@@ -34,9 +34,20 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         qk_l2norm=_qk_l2norm(tensors["q"], tensors["k"], said, notes),
         scale=said.scale,
     )
-    wants_state = True if said.output_final_state is None else said.output_final_state
     v_first = _v_first(tensors, said, notes)
-    return Inputs(**tensors, options=options, state_v_first=v_first, output_final_state=wants_state)
+    kept = {name: tensors.pop(f"checkpoint_{name}", None) for name in ("states", "rows", "offsets")}
+    if (kept["states"] is None) != (kept["rows"] is None):
+        raise InputError("checkpoint_states and checkpoint_rows belong together: one of them is missing")
+    return Inputs(
+        **tensors,
+        options=options,
+        state_v_first=v_first,
+        output_final_state=said.output_final_state is not False,
+        update_state=said.update_state is not False,
+        null_slot=said.null_slot,
+        batch_invariant=bool(said.batch_invariant),
+        checkpoints=None if kept["states"] is None else Checkpoints(**kept, every=said.checkpoint_every),
+    )
 
 
 def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float | None]:

@@ -35,6 +35,13 @@ INPUTS: Aliases = {
         "slot_indices",
     ),
     "cu_seqlens": ("cu_seqlens", "cu_seq_lens", "query_start_loc", "offsets"),
+    "has_initial_state": ("has_initial_state",),
+    "num_accepted_tokens": ("num_accepted_tokens",),
+    "token_states": ("token_states", "intermediate_states_buffer"),
+    "token_state_indices": ("token_state_indices", "intermediate_state_indices"),
+    "checkpoint_states": ("checkpoint_states",),
+    "checkpoint_rows": ("checkpoint_rows",),
+    "checkpoint_offsets": ("checkpoint_offsets",),
 }
 
 OUTPUTS: Aliases = {
@@ -54,7 +61,11 @@ OUTPUTS: Aliases = {
 }
 
 # Inside a section of its own, an output may carry the name of the state it replaced.
-OUTPUTS_ALONE: Aliases = {"o": OUTPUTS["o"], "final_state": (*OUTPUTS["final_state"], *_STATE, *_SSM)}
+OUTPUTS_ALONE: Aliases = {
+    "o": OUTPUTS["o"],
+    "final_state": (*OUTPUTS["final_state"], *_STATE, *_SSM),
+    "token_states": INPUTS["token_states"],
+}
 
 OPTIONS: Aliases = {
     "op": ("op",),
@@ -67,6 +78,10 @@ OPTIONS: Aliases = {
     "scale": ("scale", "softmax_scale"),
     "state_v_first": ("state_v_first", "transpose_state_layout"),
     "output_final_state": ("output_final_state",),
+    "update_state": ("update_state",),
+    "null_slot": ("null_slot",),
+    "batch_invariant": ("batch_invariant",),
+    "checkpoint_every": ("checkpoint_every",),
 }
 
 REQUIRED = ("q", "k", "v", "g", "beta")

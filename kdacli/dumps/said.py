@@ -27,6 +27,10 @@ class Said:
     scale: float | None = None
     state_v_first: bool | None = None
     output_final_state: bool | None = None
+    update_state: bool | None = None
+    null_slot: int | None = None
+    batch_invariant: bool | None = None
+    checkpoint_every: int | None = None
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -61,6 +65,13 @@ def _float(name: str, value: Any) -> float:
     raise InputError(f"{name} is {_short(value)}: it should be a finite number")
 
 
+def _int(name: str, value: Any) -> int:
+    number = _float(name, value)
+    if not number.is_integer():
+        raise InputError(f"{name} is {_short(value)}: it should be a whole number")
+    return int(number)
+
+
 def _op(name: str, value: Any) -> Op:
     try:
         return Op(value)
@@ -73,7 +84,11 @@ def _short(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
-_READ: dict[str, Callable[[str, Any], Any]] = {"op": _op, "lower_bound": _float, "scale": _float}
+_READ: dict[str, Callable[[str, Any], Any]] = {
+    "op": _op,
+    **dict.fromkeys(("lower_bound", "scale"), _float),
+    **dict.fromkeys(("null_slot", "checkpoint_every"), _int),
+}
 
 
 def parse(options: Mapping[str, tuple[str, Any]]) -> Said:

@@ -42,7 +42,7 @@ def save(
     """
     check_path(path, force)
     path = Path(path)
-    tree = {"inputs": inputs.tensors(), "outputs": outputs.tensors() if outputs else {}}
+    tree = {"inputs": _inputs(inputs), "outputs": outputs.tensors() if outputs else {}}
     tree["options"] = said_options(inputs, op)
     tree["meta"] = dict(meta or {})
     try:
@@ -73,8 +73,21 @@ def said_options(inputs: Inputs, op: Op | str | None) -> dict[str, Any]:
         "scale": options.scale,
         "state_v_first": inputs.state_v_first,
         "output_final_state": inputs.output_final_state,
+        "update_state": None if inputs.update_state else False,
+        "null_slot": inputs.null_slot,
+        "batch_invariant": inputs.batch_invariant or None,
+        "checkpoint_every": inputs.checkpoints and inputs.checkpoints.every,
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The tensors of a call by their names in a dump; without what the host needs to make it."""
+    tensors = {name: t for name, t in inputs.tensors().items() if name not in ("workspace", "cu_seqlens_cpu")}
+    if (kept := inputs.checkpoints) is not None:
+        found = {"states": kept.states, "rows": kept.rows, "offsets": kept.offsets}
+        tensors |= {f"checkpoint_{name}": t for name, t in found.items() if t is not None}
+    return tensors
 
 
 def _write_pt(tree: Mapping[str, Any], path: Path) -> None:
