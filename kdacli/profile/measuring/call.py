@@ -38,8 +38,9 @@ def _without(inputs: Inputs, fewer: int, op: Op) -> Inputs | None:
         return _rows(_cut(inputs, B - fewer, T), B - fewer) if fewer < B else None
     if fewer >= T:
         return None
-    left = inputs.cu_seqlens.clamp(max=T - fewer)
-    return dataclasses.replace(_cut(inputs, B, T - fewer), cu_seqlens=left)
+    ends = {name: getattr(inputs, name) for name in ("cu_seqlens", "cu_seqlens_cpu")}
+    left = {name: t.clamp(max=T - fewer) for name, t in ends.items() if t is not None}
+    return dataclasses.replace(_cut(inputs, B, T - fewer), **left)
 
 
 def _cut(inputs: Inputs, rows: int, tokens: int) -> Inputs:
@@ -47,6 +48,9 @@ def _cut(inputs: Inputs, rows: int, tokens: int) -> Inputs:
 
 
 def _rows(inputs: Inputs, sequences: int) -> Inputs:
-    name = "state" if inputs.state_indices is None else "state_indices"
-    whole = getattr(inputs, name)
-    return inputs if whole is None else dataclasses.replace(inputs, **{name: whole[:sequences]})
+    """What belongs to the first sequences."""
+    pooled, indexed = inputs.state_indices is not None, inputs.token_state_indices is not None
+    names = ["state_indices" if pooled else "state", "token_state_indices" if indexed else "token_states"]
+    names += ["has_initial_state", "num_accepted_tokens"]
+    cut = {name: t[:sequences] for name in names if (t := getattr(inputs, name)) is not None}
+    return dataclasses.replace(inputs, **cut)

@@ -52,7 +52,7 @@ class Check:
         found, expected = call(), self.expected
         errors = [_relative(found.o[:, :TOKENS, self.heads], expected.o)]
         if self.whole and found.final_state is not None and expected.final_state is not None:
-            used = slice(None) if part.state_indices is None else part.state_indices[part.state_indices >= 0].long()
+            used = _used(part)
             errors.append(_relative(found.final_state[used][:, self.heads], expected.final_state[used]))
         return max(errors)
 
@@ -68,7 +68,21 @@ class Check:
             dt_bias=None if x.dt_bias is None else x.dt_bias.reshape(HV, -1)[self.heads],
             state=None if x.state is None else x.state[:, self.heads],
             cu_seqlens=None if x.cu_seqlens is None else x.cu_seqlens.clamp(max=TOKENS),
+            cu_seqlens_cpu=None,
+            token_states=None,
+            token_state_indices=None,
+            checkpoints=None,
+            workspace=None,
         )
+
+
+def _used(inputs: Inputs) -> torch.Tensor | slice:
+    """The slots whose states are somebody's; of a plain state all."""
+    slots = inputs.state_indices
+    if slots is None or inputs.state is None:
+        return slice(None)
+    used = slots[(slots >= 0) & (slots < inputs.state.shape[0])].long()
+    return used if inputs.null_slot is None else used[used != inputs.null_slot]
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,6 +10,13 @@ from kdacli.profile.reporting.tables import short
 if TYPE_CHECKING:
     from rich.table import Table
 
+NOTE = (
+    "Eager calls, one launch each, clocks left alone; ncu empties the caches and replays each launch to read all "
+    "counters, so its us are not those of kda profile. Warps: resident ones, of the most an SM holds. Limited by: "
+    "the unit over 60% of its peak, else latency with the reason that warps wait for most. Local: bytes to and from "
+    "local memory, which are spills or arrays that found no register."
+)
+
 
 def tables(rows: Sequence[dict[str, Any]]) -> "Iterator[tuple[Table, list[str]]]":
     """Two for each kernel at each case."""
@@ -38,16 +45,6 @@ def tables(rows: Sequence[dict[str, Any]]) -> "Iterator[tuple[Table, list[str]]]
             ],
             ("written", "read"),
         )  # fmt: skip
-
-
-def notes(note: str | None) -> list[str]:
-    lines = [
-        "Eager calls, one launch each, clocks left alone; ncu empties the caches and replays each launch to read all "
-        "counters, so its us are not those of kda profile. Warps: resident ones, of the most an SM holds. Limited by: "
-        "the unit over 60% of its peak, else latency with the reason that warps wait for most. Local: bytes to and "
-        "from local memory, which are spills or arrays that found no register.",
-    ]
-    return [*lines, *([note] if note else [])]
 
 
 def _name(row: dict[str, Any]) -> str:

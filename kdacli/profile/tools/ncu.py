@@ -1,22 +1,20 @@
 """Nsight Compute around a `kda profile`: find it, run it, read its report.
 
 The report is read with `ncu_report`, NVIDIA's own reader: the package of that name, or the copy in extras/python of the
-installation. Where neither can be loaded (it is a compiled module, and may be of another Python), ncu itself prints the
-report as CSV; then the ranges are not known.
+installation, which is a compiled module and may be of another Python.
 """
 
-import csv
 import glob
 import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kda_kernels.errors import CheckFailedError, one_line
+from kda_kernels.errors import CheckFailedError, UnavailableError, one_line
 from kdacli.profile.tools import inner, nvtx
 
 SUFFIX = ".ncu-rep"
@@ -43,7 +41,6 @@ _SECTOR_BYTES = 32
 _STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio$")
 _NO_STALL = {"selected", "not_selected"}  # a warp that issues, or one that could have
 _TENSOR = re.compile(r"^sm__(inst_executed_pipe_tensor|pipe_tensor)\w*\.avg\.pct_of_peak_sustained_active$")
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Action = tuple[str, tuple[str, ...], Mapping[str, float]]  # CUDA kernel, ranges from outside in, metrics in base units
 
 
@@ -59,13 +56,18 @@ def command(ncu: str, report: Path, words: Sequence[str]) -> list[str]:
     return [ncu, *flags, "--metrics", ",".join(METRICS), "-o", str(report).removesuffix(SUFFIX), *inner.command(words)]
 
 
-def profile(ncu: str, report: Path, words: Sequence[str], run: Run = subprocess.run) -> None:
+def profile(ncu: str, report: Path, words: Sequence[str]) -> list[dict[str, Any]]:
     """Runs `kda <words>` under ncu; its output goes to stderr, since stdout is for our own report.
 
+    Returns:
+        The launches, see `summarise`.
+
     Raises:
-        CheckFailedError: ncu wrote no report, or the run inside failed.
+        CheckFailedError: ncu wrote no report or one without a kernel, or the run inside failed.
+        UnavailableError: there is nothing to read a report with.
     """
-    done = run(command(ncu, report, words), env=inner.environment("ncu"), stdout=sys.stderr, check=False)
+    module = reader(ncu)
+    done = subprocess.run(command(ncu, report, words), env=inner.environment("ncu"), stdout=sys.stderr, check=False)
     if not report.exists():
         raise CheckFailedError(
             f"ncu ended with exit code {done.returncode} and wrote no report: its output is above (ERR_NVGPUCTRPERM "
@@ -73,10 +75,13 @@ def profile(ncu: str, report: Path, words: Sequence[str], run: Run = subprocess.
         )
     if done.returncode:
         raise CheckFailedError(f"the profiled run ended with exit code {done.returncode}: the report is {report}")
+    if not (rows := summarise(_actions(module, report))):
+        raise CheckFailedError(f"Nsight Compute saw no kernel: {report} is empty")
+    return rows
 
 
-def reader(ncu: str, places: Sequence[str] = READERS) -> tuple[ModuleType | None, str | None]:
-    """NVIDIA's `ncu_report`, or None and why it cannot be loaded."""
+def reader(ncu: str, places: Sequence[str] = READERS) -> ModuleType:
+    """NVIDIA's `ncu_report`. Raises `UnavailableError` where it cannot be loaded."""
     beside = [str(parent / "extras" / "python") for parent in Path(ncu).resolve().parents[:3]]
     installed = [path for place in places for path in sorted(glob.glob(place), key=inner.by_version, reverse=True)]
     why = "there is no package ncu-report, and no extras/python beside ncu"
@@ -84,11 +89,11 @@ def reader(ncu: str, places: Sequence[str] = READERS) -> tuple[ModuleType | None
         if path is not None and not Path(path, "ncu_report.py").exists() and not Path(path, "ncu_report").is_dir():
             continue
         try:
-            return _import("ncu_report", path), None
+            return _import("ncu_report", path)
         except Exception as error:  # a compiled module can fail in any way
             if path is not None or not isinstance(error, ModuleNotFoundError):
                 why = one_line(error)
-    return None, why
+    raise UnavailableError(f"--ncu cannot read reports, since {why}: pip install ncu-report")
 
 
 def _import(name: str, path: str | None) -> ModuleType:
@@ -100,28 +105,6 @@ def _import(name: str, path: str | None) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(path)
-
-
-def stats(ncu: str, report: Path, run: Run = subprocess.run) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of a report (see `summarise`), and a note where NVIDIA's reader could not be used.
-
-    Raises:
-        CheckFailedError: there is no kernel in the report.
-    """
-    module, why = reader(ncu)
-    if module is not None:
-        actions, note = _actions(module, report), None
-    else:
-        done = run(
-            [ncu, "--import", str(report), "--csv", "--page", "raw", "--print-units", "base"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        actions = parse_csv(done.stdout)
-        note = f"read as CSV, without ranges, since ncu_report cannot be loaded ({why}): pip install ncu-report"
-    rows = summarise(actions)
-    if not rows:
-        raise CheckFailedError(f"Nsight Compute saw no kernel: {report} is empty")
-    return rows, note
 
 
 def _actions(module: ModuleType, report: Path) -> list[Action]:
@@ -146,28 +129,6 @@ def _ranges(state: Any) -> tuple[str, ...]:
         if domain.name() == nvtx.DOMAIN:  # the index is the place on the stack; push_pop_ranges() sorts by name
             return tuple(domain.push_pop_range(i).name() for i in range(len(domain.push_pop_ranges())))
     return ()
-
-
-def parse_csv(text: str) -> list[Action]:
-    """What `ncu --import FILE --csv --page raw --print-units base` prints: names, a row of units, then kernels."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        return []
-    header, _, *rows = csv.reader(lines[start:])
-    found: list[Action] = []
-    for row in rows:
-        cells = dict(zip(header, row, strict=False))
-        metrics = {name: value for name, cell in cells.items() if (value := _number(cell)) is not None}
-        found.append((cells.get("Kernel Name", "?"), (), metrics))
-    return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
 
 
 def summarise(actions: Iterable[Action]) -> list[dict[str, Any]]:

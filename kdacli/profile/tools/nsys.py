@@ -4,7 +4,7 @@ import csv
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ HOW_TO_GET = "install Nsight Systems (https://developer.nvidia.com/nsight-system
 KERNELS, RANGES = "cuda_gpu_kern_sum:nvtx-name:base", "nvtx_gpu_proj_sum"
 _SCAFFOLD = re.compile(rf"^(\w*:)?({'|'.join(SCAFFOLD)})\b")
 CASE_LEVELS = ("0", "0.0")  # cases are the outermost ranges
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def find(path: str | None = None, places: Sequence[str] = PLACES) -> str:
@@ -45,36 +44,14 @@ def importer(nsys: str) -> Path | None:
     return next((found for place in (own.parent, own.parent.parent) for found in place.glob("*/QdstrmImporter")), None)
 
 
-def missing_libraries(program: Path, run: Run = subprocess.run) -> list[str]:
-    """The shared libraries that a program needs and the loader does not find; none where there is no ldd."""
-    try:
-        listing = run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return []
-    return list(dict.fromkeys(re.findall(r"^\s*(\S+) => not found", listing, re.MULTILINE)))
-
-
-def require_importer(nsys: str) -> None:
-    """Raises `UnavailableError` where the importer lacks libraries, as it would only after the run."""
-    found = importer(nsys)
-    if found is None or not (missing := missing_libraries(found)):
-        return
-    packages = [re.sub(r"\.so\.?", "", name) for name in missing]
-    raise UnavailableError(
-        f"{nsys} could record but make no report: its importer {found} lacks {', '.join(missing)}; "
-        f"on Debian and Ubuntu: apt-get install {' '.join(packages)}"
-    )
-
-
-def profile(nsys: str, report: Path, words: Sequence[str], run: Run = subprocess.run) -> None:
+def profile(nsys: str, report: Path, words: Sequence[str]) -> None:
     """Runs `kda <words>` under nsys; its output goes to stderr, since stdout is for our own report.
 
     Raises:
         UnavailableError: this nsys cannot write a report.
         CheckFailedError: the run inside failed.
     """
-    require_importer(nsys)
-    done = run(command(nsys, report, words), env=inner.environment("nsys"), stdout=sys.stderr, check=False)
+    done = subprocess.run(command(nsys, report, words), env=inner.environment("nsys"), stdout=sys.stderr, check=False)
     raw = report.with_suffix(".qdstrm")
     if not report.exists():
         if raw.exists():
@@ -86,7 +63,7 @@ def profile(nsys: str, report: Path, words: Sequence[str], run: Run = subprocess
         raise CheckFailedError(f"the profiled run ended with exit code {done.returncode}: the report is {report}")
 
 
-def stats(nsys: str, report: Path, run: Run = subprocess.run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def stats(nsys: str, report: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Kernels (kernel, launches, total_us, median_us) and ranges (see `parse_ranges`) of a report.
 
     Left out is what kda does around the kernels: inputs, warm-up, eviction, and the cases that hold all of it.
@@ -95,7 +72,7 @@ def stats(nsys: str, report: Path, run: Run = subprocess.run) -> tuple[list[dict
         CheckFailedError: nsys could not summarise the report.
     """
     reports = [word for name in (KERNELS, RANGES) for word in ("--report", name)]
-    done = run(
+    done = subprocess.run(
         [nsys, "stats", *reports, "--format", "csv", "--output", "-", str(report)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -1,7 +1,5 @@
 """NVTX ranges of one domain, "kda": cases, calls, and the stages inside a call. Free when no profiler listens."""
 
-import contextlib
-import functools
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +14,10 @@ FIELDS = ("N", "T", "H", "HV", "K", "V")
 
 
 def open_range(name: str, payload: Any = None) -> AbstractContextManager:
-    """A context manager: an NVTX range in the domain "kda".
+    """A context manager: an NVTX range in the domain "kda" that a profiler shows by `name`; `payload` is a `shape`."""
+    import nvtx
 
-    Without the package nvtx it is torch's, in the default domain and with no payload, since torch needs no package for
-    its own; without either it does nothing.
-
-    Args:
-        name: what a profiler shows.
-        payload: a `shape`, or None.
-    """
-    return _backend()(name, payload)
+    return nvtx.annotate(name, domain=DOMAIN, payload=payload)
 
 
 def shape(problem: "Problem") -> Any:
@@ -33,8 +25,7 @@ def shape(problem: "Problem") -> Any:
 
     T alone, as a number, where the package nvtx is too old for structures; None where no profiler listens.
     """
-    nvtx = _nvtx()
-    if nvtx is None or not _listening(nvtx):
+    if not _listening():
         return None
     if not structured():
         return problem.T
@@ -44,42 +35,13 @@ def shape(problem: "Problem") -> Any:
 
 
 def structured() -> bool:
-    """Whether the package nvtx is here and takes structures as payloads."""
-    return hasattr(_nvtx(), "numpy_dtype")  # which came with them
+    """Whether the package nvtx takes structures as payloads."""
+    import nvtx
+
+    return hasattr(nvtx, "numpy_dtype")  # which came with them
 
 
-def _listening(nvtx: Any) -> bool:
+def _listening() -> bool:
+    import nvtx
+
     return type(nvtx.get_domain(DOMAIN)).__name__ != "DummyDomain"
-
-
-@functools.cache
-def _nvtx() -> Any:
-    """The package nvtx, or None."""
-    with contextlib.suppress(ImportError):
-        import nvtx
-
-        return nvtx
-    return None
-
-
-@functools.cache
-def _backend():
-    if (nvtx := _nvtx()) is not None:
-        return lambda name, payload: nvtx.annotate(name, domain=DOMAIN, payload=payload)
-    with contextlib.suppress(ImportError):
-        import torch
-
-        if torch.cuda.is_available():
-            return _torch_range
-    return lambda name, payload: contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _torch_range(name: str, payload: Any):
-    import torch
-
-    torch.cuda.nvtx.range_push(name)
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()

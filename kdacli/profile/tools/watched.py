@@ -54,11 +54,10 @@ def _run(name: str, program: str, path: Path, words: Sequence[str], wanted: Want
         shown = list(tables.nsys_tables(found["kernels"], found["ranges"]))
         lines = tables.nsys_notes(cases, nvtx.structured())
     else:
-        ncu.profile(program, path, words)
-        found["launches"], note = ncu.stats(program, path)
+        found["launches"] = ncu.profile(program, path, words)
         both = list(launches.tables(found["launches"]))
         shown = [table for table, _ in both]
-        lines = launches.notes(note) + tables.left_out_lines([n for _, missing in both for n in missing])
+        lines = [launches.NOTE, *tables.left_out_lines([n for _, missing in both for n in missing])]
     show(shown, lines, wanted.json)
     output.say(f"Open it with: {name}-ui {path}", stderr=wanted.json == "-")
     if wanted.json is not None:
