@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Host time of eager calls as serving makes them: lengths, or the batch, change at every call.
+
+    python3 benchmarks/host_time.py                          prefill and decode, 12, 32 and 96 heads, with the peers
+    python3 benchmarks/host_time.py --op decode --heads 96 --no-peers --json host.json
+
+Timed is what a call keeps the CPU, with the GPU idle before it. `kda_prefill` and `kda_decode` are called as an engine
+does, on a pool and with `out`; kernels by name as `kda profile` calls them, their outputs allocated. All run in one
+process.
+"""
+
+import dataclasses
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import click
+import torch
+
+from kda_kernels.api import kda_decode, kda_prefill
+from kda_kernels.errors import one_line
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.registry import Kernel
+from kda_kernels.tensors import Inputs
+from kdacli import output, provenance
+from kdacli.profile.cases.select import candidates
+from kdacli.synthetic import make_inputs
+
+TOKENS, SEQUENCES, BATCH = 8192, 6, 128  # at most: of a prefill call, packed in it, of a decode step
+WARM_UP = 10
+LIMIT_S = 20.0  # for the calls of one row, of which each may compile
+TOKEN_NAMES = ("q", "k", "v", "g", "beta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Microseconds of `calls` calls; `shapes` says how they differ from each other."""
+
+    op: str
+    heads: int
+    shapes: str
+    kernel: str
+    calls: int = 0
+    p50_us: float | None = None
+    p90_us: float | None = None
+    max_us: float | None = None
+    error: str | None = None
+
+
+def lengths(shapes: str, calls: int, tokens: int) -> list[list[int]]:
+    """Of the sequences of each call: none comes twice, but for the shapes "same"."""
+    draw = random.Random(0)
+    if shapes == "same":
+        return [[tokens // 2]] * calls
+    if shapes == "length":
+        return [[n] for n in draw.sample(range(1, tokens + 1), min(calls, tokens))]
+    cuts = [sorted(draw.sample(range(1, tokens + 1), draw.randint(1, SEQUENCES))) for _ in range(calls)]
+    return [[end - begin for begin, end in itertools.pairwise([0, *ends])] for ends in cuts]
+
+
+def prefill_calls(heads: int, shapes: str, calls: int, tokens: int = TOKENS, device: str = "cuda") -> Iterator[Inputs]:
+    """Packed, with the safe gate; on a pool."""
+    options = Options(Gate.SAFE, SAFE_BOUND)
+    most = make_inputs(Problem(Op.PREFILL, (tokens,), heads, heads, options=options, pool_slots=1), device=device)
+    pool = most.state.repeat(SEQUENCES, 1, 1, 1)
+    for lens in lengths(shapes, calls, tokens):
+        ends = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
+        part = {name: getattr(most, name)[:, : sum(lens)] for name in TOKEN_NAMES}
+        slots = torch.arange(len(lens), dtype=torch.int32, device=device)
+        yield dataclasses.replace(
+            most, **part, state=pool, state_indices=slots, cu_seqlens=ends.to(device), cu_seqlens_cpu=ends
+        )
+
+
+def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device: str = "cuda") -> Iterator[Inputs]:
+    """One token a sequence, with what SGLang's kernel takes: the softplus gate and its parameters in bf16."""
+    problem = Problem(
+        Op.DECODE, (1,) * batch, heads, heads, packed=False, pool_slots=batch, param_dtype="bfloat16",
+        options=Options(Gate.SOFTPLUS),
+    )  # fmt: skip
+    most = make_inputs(problem, device=device)
+    sizes = [batch // 2] * calls if shapes == "same" else random.Random(0).choices(range(1, batch + 1), k=calls)
+    for n in sizes:
+        yield dataclasses.replace(most, **{name: getattr(most, name)[:n] for name in (*TOKEN_NAMES, "state_indices")})
+
+
+def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
+    """`kda_prefill` or `kda_decode`; `out` has room for the largest call."""
+    function, x = (kda_decode if inputs.cu_seqlens is None else kda_prefill), inputs
+    tokens = [getattr(x, name) for name in TOKEN_NAMES]
+    room = out[: x.v.shape[0], : x.v.shape[1]]
+    given = {"A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": x.options.lower_bound, "cu_seqlens": x.cu_seqlens}
+    return lambda: function(*tokens, state=x.state, state_indices=x.state_indices, out=room, **given)
+
+
+def by_name(kernel: Kernel, inputs: Inputs) -> Callable[[], object]:
+    """A kernel; of a prefill on a plain state, which all take."""
+    if inputs.cu_seqlens is not None:
+        state = inputs.state[: inputs.N]
+        inputs = dataclasses.replace(inputs, state=state, state_indices=None, cu_seqlens_cpu=None)
+    return lambda: kernel.run(inputs)
+
+
+def times_us(calls: list[Callable[[], object]], wait: Callable[[], object]) -> list[float]:
+    """Of each call behind the first `WARM_UP`, as far as the time allows."""
+    times, begin = [], time.monotonic()
+    for i, call in enumerate(calls):
+        start = time.perf_counter_ns()
+        call()
+        if i >= WARM_UP:
+            times.append((time.perf_counter_ns() - start) / 1e3)
+        wait()
+        if times and time.monotonic() - begin > LIMIT_S:
+            break
+    return times
+
+
+def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: list[Kernel]) -> Iterator[Row]:
+    """The public function, then the kernels that can."""
+    from kda_kernels.checks import problem_of
+
+    largest = max(all_inputs, key=lambda x: x.v.numel())
+    out = torch.empty(
+        (len(largest.v), largest.v.shape[1], *largest.v.shape[2:]), dtype=largest.v.dtype, device=largest.v.device
+    )
+    wait = torch.cuda.synchronize if out.is_cuda else lambda: None
+    callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
+    for kernel in kernels:
+        if kernel.unsupported(problem_of(largest, op)) is None:
+            callers[kernel.name] = lambda x, kernel=kernel: by_name(kernel, x)
+    for name, caller in callers.items():
+        try:
+            with torch.inference_mode():
+                times = times_us([caller(x) for x in all_inputs], wait)
+        except Exception as error:  # a peer may raise anything
+            yield Row(op, heads, shapes, name, error=one_line(error, 200))
+            continue
+        p90 = statistics.quantiles(times, n=10, method="inclusive")[8]
+        yield Row(op, heads, shapes, name, len(times), statistics.median(times), p90, max(times))
+
+
+@click.command(help=__doc__)
+@click.option("--op", "ops", type=click.Choice([Op.PREFILL, Op.DECODE]), multiple=True, default=(Op.PREFILL, Op.DECODE))
+@click.option("--heads", type=click.IntRange(1), multiple=True, default=(12, 32, 96))
+@click.option("--calls", type=click.IntRange(2), default=200, show_default=True)
+@click.option("--no-peers", is_flag=True)
+@click.option("--json", "dest", metavar="FILE")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+def main(
+    ops: tuple[str, ...], heads: tuple[int, ...], calls: int, no_peers: bool, dest: str | None, force: bool
+) -> None:
+    output.check_dest(dest, force)
+    if not torch.cuda.is_available():
+        raise SystemExit("host_time.py needs a CUDA GPU and there is none")
+    rows: list[Row] = []
+    for op, H in itertools.product(map(Op, ops), heads):
+        make = prefill_calls if op is Op.PREFILL else decode_calls
+        for shapes in ("same", "length", "packed") if op is Op.PREFILL else ("same", "batch"):
+            rows += measure(op, H, shapes, list(make(H, shapes, calls + WARM_UP)), candidates([op], peers=not no_peers))
+    columns = ("op", "H", "shapes", "kernel", "calls", "p50 us", "p90 us", "max us")
+    cells = [
+        (r.op, r.heads, r.shapes, r.kernel, r.calls, *map(output.fmt_us, (r.p50_us, r.p90_us, r.max_us))) for r in rows
+    ]
+    shown = output.console(stderr=dest == "-")
+    shown.print(output.table("Host time of eager calls", columns, cells))
+    for row in rows:
+        if row.error:
+            output.say(f"{row.kernel} at H={row.heads}, {row.shapes}: {row.error}", stderr=dest == "-")
+    if dest:
+        record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
+        output.write_json(record, dest, force)
+
+
+if __name__ == "__main__":
+    main()
