@@ -192,7 +192,11 @@ def test_chunk_sizes(tokens):
         (fused_recurrent_kda, {"q": torch.zeros(N, 3, H, K).double()}, "^q is float64"),
         (fused_recurrent_kda, {"beta": torch.zeros(N, 3, H)}, "^beta has shape"),
         (fused_recurrent_kda_fwd, {}, "^initial_state is missing"),
-        (fused_recurrent_kda_fwd, {"num_accepted_tokens": torch.ones(N)}, "^num_accepted_tokens is given"),
+        (
+            fused_recurrent_kda_fwd,
+            {"num_accepted_tokens": torch.ones(N).int(), "initial_state": torch.zeros(N, HV, K, V)},
+            "^num_accepted_tokens is given without ssm_state_indices",
+        ),
         (
             fused_recurrent_kda_fwd,
             {"inplace_final_state": False, "ssm_state_indices": torch.tensor([0, 1])},
@@ -201,7 +205,7 @@ def test_chunk_sizes(tokens):
         (
             fused_recurrent_kda_fwd,
             {"initial_state": torch.zeros(5, HV, K, V), "ssm_state_indices": torch.tensor([[0], [1]])},
-            "^ssm_state_indices has shape",
+            "^ssm_state_indices has 1 columns",
         ),
         (
             fused_recurrent_kda_fwd,

@@ -10,13 +10,14 @@ import torch
 import wrong_tensors
 from decode_inputs import DEVICE, close, make, with_pool, with_state
 
-from kda_kernels import dispatch
+from kda_kernels import registry
 from kda_kernels.api import chunk_kda, chunk_kda_fwd, fused_recurrent_kda_fwd
 from kda_kernels.cute import decode as cute
 from kda_kernels.cute import prefill as cute_prefill
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import Options
+from kda_kernels.problem import Op, Options
 from kda_kernels.reference.oracle import recurrence
+from kda_kernels.registry import kernel_for
 from kda_kernels.serving import kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton import decode as triton
@@ -43,16 +44,16 @@ def call(inputs: Inputs, **given) -> torch.Tensor:
 @no_gpu
 def test_on_the_cpu_it_is_triton():
     inputs = pooled()
-    assert dispatch.decode_kernel(inputs) == "triton-decode"
+    assert kernel_for(Op.DECODE, inputs).name == "triton-decode"
     expected = recurrence(inputs)
-    close(dispatch.decode(inputs.fresh()).o, expected.o)
+    close(registry.decode(inputs.fresh()).o, expected.o)
     close(call(inputs.fresh(), kernel="triton-decode"), expected.o)
     close(call(inputs), expected.o)
     close(inputs.state, expected.final_state)
 
 
 @no_gpu
-@pytest.mark.parametrize("run", [dispatch.decode, call], ids=["dispatch", "kda_decode"])
+@pytest.mark.parametrize("run", [registry.decode, call], ids=["registry", "kda_decode"])
 def test_cute_by_name_on_the_cpu_says_what_is_missing(run):
     inputs = pooled()
     before = inputs.state.clone()
@@ -67,13 +68,13 @@ def test_cute_by_name_on_the_cpu_says_what_is_missing(run):
 def test_cpu_tensors_on_a_machine_that_could(monkeypatch):
     monkeypatch.setattr(cute, "unsupported_here", lambda device=None: None)
     with pytest.raises(UnavailableError, match="^cute-decode: the tensors lie on the CPU$"):
-        dispatch.decode(pooled(), kernel="cute-decode")
+        registry.decode(pooled(), kernel="cute-decode")
 
 
-@pytest.mark.parametrize("run", [dispatch.decode, call], ids=["dispatch", "kda_decode"])
+@pytest.mark.parametrize("run", [registry.decode, call], ids=["registry", "kda_decode"])
 @pytest.mark.parametrize("name", ["x", "triton", "cute-Decode", "fla-decode"])
 def test_a_name_that_is_none(run, name):
-    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-decode or triton-decode$"):
+    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-decode or triton-decode or torch-"):
         run(pooled(), kernel=name)
 
 
@@ -89,9 +90,9 @@ class OnGpu(torch.Tensor):
 @pytest.fixture
 def gpu(monkeypatch):
     """What was compiled, in order."""
-    dispatch._cute_can.cache_clear()
+    registry._runs_on.cache_clear()
     yield fake_gpu.install(monkeypatch)
-    dispatch._cute_can.cache_clear()
+    registry._runs_on.cache_clear()
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
@@ -102,7 +103,7 @@ def on_gpu(inputs: Inputs) -> Inputs:
 @pytest.mark.parametrize("sizes", [{}, {"K": 128, "V": 128}, {"K": 96, "V": 48}, {"V": 16}, {"lens": [2, 0, 3]}])
 def test_cute_where_it_can(gpu, sizes):
     inputs = on_gpu(pooled(**sizes))
-    assert dispatch.decode_kernel(inputs) == "cute-decode"
+    assert kernel_for(Op.DECODE, inputs).name == "cute-decode"
     expected = recurrence(inputs)
     close(call(inputs.fresh()), expected.o)
     close(call(inputs), expected.o)
@@ -113,19 +114,19 @@ def test_cute_where_it_can(gpu, sizes):
 @no_gpu
 @pytest.mark.parametrize("sizes", [{"K": 48}, {"V": 24}, {"K": 16}, {"K": 60, "V": 100}, {"v_first": False}])
 def test_triton_for_what_cute_has_no_code_for(gpu, sizes):
-    assert dispatch.decode_kernel(on_gpu(pooled(**sizes))) == "triton-decode"
+    assert kernel_for(Op.DECODE, on_gpu(pooled(**sizes))).name == "triton-decode"
 
 
 @no_gpu
 @pytest.mark.parametrize("wrong", wrong_tensors.NOT_CUTE.values(), ids=list(wrong_tensors.NOT_CUTE))
 def test_triton_for_states_that_cute_cannot_address(gpu, wrong):
-    assert dispatch.decode_kernel(wrong_tensors.apply(wrong, on_gpu(pooled()))) == "triton-decode"
+    assert kernel_for(Op.DECODE, wrong_tensors.apply(wrong, on_gpu(pooled()))).name == "triton-decode"
 
 
 @no_gpu
 def test_triton_on_an_older_gpu(gpu, monkeypatch):
     monkeypatch.setattr(cute, "unsupported_here", lambda device=None: "the GPU is sm_80: ...")
-    assert dispatch.decode_kernel(on_gpu(pooled())) == "triton-decode"
+    assert kernel_for(Op.DECODE, on_gpu(pooled())).name == "triton-decode"
 
 
 @no_gpu
@@ -203,7 +204,7 @@ def call_prefill(inputs: Inputs, **given) -> torch.Tensor:
 @no_gpu
 def test_prefill_on_the_cpu_is_tritons():
     inputs = prompts()
-    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    assert kernel_for(Op.PREFILL, inputs).name == "triton-prefill"
     reason = "no CUDA GPU: CuTe DSL kernels need|is not installed: pip install|or newer is needed, pip install"
     with pytest.raises(UnavailableError, match=rf"^cute-prefill: .*({reason})"):
         call_prefill(inputs, kernel="cute-prefill")
@@ -211,24 +212,24 @@ def test_prefill_on_the_cpu_is_tritons():
 
 @pytest.mark.parametrize("name", ["x", "triton", "cute-decode", "fla-prefill"])
 def test_a_name_that_is_no_prefill(name):
-    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-prefill or triton-prefill$"):
+    with pytest.raises(InputError, match=f"^kernel is {name}: it should be cute-prefill or triton-prefill or torch"):
         call_prefill(prompts(), kernel=name)
 
 
 @pytest.fixture
 def prefills(monkeypatch):
     """What was compiled for a GPU that is pretended; Triton's outputs are None."""
-    dispatch._cute_prefill_can.cache_clear()
+    registry._runs_on.cache_clear()
     monkeypatch.setattr(triton_prefill, "prefill", lambda inputs, **_: Outputs(None))
     yield fake_prefill.install(monkeypatch)
-    dispatch._cute_prefill_can.cache_clear()
+    registry._runs_on.cache_clear()
 
 
 @no_gpu
 def test_the_fused_prefill_where_it_can(prefills):
     inputs = on_gpu(prompts())
     expected = recurrence(inputs)
-    assert dispatch.prefill_kernel(inputs) == "cute-prefill"
+    assert kernel_for(Op.PREFILL, inputs).name == "cute-prefill"
     close(call_prefill(inputs), expected.o)
     close(inputs.state, expected.final_state)
     assert [function.calls for function in prefills] == [1]
@@ -270,9 +271,9 @@ def test_the_fused_prefill_behind_flas_functions(prefills):
 def test_triton_for_what_the_fused_prefill_does_not_take(prefills, change):
     inputs = prompts()
     inputs = on_gpu(dataclasses.replace(inputs, **change(inputs)))
-    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    assert kernel_for(Op.PREFILL, inputs).name == "triton-prefill"
     with pytest.raises(InputError, match="^cute-prefill: "):
-        dispatch.prefill(inputs, kernel="cute-prefill")
+        registry.prefill(inputs, kernel="cute-prefill")
     assert not prefills
 
 
@@ -280,16 +281,16 @@ def test_triton_for_what_the_fused_prefill_does_not_take(prefills, change):
 def test_triton_for_a_buffer_that_the_fused_prefill_cannot_write(prefills):
     inputs = on_gpu(prompts())
     out = torch.empty(1, 43, 2, 132, dtype=torch.bfloat16)[..., :128]
-    assert dispatch.prefill_kernel(inputs, out) == "triton-prefill"
+    assert kernel_for(Op.PREFILL, inputs, out).name == "triton-prefill"
 
 
 @no_gpu
 def test_triton_for_other_gpus(prefills, monkeypatch):
     inputs = on_gpu(prompts())
-    assert dispatch.prefill_kernel(inputs) == "cute-prefill"
-    dispatch._cute_prefill_can.cache_clear()
+    assert kernel_for(Op.PREFILL, inputs).name == "cute-prefill"
+    registry._runs_on.cache_clear()
     monkeypatch.setattr(cute_prefill, "unsupported_here", lambda device=None: "the GPU is sm_100: ...")
-    assert dispatch.prefill_kernel(inputs) == "triton-prefill"
+    assert kernel_for(Op.PREFILL, inputs).name == "triton-prefill"
 
 
 # --- on a GPU
@@ -306,7 +307,7 @@ def test_kda_decode_on_a_gpu(monkeypatch):
         inputs = pooled(**sizes)
         assert inputs.q.device.type == DEVICE == "cuda"
         expected = recurrence(inputs)
-        assert dispatch.decode_kernel(inputs) == kernel
+        assert kernel_for(Op.DECODE, inputs).name == kernel
         close(call(inputs.fresh()), expected.o)
         assert used == ["cute-decode"]
     inputs = pooled(K=128, V=128)

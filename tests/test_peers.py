@@ -10,10 +10,10 @@ import torch
 
 from kda_kernels import registry
 from kda_kernels.checks import problem_of
-from kda_kernels.peers import fla, fla_prefill
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import gate_cumsum, recurrence
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import fla, fla_prefill
 from kdacli.synthetic import make_inputs
 from kdacli.verify.layouts import pool_with_gaps
 

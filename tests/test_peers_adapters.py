@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.peers import flashkda_prefill, given, here
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import flashkda_prefill, given, here
 from kdacli.synthetic import make_inputs
 
 SAFE, SOFTPLUS, NONE = Options(Gate.SAFE, -5.0), Options(Gate.SOFTPLUS), Options(Gate.NONE)
@@ -37,7 +37,7 @@ ADAPTERS = (
 
 
 def adapter(name: str) -> types.ModuleType:
-    return importlib.import_module(f"kda_kernels.peers.{name}")
+    return importlib.import_module(f"kdacli.peers.{name}")
 
 
 def problem_for(name: str, **change) -> Problem:

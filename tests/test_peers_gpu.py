@@ -70,7 +70,7 @@ CASES = {
 
 def kernel_of(name: str) -> Kernel:
     op = name.rpartition("-")[2]
-    return Kernel(name, Op(op), "peer", f"kda_kernels.peers.{name.replace('-', '_')}", "", False)
+    return Kernel(name, Op(op), "peer", f"kdacli.peers.{name.replace('-', '_')}", "", False)
 
 
 @pytest.mark.gpu

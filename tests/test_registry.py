@@ -1,9 +1,12 @@
 """The registry: what it finds, what it refuses, and that a broken package is a reason and not the end."""
 
+import dataclasses
+import subprocess
 import sys
 
 import pytest
 
+import kdacli  # noqa: F401  registers the peers
 from kda_kernels import registry
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
@@ -37,12 +40,62 @@ def test_unknown_and_taken_names():
         registry.register(registry.get("triton-decode"))
 
 
-def test_a_package_that_breaks_at_its_import_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "broken_peer.py").write_text("raise RuntimeError('its package\\nis broken')")
+def kernel_of(code: str, tmp_path, monkeypatch, ours: bool = True) -> registry.Kernel:
+    """A kernel whose module holds `code`."""
+    (tmp_path / "planted.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    kernel = registry.Kernel("broken", Op.PREFILL, "peer", "broken_peer", "a peer", ours=False)
-    assert kernel.unsupported(PROBLEM) == "RuntimeError: its package is broken"
-    assert "broken_peer" not in sys.modules
+    monkeypatch.delitem(sys.modules, "planted", raising=False)
+    monkeypatch.setattr(registry, "_failed", {})
+    return registry.Kernel("planted", Op.PREFILL, "none", "planted", "for this test", ours=ours)
+
+
+BROKEN = ["raise RuntimeError('its package\\nis broken')", "def unsupported(problem): return nonsense"]
+
+
+@pytest.mark.parametrize("code", BROKEN, ids=["import", "unsupported"])
+def test_an_error_in_our_own_code_is_no_reason(code, tmp_path, monkeypatch):
+    kernel = kernel_of(code, tmp_path, monkeypatch)
+    with pytest.raises((RuntimeError, NameError)):
+        kernel.unsupported(PROBLEM)
+
+
+def test_choose_does_not_pass_over_a_broken_kernel(monkeypatch):
+    monkeypatch.setattr("kda_kernels.triton.prefill.unsupported_here", lambda: nonsense)  # noqa: F821
+    with pytest.raises(NameError):
+        registry.choose(PROBLEM)
+
+
+@pytest.mark.parametrize("code", BROKEN, ids=["import", "unsupported"])
+def test_an_error_in_a_peers_code_is_its_failure(code, tmp_path, monkeypatch):
+    kernel = kernel_of(code, tmp_path, monkeypatch, ours=False)
+    assert kernel.unsupported(PROBLEM) is None and kernel.failure.startswith(
+        ("RuntimeError: its package is", "NameErr")
+    )
+    with pytest.raises((RuntimeError, NameError)):
+        kernel.run(None)
+
+
+def test_a_package_that_is_missing_is_a_reason(tmp_path, monkeypatch):
+    kernel = kernel_of("import no_such_package", tmp_path, monkeypatch)
+    assert kernel.unsupported(PROBLEM) == "ModuleNotFoundError: No module named 'no_such_package'"
+    ours = kernel_of("from kda_kernels import no_such_module", tmp_path, monkeypatch)
+    with pytest.raises(ImportError):
+        ours.unsupported(PROBLEM)
+
+
+def test_a_feature_that_a_kernel_does_not_have_is_a_reason():
+    assert (
+        registry.get("triton-gate").unsupported(
+            dataclasses.replace(PROBLEM, op=Op.GATE, features={"tail", "null_slot"})
+        )
+        == "it does not support null_slot, tail"
+    )
+
+
+def test_the_library_knows_no_peers():
+    code = "from kda_kernels import registry, api; print(*(k.name for k in registry.kernels() if not k.ours))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    assert any(not kernel.ours for kernel in registry.kernels()), "kdacli registers them"
 
 
 @pytest.mark.parametrize(

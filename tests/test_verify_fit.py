@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from kda_kernels import registry
-from kda_kernels.peers import fla, here
 from kda_kernels.problem import Gate, Op
 from kda_kernels.reference import plain_recurrent
 from kdacli.main import cli
+from kdacli.peers import fla, here
 from kdacli.verify import spec
 from kdacli.verify.fit import fit, fitted
 from kdacli.verify.selection import select_table
@@ -27,7 +27,7 @@ def everything_is_installed(monkeypatch):
         "cudnn_prefill": ("_no_engine",),
     }.items():
         for name in names:
-            monkeypatch.setattr(f"kda_kernels.peers.{module}.{name}", lambda: None)
+            monkeypatch.setattr(f"kdacli.peers.{module}.{name}", lambda: None)
 
 
 def suite(name: str) -> list:

@@ -6,9 +6,12 @@ from typing import Any
 import click
 
 from kda_kernels import registry
+from kda_kernels.errors import CheckFailedError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli import options
+
+FAILED = "failed when it was asked"
 
 
 @click.command("kernels", cls=options.SectionedCommand)
@@ -47,9 +50,10 @@ def command(kernels: tuple[str, ...], device: str, json_dest: str | None, force:
     if json_dest:
         report = {"schema": "kda.kernels/1", "provenance": collect(), "device": device, "rows": rows}
         write_json(report, json_dest, force)
-    if json_dest == "-":
-        return
-    _print(rows, describe(device))
+    if json_dest != "-":
+        _print(rows, describe(device))
+    if failed := [row["kernel"] for row in rows if row["note"].startswith(FAILED)]:
+        raise CheckFailedError(f"{', '.join(failed)}: their own code failed, see above")
 
 
 def _print(rows: list[dict[str, Any]], device: str) -> None:
@@ -108,6 +112,8 @@ def _all(op: Op | None) -> tuple[list[Kernel], list[dict[str, Any]]]:
 
 def _row(kernel: Kernel, problem: Problem | None, device: str) -> dict[str, Any]:
     reason = kernel.unsupported(problem)
+    if kernel.failure:
+        reason = f"{FAILED}: {kernel.failure}"
     interpreted = device == "cpu" and kernel.backend == "triton"
     return {
         "kernel": kernel.name,

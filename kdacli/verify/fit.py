@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
-from kda_kernels.peers.contract import Contract
 from kda_kernels.problem import Gate, Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli.verify import spec

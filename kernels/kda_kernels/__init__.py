@@ -3,6 +3,9 @@
 import importlib
 
 _EXPORTS = {
+    "Checkpoints": "kda_kernels.api",
+    "checkpoint_alignment": "kda_kernels.api",
+    "prefill_workspace_bytes": "kda_kernels.api",
     "chunk_kda": "kda_kernels.api",
     "chunk_kda_fwd": "kda_kernels.api",
     "fused_recurrent_kda": "kda_kernels.api",

@@ -4,9 +4,10 @@
 import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place;
 `chunk_kda_fwd` is the pipeline behind the prefills, with every switch.
 
-All of them check their tensors once and then call a kernel directly, the one that `kda_kernels.dispatch` names for
-these tensors. Nothing else is tried when it fails. Everything wrong with an argument is an `InputError` (a ValueError).
-There is no backward: results of tensors that require grad can be used, but not differentiated.
+All of them check their tensors once and then call a kernel directly, the one that `kda_kernels.registry` gives for
+these tensors; where a call is traced (torch.compile, torch.export, FakeTensorMode) they are the operators of
+`kda_kernels.ops` instead. Nothing else is tried when it fails. Everything wrong with an argument is an `InputError`
+(a ValueError). There is no backward: results of tensors that require grad can be used, but not differentiated.
 """
 
 import warnings
@@ -14,14 +15,35 @@ from typing import Any
 
 import torch
 
-from kda_kernels.boundary import check, check_out, forward_only, options_of
-from kda_kernels.dispatch import decode, prefill
+from kda_kernels.boundary import check, forward_only, options_of
+from kda_kernels.checks import is_traced
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, SAFE_BOUND
-from kda_kernels.serving import chunk_kda_fwd, kda_decode, kda_prefill
-from kda_kernels.tensors import Inputs
+from kda_kernels.registry import prefill
+from kda_kernels.serving import (
+    by_head,
+    checkpoint_alignment,
+    chunk_kda_fwd,
+    kda_decode,
+    kda_prefill,
+    prefill_workspace_bytes,
+    run_decode,
+    run_prefill,
+    traced,
+)
+from kda_kernels.tensors import Checkpoints, Inputs
 
-__all__ = ["chunk_kda", "chunk_kda_fwd", "fused_recurrent_kda", "fused_recurrent_kda_fwd", "kda_decode", "kda_prefill"]
+__all__ = [
+    "Checkpoints",
+    "checkpoint_alignment",
+    "chunk_kda",
+    "chunk_kda_fwd",
+    "fused_recurrent_kda",
+    "fused_recurrent_kda_fwd",
+    "kda_decode",
+    "kda_prefill",
+    "prefill_workspace_bytes",
+]
 
 FLA_NAMES = {"state": "initial_state", "state_indices": "ssm_state_indices"}
 
@@ -68,7 +90,8 @@ def chunk_kda(
         return_intermediate_states: also return h.
         state_v_first: states are [.., V, K].
         cu_seqlens: int32 or int64 [N + 1], for a packed batch with B = 1.
-        disable_recompute, cu_seqlens_cpu, max_num_seqs: accepted; they change nothing here.
+        cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
+        disable_recompute, max_num_seqs: accepted; they change nothing here.
         cp_context, use_graph: not supported; leave them out.
         **kwargs: A_log, HV elements in any shape; dt_bias [HV * K] or [HV, K]; chunk_size, 32 or 64: the kernels work
             in chunks of 64 in both cases, which changes no result beyond rounding; transpose_state_layout, the
@@ -99,21 +122,35 @@ def chunk_kda(
         raise InputError("lower_bound", "is missing", wanted)
     if initial_state is not None and initial_state.dtype != torch.float32:
         raise InputError("initial_state", f"is {initial_state.dtype}", "it should be float32")
-    inputs = Inputs(
-        q, k, v, g, beta,
-        options=options_of(
-            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale, promise=SAFE_BOUND if safe_gate else None,
-        ),
-        A_log=A_log if use_gate_in_kernel else None, dt_bias=dt_bias if use_gate_in_kernel else None,
-        state=initial_state, cu_seqlens=cu_seqlens, state_v_first=state_v_first, output_final_state=output_final_state,
+    promise = SAFE_BOUND if safe_gate else None
+    if use_gate_in_kernel:
+        g = by_head(g, v)
+    else:
+        A_log = dt_bias = None
+    if is_traced(q):
+        if return_intermediate_states:
+            raise InputError("return_intermediate_states", "is set", "it is not supported in a call that is traced")
+        return traced(
+            torch.ops.kda.prefill, (q, k, v, g, beta), None, initial_state, None, cu_seqlens,
+            output_final_state=output_final_state, A_log=A_log, dt_bias=dt_bias, state_v_first=state_v_first,
+            cu_seqlens_cpu=cu_seqlens_cpu, use_gate_in_kernel=use_gate_in_kernel, lower_bound=lower_bound,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale, promise=promise,
+        )  # fmt: skip
+    options = options_of(
+        use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale,
+        promise,
     )  # fmt: skip
-    check(inputs, FLA_NAMES)
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias, initial_state, None, cu_seqlens, state_v_first, output_final_state,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )  # fmt: skip
 
-    def run():
+    def run() -> tuple[Any, ...]:
         if not return_intermediate_states:
-            outputs = prefill(inputs)
+            outputs = run_prefill(inputs, names=FLA_NAMES)
             return outputs.o, outputs.final_state
+        check(inputs, FLA_NAMES)
         outputs, h = prefill(inputs, return_intermediate_states=True)
         return outputs.o, outputs.final_state, h.mT if state_v_first else h
 
@@ -184,8 +221,10 @@ def fused_recurrent_kda_fwd(
     Args (where they differ from `fused_recurrent_kda`):
         initial_state: fp32 or bf16; a pool [P, HV, K, V] when ssm_state_indices is given.
         inplace_final_state: write the final states over the initial ones, and return that tensor. Needed for a pool.
-        ssm_state_indices: int32 or int64 [N], slots; -1 is padding.
-        num_accepted_tokens: not supported; leave it out.
+        ssm_state_indices: int32 or int64 [N], slots; a negative one is padding. [N, C] with a slot for each token:
+            sequence n starts from the state in column num_accepted_tokens[n] - 1 (without them, from the first), and
+            its state after token t goes to column t.
+        num_accepted_tokens: int32 or int64 [N].
         out: [B, T, HV, V] in the dtype of v, where o goes.
 
     Raises:
@@ -193,37 +232,42 @@ def fused_recurrent_kda_fwd(
         UnavailableError: no GPU, and Triton's interpreter is not on.
     """
     _refuse("fused_recurrent_kda_fwd", kwargs)
-    if num_accepted_tokens is not None:
-        raise InputError("num_accepted_tokens", "is given", "it is not supported; leave it out")
     if inplace_final_state and initial_state is None:
         raise InputError("initial_state", "is missing", "inplace_final_state writes to it")
     if ssm_state_indices is not None and not inplace_final_state:
         raise InputError("inplace_final_state", "is False", "it should be True with ssm_state_indices")
+    if ssm_state_indices is not None and num_accepted_tokens is None and ssm_state_indices.ndim == 2:
+        num_accepted_tokens = torch.ones_like(ssm_state_indices[:, 0])  # each sequence starts from its first column
+    if use_gate_in_kernel:
+        g = by_head(g, v)
+    else:
+        A_log = dt_bias = None
+    written = initial_state if inplace_final_state and ssm_state_indices is None else None
+    if written is None and output_final_state and initial_state is not None and ssm_state_indices is None:
+        written = torch.empty_like(initial_state, dtype=torch.float32)  # as FLA: not the state's own dtype
+    wanted = output_final_state or inplace_final_state
+    if is_traced(q):
+        return traced(
+            torch.ops.kda.decode, (q, k, v, g, beta), out, initial_state, ssm_state_indices, cu_seqlens,
+            output_final_state=wanted, final_state=written, A_log=A_log, dt_bias=dt_bias, state_v_first=state_v_first,
+            num_accepted_tokens=num_accepted_tokens, use_gate_in_kernel=use_gate_in_kernel, lower_bound=lower_bound,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale,
+        )  # fmt: skip
+    options = options_of(
+        use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
+    )
     inputs = Inputs(
-        q, k, v, g, beta,
-        options=options_of(
-            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale,
-        ),
-        A_log=A_log if use_gate_in_kernel else None, dt_bias=dt_bias if use_gate_in_kernel else None,
-        state=initial_state, state_indices=ssm_state_indices, cu_seqlens=cu_seqlens, state_v_first=state_v_first,
-        output_final_state=output_final_state,
+        q, k, v, g, beta, options, A_log, dt_bias, initial_state, ssm_state_indices, cu_seqlens, state_v_first, wanted,
+        num_accepted_tokens=num_accepted_tokens,
     )  # fmt: skip
-    check(inputs, FLA_NAMES)
-    check_out(out, v)
-    if inplace_final_state:
-        written = initial_state if ssm_state_indices is None else None
-        (o,) = forward_only(lambda: (decode(inputs, out, final_state=written).o,), inputs)
-        return o, initial_state
 
-    def run():
-        final = None
-        if output_final_state and initial_state is not None and initial_state.dtype != torch.float32:
-            final = torch.empty_like(initial_state, dtype=torch.float32)  # as FLA: not the state's own dtype
-        outputs = decode(inputs, out, final_state=final)
-        return outputs.o, outputs.final_state
+    def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+        outputs = run_decode(inputs, out, written, names=FLA_NAMES)
+        return outputs.o, None if inplace_final_state else outputs.final_state
 
-    return forward_only(run, inputs)
+    o, final_state = forward_only(run, inputs)
+    return o, initial_state if inplace_final_state else final_state
 
 
 def _state_v_first(state_v_first: bool, kwargs: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from kda_kernels.checks import check_inputs
+from kda_kernels.checks import check_inputs, require_memory
 from kda_kernels.errors import InputError, KdaError
 from kda_kernels.problem import Options
 from kda_kernels.tensor_checks import INDEX_DTYPES, check_tensor, shape_error
@@ -35,9 +35,10 @@ def options_of(
 
 
 def check(inputs: Inputs, names: Mapping[str, str] | None = None) -> None:
-    """`check_inputs`, with the caller's names for the arguments in its message."""
+    """`check_inputs`, with the caller's names for the arguments in its message; the tensors must have memory."""
     try:
         check_inputs(inputs)
+        require_memory(inputs.q)
     except InputError as error:
         raise error.renamed(names or {}) from None
 
@@ -83,7 +84,17 @@ def forward_only(run: Callable[[], tuple], inputs: Inputs) -> tuple:
     return run()
 
 
+def forward_only_traced(o: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """`forward_only` for a call that was traced, with the result `o` of `tensors`."""
+    if not (torch.is_grad_enabled() and _any_requires_grad(tensors)):
+        return o
+    return torch.ops.kda.no_backward(o, [t for t in tensors if t is not None])
+
+
 def _requires_grad(inputs: Inputs) -> bool:
     i = inputs  # spelled out: this is on the way of every decoding step
-    tensors = (i.q, i.k, i.v, i.g, i.beta, i.A_log, i.dt_bias, i.state)
+    return _any_requires_grad((i.q, i.k, i.v, i.g, i.beta, i.A_log, i.dt_bias, i.state))
+
+
+def _any_requires_grad(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)

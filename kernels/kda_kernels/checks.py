@@ -48,7 +48,15 @@ def check_inputs(inputs: Inputs, *, values: bool | None = None) -> Dims:
     """
     dims = _check_tokens(inputs)
     if inputs.A_log is not None or inputs.dt_bias is not None or inputs.options.gate is Gate.SOFTPLUS:
-        _check_gate_parameters(inputs.A_log, inputs.dt_bias, inputs.options.gate, dims.HV, dims.K, inputs.q, "q")
+        _check_gate_parameters(
+            inputs.A_log,
+            inputs.dt_bias,
+            inputs.options.gate,
+            dims.HV,
+            dims.K,
+            inputs.q,
+            "k" if inputs.q is inputs.k else "q",
+        )
     if inputs.state is not None or inputs.state_indices is not None:
         _check_state(inputs, dims)
     if inputs.features():
@@ -56,6 +64,28 @@ def check_inputs(inputs: Inputs, *, values: bool | None = None) -> Dims:
     if values_checked(inputs.q) if values is None else values:
         check_values(inputs, dims)
     return dims
+
+
+def require_memory(t: torch.Tensor, name: str = "q") -> None:
+    """Raises `InputError` for a tensor that no kernel can be called on: it has a shape, and no memory."""
+    if is_traced(t):
+        wanted = "kernels need memory; kda_decode and kda_prefill are operators, which can be traced"
+        raise InputError(name, f"is a {type(t).__name__} on {t.device}, or is being traced", wanted)
+
+
+def is_traced(t: torch.Tensor) -> bool:
+    """Whether a call with `t` computes nothing: it is compiled or exported, or its tensors are fake or on meta."""
+    if torch.compiler.is_compiling():
+        return True
+    if (kind := type(t)) is not torch.Tensor:
+        if not isinstance(t, torch.Tensor):  # which a check will say
+            return False
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return True
+    if t.is_meta:
+        return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def require_features(inputs: Inputs, has: Collection[str], who: str) -> None:
@@ -95,6 +125,7 @@ def check_gate(
     check_tensor("g", g, FLOAT_DTYPES, g, "g")
     if g.ndim != 4:
         raise shape_error("g", g, "[B, T, HV, K]")
+    require_memory(g, "g")
     B, T, HV, K = g.shape
     if HV < 1 or not 1 <= K <= MAX_HEAD:
         raise shape_error("g", g, f"[B, T, HV, K] with at least 1 head of size 1 to {MAX_HEAD}")
@@ -149,37 +180,38 @@ def problem_of(inputs: Inputs, op: Op) -> Problem:
 def _check_tokens(inputs: Inputs) -> Dims:
     """q, k, v, g, beta and cu_seqlens."""
     q, k, v, g, beta, cu_seqlens = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.cu_seqlens
-    for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
-        check_tensor(name, t, FLOAT_DTYPES, q, "q")
+    first = "k" if q is k else "q"  # a segment's summary has no q
+    for name, t in ((first, q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        check_tensor(name, t, FLOAT_DTYPES, q, first)
     if q.ndim != 4:
-        raise shape_error("q", q, "[B, T, H, K]")
+        raise shape_error(first, q, "[B, T, H, K]")
     B, T, H, K = shape = q.shape
     if k.shape != shape:
         raise shape_error("k", k, f"[B, T, H, K] = {list(shape)}, as q")
     v_shape = v.shape
     if len(v_shape) != 4 or v_shape[0] != B or v_shape[1] != T:
-        raise shape_error("v", v, f"[B, T, HV, V] = [{B}, {T}, HV, V], as q")
+        raise shape_error("v", v, f"[B, T, HV, V] = [{B}, {T}, HV, V], as {first}")
     HV, V = v_shape[2], v_shape[3]
     if g.shape != (B, T, HV, K):
-        raise shape_error("g", g, f"[B, T, HV, K] = {[B, T, HV, K]}, from q and v")
+        raise shape_error("g", g, f"[B, T, HV, K] = {[B, T, HV, K]}, from {first} and v")
     if beta.shape != (B, T, HV):
         raise shape_error("beta", beta, f"[B, T, HV] = {[B, T, HV]}, from v")
     if H < 1:
-        raise InputError("q", "has 0 heads", "it should have at least 1")
+        raise InputError(first, "has 0 heads", "it should have at least 1")
     if HV < 1 or HV % H:
-        raise InputError("v", f"has {HV} heads", f"it should have a multiple of the {H} heads of q")
+        raise InputError("v", f"has {HV} heads", f"it should have a multiple of the {H} heads of {first}")
     if not 1 <= K <= MAX_HEAD:
-        raise InputError("q", f"has head size K = {K}", f"it should be 1 to {MAX_HEAD}")
+        raise InputError(first, f"has head size K = {K}", f"it should be 1 to {MAX_HEAD}")
     if not 1 <= V <= MAX_HEAD:
         raise InputError("v", f"has head size V = {V}", f"it should be 1 to {MAX_HEAD}")
     for name, t in (("k", k), ("v", v)):
         if t.dtype is not q.dtype:
-            raise InputError(name, f"is {name_of(t.dtype)}", f"it should be {name_of(q.dtype)}, as q")
-    for name, t in (("q", q), ("k", k), ("v", v), ("g", g)):
+            raise InputError(name, f"is {name_of(t.dtype)}", f"it should be {name_of(q.dtype)}, as {first}")
+    for name, t in ((first, q), ("k", k), ("v", v), ("g", g)):
         check_last_stride(name, t)
     if cu_seqlens is None:
         return Dims(B, T, B, H, HV, K, V)
-    _check_cu_seqlens(cu_seqlens, B, q, "q")
+    _check_cu_seqlens(cu_seqlens, B, q, first)
     return Dims(B, T, cu_seqlens.shape[0] - 1, H, HV, K, V)
 
 

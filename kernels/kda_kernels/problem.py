@@ -7,6 +7,7 @@ print and serialise them in milliseconds.
 
 import dataclasses
 import enum
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,11 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate", Gate(self.gate))
+        for name in ("lower_bound", "scale"):
+            if (value := getattr(self, name)) is not None:
+                if not isinstance(value, numbers.Real):
+                    raise InputError(name, f"is of type {type(value).__name__}", "it should be a number")
+                object.__setattr__(self, name, float(value))
         if self.gate is Gate.SAFE and self.lower_bound is None:
             raise InputError("lower_bound", "is missing", "the safe gate needs a negative number, such as -5.0")
         if self.gate is Gate.SOFTPLUS and self.lower_bound is not None:

@@ -1,21 +1,36 @@
-"""Every kernel by name: which op it serves, and for a given problem "yes" or the reason why not.
+"""Every kernel by name, which one a call gets, and for a given problem "yes" or the reason why not.
 
-Nothing here falls back in silence: `choose` returns the kernel it chose, and a kernel asked for by name either runs or
-raises `UnavailableError` with its reason. Registering costs no import of torch or triton: a kernel names its module,
-which is imported when it is first asked or run.
+Which of ours runs a call of the public functions, and all there is to the rule:
+
+Decode: `cute-decode` on a GPU of sm_90a or newer with the DSL installed, when K is a multiple of 32, V of 16, the state
+is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
+
+Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128, gates
+bounded by -5, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured;
+`triton-prefill` runs everything else.
+
+Nothing falls back in silence: `kernel_for` and `choose` return the kernel they chose, and a kernel asked for by name
+either runs or raises an error with its reason. Registering costs no import of torch or triton: a kernel names its
+module, which is imported when it is first asked or run.
 """
 
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.problem import Op, Problem
 
 if TYPE_CHECKING:
+    import torch
+
     from kda_kernels.tensors import Inputs, Outputs
+
+_failed: dict[str, Exception] = {}  # peers, by name, whose own code raised when it was asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +59,49 @@ class Kernel:
     summary: str
     ours: bool = True
 
+    @property
+    def code(self) -> ModuleType:
+        """Its module."""
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
+
     def unsupported(self, problem: Problem | None = None) -> str | None:
         """Why this kernel cannot run `problem` here, or nothing at all if that is None; None if it can.
 
-        A module that cannot be imported is a reason like any other: a peer's package may fail in any way at its import.
+        A reason is what the kernel says, or that a package is missing. Other errors of our kernels are errors. Those of
+        a peer are its failure: it is taken at its silence, and `run` raises the error.
         """
         if problem is not None and problem.op is not self.op:
             return f"serves the op {self.op}, not {problem.op}"
         try:
-            module = importlib.import_module(self.module)
-            if problem is not None and (lacking := problem.features - self.features):
-                return f"it does not support {', '.join(sorted(lacking))}"
-            return module.unsupported(problem)
+            code = self.code
+        except ImportError as error:
+            if not (error.name or "").startswith(("kda_kernels", "kdacli")):
+                return one_line(error)
+            raise
         except Exception as error:
-            return one_line(error)
+            return self._fail(error)
+        if problem is not None and (lacking := problem.features - self.features):
+            return f"it does not support {', '.join(sorted(lacking))}"
+        try:
+            return code.unsupported(problem)
+        except Exception as error:
+            return self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self.ours:
+            raise error
+        _failed[self.name] = error
+
+    @property
+    def failure(self) -> str | None:
+        """Of a peer that was asked: what went wrong in its own code then."""
+        return one_line(_failed[self.name]) if self.name in _failed else None
 
     @property
     def features(self) -> frozenset[str]:
         """What it has of `kda_kernels.problem.FEATURES`: its module's FEATURES, or those of its CONTRACT."""
-        module = importlib.import_module(self.module)
-        return getattr(module, "FEATURES", None) or getattr(getattr(module, "CONTRACT", None), "features", frozenset())
+        contract = getattr(self.code, "CONTRACT", None)
+        return getattr(self.code, "FEATURES", None) or getattr(contract, "features", frozenset())
 
     @property
     def carried_state(self) -> str | None:
@@ -74,11 +112,14 @@ class Kernel:
         return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "carried_state", None)
 
     def run(self, inputs: "Inputs") -> "Outputs":
-        """Raises `InputError` where the call uses a feature that it does not have."""
-        from kda_kernels.checks import require_features
+        """Raises `InputError` where the call uses a feature that it does not have, or its tensors have no memory."""
+        from kda_kernels.checks import require_features, require_memory
 
+        if self.name in _failed:
+            raise _failed[self.name]
+        require_memory(inputs.q)
         require_features(inputs, self.features, self.name)
-        return importlib.import_module(self.module).run(inputs.without_spare_slots())
+        return self.code.run(inputs.without_spare_slots())
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -122,29 +163,114 @@ def choose(problem: Problem) -> Kernel:
     )
 
 
-_T = "kda_kernels.triton"
-_P = "kda_kernels.peers"
+def kernel_for(op: Op, inputs: "Inputs", out: "torch.Tensor | None" = None) -> Kernel:
+    """The kernel of ours that runs these checked tensors, with `out` as in `prefill`."""
+    cute, triton = _FASTEST[op]
+    if not (inputs.q.is_cuda and _runs_on(cute, inputs.q.device)):
+        return triton
+    return cute if cute.code.unsupported_tensors(inputs, out) is None else triton
+
+
+@functools.cache
+def _runs_on(kernel: Kernel, device: "torch.device") -> bool:
+    return kernel.code.unsupported_here(device) is None
+
+
+def ours(op: Op, name: str, inputs: "Inputs") -> Kernel:
+    """The kernel of ours that is called `name`.
+
+    Raises:
+        InputError: there is no such kernel of the op.
+        UnavailableError: it cannot run where the tensors lie.
+    """
+    found = {kernel.name: kernel for kernel in kernels(op) if kernel.ours}
+    if name not in found:
+        raise InputError("kernel", f"is {name}", f"it should be {' or '.join(found)}")
+    kernel = found[name]
+    if kernel.backend == "cute" and not inputs.q.is_cuda:
+        raise UnavailableError(f"{name}: {kernel.code.unsupported_here() or 'the tensors lie on the CPU'}")
+    return kernel
+
+
+def decode(
+    inputs: "Inputs",
+    out: "torch.Tensor | None" = None,
+    *,
+    final_state: "torch.Tensor | None" = None,
+    kernel: str | None = None,
+) -> "Outputs":
+    """Runs a checked problem with `kernel`, or the one that `kernel_for` gives.
+
+    Args, Returns: as `kda_kernels.triton.decode.decode`.
+
+    Raises:
+        InputError: there is no such decode kernel of ours, or it does not take these tensors.
+        UnavailableError: it cannot run on this machine.
+    """
+    found = kernel_for(Op.DECODE, inputs) if kernel is None else ours(Op.DECODE, kernel, inputs)
+    inputs = inputs.without_spare_slots()
+    if found.backend == "torch":
+        return _plain(found, inputs, out, final_state)
+    return found.code.decode(inputs, out, final_state=final_state)
+
+
+def decode_again(inputs: "Inputs", out: "torch.Tensor") -> bool:
+    """`decode` in place, if this call is just like the one before: an engine's every step. False: nothing was done."""
+    cute = sys.modules.get("kda_kernels.cute.decode")
+    return cute is not None and cute.FEATURES.issuperset(inputs.features()) and cute.again(inputs, out)
+
+
+def prefill(
+    inputs: "Inputs",
+    out: "torch.Tensor | None" = None,
+    *,
+    chunk_indices: "torch.Tensor | None" = None,
+    return_intermediate_states: bool = False,
+    kernel: str | None = None,
+) -> "Outputs | tuple[Outputs, torch.Tensor]":
+    """Runs a checked problem with `kernel`, or the one that `kernel_for` gives.
+
+    Args, Returns: as `kda_kernels.triton.prefill.prefill`; cute-prefill needs no `chunk_indices`.
+
+    Raises:
+        InputError: there is no such prefill kernel of ours, or it does not take these tensors.
+        UnavailableError: it cannot run on this machine.
+    """
+    found = kernel_for(Op.PREFILL, inputs, out) if kernel is None else ours(Op.PREFILL, kernel, inputs)
+    inputs = inputs.without_spare_slots()
+    if found.backend == "torch":
+        if return_intermediate_states:
+            raise InputError("return_intermediate_states", "is set", f"{found.name} has none")
+        return _plain(found, inputs, out)
+    table = {} if found.backend == "cute" else {"chunk_indices": chunk_indices}
+    return found.code.prefill(inputs, out=out, return_intermediate_states=return_intermediate_states, **table)
+
+
+def _plain(
+    kernel: Kernel, inputs: "Inputs", out: "torch.Tensor | None", final_state: "torch.Tensor | None" = None
+) -> "Outputs":
+    """A kernel that makes its own outputs, copied to where they are wanted."""
+    outputs = kernel.run(inputs)
+    if out is not None:
+        outputs.o = out.copy_(outputs.o)
+    if final_state is not None and outputs.final_state is not None:
+        outputs.final_state = final_state.copy_(outputs.final_state)
+    return outputs
+
+
+_T, _C, _R = "kda_kernels.triton", "kda_kernels.cute", "kda_kernels.reference"
 for _kernel in (
-    Kernel("cute-decode", Op.DECODE, "cute", "kda_kernels.cute.decode", "fused recurrent update, in place, sm_90a"),
+    Kernel("cute-decode", Op.DECODE, "cute", f"{_C}.decode", "fused recurrent update, in place, sm_90a"),
     Kernel("triton-decode", Op.DECODE, "triton", f"{_T}.decode", "fused recurrent update, in place"),
-    Kernel("cute-prefill", Op.PREFILL, "cute", "kda_kernels.cute.prefill", "chunks and chain in one kernel, sm_90a"),
+    Kernel("cute-prefill", Op.PREFILL, "cute", f"{_C}.prefill", "chunks and chain in one kernel, sm_90a"),
     Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "chunk factors, their inverse, then the chain"),
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
-    Kernel("torch-decode", Op.DECODE, "torch", "kda_kernels.reference.plain_recurrent", "plain torch, float32"),
-    Kernel("torch-prefill", Op.PREFILL, "torch", "kda_kernels.reference.plain_chunk", "plain torch, chunked"),
-    Kernel("fla-decode", Op.DECODE, "fla", f"{_P}.fla_decode", "FLA's fused_recurrent_kda_fwd", False),
-    Kernel("fla-prefill", Op.PREFILL, "fla", f"{_P}.fla_prefill", "FLA's chunk_kda", False),
-    Kernel("fla-gate", Op.GATE, "fla", f"{_P}.fla_gate", "FLA's kda_gate_chunk_cumsum", False),
-    Kernel("flashkda-prefill", Op.PREFILL, "flashkda", f"{_P}.flashkda_prefill", "FlashKDA, as vLLM ships it", False),
-    Kernel("cudnn-prefill", Op.PREFILL, "cudnn", f"{_P}.cudnn_prefill", "cuDNN frontend's kda_hopper_cuda", False),
-    Kernel("sglang-decode", Op.DECODE, "sglang", f"{_P}.sglang_decode", "SGLang's CuTe DSL decode", False),
-    Kernel("cula-decode", Op.DECODE, "cula", f"{_P}.cula_decode", "cuLA's CuTe DSL decode", False),
-    Kernel(
-        "flashinfer-decode", Op.DECODE, "flashinfer", f"{_P}.flashinfer_decode", "FlashInfer's recurrent_kda", False
-    ),
-    Kernel(
-        "flashinfer-prefill", Op.PREFILL, "flashinfer", f"{_P}.flashinfer_prefill", "FlashInfer's recurrent_kda", False
-    ),
+    Kernel("torch-decode", Op.DECODE, "torch", f"{_R}.plain_recurrent", "plain torch, float32"),
+    Kernel("torch-prefill", Op.PREFILL, "torch", f"{_R}.plain_chunk", "plain torch, chunked"),
 ):
     register(_kernel)
+_FASTEST = {
+    Op.DECODE: (get("cute-decode"), get("triton-decode")),
+    Op.PREFILL: (get("cute-prefill"), get("triton-prefill")),
+}

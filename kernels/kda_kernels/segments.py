@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 
-from kda_kernels import dispatch
-from kda_kernels.boundary import forward_only, options_of
-from kda_kernels.checks import check_inputs
+from kda_kernels import registry
+from kda_kernels.boundary import check, forward_only, options_of
+from kda_kernels.problem import Op
 from kda_kernels.tensors import Inputs
 
 
@@ -47,19 +47,18 @@ def kda_segment_summary(
     inputs = Inputs(
         k, k, v, g, beta, options, A_log=A_log, dt_bias=dt_bias, cu_seqlens=cu_seqlens, output_final_state=True
     )
-    check_inputs(inputs)
+    check(inputs)
     return forward_only(lambda: _summary(inputs), inputs)
 
 
 def _summary(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    if dispatch.prefill_kernel(inputs) == dispatch.CUTE_PREFILL:
-        from kda_kernels.cute.prefill import summaries
-
-        return summaries(inputs)
+    kernel = registry.kernel_for(Op.PREFILL, inputs)
+    if kernel.backend == "cute":
+        return kernel.code.summaries(inputs)
     # any prefill can say it: once from nothing, once from the identity with values of 0
-    end = dispatch.prefill(inputs, kernel=dispatch.TRITON_PREFILL).final_state
+    end = registry.prefill(inputs, kernel=kernel.name).final_state
     K, v = inputs.k.shape[-1], inputs.v
     identity = torch.eye(K, device=v.device).expand(inputs.N, v.shape[2], K, K).contiguous()
     nothing = v.new_zeros((*v.shape[:3], K))
     moved = dataclasses.replace(inputs, v=nothing, state=identity)
-    return end, dispatch.prefill(moved, kernel=dispatch.TRITON_PREFILL).final_state
+    return end, registry.prefill(moved, kernel=kernel.name).final_state

@@ -3,19 +3,16 @@
 For engines; `api` is where they are imported from.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
-from kda_kernels import checks, dispatch
-from kda_kernels.boundary import (
-    check,
-    check_chunk_indices,
-    check_out,
-    forward_only,
-    options_of,
-)
+from kda_kernels import checks, ops, registry  # noqa: F401  `ops` registers torch.ops.kda
+from kda_kernels.boundary import check, check_chunk_indices, check_out, forward_only, forward_only_traced, options_of
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate
-from kda_kernels.tensors import Inputs
+from kda_kernels.problem import CHUNK, Op
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 
 
 def kda_decode(
@@ -38,51 +35,91 @@ def kda_decode(
     cu_seqlens: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     token_states: torch.Tensor | None = None,
+    token_state_indices: torch.Tensor | None = None,
+    null_slot: int | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    update_state: bool = True,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """One or a few tokens of each sequence, on a state pool that is updated in place.
 
     Args:
-        q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV, K]; beta: [B, T, HV]. Dense, [N, T, ..], or packed,
-            [1, total tokens, ..], with cu_seqlens. Any strides with a contiguous last dimension: nothing is copied.
-        state: pool [P, HV, V, K], fp32 or bf16; slots may lie apart, a slot is contiguous.
-        state_indices: int32 or int64 [N], the slot of each sequence, none twice; -1 is padding: nothing is read or
-            written, and its rows of o are zero.
-        A_log [HV], dt_bias [HV * K] or [HV, K], lower_bound, use_..., allow_neg_eigval, scale: as in `chunk_kda`.
+        q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV, K] or [B, T, HV * K]; beta: [B, T, HV]. Dense, [N, T, ..],
+            or packed, [1, total tokens, ..], with cu_seqlens. Any strides with a contiguous last dimension: nothing is
+            copied.
+        state: pool [P, HV, V, K], fp32, bf16 or fp16; slots may lie apart, a slot is contiguous.
+        state_indices: int32 or int64 [N] with any stride, the slot of each sequence, none twice; there may be more than
+            N. A negative one is padding: nothing is read or written, and its rows of o are zero. One >= P touches
+            nothing, and its rows of o are NaN; on a CPU it is an `InputError`.
+        A_log, HV elements; dt_bias, HV * K; lower_bound, use_..., allow_neg_eigval, scale: as in `chunk_kda`.
+        cu_seqlens: int32 or int64 [N + 1]. The tensors may hold more tokens than its last entry says, as those of a
+            CUDA graph do: their rows of o are zero.
         out: [B, T, HV, V] in the dtype of v, where o goes; nothing is allocated then.
         token_states: [B, T, HV, V, K], fp32, bf16 or fp16, contiguous from HV on: the state after each token goes there
             too (to go back to the last accepted one of a draft); nothing is written for padding.
-        kernel: "cute-decode" or "triton-decode"; by default `kda_kernels.dispatch.decode_kernel` says which.
+        token_state_indices: int32 or int64 [N]: token_states is [R, S, HV, V, K] instead, and the state after token t
+            of sequence n goes to token_states[token_state_indices[n], t], or nowhere if that index is negative.
+        null_slot: a slot that is padding too, and that any number of sequences may carry (vLLM: 0).
+        has_initial_state: bool [N]; where false, the state starts at zero, and what the slot holds is not read.
+        num_accepted_tokens: int32 or int64 [N], for speculative decoding: state_indices is [N, C], sequence n starts
+            from the state in column num_accepted_tokens[n] - 1, and its state after token t goes to column t. Where the
+            former is padding so is the sequence; where the latter is, nothing is written.
+        update_state: False leaves the pool as it is, as an engine's verify needs it; see `token_states`.
+        kernel: "cute-decode", "triton-decode" or "torch-decode"; `kda_kernels.registry` says which one is the default.
 
     Returns:
         o [B, T, HV, V].
 
     Raises:
-        InputError: an argument is wrong.
+        InputError: an argument is wrong, or no kernel here has what is asked for.
         UnavailableError: no GPU, and Triton's interpreter is not on; or `kernel` cannot run here.
     """
+    if use_gate_in_kernel:
+        g = by_head(g, v)
+    else:
+        A_log = dt_bias = None
+    if checks.is_traced(q):
+        o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+        torch.ops.kda.decode(
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
+            num_accepted_tokens, token_states, token_state_indices, True, null_slot, update_state, use_gate_in_kernel,
+            lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, kernel,
+        )  # fmt: skip
+        return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    if options.gate is Gate.NONE:
-        A_log = dt_bias = None
     inputs = Inputs(
-        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, token_states=token_states
+        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
+        has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices,
     )  # fmt: skip
     _require_pool(inputs)
     values = checks.CHECK_VALUES == "1"
     plain = kernel is None and out is not None and not torch.is_grad_enabled() and not values
-    if plain and dispatch.decode_again(inputs, out):
+    if plain and registry.decode_again(inputs, out):
         return out
-    chosen = dispatch.decode_kernel(inputs) if kernel is None else kernel
-    if chosen != dispatch.CUTE or values:  # the CuTe function checks shapes, strides and dtypes itself
-        check(inputs)
-        check_out(out, v)
+    return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
-    def run() -> tuple[torch.Tensor]:
-        return (dispatch.decode(inputs, out, kernel=chosen).o,)
 
-    return forward_only(run, inputs)[0]
+def run_decode(
+    inputs: Inputs,
+    out: torch.Tensor | None,
+    final_state: torch.Tensor | None = None,
+    kernel: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Outputs:
+    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.decode`."""
+    try:
+        if kernel is None:
+            kernel = registry.kernel_for(Op.DECODE, inputs).name
+    except (AttributeError, IndexError, TypeError):  # these are no such tensors
+        check(inputs, names)
+        raise
+    if kernel != "cute-decode" or checks.CHECK_VALUES == "1":  # whose function checks shapes, strides and dtypes itself
+        check(inputs, names)
+        check_out(out, inputs.v)
+    return registry.decode(inputs, out, final_state=final_state, kernel=kernel)
 
 
 def kda_prefill(
@@ -105,6 +142,12 @@ def kda_prefill(
     cu_seqlens: torch.Tensor | None = None,
     chunk_indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    null_slot: int | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    checkpoints: Checkpoints | None = None,
+    batch_invariant: bool = False,
+    workspace: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Whole prompts, on the same pool as `kda_decode`: a sequence is decoded from where its prefill left it.
@@ -113,18 +156,71 @@ def kda_prefill(
         chunk_indices: from `prepare_chunk_indices(cu_seqlens, total tokens)`; an engine makes them once a batch and
             passes them to every layer. Where triton-prefill runs, they are made here if not given; cute-prefill needs
             none.
-        kernel: "cute-prefill" or "triton-prefill"; by default `kda_kernels.dispatch.prefill_kernel` says which.
+        checkpoints: states inside the prompts that are to be kept, see `kda_kernels.tensors.Checkpoints`.
+        batch_invariant: the bits of a sequence depend on itself alone, not on the batch that it is in.
+        workspace: uint8, at least `prefill_workspace_bytes` of it: the call allocates no other scratch memory.
+        cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
+        kernel: "cute-prefill", "triton-prefill" or "torch-prefill"; `kda_kernels.registry` says which one is the
+            default.
     """
+    if use_gate_in_kernel:
+        g = by_head(g, v)
+    else:
+        A_log = dt_bias = None
+    if checks.is_traced(q):
+        o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+        kept = (None, None, None, None)
+        if checkpoints is not None:
+            kept = checkpoints.states, checkpoints.rows, checkpoints.offsets, checkpoints.every
+        torch.ops.kda.prefill(
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
+            chunk_indices, *kept[:3], workspace, cu_seqlens_cpu, True, null_slot, kept[3], batch_invariant,
+            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
+            scale, None, kernel,
+        )  # fmt: skip
+        return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    inputs = _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out)
-    check_chunk_indices(chunk_indices, cu_seqlens)
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
+        has_initial_state, checkpoints=checkpoints, batch_invariant=batch_invariant, workspace=workspace,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+    )  # fmt: skip
+    _require_pool(inputs)
+    return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
-    def run() -> tuple[torch.Tensor]:
-        return (dispatch.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel).o,)
 
-    return forward_only(run, inputs)[0]
+def run_prefill(
+    inputs: Inputs,
+    out: torch.Tensor | None = None,
+    chunk_indices: torch.Tensor | None = None,
+    kernel: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Outputs:
+    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.prefill`."""
+    check(inputs, names)
+    check_out(out, inputs.v)
+    check_chunk_indices(chunk_indices, inputs.cu_seqlens)
+    return registry.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel)
+
+
+def prefill_workspace_bytes(tokens: int, heads: int, sequences: int, device: torch.device | str = "cuda") -> int:
+    """Bytes that are enough for the `workspace` of any `kda_prefill` on `device` up to these sizes.
+
+    Args:
+        tokens: of all sequences of a call together, at most.
+        heads: value heads, of 128 channels.
+        sequences: of a call, at most.
+    """
+    sizes = (tokens, heads, sequences, torch.device(device))
+    ours = [kernel for kernel in registry.kernels(Op.PREFILL) if kernel.ours and "workspace" in kernel.features]
+    return max((kernel.code.most_workspace_bytes(*sizes) for kernel in ours if kernel.backend != "torch"), default=0)
+
+
+def checkpoint_alignment() -> int:
+    """The number of tokens that the positions of checkpoints are multiples of, with every prefill of ours."""
+    return CHUNK
 
 
 def chunk_kda_fwd(
@@ -140,6 +236,7 @@ def chunk_kda_fwd(
     output_final_state: bool = True,
     state_v_first: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     chunk_indices: torch.Tensor | None = None,
     A_log: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
@@ -168,34 +265,62 @@ def chunk_kda_fwd(
         UnavailableError: no GPU, and Triton's interpreter is not on.
     """
     raw = A_log is not None
+    if raw:
+        g = by_head(g, v)
+    if checks.is_traced(q):
+        return traced(
+            torch.ops.kda.prefill, (q, k, v, g, beta), out, initial_state, state_indices, cu_seqlens,
+            output_final_state=output_final_state, A_log=A_log, dt_bias=dt_bias, chunk_indices=chunk_indices,
+            state_v_first=state_v_first, use_gate_in_kernel=raw, lower_bound=lower_bound if raw else None,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale, promise=None if raw else lower_bound,
+        )  # fmt: skip
     options = options_of(
         raw, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, lower_bound
     )
     inputs = Inputs(
         q, k, v, g, beta, options, A_log, dt_bias, initial_state, state_indices, cu_seqlens,
-        state_v_first, output_final_state,
+        state_v_first, output_final_state, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
-    check(inputs, {"state": "initial_state"})
-    check_out(out, v)
-    check_chunk_indices(chunk_indices, cu_seqlens)
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
-        outputs = dispatch.prefill(inputs, out, chunk_indices=chunk_indices)
+        outputs = run_prefill(inputs, out, chunk_indices, names={"state": "initial_state"})
         return outputs.o, outputs.final_state
 
     return forward_only(run, inputs)
 
 
-def _pooled(q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, out) -> Inputs:
-    """Checked inputs of a serving form."""
-    raw = options.gate is not Gate.NONE
-    inputs = Inputs(
-        q, k, v, g, beta, options, A_log if raw else None, dt_bias if raw else None, state, state_indices, cu_seqlens
-    )  # fmt: skip
-    _require_pool(inputs)
-    check(inputs)
-    check_out(out, v)
-    return inputs
+def traced(
+    op: Callable[..., None],
+    tokens: tuple[torch.Tensor, ...],
+    out: torch.Tensor | None,
+    state: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    output_final_state: bool,
+    final_state: torch.Tensor | None = None,
+    **given: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """o and the final state of a call that is traced: an operator of `kda_kernels.ops`, on buffers made for it."""
+    q, v = tokens[0], tokens[2]
+    o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    if output_final_state and state_indices is None and final_state is None:
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = (v.shape[3], q.shape[3]) if given["state_v_first"] else (q.shape[3], v.shape[3])
+        dtype = torch.float32 if state is None else state.dtype
+        final_state = q.new_empty((N, v.shape[2], *sizes), dtype=dtype)
+    A_log, dt_bias = given.pop("A_log"), given.pop("dt_bias")
+    op(*tokens, o, A_log, dt_bias, state, state_indices, cu_seqlens, final_state, **given)
+    o = forward_only_traced(o, (*tokens, A_log, dt_bias, state))
+    return o, (final_state if state_indices is None else state) if output_final_state else None
+
+
+def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """g [B, T, HV * K] as [B, T, HV, K]."""
+    if not isinstance(g, torch.Tensor) or g.ndim != 3 or v.ndim != 4 or g.shape[2] % max(v.shape[2], 1):
+        return g
+    return g.unflatten(2, (v.shape[2], -1))
 
 
 def _require_pool(inputs: Inputs) -> None:

@@ -201,7 +201,7 @@ def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
 def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
     """Everything that the function relies on, in the words that all our kernels use. Raises `InputError`."""
     check_inputs(inputs)
-    if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3]) or unsupported_tensors(inputs)) is not None:
+    if (reason := unsupported_tensors(inputs)) is not None:
         raise InputError(f"cute-decode: {reason}")
     check_out(o, inputs.v)
     if ht is not None:
@@ -263,8 +263,10 @@ def unsupported_shape(K: int, V: int) -> str | None:
     return None
 
 
-def unsupported_tensors(inputs: Inputs) -> str | None:
-    """Why this kernel cannot run these checked tensors although it could run their problem; None if it can."""
+def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str | None:
+    """Why this kernel cannot run these checked tensors, on whatever machine; None if it can. Any `out` will do."""
+    if (reason := unsupported_shape(inputs.q.shape[3], inputs.v.shape[3])) is not None:
+        return reason
     if not inputs.state_v_first and (inputs.state is not None or inputs.output_final_state):
         return "the state is K-first: this kernel's is V-first"
     if lacking := inputs.features() - FEATURES:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
 from kda_kernels.cute.cache import CACHE
 from kda_kernels.cute.prefill_config import THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_plan import Split, plan
@@ -32,7 +33,6 @@ from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant
 from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError, UnavailableError, one_line
-from kda_kernels.peers.contract import Contract
 from kda_kernels.problem import CHUNK as PAIR
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage

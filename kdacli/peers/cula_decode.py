@@ -7,12 +7,12 @@ the path, does too.
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, require_aligned
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters, require_aligned
 
 MODULES = ("cula.ops.kda_decode", "cula_kda_decode")
 

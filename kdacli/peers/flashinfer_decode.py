@@ -6,12 +6,12 @@ Written from FlashInfer's sources of 2026-08-22. It has not been run by us: the 
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import offsets, parameter
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import offsets, parameter
 
 MODULES = ("flashinfer.kda_decode",)
 

@@ -13,13 +13,13 @@ import importlib.util
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
 from kda_kernels.dtypes import FLOATS
 from kda_kernels.errors import one_line
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, offsets, require_aligned
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters, offsets, require_aligned
 
 ENGINE = "kda_hopper_cuda"
 OP = "cudnn.linear_attention.ops"

@@ -6,11 +6,11 @@ Written against SGLang 0.5.23; its file alone, as a module `sglang_cutedsl_kda` 
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, require_aligned
+from kda_kernels.contract import Contract
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters, require_aligned
 
 MODULES = (
     "sglang.kernels.ops.attention.cutedsl_kda",

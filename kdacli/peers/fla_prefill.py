@@ -6,9 +6,9 @@ import os
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.peers import fla
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import fla
 
 
 def unsupported(problem: Problem | None = None) -> str | None:

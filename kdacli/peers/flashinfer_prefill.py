@@ -7,11 +7,11 @@ it wants a workspace of the caller's, which is not made here: `kda profile` has 
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, offsets
+from kda_kernels.contract import Contract
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters, offsets
 
 MODULES = ("flashinfer.kda",)
 

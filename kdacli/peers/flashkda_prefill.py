@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
 from kda_kernels.errors import UnavailableError, one_line
-from kda_kernels.peers import here
-from kda_kernels.peers.contract import Contract
-from kda_kernels.peers.given import gate_parameters, require_aligned
 from kda_kernels.problem import SAFE_BOUND, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters, require_aligned
 
 LIBRARY = "KDA_FLASHKDA_LIB"
 

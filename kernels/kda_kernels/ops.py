@@ -1,0 +1,136 @@
+"""The operators `torch.ops.kda.decode` and `torch.ops.kda.prefill`, for whoever traces a call instead of running it.
+
+The public functions call their kernels directly; only under torch.compile, torch.export or FakeTensorMode do they go
+through these (`checks.is_traced`). The operators write to buffers that are given, which they declare as mutated, and
+return nothing, so that their fake implementation is nothing at all.
+"""
+
+import torch
+from torch import Tensor
+
+from kda_kernels.errors import KdaError
+from kda_kernels.tensors import Checkpoints, Inputs
+
+
+@torch.library.custom_op("kda::decode", mutates_args=("out", "state", "final_state", "token_states"))
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    out: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final_state: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    token_states: Tensor | None = None,
+    token_state_indices: Tensor | None = None,
+    state_v_first: bool = True,
+    null_slot: int | None = None,
+    update_state: bool = True,
+    use_gate_in_kernel: bool = True,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    use_qk_l2norm_in_kernel: bool = True,
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> None:
+    """`kda_kernels.api.kda_decode` into `out`, and without a pool the final states into `final_state`."""
+    from kda_kernels.boundary import options_of
+    from kda_kernels.serving import run_decode
+
+    options = options_of(
+        use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
+    )
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, state_v_first,
+        final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state,
+        num_accepted_tokens=num_accepted_tokens, update_state=update_state, token_states=token_states,
+        token_state_indices=token_state_indices,
+    )  # fmt: skip
+    run_decode(inputs, out, final_state, kernel)
+
+
+@torch.library.custom_op("kda::prefill", mutates_args=("out", "state", "final_state", "checkpoint_states", "workspace"))
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    out: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final_state: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    checkpoint_states: Tensor | None = None,
+    checkpoint_rows: Tensor | None = None,
+    checkpoint_offsets: Tensor | None = None,
+    workspace: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    state_v_first: bool = True,
+    null_slot: int | None = None,
+    checkpoint_every: int | None = None,
+    batch_invariant: bool = False,
+    use_gate_in_kernel: bool = True,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = True,
+    allow_neg_eigval: bool = False,
+    use_qk_l2norm_in_kernel: bool = True,
+    scale: float | None = None,
+    promise: float | None = None,
+    kernel: str | None = None,
+) -> None:
+    """`kda_kernels.api.kda_prefill` into `out`, and without a pool the final states into `final_state`."""
+    from kda_kernels.boundary import options_of
+    from kda_kernels.serving import run_prefill
+
+    options = options_of(
+        use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale,
+        promise,
+    )  # fmt: skip
+    kept = None
+    if checkpoint_states is not None and checkpoint_rows is not None:
+        kept = Checkpoints(checkpoint_states, checkpoint_rows, checkpoint_offsets, checkpoint_every)
+    inputs = Inputs(
+        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, state_v_first,
+        final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state, checkpoints=kept,
+        batch_invariant=batch_invariant, workspace=workspace, cu_seqlens_cpu=cu_seqlens_cpu,
+    )  # fmt: skip
+    outputs = run_prefill(inputs, out, chunk_indices, kernel)
+    if final_state is not None:
+        final_state.copy_(outputs.final_state)
+
+
+@decode.register_fake
+@prefill.register_fake
+def _(*args, **kwargs) -> None:
+    return None
+
+
+@torch.library.custom_op("kda::no_backward", mutates_args=())
+def no_backward(o: Tensor, inputs: list[Tensor]) -> Tensor:
+    """`o` once more, as a result of `inputs` through which nobody can differentiate."""
+    return o.clone()
+
+
+@no_backward.register_fake
+def _(o: Tensor, inputs: list[Tensor]) -> Tensor:
+    return torch.empty_like(o)
+
+
+def _refuse(ctx, grad):
+    raise KdaError("kda has no backward: use FLA's function of the same name for training")
+
+
+no_backward.register_autograd(_refuse)
