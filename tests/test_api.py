@@ -195,7 +195,7 @@ def test_chunk_sizes(tokens):
         (
             fused_recurrent_kda_fwd,
             {"num_accepted_tokens": torch.ones(N).int(), "initial_state": torch.zeros(N, HV, K, V)},
-            "^num_accepted_tokens is given without ssm_state_indices",
+            "^num_accepted_tokens is given without a state pool",
         ),
         (
             fused_recurrent_kda_fwd,

@@ -372,8 +372,8 @@ def test_more_slots_than_sequences_are_the_rest_of_a_buffer():
 
 
 WRONG_FEATURES = [
-    ({"state_indices": None, "state": None, "null_slot": 0}, "null_slot is given without state_indices: it should"),
-    ({"state_indices": None, "state": None, "update_state": False}, "update_state is False without state_indices"),
+    ({"state_indices": None, "state": None, "null_slot": 0}, "null_slot is given without a state pool: it should"),
+    ({"state_indices": None, "state": None, "update_state": False}, "update_state is False without a state pool"),
     ({"state_indices": None, "state": None, "has_initial_state": ONES.bool()}, "has_initial_state is given without a"),
     ({"has_initial_state": ONES}, "has_initial_state is int32: it should be bool"),
     ({"has_initial_state": ONES[:2].bool()}, "has_initial_state has shape [2]: it should be [N] = [3], one for each"),

@@ -25,9 +25,9 @@ def check_features(inputs: Inputs, dims: Dims) -> None:
     N, pooled = dims.N, inputs.state_indices is not None
     for name in ("null_slot", "num_accepted_tokens"):
         if getattr(inputs, name) is not None and not pooled:
-            raise InputError(name, "is given without state_indices", "it should come with a state pool")
+            raise InputError(name, "is given without a state pool", "it should come with one")
     if not inputs.update_state and not pooled:
-        raise InputError("update_state", "is False without state_indices", "only a state pool is updated")
+        raise InputError("update_state", "is False without a state pool", "only a pool is updated")
     if inputs.has_initial_state is not None and inputs.state is None:
         raise InputError("has_initial_state", "is given without a state", "it should come with one")
     for name, dtypes in (
