@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -122,9 +123,7 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
     from kda_kernels.checks import problem_of
 
     largest = max(all_inputs, key=lambda x: x.v.numel())
-    out = torch.empty(
-        (len(largest.v), largest.v.shape[1], *largest.v.shape[2:]), dtype=largest.v.dtype, device=largest.v.device
-    )
+    out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
     wait = torch.cuda.synchronize if out.is_cuda else lambda: None
     callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
     for kernel in kernels:
@@ -153,7 +152,8 @@ def main(
 ) -> None:
     output.check_dest(dest, force)
     if not torch.cuda.is_available():
-        raise SystemExit("host_time.py needs a CUDA GPU and there is none")
+        output.say("Error: host_time.py needs a CUDA GPU and there is none", stderr=True)
+        sys.exit(3)
     rows: list[Row] = []
     for op, H in itertools.product(map(Op, ops), heads):
         make = prefill_calls if op is Op.PREFILL else decode_calls
