@@ -13,7 +13,7 @@ from profile_stand_ins import SMALL, Kernel, load, method, wanted
 from kda_kernels.errors import CheckFailedError, InputError
 from kdacli.commands.profile import command
 from kdacli.profile import timed
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring.all_cases import records
 from kdacli.profile.records.halflife import half_lives
 from kdacli.profile.records.record import read
@@ -38,7 +38,7 @@ def recorded(asked, *cases, kernels=KERNELS, **more):
 
 def test_a_run_prints_and_records(tmp_path, capsys):
     dest = tmp_path / "r.json"
-    recorded(wanted("--json", str(dest)), Case("S", SMALL, "init"), Case("S", SMALL, "weak"))
+    recorded(wanted("--json", str(dest)), TimedCase("S", SMALL, "init"), TimedCase("S", SMALL, "weak"))
     said = capsys.readouterr().out
     assert "0.50x" in said
     assert "cold" in said
@@ -53,27 +53,27 @@ def test_a_run_prints_and_records(tmp_path, capsys):
 
 
 def test_json_alone_on_stdout(capsys):
-    recorded(wanted("--json", "-"), Case("S", SMALL, "init"), Case("S", SMALL, "weak"))
+    recorded(wanted("--json", "-"), TimedCase("S", SMALL, "init"), TimedCase("S", SMALL, "weak"))
     said = capsys.readouterr()
     assert len(json.loads(said.out)["rows"]) == 4
     assert "0.50x" in said.err
 
 
 def test_what_a_dump_and_a_layer_add(tmp_path, capsys):
-    case = Case("S", SMALL, "dump")
-    whole = recorded(wanted("--dump", "d.pt"), case, half_lives=half_lives(load(Case("S", SMALL, "weak"))))
+    case = TimedCase("S", SMALL, "dump")
+    whole = recorded(wanted("--dump", "d.pt"), case, half_lives=half_lives(load(TimedCase("S", SMALL, "weak"))))
     said = capsys.readouterr().out
     assert "the dump's gates" in said
     assert "Half-life of the 16 channels" in said
     assert sum(whole.half_lives.counts) == 16
-    whole = recorded(wanted("--layer", "kimi-k3", "--tp", "96"), Case("S", SMALL, "init"))
+    whole = recorded(wanted("--layer", "kimi-k3", "--tp", "96"), TimedCase("S", SMALL, "init"))
     said = " ".join(capsys.readouterr().out.split())
     assert "kimi-k3, TP 96, 69 KDA layers, prefill of 64 tokens" in said
     assert whole.layer.rows[0].ms == pytest.approx(0.69)
 
 
 def test_a_baseline_ends_with_1_on_a_regression(tmp_path, capsys):
-    dest, case = tmp_path / "r.json", Case("S", SMALL, "init")
+    dest, case = tmp_path / "r.json", TimedCase("S", SMALL, "init")
     recorded(wanted("--json", str(dest)), case)
     recorded(wanted("--baseline", str(dest)), case)
     assert "2 timings: 2 same." in capsys.readouterr().out

@@ -14,7 +14,7 @@ from profile_stand_ins import CEILINGS, SMALL, SMALL_DECODE, Kernel, Timer, load
 from kda_kernels import ranges
 from kda_kernels.errors import CheckFailedError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
-from kdacli.profile.cases.suites import Case, suite
+from kdacli.profile.cases.suites import TimedCase, suite
 from kdacli.profile.measuring import ceilings, noise, outputs, watch
 from kdacli.profile.measuring.all_cases import records
 from kdacli.profile.measuring.call import Call
@@ -222,7 +222,7 @@ def test_what_the_noise_supports(found, repeat, supported):
 
 
 def measured(*kernels, timer=None, problem=SMALL, loader=load, **more):
-    return measure_case(Case("S", problem, "weak"), loader, kernels, method(timer, **more))
+    return measure_case(TimedCase("S", problem, "weak"), loader, kernels, method(timer, **more))
 
 
 def test_ceilings_count_bytes_read_and_written():
@@ -270,7 +270,7 @@ def test_inputs_that_cannot_be_made_fail_the_case_only():
             raise UnavailableError("needs 1 TB")
         return load(case)
 
-    cases = [Case("big", SMALL, "bench"), Case("S", SMALL, "bench")]
+    cases = [TimedCase("big", SMALL, "bench"), TimedCase("S", SMALL, "bench")]
     *_, record = records(cases, loader, [Kernel("a")], method(), dict)
     assert record.rows[0].error == "needs 1 TB"
     assert record.rows[1].median_us == 10.0
@@ -360,7 +360,7 @@ class GatesOnly(Kernel):
 def test_a_kernel_that_remembers_its_outputs_has_no_time(problem):
     """It is right on inputs that it sees for the first time, so it was right when it was timed first."""
     kernels = [Kernel("honest", op=problem.op), Remembers("cheat", op=problem.op)]
-    cases = [Case("S", problem, "bench")]
+    cases = [TimedCase("S", problem, "bench")]
     *_, record = records(cases, load, kernels, method(), dict)
     honest, cheat = record.rows
     assert honest.output_error < 0.01
@@ -372,7 +372,7 @@ def test_a_kernel_that_remembers_its_outputs_has_no_time(problem):
 
 def test_a_kernel_that_remembers_its_gates_has_no_time():
     """Where gates matter: behind those of the regime weak, which hardly forget, other gates change little."""
-    (row,), _ = measure_case(Case("S", SMALL, "bench"), load, [GatesOnly("cheat")], method())
+    (row,), _ = measure_case(TimedCase("S", SMALL, "bench"), load, [GatesOnly("cheat")], method())
     assert row.output_error > outputs.LIMIT
 
 
@@ -476,7 +476,7 @@ def test_a_reading_that_fails_voids_no_timing():
             pass
     assert readings == [{"n": 1.0}]
     assert asked.lost == "clocks were not always watched: NVML says GPU is lost"
-    *_, record = records([Case("S", SMALL, "weak")], load, [Kernel("a")], method(clocks=asked), dict)
+    *_, record = records([TimedCase("S", SMALL, "weak")], load, [Kernel("a")], method(clocks=asked), dict)
     assert (record.rows[0].median_us, record.rows[0].clocks) == (10.0, None)
     assert record.not_watched == asked.lost
 

@@ -14,7 +14,7 @@ from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.presets import PRESETS
 from kdacli.profile.cases.choose import cases_of, narrowing
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring.all_cases import records
 from kdacli.profile.measuring.timing import Statistics
 from kdacli.profile.records import baseline, halflife, layer, sweep
@@ -27,7 +27,7 @@ RECORDS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_the_record_grows_case_by_case():
-    cases = [Case("A", SMALL, "bench"), Case("B", SMALL, "weak")]
+    cases = [TimedCase("A", SMALL, "bench"), TimedCase("B", SMALL, "weak")]
     kernels = [Kernel("ours"), Kernel("old", reason="no GPU")]
     steps = [json.loads(json.dumps(to_json(r))) for r in records(cases, load, kernels, method(), lambda: {"seed": 1})]
     assert [(len(r["rows"]), r["complete"]) for r in steps] == [(1, False), (2, True)]
@@ -42,7 +42,9 @@ def test_the_record_grows_case_by_case():
 
 
 def test_a_kernel_asked_for_by_name_that_ran_nowhere():
-    *_, whole = records([Case("A", SMALL, "bench")], load, [Kernel("a"), Kernel("b", reason="old")], method(), dict)
+    *_, whole = records(
+        [TimedCase("A", SMALL, "bench")], load, [Kernel("a"), Kernel("b", reason="old")], method(), dict
+    )
     require_complete(whole, ["a"])
     with pytest.raises(UnavailableError, match="b cannot run: old"):
         require_complete(whole, ["a", "b"])

@@ -8,7 +8,7 @@ from profile_stand_ins import CEILINGS, SMALL, Kernel, Timer, failed_row, load, 
 
 from kda_kernels.errors import InputError, UnavailableError
 from kdacli import plots
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring.all_cases import records
 from kdacli.profile.records import baseline, layer
 from kdacli.profile.records.row import Clocks, Refusal, Stage, Versus
@@ -23,7 +23,7 @@ def test_tables_fit_and_compare_with_the_first_kernel(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     names = {"triton-gate": 40.0, "triton-gate-unfused": 93.4, "fla-gate": 1234.5}
     kernels = [Kernel(name, (us,)) for name, us in names.items()] + [Kernel("bad", error="boom")]
-    cases = [Case("D:H=96,N=128", SMALL, "bench"), Case("P1", SMALL, "weak")]
+    cases = [TimedCase("D:H=96,N=128", SMALL, "bench"), TimedCase("P1", SMALL, "weak")]
     *_, found = records(cases, load, kernels, method(Timer(note="no CUDA graph: x", mode="eager")), dict)
     text = rendered(tables.tables(found.rows))
     lines = text.splitlines()

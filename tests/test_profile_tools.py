@@ -13,7 +13,7 @@ from profile_stand_ins import SMALL, Kernel, load, rendered
 from kda_kernels import ranges
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.reporting import launches, tables
 from kdacli.profile.tools import chrome, inner, ncu, nsys, nvtx
 from kdacli.profile.tools.trace import CALLS, Ranges, trace
@@ -76,7 +76,7 @@ def test_the_traced_run_shows_stages_of_the_measured_calls_only(monkeypatch):
     monkeypatch.setattr(nvtx, "open_range", Range)
     kernels = [Staged("bad", error="boom"), Staged("good")]
     with pytest.raises(CheckFailedError, match="bad at S bench: RuntimeError: boom"):
-        trace([Case("S", SMALL, "bench")], load, kernels, lambda: None, lambda: None)
+        trace([TimedCase("S", SMALL, "bench")], load, kernels, lambda: None, lambda: None)
     calls = [nvtx.EVICT, "good", "chain"] * CALLS
     assert opened == ["S bench", nvtx.INPUTS, nvtx.WARM_UP, nvtx.WARM_UP, *calls]
     with ranges.stage("after"):
@@ -121,7 +121,7 @@ def test_a_trace_gives_call_and_stage_the_shape_of_the_case(monkeypatch):
 
     monkeypatch.setattr(nvtx, "shape", lambda problem: problem.T)
     shown = Ranges(Range, Measured, calls=1)
-    trace([Case("S", SMALL, "bench")], load, [Staged("ours")], lambda: None, lambda: None, shown)
+    trace([TimedCase("S", SMALL, "bench")], load, [Staged("ours")], lambda: None, lambda: None, shown)
     assert opened == [
         ("S bench", 64), ("inputs", None), ("warm-up", None), ("evict", None), ("ours", 64), ("chain", 64)
     ]  # fmt: skip
@@ -134,12 +134,12 @@ def test_a_timeline_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     path = tmp_path / "t.json"
     with pytest.raises(UnavailableError, match="no GPU activity"):
-        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged("ours")], lambda: None)
+        chrome.write(path, [TimedCase("S", SMALL, "bench")], load, [Staged("ours")], lambda: None)
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("S bench") == names.count("warm-up") == 1
     assert names.count("ours") == names.count("chain") == 5  # the calls looked at; stages of the warm-up are hidden
     with pytest.raises(CheckFailedError, match="ours at S bench: RuntimeError: boom"):
-        chrome.write(path, [Case("S", SMALL, "bench")], load, [Staged("ours", error="boom")], lambda: None)
+        chrome.write(path, [TimedCase("S", SMALL, "bench")], load, [Staged("ours", error="boom")], lambda: None)
 
 
 # Nsight Systems

@@ -13,7 +13,7 @@ from kda_kernels.registry import Kernel
 from kdacli import output
 from kdacli.profile.cases.choose import Load
 from kdacli.profile.cases.select import require_runnable
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring import ceilings, gpu_timer, watch
 from kdacli.profile.measuring.all_cases import records
 from kdacli.profile.measuring.one_case import Method
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def require_gpu(cases: Sequence[Case], kernels: Sequence[Kernel]) -> None:
+def require_gpu(cases: Sequence[TimedCase], kernels: Sequence[Kernel]) -> None:
     """Raises `UnavailableError` where nothing could be timed."""
     if not torch.cuda.is_available():
         raise UnavailableError("kda profile needs a CUDA GPU and there is none: kda verify and kda compare do without")
@@ -42,7 +42,7 @@ def require_gpu(cases: Sequence[Case], kernels: Sequence[Kernel]) -> None:
 
 
 def time_and_show(
-    wanted: Wanted, cases: Sequence[Case], load: Load, kernels: Sequence[Kernel], before: Record | None
+    wanted: Wanted, cases: Sequence[TimedCase], load: Load, kernels: Sequence[Kernel], before: Record | None
 ) -> None:
     """Times the kernels, writes the record as it grows, and shows it.
 

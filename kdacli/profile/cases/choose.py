@@ -9,20 +9,20 @@ from kda_kernels.problem import Op, Problem
 from kdacli import options
 from kdacli.flags import SHAPE_FLAGS, flag
 from kdacli.profile.cases import axes
-from kdacli.profile.cases.suites import Case, suite
+from kdacli.profile.cases.suites import TimedCase, suite
 from kdacli.profile.wanted import Wanted
 from kdacli.userkernels import resolve
 
 if TYPE_CHECKING:
     from kda_kernels.tensors import Inputs
 
-Load = Callable[[Case], "Inputs"]
+Load = Callable[[TimedCase], "Inputs"]
 _WITH_SUITE = {"gates", "keys", "seed"}  # the shape flags that a suite leaves open
 _WITH_LAYER = _WITH_SUITE | {"tp", "tokens", "seqs", "state_dtype"}
 LAYER_GATES = ("init",)  # what a model starts from: a layer's cost should not rest on gates that forget at once
 
 
-def cases_of(wanted: Wanted) -> tuple[list[Case], Load]:
+def cases_of(wanted: Wanted) -> tuple[list[TimedCase], Load]:
     """The cases that are wanted, and what makes the inputs of one on the GPU.
 
     Raises:
@@ -43,7 +43,7 @@ def cases_of(wanted: Wanted) -> tuple[list[Case], Load]:
         cases = sweep_cases(wanted)
         return cases, narrowing(cases, load)
     problem = options.problem_from(wanted.shape, default_op=_default_op(wanted))
-    return [Case(_short(problem), problem, gates) for gates in regimes or ("bench",)], load
+    return [TimedCase(_short(problem), problem, gates) for gates in regimes or ("bench",)], load
 
 
 def _asks_for_decode(wanted: Wanted) -> bool:
@@ -56,7 +56,7 @@ def _default_op(wanted: Wanted) -> Op:
     return resolve(wanted.kernels[0], op=wanted.op).op if wanted.kernels else Op.PREFILL
 
 
-def _suite_cases(name: str, wanted: Wanted) -> list[Case]:
+def _suite_cases(name: str, wanted: Wanted) -> list[TimedCase]:
     _leave_open(wanted.shape, _WITH_SUITE, "--suite, which sets the shapes")
     if wanted.op not in (None, name.removesuffix("-bf16")):
         raise InputError(f"--op is {wanted.op} with --suite {name}: leave one out")
@@ -69,7 +69,7 @@ def _leave_open(shape: Mapping[str, Any], allowed: set[str], what: str) -> None:
             raise InputError(f"{flag(other, shape[other])} is given with {what}: leave one out")
 
 
-def _layer_cases(model: str, wanted: Wanted) -> list[Case]:
+def _layer_cases(model: str, wanted: Wanted) -> list[TimedCase]:
     """A prefill of one sequence of -T tokens, and a decode step of -N sequences, with a model's heads and gate."""
     _leave_open(wanted.shape, _WITH_LAYER, "--layer, which sets the layer")
     ops = [Op(wanted.op)] if wanted.op else [Op.PREFILL, Op.DECODE]
@@ -81,11 +81,11 @@ def _layer_cases(model: str, wanted: Wanted) -> list[Case]:
     for op in ops:
         other = "seqs" if op is Op.PREFILL else "tokens"
         problem = options.problem_from({**wanted.shape, "model": model, "op": op, other: None}, default_op=op)
-        found += [Case(_short(problem), problem, gates) for gates in wanted.regimes or LAYER_GATES]
+        found += [TimedCase(_short(problem), problem, gates) for gates in wanted.regimes or LAYER_GATES]
     return found
 
 
-def sweep_cases(wanted: Wanted) -> list[Case]:
+def sweep_cases(wanted: Wanted) -> list[TimedCase]:
     """One case for each point. Where N is swept over a pool, all share one of twice the most sequences."""
     for axis in wanted.sweep:
         name = axes.PARAMETERS[axis.name]
@@ -97,7 +97,7 @@ def sweep_cases(wanted: Wanted) -> list[Case]:
     for gates in wanted.regimes or ("bench",):
         for point in axes.points(wanted.sweep):
             problem = options.problem_from({**wanted.shape, **axes.flags_of(point)}, default_op=op)
-            found.append(Case(_short(problem), problem, gates, tuple(point.items())))
+            found.append(TimedCase(_short(problem), problem, gates, tuple(point.items())))
     most = max(case.problem.N for case in found)
     if wanted.shape.get("pool") is None and found[0].problem.pool_slots is not None:
         found = [dataclasses.replace(c, problem=dataclasses.replace(c.problem, pool_slots=2 * most)) for c in found]
@@ -105,7 +105,7 @@ def sweep_cases(wanted: Wanted) -> list[Case]:
 
 
 def _synthetic(regime: Mapping[str, Any]) -> Load:
-    def load(case: Case) -> "Inputs":
+    def load(case: TimedCase) -> "Inputs":
         from kdacli.synthetic import make_inputs
 
         options.require_memory(case.problem, "cuda")
@@ -114,20 +114,20 @@ def _synthetic(regime: Mapping[str, Any]) -> Load:
     return load
 
 
-def narrowing(cases: Sequence[Case], load: Load) -> Load:
+def narrowing(cases: Sequence[TimedCase], load: Load) -> Load:
     """A `load` that makes the tensors of the most sequences once, and hands each smaller case its first rows.
 
     Making a pool of some GB takes longer than timing a kernel on it. Only dense batches over one pool are cut so: their
     first N rows are what a batch of N looks like. Others are made each for itself.
     """
-    largest: dict[tuple[Problem, str], Case] = {}
+    largest: dict[tuple[Problem, str], TimedCase] = {}
     for case in cases:
         key = _family(case)
         if key not in largest or case.problem.N > largest[key].problem.N:
             largest[key] = case
     kept: dict[tuple[Problem, str], Inputs] = {}
 
-    def narrowed(case: Case) -> "Inputs":
+    def narrowed(case: TimedCase) -> "Inputs":
         p, key = case.problem, _family(case)
         if p.packed or p.pool_slots is None or p.padding:
             return load(case)
@@ -140,14 +140,14 @@ def narrowing(cases: Sequence[Case], load: Load) -> Load:
     return narrowed
 
 
-def _family(case: Case) -> tuple[Problem, str]:
+def _family(case: TimedCase) -> tuple[Problem, str]:
     """What cases that differ in N alone have in common."""
     return dataclasses.replace(case.problem, seq_lens=case.problem.seq_lens[:1]), case.gates
 
 
-def _dump_case(wanted: Wanted) -> tuple[list[Case], Load]:
+def _dump_case(wanted: Wanted) -> tuple[list[TimedCase], Load]:
     problem, inputs, _, _ = options.inputs_from(wanted.shape, "cpu")
-    return [Case(_short(problem), problem, "dump")], lambda case: inputs.to("cuda")
+    return [TimedCase(_short(problem), problem, "dump")], lambda case: inputs.to("cuda")
 
 
 def _short(problem: Problem) -> str:

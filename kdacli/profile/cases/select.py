@@ -6,7 +6,7 @@ from kda_kernels import registry
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.userkernels import resolve
 
 
@@ -39,7 +39,7 @@ def split(kernels: Sequence[Kernel], problem: Problem) -> tuple[list[Kernel], di
     return [k for k in kernels if reasons[k.name] is None], {n: why for n, why in reasons.items() if why is not None}
 
 
-def require_runnable(cases: Sequence[Case], kernels: Sequence[Kernel]) -> None:
+def require_runnable(cases: Sequence[TimedCase], kernels: Sequence[Kernel]) -> None:
     """Raises `UnavailableError` with the reasons where no kernel can run any of the cases."""
     reasons: dict[str, str] = {}
     for case in cases:

@@ -10,7 +10,7 @@ SOFTPLUS = Options(gate=Gate.SOFTPLUS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class TimedCase:
     """One row group of a record.
 
     Attributes:
@@ -86,7 +86,7 @@ SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, 
 }
 
 
-def suite(name: str, gates: Sequence[str] = ()) -> list[Case]:
+def suite(name: str, gates: Sequence[str] = ()) -> list[TimedCase]:
     """The cases of a suite: each problem in each gate regime (`gates`, or the suite's own)."""
     problems, regimes = SUITES[name]
-    return [Case(label, problem, regime) for label, problem in problems() for regime in (gates or regimes)]
+    return [TimedCase(label, problem, regime) for label, problem in problems() for regime in (gates or regimes)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kda_kernels.registry import Kernel
 from kdacli.profile.cases.choose import Load
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring.one_case import Method, measure_case
 from kdacli.profile.records import sweep
 from kdacli.profile.records.record import Record
@@ -15,7 +15,7 @@ from kdacli.profile.records.row import TimedRow, timed
 
 
 def records(
-    cases: Sequence[Case],
+    cases: Sequence[TimedCase],
     load: Load,
     kernels: Sequence[Kernel],
     method: Method,
@@ -49,13 +49,13 @@ def records(
     yield record
 
 
-def _concerned(kernels: Sequence[Kernel], case: Case, cases: Sequence[Case]) -> list[Kernel]:
+def _concerned(kernels: Sequence[Kernel], case: TimedCase, cases: Sequence[TimedCase]) -> list[Kernel]:
     """Those of the case's op, and those of no case's op, which are then refused: the others have rows elsewhere."""
     ops = {case.problem.op for case in cases}
     return [k for k in kernels if k.op is case.problem.op or k.op not in ops]
 
 
-def _recheck(record: Record, cases: Sequence[Case], load: Load, kernels: Sequence[Kernel], method: Method) -> None:
+def _recheck(record: Record, cases: Sequence[TimedCase], load: Load, kernels: Sequence[Kernel], method: Method) -> None:
     budget, again = method.budget, sweep.sticking_out(record.rows)
     samples = min(budget.max_samples, sweep.RECHECK * budget.min_samples)
     budget = dataclasses.replace(budget, seconds=sweep.RECHECK * budget.seconds, min_samples=samples)

@@ -11,7 +11,7 @@ from kda_kernels.errors import one_line
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
 from kdacli.profile.cases.select import is_peer, split
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring import noise, watch
 from kdacli.profile.measuring.call import Call
 from kdacli.profile.measuring.ceilings import Ceilings
@@ -51,7 +51,7 @@ class Method:
 
 
 def measure_case(
-    case: Case, load: Callable[[Case], Inputs], kernels: Sequence[Kernel], method: Method
+    case: TimedCase, load: Callable[[TimedCase], Inputs], kernels: Sequence[Kernel], method: Method
 ) -> tuple[list[Row], list[Refusal]]:
     """Times the kernels that can run a case, all on the same tensors, and checks the outputs of the calls it timed.
 
@@ -80,7 +80,7 @@ def measure_case(
 class _Found:
     """The rows of a case so far: what was measured before a fault stays."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: TimedCase) -> None:
         self.case, self.rows = case, dict[str, Row]()
 
     def of(self, kernel: Kernel) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class _Found:
         self.rows[kernel.name] = FailedRow(**self.of(kernel), error=one_line(error, 200), output_error=output_error)
 
 
-def _measure(load: Callable[[Case], Inputs], kernels: Sequence[Kernel], method: Method, found: _Found) -> None:
+def _measure(load: Callable[[TimedCase], Inputs], kernels: Sequence[Kernel], method: Method, found: _Found) -> None:
     with nvtx.open_range(nvtx.INPUTS):
         inputs = load(found.case).fresh()
     timed: dict[str, Timed] = {}
@@ -170,7 +170,7 @@ def _versus(
     return found
 
 
-def _figures(case: Case, call: Timed, stats: Statistics, method: Method) -> dict[str, Any]:
+def _figures(case: TimedCase, call: Timed, stats: Statistics, method: Method) -> dict[str, Any]:
     problem, moved, work = case.problem, traffic(case.problem), flops(case.problem)
     floor, peak = floor_us(moved.total, method.ceilings.of(problem.op)), method.ceilings.tensor_tflops
     tflops = work / stats.median_us / 1e6 if work else None

@@ -15,7 +15,7 @@ Key = tuple[str, str, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class TimeChange:
     """One timing, then and now.
 
     Attributes:
@@ -55,12 +55,14 @@ def require_same_gpu(before: dict[str, Any], after: dict[str, Any]) -> None:
         raise InputError(f"the baseline is of a {names[0]} and this is a {names[1]}: compare recordings of one GPU")
 
 
-def compare(before: Record, after: Record) -> list[Change]:
+def compare(before: Record, after: Record) -> list[TimeChange]:
     """Every timing of two recordings, in the order of `after`, then those that are missing now."""
     old, new = ({_key(row): row for row in record.rows} for record in (before, after))
     changes = [_change(old.get(key), row) for key, row in new.items()]
     return changes + [
-        Change(*key, _median(row), None, None, "missing", not row.peer) for key, row in old.items() if key not in new
+        TimeChange(*key, _median(row), None, None, "missing", not row.peer)
+        for key, row in old.items()
+        if key not in new
     ]
 
 
@@ -72,10 +74,10 @@ def _median(row: Row | None) -> float | None:
     return row.median_us if isinstance(row, TimedRow) else None
 
 
-def _change(before: Row | None, after: Row) -> Change:
+def _change(before: Row | None, after: Row) -> TimeChange:
     noise = _noise(before, after) if isinstance(before, TimedRow) and isinstance(after, TimedRow) else None
     verdict, why = _verdict(before, after, noise)
-    return Change(*_key(after), _median(before), _median(after), noise, verdict, not after.peer, why)
+    return TimeChange(*_key(after), _median(before), _median(after), noise, verdict, not after.peer, why)
 
 
 def _verdict(before: Row | None, after: Row, noise: float | None) -> tuple[str, str | None]:
@@ -104,7 +106,7 @@ def _half_width(row: TimedRow) -> float:
     return max(row.high_us - row.median_us, row.median_us - row.low_us) / row.median_us
 
 
-def require_no_regression(changes: list[Change]) -> None:
+def require_no_regression(changes: list[TimeChange]) -> None:
     """Raises `CheckFailedError` where one of ours became slower beyond the noise, or fails, or nothing was compared."""
     if bad := [c for c in changes if c.is_regression]:
         named = ", ".join(dict.fromkeys(f"{c.kernel} at {c.case} {c.gates}" for c in bad))

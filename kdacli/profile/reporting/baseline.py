@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdacli import output
-from kdacli.profile.records.baseline import RUN_TO_RUN, Change
+from kdacli.profile.records.baseline import RUN_TO_RUN, TimeChange
 from kdacli.profile.records.record import Record
 from kdacli.profile.reporting.tables import gates_named
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 40  # beyond it, timings that did not change are only counted
 
 
-def table(changes: Sequence[Change]) -> "Table":
+def table(changes: Sequence[TimeChange]) -> "Table":
     shown = [c for c in changes if c.verdict != "same"] if len(changes) > MOST_ROWS else changes
     regimes = {c.gates for c in changes}
     lines = [
@@ -28,13 +28,13 @@ def table(changes: Sequence[Change]) -> "Table":
     return output.table(title, ("case", "kernel", "before", "now", "change", "noise", "verdict"), lines)
 
 
-def _verdict(change: Change) -> object:
+def _verdict(change: TimeChange) -> object:
     if change.is_regression:
         return output.bad(change.verdict)
     return output.good(change.verdict) if change.verdict == "faster" else change.verdict
 
 
-def notes(changes: Sequence[Change], before: Record, after: Record) -> list[str]:
+def notes(changes: Sequence[TimeChange], before: Record, after: Record) -> list[str]:
     """How many changed, why some could not be compared, and what the machine itself did."""
     counts = {v: sum(c.verdict == v for c in changes) for v in dict.fromkeys(c.verdict for c in changes)}
     named = ", ".join(f"{n} {v}" for v, n in counts.items())

@@ -7,12 +7,12 @@ from pathlib import Path
 from kda_kernels.errors import UnavailableError
 from kda_kernels.registry import Kernel
 from kdacli.profile.cases.choose import Load
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.tools.trace import Ranges, trace
 
 
 def write(
-    path: Path, cases: Sequence[Case], load: Load, kernels: Sequence[Kernel], evict: Callable[[], object]
+    path: Path, cases: Sequence[TimedCase], load: Load, kernels: Sequence[Kernel], evict: Callable[[], object]
 ) -> None:
     """Runs every kernel some more times, eagerly, under torch's profiler, which writes Chrome's trace format.
 

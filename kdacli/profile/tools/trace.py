@@ -10,7 +10,7 @@ from kda_kernels.errors import CheckFailedError, one_line
 from kda_kernels.registry import Kernel
 from kdacli.profile.cases.choose import Load
 from kdacli.profile.cases.select import split
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.tools import nvtx
 
 CALLS = 5
@@ -36,7 +36,7 @@ class Ranges:
 
 
 def trace(
-    cases: Sequence[Case],
+    cases: Sequence[TimedCase],
     load: Load,
     kernels: Sequence[Kernel],
     evict: Callable[[], object],

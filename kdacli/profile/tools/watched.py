@@ -10,7 +10,7 @@ import torch
 from kda_kernels.registry import Kernel
 from kdacli import output
 from kdacli.profile.cases.choose import Load
-from kdacli.profile.cases.suites import Case
+from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring import gpu_timer
 from kdacli.profile.records.record import SCHEMA
 from kdacli.profile.reporting import launches, tables
@@ -21,7 +21,7 @@ from kdacli.profile.wanted import Profiler, Wanted
 from kdacli.provenance import collect
 
 
-def traced(cases: Sequence[Case], load: Load, kernels: Sequence[Kernel]) -> None:
+def traced(cases: Sequence[TimedCase], load: Load, kernels: Sequence[Kernel]) -> None:
     """The inner process."""
     # Nsight Compute replays each launch some dozen times, so it looks at one call, between start and stop.
     once = Ranges(measured=torch.cuda.profiler.profile, calls=1)
