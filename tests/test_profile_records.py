@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import math
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from profile_stand_ins import SMALL, Kernel, failed_row, load, method, normal, point, record, row, wanted
+from profile_stand_ins import SMALL, Kernel, failed_row, load, method, point, record, row, wanted
 
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
@@ -16,7 +15,6 @@ from kdacli.presets import PRESETS
 from kdacli.profile.cases.choose import cases_of, narrowing
 from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.measuring.all_cases import records
-from kdacli.profile.measuring.timing import Statistics
 from kdacli.profile.records import baseline, halflife, layer, sweep
 from kdacli.profile.records.fit import bumps, fit
 from kdacli.profile.records.record import Record, Saver, read, require_complete
@@ -52,7 +50,7 @@ def test_a_kernel_asked_for_by_name_that_ran_nowhere():
 
 @pytest.mark.parametrize("name", ["decode-h100", "prefill-memory-h100", "gate-h100", "prefill-1m-h100"])
 def test_a_recording_is_read_whole(name, tmp_path):
-    """Every key that the file has is in what is written again, with the same value; version 1 gains what it lacked."""
+    """Every key that the file has is in what is written again, with the same value; older ones gain what they lack."""
     before = json.loads((RECORDS / f"{name}.json").read_text())
     after = json.loads(json.dumps(to_json(read(str(RECORDS / f"{name}.json")))))
     for old, new in zip(before.pop("rows"), after.pop("rows"), strict=True):
@@ -167,21 +165,6 @@ def test_recordings_of_two_gpus_are_not_compared():
     with pytest.raises(InputError, match="H100 and this is a H200"):
         baseline.require_same_gpu({"gpu": {"name": "H100"}}, {"gpu": {"name": "H200"}})
     baseline.require_same_gpu({"gpu": None}, {"gpu": {"name": "H200"}})
-
-
-def test_the_interval_of_an_old_recording_comes_from_its_spread(tmp_path):
-    """Version 1 has percentiles only: for normal samples the estimate is that of the order statistics."""
-    samples = normal(3, 100.0, 2.0, 200)
-    stats = Statistics.of(samples)
-    old = to_json(row(us=stats.median_us, samples=200, spread_us=stats.spread_us))
-    for name in ("low_us", "high_us", "ours", "peer"):
-        del old[name]
-    text = json.dumps(to_json(record(schema="kda.profile/1")) | {"rows": [old]})
-    (tmp_path / "old.json").write_text(text)
-    (found,) = read(str(tmp_path / "old.json")).rows
-    expected = 1.96 * 1.2533 * statistics.stdev(samples) / 200**0.5
-    assert (found.high_us - found.low_us) / 2 == pytest.approx(expected, rel=0.15)
-    assert (found.ours, found.peer) == (True, False)
 
 
 # Sweeps

@@ -28,7 +28,7 @@ class Ceilings:
     copy_gbps: float
     inplace_gbps: float
     least_us: float
-    tensor_tflops: float | None  # records of version 1 lack it
+    tensor_tflops: float | None  # the oldest records lack it
 
     def of(self, op: Op) -> float:
         """The one that fits an op: decode updates a state in place, prefill and the gate read here and write there."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from kda_kernels import registry
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Problem
 from kdacli.profile.measuring.ceilings import Ceilings
@@ -20,10 +19,6 @@ from kdacli.profile.records.row import FailedRow, Refusal, Row, TimedRow, failed
 from kdacli.profile.records.sweep import SeriesSummary
 
 SCHEMA = "kda.profile/2"
-READS = ("kda.profile/1", SCHEMA)  # version 1 has no confidence intervals
-# Of normal samples: standard deviations that hold 95%, a median's standard error over a mean's, and standard deviations
-# from the 10th to the 90th percentile.
-_Z95, _MEDIAN_ERROR, _P10_P90 = 1.96, 1.2533, 2.5631
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -113,8 +108,8 @@ def read(path: str) -> Record:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no recording of kda profile: it is no JSON ({error})") from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema not in READS:
-        raise InputError(f"{path} is no recording that can be read: its schema is {schema}, not {' or '.join(READS)}")
+    if schema != SCHEMA:
+        raise InputError(f"{path} is no recording that can be read: its schema is {schema}, not {SCHEMA}")
     if not data.get("rows"):
         raise InputError(f"{path} is no recording of times: it has no rows")
     try:
@@ -128,7 +123,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if hint is Row and isinstance(value, dict):
-        return _typed(FailedRow if "error" in value else TimedRow, _as_of_now(value), where)
+        return _typed(FailedRow if "error" in value else TimedRow, value, where)
     if hint is Problem and isinstance(value, dict):
         return Problem.from_dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
@@ -166,22 +161,3 @@ def _object(cls: type, data: dict[str, Any], where: str) -> Any:
 def _named(hint: Any) -> str:
     names = {float: "a finite number", int: "a whole number", str: "a text", bool: "true or false"}
     return names.get(hint, "an array" if typing.get_origin(hint) is list else "an object")
-
-
-def _as_of_now(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what version 1 lacks: whose kernel it is, and a confidence interval, estimated from the spread."""
-    if "peer" not in row:
-        ours = _is_ours(row.get("kernel"))
-        row = row | {"ours": ours, "peer": not ours}
-    if "low_us" not in row and "error" not in row:
-        median, spread, samples = (_typed(float, row.get(name), name) for name in ("median_us", "spread_us", "samples"))
-        half = _Z95 * _MEDIAN_ERROR * spread / _P10_P90 / math.sqrt(max(samples, 1))
-        row = row | {"low_us": median - half, "high_us": median + half}
-    return row
-
-
-def _is_ours(kernel: Any) -> bool:
-    try:
-        return registry.get(str(kernel)).ours
-    except InputError:
-        return True

@@ -33,7 +33,7 @@ def tables(rows: Sequence[Row]) -> "Iterator[tuple[Table, list[str]]]":
 
 
 def _compared(rows: Sequence[Row]) -> bool:
-    """Whether anything is held against anything else: a recording of version 1 has no intervals, so it is not."""
+    """Whether anything is held against anything else."""
     return any(row.vs and row.vs.supported is not None for row in timed(rows))
 
 
