@@ -30,7 +30,6 @@ class Call:
         out: the tensor that the call was given for its result, if any.
         left_out: tensor arguments that no table knows.
         writes_state: whether the call leaves its final state anywhere.
-        rows: of token_states, those that the call writes, once they are known.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -38,7 +37,6 @@ class Call:
     out: torch.Tensor | None
     left_out: list[str]
     writes_state: bool = True
-    rows: list[int] | None = None
 
     @property
     def pooled(self) -> bool:
@@ -95,7 +93,13 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
         _unpack(call, arguments[site.packed_qkv])
     if missing := [name for name in names.REQUIRED if name not in call.tensors]:
         raise NotKdaError(f"it has no {' and no '.join(missing)} (--name THEIRS=OURS says which arguments they are)")
-    _slots(call, site)
+    if ("token_states" in call.tensors) != ("token_state_indices" in call.tensors):
+        both = ("token_states", "token_state_indices")
+        call.left_out += [name for name in both if call.tensors.pop(name, None) is not None]
+    if not call.pooled:
+        call.tensors.pop("state_indices", None)
+    elif call.tensors["state_indices"].ndim != 1 + ("num_accepted_tokens" in call.tensors):
+        raise NotKdaError(f"its slots have {call.tensors['state_indices'].ndim} dimensions")
     return call
 
 
@@ -134,20 +138,15 @@ def _unpack(call: Call, mixed: torch.Tensor) -> None:
         call.tensors[name] = part.unflatten(-1, (-1, size)).unsqueeze(0)
 
 
-def _slots(call: Call, site: Site) -> None:
-    """Padding slots become -1; more slots than sequences are the rest of a buffer."""
+def mark_padding(call: Call, null_slot: int | None) -> None:
+    """Padding slots become -1; more slots than sequences are the rest of a buffer. Computes on the call's device."""
     if not call.pooled:
-        call.tensors.pop("state_indices", None)
         return
     tensors = call.tensors
     indices, q, cu_seqlens = tensors["state_indices"], tensors["q"], tensors.get("cu_seqlens")
-    if indices.ndim != 1 + ("num_accepted_tokens" in tensors):
-        raise NotKdaError(f"its slots have {indices.ndim} dimensions")
     sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else len(indices) if q.shape[0] == 1 else len(q)
     indices = indices[:sequences]
-    padding = indices < 0
-    if site.null_slot is not None:
-        padding = padding | (indices == site.null_slot)
+    padding = indices < 0 if null_slot is None else (indices < 0) | (indices == null_slot)
     tensors["state_indices"] = torch.where(padding, -1, indices)
     for name in ("num_accepted_tokens", "has_initial_state", "token_state_indices"):
         if name in tensors:

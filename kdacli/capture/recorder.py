@@ -19,10 +19,13 @@ import torch
 
 from kda_kernels.errors import one_line
 from kdacli.capture import arguments, journal, taken
+from kdacli.capture.graphs import Graphs
 from kdacli.capture.settings import Settings
 from kdacli.capture.sites import Site, resolve
 from kdacli.dumps.save import write_pt
 from kdacli.output import fmt_bytes
+
+Finish = Callable[[Any, Exception | None], None]  # with what the call returned, or raised
 
 _FRAMES = 24  # how far up the stack the layer is looked for
 _LAYER_NAMES = ("layer_id", "layer_idx", "layer_name", "prefix")
@@ -35,6 +38,7 @@ class Recorder:
         self.settings = settings
         self.sites = {site.target: site for site in resolve(settings.targets)}
         self.files: list[Path] = []
+        self.graphs = Graphs(settings, self._write_replay, self._tell_once) if settings.replays else None
         self.stopped = False
         self._seen: Counter[tuple[str, int | None]] = Counter()
         self._taken: Counter[tuple[str, int | None]] = Counter()
@@ -58,18 +62,16 @@ class Recorder:
         return recorded
 
     def _call(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        pending = self._guarded(self._before, site, function, args, kwargs)
+        finish = self._guarded(self._before, site, function, args, kwargs) or (lambda result, raised: None)
         self._inside.call = True  # of nested targets only the outermost call is recorded
         try:
             result = function(*args, **kwargs)
         except Exception as error:
-            if pending:
-                self._guarded(self._write, *pending, None, error)
+            self._guarded(finish, None, error)
             raise
         finally:
             self._inside.call = False
-        if pending:
-            self._guarded(self._write, *pending, result, None)
+        self._guarded(finish, result, None)
         return result
 
     def _guarded(self, step: Callable, *args: Any) -> Any:
@@ -80,16 +82,17 @@ class Recorder:
             self._tell_once(f"not recorded: {one_line(error, 200)}")
             return None
 
-    def _before(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Copies the inputs, if this is a call to record."""
+    def _before(self, site: Site, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Finish | None:
+        """Copies the inputs, if this is a call to record; returns what is to be called with its outcome."""
         settings = self.settings
         rank = rank_of()
         if settings.ranks is not None and rank not in settings.ranks:
             return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        in_graph = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if in_graph and self.graphs is None:
             self._tell_once(
-                f"{site.target} is called under CUDA graph capture, which cannot be recorded, nor can replays of the"
-                " graph: turn CUDA graphs off in the engine (vLLM: --enforce-eager, SGLang: --disable-cuda-graph)",
+                f"{site.target} is called under CUDA graph capture: --replays records replays of the graph; or turn"
+                " graphs off in the engine (vLLM: --enforce-eager, SGLang: --disable-cuda-graph)",
                 "graph",
             )
             return None
@@ -104,26 +107,57 @@ class Recorder:
             if str(reason):
                 self._left_out(site, str(reason))
             return None
-        number = self._number(site, layer)
-        if number is None:
-            return None
-        need = taken.size(call, settings.whole_pool)
-        if not self._room(need):
-            return None
-        inputs, slots = taken.before(call, settings.whole_pool)
         meta = {
             "target": site.target,
-            "call_number": number,
             "rank": rank,
             "layer": layer,
             "pid": os.getpid(),
             "device": str(call.tensors["q"].device),
-            "slots": slots,
             "pool_slots": call.tensors["state"].shape[0] if call.pooled else None,
             "not_dumped": ", ".join(call.left_out) or None,
             "torch": str(torch.__version__),
         }
-        return site, call, inputs, slots, {name: value for name, value in meta.items() if value is not None}
+        meta = {name: value for name, value in meta.items() if value is not None}
+        return self._in_graph(site, call, meta) if in_graph else self._eager(site, call, meta)
+
+    def _eager(self, site: Site, call: arguments.Call, meta: dict[str, Any]) -> Finish | None:
+        number = self._number(site.target, meta.get("layer"))
+        if number is None or not self._room(taken.size(call, self.settings.whole_pool)):
+            return None
+        meta["call_number"] = number
+        arguments.mark_padding(call, site.null_slot)
+        keeper = taken.OnHost(self.settings.whole_pool)
+        inputs = taken.before(call, keeper)
+        if call.pooled and not keeper.whole_pool:
+            meta["slots"] = keeper.slots(inputs["state_indices"])
+            inputs["state_indices"] = keeper.numbered(inputs["state_indices"])
+        if "token_state_indices" in inputs:
+            inputs["token_state_indices"] = keeper.numbered(inputs["token_state_indices"])
+
+        def finish(result: Any, raised: Exception | None) -> None:
+            if raised is not None:
+                meta["raised"] = one_line(raised, 300)
+            self._write(inputs, {} if raised else taken.after(call, result, keeper), call.options, meta)
+
+        return finish
+
+    def _in_graph(self, site: Site, call: arguments.Call, meta: dict[str, Any]) -> Finish | None:
+        assert self.graphs is not None
+        meta["call_number"] = self.graphs.numbered(site.target)
+        if meta["call_number"] >= self.settings.calls:
+            return None
+        need = taken.size(call, whole_pool=False)
+        if not self.graphs.has_room(need):
+            limit = fmt_bytes(self.graphs.limit)
+            self._tell_once(f"a call of {fmt_bytes(need)} in a graph would exceed --graph-bytes {limit}", "graph bytes")
+            return None
+        arguments.mark_padding(call, site.null_slot)
+        found = self.graphs.begin(call, meta, need)
+        return lambda result, raised: None if raised else found.finish(result)
+
+    def _write_replay(self, inputs: taken.Tensors, outputs: taken.Tensors, options: dict, meta: dict[str, Any]) -> None:
+        if self._room(sum(tensor.nbytes for tensor in (*inputs.values(), *outputs.values()))):
+            self._guarded(self._write, inputs, outputs, options, meta)
 
     def _left_out(self, site: Site, reason: str) -> None:
         """Counts a call that cannot be recorded, and writes the count down at every power of ten."""
@@ -135,9 +169,9 @@ class Recorder:
         if calls == 1:
             journal.note(f"calls of {site.target} are counted and not recorded: {reason}")
 
-    def _number(self, site: Site, layer: int | None) -> int | None:
+    def _number(self, target: str, layer: int | None) -> int | None:
         """Counts a call; its number if it is to be taken."""
-        settings, key = self.settings, (site.target, layer if self.settings.layers is not None else None)
+        settings, key = self.settings, (target, layer if self.settings.layers is not None else None)
         with self._lock:
             number = self._seen[key]
             self._seen[key] += 1
@@ -160,35 +194,24 @@ class Recorder:
         return not self.stopped
 
     def _write(
-        self,
-        site: Site,
-        call: arguments.Call,
-        inputs: taken.Tensors,
-        slots: list[int] | None,
-        meta: dict[str, Any],
-        result: Any,
-        raised: Exception | None,
+        self, inputs: taken.Tensors, outputs: taken.Tensors, options: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Writes the dump of a call that has returned or raised."""
-        outputs: taken.Tensors = {}
-        if raised is None:
-            outputs = taken.after(call, result, slots)
-        else:
-            meta["raised"] = one_line(raised, 300)
-        tree = {"inputs": inputs, "outputs": outputs, "options": call.options, "meta": meta}
+        """Writes the dump of a call."""
+        tree = {"inputs": inputs, "outputs": outputs, "options": options, "meta": meta}
         with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=".writing-") as folder:
             write_pt(tree, part := Path(folder) / "dump.pt")
-            path = self._place(site, meta)
+            path = self._place(meta)
             os.replace(part, path)
         self.files.append(path)
         bytes_ = path.stat().st_size
-        journal.record(self.settings.out, "written", target=site.target, file=path.name, bytes=bytes_)
-        journal.note(f"{path.name}, {fmt_bytes(bytes_)}{', of a call that raised' if raised else ''}")
+        journal.record(self.settings.out, "written", target=meta["target"], file=path.name, bytes=bytes_)
+        journal.note(f"{path.name}, {fmt_bytes(bytes_)}{', of a call that raised' if 'raised' in meta else ''}")
 
-    def _place(self, site: Site, meta: dict[str, Any]) -> Path:
+    def _place(self, meta: dict[str, Any]) -> Path:
         """A file of this call's own, empty."""
         layer = f".layer{meta['layer']}" if "layer" in meta else ""
-        stem = f"{site.target.rpartition(':')[2]}.rank{meta['rank']}{layer}.call{meta['call_number']:04d}"
+        replay = f".graph{meta['graph']}.replay{meta['replay']:04d}" if "replay" in meta else ""
+        stem = f"{meta['target'].rpartition(':')[2]}.rank{meta['rank']}{layer}{replay}.call{meta['call_number']:04d}"
         for name in (f"{stem}.pt", f"{stem}.pid{os.getpid()}.pt"):
             try:
                 (path := Path(self.settings.out) / name).touch(exist_ok=False)
@@ -196,6 +219,12 @@ class Recorder:
             except FileExistsError:
                 continue
         raise FileExistsError(f"{stem} was written twice by process {os.getpid()}")
+
+    def end(self) -> None:
+        """Records no more, also where somebody kept a wrapped function."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.stopped = True
 
     def missing(self, target: str) -> None:
         """A module turned out not to have its target. An engine's other versions may."""

@@ -1,5 +1,6 @@
 """Starts a capture in this process: `capture` for a program's own code, `start` for the processes of `kda capture`."""
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ def capture(
     layers: Sequence[int] | None = None,
     max_bytes: int = GIB,
     whole_pool: bool = False,
+    replays: Sequence[int] = (),
+    graph_bytes: int = GIB,
     names: dict[str, str] | None = None,
     force: bool = False,
 ) -> Iterator[list[Path]]:
@@ -33,7 +36,7 @@ def capture(
     Args:
         targets: "module:function", "module:Class.method", or an engine: fla, sglang, vllm. Modules named so are
             imported; those of an engine are recorded once something imports them.
-        out, calls, skip, every, ranks, layers, max_bytes, whole_pool, names: see `Settings`.
+        out, calls, skip, every, ranks, layers, max_bytes, whole_pool, replays, graph_bytes, names: see `Settings`.
         force: replace what an earlier capture wrote into `out`.
 
     Raises:
@@ -51,6 +54,8 @@ def capture(
         layers=None if layers is None else tuple(layers),
         max_bytes=max_bytes,
         whole_pool=whole_pool,
+        replays=tuple(replays),
+        graph_bytes=graph_bytes,
         names=dict(names or {}),
     )
     prepare(settings.out, force)
@@ -68,7 +73,7 @@ def capture(
         yield recorder.files
     finally:
         patches.remove()
-        recorder.stopped = True  # somebody may have kept a wrapped function
+        recorder.end()
 
 
 def prepare(out: str | Path, force: bool = False) -> None:
@@ -114,6 +119,7 @@ class _Lazy:
                 from kdacli.capture.recorder import Recorder
 
                 self.recorder = Recorder(self.settings)
+                atexit.register(self.recorder.end)
             return self.recorder.wrap(function, target)
         except Exception as error:
             journal.note(f"cannot record {target}: {type(error).__name__}: {error}")

@@ -28,6 +28,8 @@ class Settings:
         layers: those that record; None: all.
         max_bytes: of all dumps together.
         whole_pool: write every slot of a state pool, not only those that the call uses.
+        replays: of each CUDA graph, those whose calls are written, the first `calls` of each target; 1 is the first.
+        graph_bytes: that copies of graphs' calls may take on a GPU, and again in pinned memory.
         names: {argument's name in the target: the name that kda gives it}, beside the table of aliases.
 
     Raises:
@@ -43,6 +45,8 @@ class Settings:
     layers: tuple[int, ...] | None = None
     max_bytes: int = GIB
     whole_pool: bool = False
+    replays: tuple[int, ...] = ()
+    graph_bytes: int = GIB
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,9 +56,11 @@ class Settings:
             if not well_formed(target):
                 engines = ", ".join(ENGINES)
                 raise InputError(f"target {target} is not module:function, as fla.ops.kda:chunk_kda, nor {engines}")
-        for name, least in (("calls", 1), ("skip", 0), ("every", 1), ("max_bytes", 1)):
+        for name, least in (("calls", 1), ("skip", 0), ("every", 1), ("max_bytes", 1), ("graph_bytes", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: it should be at least {least}")
+        if any(number < 1 for number in self.replays):
+            raise InputError(f"replays are {list(self.replays)}: the first is 1")
 
     def to_environment(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(dataclasses.asdict(self))}
@@ -65,6 +71,6 @@ class Settings:
         if not (text := os.environ.get(VARIABLE)):
             return None
         values = json.loads(text)
-        for name in ("targets", "ranks", "layers"):
+        for name in ("targets", "ranks", "layers", "replays"):
             values[name] = None if values[name] is None else tuple(values[name])
         return cls(**values)

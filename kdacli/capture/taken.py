@@ -1,24 +1,64 @@
-"""Copies of a call's tensors on the CPU: all of its inputs before it runs, its outputs afterwards.
+"""Copies of a call's tensors: all of its inputs before it runs, its outputs afterwards.
 
-Every copy is made on the current stream and waited for, so the call sees what it would have seen. Of a state pool the
-slots in use are copied, one after another and with no temporary memory on the GPU, and numbered anew; or all of it.
+Every copy is made on the current stream, so the call sees what it would have seen. `OnHost` copies to the CPU and
+waits: of a state pool the slots in use, one by one and with no temporary memory on the GPU, numbered anew; or all of
+it.
 """
 
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from kdacli.capture.arguments import Call
-from kdacli.dumps.strides import copy_with_strides, extent
+from kdacli.dumps.strides import copy_with_strides, layout
 
 Tensors = dict[str, torch.Tensor]
+Kept = TypeVar("Kept", covariant=True)
+
+
+class Keeper(Protocol[Kept]):
+    """How copies are kept: of a whole tensor, and of those rows of a pool that indices name."""
+
+    def whole(self, tensor: torch.Tensor) -> Kept: ...
+
+    def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> Kept: ...
+
+
+class OnHost:
+    """Keeps copies on the CPU. `whole_pool`: of pools, too."""
+
+    def __init__(self, whole_pool: bool) -> None:
+        self.whole_pool = whole_pool
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return copy_with_strides(tensor)
+
+    def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if self.whole_pool:
+            return self.whole(pool)
+        slots = self.slots(indices)
+        out = torch.empty((len(slots), *pool.shape[1:]), dtype=pool.dtype)
+        for i, slot in enumerate(slots):
+            out[i].copy_(pool[slot])
+        return out
+
+    def slots(self, indices: torch.Tensor) -> list[int]:
+        """Those that are used, in order."""
+        return indices[indices >= 0].unique().tolist()
+
+    def numbered(self, indices: torch.Tensor) -> torch.Tensor:
+        """The numbers that indices have among the slots that are kept; -1 where padding was."""
+        if self.whole_pool:
+            return indices
+        numbers = torch.searchsorted(torch.tensor(self.slots(indices), dtype=indices.dtype), indices)
+        return torch.where(indices < 0, -1, numbers).to(indices.dtype)
 
 
 def size(call: Call, whole_pool: bool) -> int:
     """Bytes that the dump of a call will take, roughly: its inputs, and outputs in the sizes of v and the state."""
     total, tensors = 0, call.tensors
     for name, tensor in tensors.items():
-        count, times = extent(tensor), 1
+        count, times = layout(tensor)[0], 1
         if name == "state" and call.pooled and not whole_pool:
             count = tensor[:1].numel() * tensors["state_indices"].numel()
         if name == "token_states":
@@ -33,49 +73,27 @@ def size(call: Call, whole_pool: bool) -> int:
     return total
 
 
-def before(call: Call, whole_pool: bool) -> tuple[Tensors, list[int] | None]:
-    """The inputs, and which slots of the pool they hold (None: no pool, or all of it)."""
-    large = ("state", "token_states")
-    copies = {name: copy_with_strides(tensor) for name, tensor in call.tensors.items() if name not in large}
-    slots = None
-    if call.pooled and not whole_pool:
-        slots, copies["state_indices"] = _numbered(copies["state_indices"])
-        copies["state"] = _gather(call.tensors["state"], slots)
+def before(call: Call, keeper: Keeper[Kept]) -> dict[str, Kept]:
+    """The inputs; token_states are an output."""
+    kept = {name: keeper.whole(t) for name, t in call.tensors.items() if name not in ("state", "token_states")}
+    if call.pooled:
+        kept["state"] = keeper.rows(call.tensors["state"], call.tensors["state_indices"])
     elif "state" in call.tensors:
-        copies["state"] = copy_with_strides(call.tensors["state"])
-    if "token_states" in call.tensors:
-        call.rows, copies["token_state_indices"] = _numbered(copies["token_state_indices"])
-    return copies, slots
+        kept["state"] = keeper.whole(call.tensors["state"])
+    return kept
 
 
-def after(call: Call, result: Any, slots: list[int] | None) -> Tensors:
+def after(call: Call, result: Any, keeper: Keeper[Kept]) -> dict[str, Kept]:
     """o, final_state and token_states, as far as the call returned them or left them in place."""
     returned = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
-    outputs = {}
+    tensors, kept = call.tensors, {}
     o = returned[0] if returned else call.out
     if o is not None:
-        outputs["o"] = copy_with_strides(o.detach())
-    if call.rows is not None:
-        outputs["token_states"] = _gather(call.tensors["token_states"], call.rows)
-    if not call.writes_state:
-        return outputs
-    if call.pooled:
-        pool = call.tensors["state"]
-        outputs["final_state"] = copy_with_strides(pool) if slots is None else _gather(pool, slots)
-    elif len(returned) > 1 and returned[1].ndim == 4:
-        outputs["final_state"] = copy_with_strides(returned[1].detach())
-    return outputs
-
-
-def _numbered(indices: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """The slots that are used, in order, and the indices by their numbers there; -1 where padding was."""
-    used = indices[indices >= 0].unique()
-    numbers = torch.searchsorted(used, indices)
-    return used.tolist(), torch.where(indices < 0, -1, numbers).to(indices.dtype)
-
-
-def _gather(pool: torch.Tensor, slots: list[int]) -> torch.Tensor:
-    out = torch.empty((len(slots), *pool.shape[1:]), dtype=pool.dtype)
-    for i, slot in enumerate(slots):
-        out[i].copy_(pool[slot])
-    return out
+        kept["o"] = keeper.whole(o.detach())
+    if "token_state_indices" in tensors:
+        kept["token_states"] = keeper.rows(tensors["token_states"], tensors["token_state_indices"])
+    if call.writes_state and call.pooled:
+        kept["final_state"] = keeper.rows(tensors["state"], tensors["state_indices"])
+    elif call.writes_state and len(returned) > 1 and returned[1].ndim == 4:
+        kept["final_state"] = keeper.whole(returned[1].detach())
+    return kept

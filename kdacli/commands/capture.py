@@ -47,6 +47,8 @@ class Bytes(click.ParamType):
 @click.option("--layers", type=Lens(), metavar="N,N,...", help="Only these layers; calls are then counted for each.")
 @click.option("--max-bytes", type=Bytes(), default="1G", help="Write no more than this in all. Default: 1G.")
 @click.option("--pool", type=click.Choice(["used", "whole"]), default="used", help="Slots to write. Default: used.")
+@click.option("--replays", type=Lens(), metavar="N,N,...", help="Of CUDA graphs, write these replays; 1 is the first.")
+@click.option("--graph-bytes", type=Bytes(), default="1G", help="GPU memory for copies in graphs. Default: 1G.")
 @click.option("--name", "names", multiple=True, metavar="THEIRS=OURS", help="What an argument means; repeatable.")
 @options.force_option
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM ...")
@@ -60,6 +62,8 @@ def command(
     layers: tuple[int, ...] | None,
     max_bytes: int,
     pool: str,
+    replays: tuple[int, ...] | None,
+    graph_bytes: int,
     names: tuple[str, ...],
     force: bool,
     program: tuple[str, ...],
@@ -75,10 +79,13 @@ def command(
     call uses, before and after it, numbered anew (--pool whole: all slots). Argument names are matched with those of
     FLA, SGLang and vLLM; for others use --name.
 
+    Calls under CUDA graphs are recorded with --replays: copies of their tensors become part of each graph, within
+    --graph-bytes on the GPU, and after the replays that are named another thread writes them out. Of each graph the
+    first --calls calls of each target are taken, of the layers that --layers names.
+
     Speculative calls are recorded with their slots, accepted tokens and the states of their tokens. Not recorded, but
-    counted and told: fused steps of convolution, KDA and norm, trees of drafts, states that are kept as records, and
-    calls under CUDA graph capture. Replays of a CUDA graph and code compiled by torch.compile never call the target:
-    turn both off in the engine (vLLM: --enforce-eager; SGLang: --disable-cuda-graph).
+    counted and told: fused steps of convolution, KDA and norm, trees of drafts, and states that are kept as records.
+    Code compiled by torch.compile never calls the target: turn that off in the engine (vLLM: --enforce-eager).
 
     Exits with the program's exit code if that is not 0, and with 1 if nothing was recorded.
 
@@ -86,6 +93,7 @@ def command(
     Examples:
       kda capture --target fla.ops.kda:chunk_kda --calls 3 --out dumps -- python serve.py
       kda capture --target vllm --ranks 0 --layers 0,3 --out dumps -- vllm serve MODEL --enforce-eager
+      kda capture --target sglang --layers 0 --replays 1,10,100 --out dumps -- python -m sglang.launch_server ...
       kda capture --target mine.kernels:kda --name gates=g --out dumps -- torchrun --nproc-per-node 2 train.py
     """
     from kdacli.capture import launch
@@ -102,6 +110,8 @@ def command(
         layers=layers,
         max_bytes=max_bytes,
         whole_pool=pool == "whole",
+        replays=replays or (),
+        graph_bytes=graph_bytes,
         names=_names(names),
     )
     prepare(settings.out, force)

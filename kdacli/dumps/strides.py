@@ -9,17 +9,20 @@ def copy_with_strides(tensor: torch.Tensor, device: torch.device | str = "cpu") 
     What lies between the elements is NaN (0 for integers), which a kernel that reads there will show. Where elements
     share memory (a broadcast dimension), the copy is contiguous.
     """
-    elements = _span(tensor)
-    if tensor.is_contiguous() or not elements:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    elements, strides = layout(tensor)
+    if elements == tensor.numel():
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
     gap = float("nan") if tensor.is_floating_point() else 0
     storage = torch.full((elements,), gap, dtype=tensor.dtype, device=device)
-    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
 
 
-def extent(tensor: torch.Tensor) -> int:
-    """Elements in the storage of `copy_with_strides(tensor)`, gaps included."""
-    return tensor.numel() if tensor.is_contiguous() else _span(tensor) or tensor.numel()
+def layout(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Elements in the storage of `copy_with_strides(tensor)`, gaps included, and its strides."""
+    elements = _span(tensor)
+    if tensor.is_contiguous() or not elements:
+        return tensor.numel(), torch.empty(tensor.shape, device="meta").stride()
+    return elements, tensor.stride()
 
 
 def _span(tensor: torch.Tensor) -> int:

@@ -1,0 +1,214 @@
+"""Calls in CUDA graphs: copies of their tensors become part of the graph, and chosen replays are written out.
+
+A call under graph capture runs later, at each replay, and Python sees none of it. So at capture its inputs and outputs
+are copied into buffers of the recorder's, by copies that the graph then holds. After a replay that was chosen, the
+buffers go to pinned host memory on the same stream, which the next replay waits for, and a thread writes the dump.
+"""
+
+import dataclasses
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kdacli.capture import taken
+from kdacli.capture.arguments import Call
+from kdacli.capture.settings import Settings
+from kdacli.dumps.strides import copy_with_strides, layout
+
+Meta = dict[str, Any]
+Write = Callable[[taken.Tensors, taken.Tensors, dict[str, Any], Meta], None]  # inputs, outputs, options, meta
+
+
+@dataclasses.dataclass
+class Buffer:
+    """A copy of a tensor, with its strides, in memory that only the recorder knows."""
+
+    flat: torch.Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Buffer":
+        elements, strides = layout(tensor)
+        made = cls(torch.empty(elements, dtype=tensor.dtype, device=tensor.device), tensor.shape, strides)
+        made.view().copy_(tensor)
+        return made
+
+    def view(self) -> torch.Tensor:
+        return self.flat.as_strided(self.shape, self.strides)
+
+    def pinned(self) -> "Buffer":
+        """Room for the same on the host."""
+        host = torch.empty(self.flat.shape, dtype=self.flat.dtype, pin_memory=self.flat.is_cuda)
+        return dataclasses.replace(self, flat=host)
+
+
+class _InGraph:
+    """How `taken` keeps tensors here: in buffers; of pools, a row for each index, padding included."""
+
+    def whole(self, tensor: torch.Tensor) -> Buffer:
+        return Buffer.of(tensor)
+
+    def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> Buffer:
+        rows = torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1).long())
+        return Buffer(rows.flatten(), rows.shape, rows.stride())
+
+
+@dataclasses.dataclass
+class GraphCall:
+    """One call of a graph: what its buffers hold after each replay. `bytes`: of them."""
+
+    call: Call
+    meta: Meta
+    bytes: int
+    inputs: dict[str, Buffer]
+    outputs: dict[str, Buffer] = dataclasses.field(default_factory=dict)
+    spare: list["GraphCall"] = dataclasses.field(default_factory=list)  # its likes on the host, free to be filled
+
+    def finish(self, result: Any) -> None:
+        """The call returned `result`, still under capture."""
+        self.outputs = taken.after(self.call, result, _InGraph())
+        self.call = dataclasses.replace(self.call, tensors={}, out=None)  # their memory is the graph's to use again
+
+    def pinned(self) -> "GraphCall":
+        inputs, outputs = ({name: buffer.pinned() for name, buffer in x.items()} for x in (self.inputs, self.outputs))
+        return dataclasses.replace(self, inputs=inputs, outputs=outputs)
+
+    def fill(self, host: "GraphCall") -> None:
+        """Copies the buffers to those of `host`, which hold it once the current stream has come so far."""
+        for mine, theirs in ((self.inputs, host.inputs), (self.outputs, host.outputs)):
+            for name, buffer in mine.items():
+                theirs[name].flat.copy_(buffer.flat, non_blocking=True)
+
+
+class Graphs:
+    """The graphs of one process whose calls are recorded.
+
+    Args:
+        settings: which replays, and how much memory.
+        write: writes one dump. tell: says something to the user, once for each kind.
+    """
+
+    def __init__(self, settings: Settings, write: Write, tell: Callable[[str, str], None]) -> None:
+        self.replays, self.limit, self.write, self.tell = frozenset(settings.replays), settings.graph_bytes, write, tell
+        self._used = self._pinned = 0  # bytes on the GPU, and on the host
+        self._pending: list[GraphCall] = []  # of the graph that is being captured
+        self._known: weakref.WeakKeyDictionary[Any, tuple[int, list[GraphCall]]] = weakref.WeakKeyDictionary()
+        self._replayed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, GraphCall, Meta]] = queue.SimpleQueue()
+        self._captures, self._unwritten, self._gate = 0, 0, threading.Lock()
+        self._undo = [(name, vars(torch.cuda.CUDAGraph)[name]) for name in ("capture_begin", "capture_end", "replay")]
+        for name, original in self._undo:
+            setattr(torch.cuda.CUDAGraph, name, self._around(original, getattr(self, f"_{name}")))
+        threading.Thread(target=self._write_all, name="kda-capture", daemon=True).start()
+
+    def has_room(self, need: int) -> bool:
+        return self._used + need <= self.limit
+
+    def begin(self, call: Call, meta: Meta, need: int) -> GraphCall:
+        """Copies the inputs of a call under capture."""
+        self._used += need
+        found = GraphCall(call, meta, need, taken.before(call, _InGraph()))
+        self._pending.append(found)
+        return found
+
+    def numbered(self, target: str) -> int:
+        """How many calls of `target` the graph that is being captured has so far."""
+        return sum(call.meta["target"] == target for call in self._pending)
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Waits for what is to be written, and leaves torch as it was."""
+        ends = time.monotonic() + seconds
+        while self._unwritten and time.monotonic() < ends:
+            time.sleep(0.01)
+        for name, original in self._undo:
+            setattr(torch.cuda.CUDAGraph, name, original)
+
+    def _around(self, original: Callable, ours: Callable) -> Callable:
+        def method(graph: Any, *args: Any, **kwargs: Any) -> Any:
+            return ours(graph, lambda: original(graph, *args, **kwargs))
+
+        return method
+
+    def _capture_begin(self, graph: Any, original: Callable) -> Any:
+        with self._gate:  # while a stream is captured, no thread may ask the GPU anything
+            self._captures += 1
+        self._pending = []
+        return original()
+
+    def _capture_end(self, graph: Any, original: Callable) -> Any:
+        try:
+            return original()
+        finally:
+            with self._gate:
+                self._captures -= 1
+            if self._pending:
+                self._known[graph] = (len(self._known), self._pending)
+            for call in self._pending:
+                self._pinned += call.bytes
+                call.spare.append(call.pinned())
+            self._pending = []
+
+    def _replay(self, graph: Any, original: Callable) -> Any:
+        result = original()
+        if graph in self._known:
+            number = self._replayed[graph] = self._replayed.get(graph, 0) + 1
+            if number in self.replays:
+                self._stage(graph, number)
+        return result
+
+    def _stage(self, graph: Any, number: int) -> None:
+        """Sends what the buffers hold to the host, as far as there is room."""
+        which, calls = self._known[graph]
+        for call in calls:
+            if not call.spare and self._pinned + call.bytes <= self.limit:
+                self._pinned += call.bytes
+                call.spare.append(call.pinned())
+            if not call.spare:
+                why = "those before are still being written, and --graph-bytes allows no more"
+                self.tell(f"replay {number} of graph {which} is not written: {why}", "replay")
+                continue
+            host = call.spare.pop()
+            call.fill(host)
+            event = torch.cuda.Event()
+            event.record()
+            with self._gate:
+                self._unwritten += 1
+            self._queue.put((event, host, host.meta | {"graph": which, "replay": number}))
+
+    def _write_all(self) -> None:
+        while True:
+            event, host, meta = self._queue.get()
+            while not self._over(event):
+                time.sleep(0.002)
+            inputs, outputs = _tensors(host, meta)
+            host.spare.append(host)
+            self.write(inputs, outputs, host.call.options, meta)
+            with self._gate:
+                self._unwritten -= 1
+
+    def _over(self, event: torch.cuda.Event) -> bool:
+        with self._gate:
+            return not self._captures and event.query()
+
+
+def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
+    """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
+    inputs, outputs = (
+        {name: copy_with_strides(buffer.view()) for name, buffer in x.items()} for x in (call.inputs, call.outputs)
+    )
+    for name, pools in (("state_indices", ("state", "final_state")), ("token_state_indices", ("token_states",))):
+        if (indices := inputs.get(name)) is None:
+            continue
+        used = indices.flatten() >= 0
+        if name == "state_indices":
+            meta["slots"] = indices.flatten()[used].tolist()
+        inputs[name] = torch.where(indices < 0, -1, (used.cumsum(0) - 1).view(indices.shape)).to(indices.dtype)
+        for kept in (inputs, outputs):
+            kept |= {pool: kept[pool][used] for pool in pools if pool in kept}
+    return inputs, outputs

@@ -1,0 +1,166 @@
+"""Calls in CUDA graphs: recorded by copies in the graph, replays written by number, results those without it."""
+
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from kda_kernels.problem import Options, Problem
+from kda_kernels.reference import plain_recurrent
+from kda_kernels.tensors import Inputs
+from kdacli import dumps
+from kdacli.capture import capture, journal
+from kdacli.main import cli
+from kdacli.synthetic import make_inputs
+
+LOOP = """
+from kda_kernels.api import kda_decode
+
+
+def decode(q, k, v, g, beta, A_log, dt_bias, state, state_indices, cu_seqlens=None, lower_bound=-5.0,
+           use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True):
+    return kda_decode(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound, state=state,
+                      state_indices=state_indices)
+"""
+TARGET = "loop_for_test:decode"
+PROBLEM = Problem(
+    op="decode",
+    seq_lens=(1,) * 5,
+    H=4,
+    HV=4,
+    packed=False,
+    pool_slots=9,
+    padding=1,
+    options=Options(gate="safe", lower_bound=-5.0),
+)
+
+
+@pytest.fixture
+def loop(tmp_path, monkeypatch):
+    (tmp_path / "loop_for_test.py").write_text(LOOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("loop_for_test", None)
+    import loop_for_test
+
+    yield loop_for_test
+    sys.modules.pop("loop_for_test", None)
+
+
+def call_of(inputs):
+    named = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices")
+    return {name: getattr(inputs, name) for name in named}
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph where there is no GPU: replays do nothing."""
+
+    def capture_begin(self):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        return "replayed"
+
+
+class Event:
+    def record(self):
+        pass
+
+    def query(self):
+        return True
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Captures of a stream that is none; `capturing.append(True)` begins one."""
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    return capturing
+
+
+def captured(graph, capturing, function, *calls):
+    graph.capture_begin()
+    capturing.append(True)
+    for call in calls:
+        function(**call)
+    capturing.clear()
+    graph.capture_end()
+
+
+def test_which_replays_are_written_and_of_what(loop, no_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "kda_decode", lambda q, k, v, g, beta, **rest: plain(q, k, v, g, beta, **rest))
+    methods = dict(vars(Graph))
+    x = make_inputs(PROBLEM)
+    before, slots = x.state.clone(), [slot for slot in x.state_indices.tolist() if slot >= 0]
+    with capture(TARGET, out=tmp_path / "d", replays=(1, 3)) as files:
+        first, second = Graph(), Graph()
+        for graph in (first, second):
+            captured(graph, no_gpu, loop.decode, call_of(x), call_of(x))  # of two calls the first is taken
+        assert files == []
+        assert [graph.replay() for graph in (first, first, first, second)] == ["replayed"] * 4
+    assert dict(vars(Graph)) == methods
+    names = {f"decode.rank0.graph{g}.replay000{n}.call0000.pt" for g, n in ((0, 1), (0, 3), (1, 1))}
+    assert {file.name for file in files} == names
+    dump = dumps.load(files[0])
+    assert dump.meta["slots"] == slots and torch.equal(dump.inputs.state, before[slots])
+    monkeypatch.undo()
+    result = CliRunner().invoke(cli, ["compare", str(files[0]), "--kernel", "torch-decode"])
+    assert result.exit_code == 0, result.output
+
+
+def plain(q, k, v, g, beta, *, A_log, dt_bias, lower_bound, state, state_indices):
+    inputs = Inputs(q, k, v, g, beta, PROBLEM.options, A_log, dt_bias, state, state_indices)
+    return plain_recurrent.run(inputs).o
+
+
+def test_a_limit_on_memory_is_told(loop, no_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "decode", lambda q, k, v, g, beta, A_log, dt_bias, state, state_indices: v)
+    with capture(TARGET, out=tmp_path / "d", replays=(1,), graph_bytes=1000) as files:
+        graph = Graph()
+        captured(graph, no_gpu, loop.decode, call_of(make_inputs(PROBLEM)))
+        graph.replay()
+    assert files == [] and "in a graph would exceed --graph-bytes 1 kB" in capsys.readouterr().err
+
+
+def run(loop, steps):
+    """A captured decode loop: outputs of all steps, and states before each."""
+    x = make_inputs(PROBLEM, device="cuda")
+    x.state.nan_to_num_(0.0)
+    loop.decode(**call_of(x.fresh()))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = loop.decode(**call_of(x))
+    outputs, before = [], []
+    for step in range(steps):
+        new = make_inputs(PROBLEM, seed=step, device="cuda")
+        for name in ("q", "k", "v", "g", "beta"):
+            getattr(x, name).copy_(getattr(new, name))
+        before.append(x.state.clone())
+        graph.replay()
+        outputs.append(o.clone())
+    return outputs, before, x.state
+
+
+@pytest.mark.gpu
+def test_a_captured_decode_loop(loop, tmp_path):
+    alone = run(loop, 100)
+    with capture(TARGET, out=tmp_path / "d", calls=1, skip=1, replays=(1, 10, 100)) as files:
+        outputs, before, state = run(loop, 100)
+    assert all(torch.equal(a, b) for a, b in zip(alone[0], outputs, strict=True)) and torch.equal(alone[2], state)
+    assert len(files) == 3
+    for file, step in zip(sorted(files), (0, 9, 99), strict=True):
+        dump, x = dumps.load(file), make_inputs(PROBLEM, seed=step)
+        assert torch.equal(dump.inputs.q, x.q) and torch.equal(dump.outputs.o, outputs[step].cpu())
+        rows = dump.inputs.state_indices >= 0
+        slots = torch.tensor(dump.meta["slots"])[rows]
+        assert torch.equal(dump.inputs.state[rows], before[step].cpu()[slots])
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d")])
+    assert result.exit_code == 0, result.output
+    events, torn = journal.events(tmp_path / "d")
+    assert torn == 0 and sum(event["event"] == "written" for event in events) == 3
