@@ -4,6 +4,7 @@
 `decode_build._arguments`, and computes the operation in plain torch.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -24,31 +25,45 @@ class FakeFunction:
     def __init__(self, spec: DecodeSpec):
         self.spec, self.calls = spec, 0
 
-    def __call__(self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, indices, offsets, token_states, scale, bound):
+    def __call__(
+        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, indices, offsets, token_states, accepted, token_rows,
+        started, null_slot, scale, bound,
+    ):  # fmt: skip
         s, activation = self.spec, self.spec.dtype
         B, T, N = 1 if s.packed else "B", 1 if s.one_token else "T", "N" if s.packed else "B"
-        state = (s.HV, s.V, s.K)
+        H, HV = "H", "H" if s.group == 1 else "HV"
+        state = (HV, s.V, s.K)
         arguments = [
-            ("q", q, activation, (B, T, s.H, s.K)),
-            ("k", k, activation, (B, T, s.H, s.K)),
-            ("v", v, activation, (B, T, s.HV, s.V)),
-            ("g", g, s.g, (B, T, s.HV, s.K)),
-            ("beta", beta, s.beta, (B, T, s.HV)),
-            ("A_log", A_log, s.A_log, (s.HV,)),
-            ("dt_bias", dt_bias, s.dt_bias, (s.HV * s.K,)),
-            ("o", o, activation, (B, T, s.HV, s.V)),
+            ("q", q, activation, (B, T, H, s.K)),
+            ("k", k, activation, (B, T, H, s.K)),
+            ("v", v, activation, (B, T, HV, s.V)),
+            ("g", g, s.g, (B, T, HV, s.K)),
+            ("beta", beta, s.beta, (B, T, HV)),
+            ("A_log", A_log, s.A_log, (HV,)),
+            ("dt_bias", dt_bias, s.dt_bias, ("channels",)),
+            ("o", o, activation, (B, T, HV, s.V)),
             ("h0", h0, s.h0, ("P" if s.pooled else N, *state)),
             ("ht", ht, s.ht, (N, *state)),
-            ("state_indices", indices, s.index, (N,)),
+            ("state_indices", indices, s.index, ("indices",) if s.accepted is None else ("indices", "C")),
             ("cu_seqlens", offsets, s.offsets, ("offsets",)),
-            ("token_states", token_states, s.token_states, (B, T, *state)),
+            ("token_states", token_states, s.token_states, (*((B, T) if s.token_rows is None else "RS"), *state)),
+            ("num_accepted_tokens", accepted, s.accepted, (N,)),
+            ("token_state_indices", token_rows, s.token_rows, (N,)),
+            ("has_initial_state", started, "bool" if s.fresh else None, (N,)),
         ]
         check(arguments, q.device)
         self.calls += 1
         options = Options(
             s.gate, bound if s.gate is Gate.SAFE else None, s.beta_is_logit, s.allow_neg_eigval, s.qk_l2norm, scale
         )
-        inputs = Inputs(q, k, v, g, beta, options, A_log, dt_bias, h0, indices, offsets)
+        null = None if null_slot < 0 else null_slot
+        inputs = Inputs(
+            q, k, v, g, beta, options, A_log, dt_bias, h0, indices, offsets, null_slot=null,
+            has_initial_state=started, num_accepted_tokens=accepted, update_state=s.update, token_states=token_states,
+            token_state_indices=token_rows,
+        )  # fmt: skip
+        if token_states is not None and token_rows is None:  # which the reference does not write
+            inputs = dataclasses.replace(inputs, token_states=None)
         try:
             outputs = plain_recurrent.run(inputs)
         except InputError as error:
@@ -79,7 +94,7 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
         if have != (sizes.setdefault(want, have) if isinstance(want, str) else want):
             raise ValueError(f"Mismatched {name}.shape, expected {want}")
     # contiguous within the heads of a state; q, k, v, g, o and vectors in their last dimension; beta anywhere
-    inner = 3 if name in ("h0", "ht", "token_states") else 0 if name == "beta" else 1
+    inner = 3 if name in ("h0", "ht", "h_kept", "token_states") else 0 if name in ("beta", "state_indices") else 1
     expected = list(itertools.accumulate((1, *x.shape[:0:-1]), lambda a, b: a * b))
     for i in range(1, inner + 1):
         if x.shape[-i] != 1 and x.stride(-i) != expected[i - 1]:
@@ -90,7 +105,7 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
 
 def install(monkeypatch) -> list[FakeFunction]:
     """Makes the decode kernel believe in an H100; what it has compiled is in the list that comes back."""
-    monkeypatch.setattr(module, "_last", (None, None, 0.0, 0.0))
+    monkeypatch.setattr(module, "_last", module._Last())
     return on_h100(monkeypatch, module, FakeFunction)
 
 

@@ -15,7 +15,7 @@ from kda_kernels.cute import prefill as module
 from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 
 
 class FakeFunction:
@@ -25,30 +25,31 @@ class FakeFunction:
         self.spec, self.calls, self.workspace = spec, 0, 0
 
     def __call__(
-        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, summaries, starts, reads, h,
-        scale, lower_bound, lead, segment, begin, limit,
+        self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, started, workspace, kept, rows,
+        offsets, null_slot, every, units, scale, lower_bound, lead, segment, begin, limit,
     ):  # fmt: skip
         s = self.spec
         B, N = 1 if s.packed else "B", "N" if s.packed else "B"
-        state = (s.HV, s.V, s.K)
-        split = s.part is Part.SPLIT
+        H, HV = "H", "H" if s.group == 1 else "HV"
+        state = (HV, s.V, s.K)
         arguments = [
-            ("q", q, s.dtype, (B, "T", s.H, s.K)),
-            ("k", k, s.dtype, (B, "T", s.H, s.K)),
-            ("v", v, s.dtype, (B, "T", s.HV, s.V)),
-            ("g", g, s.g, (B, "T", s.HV, s.K)),
-            ("beta", beta, s.beta, (B, "T", s.HV)),
-            ("A_log", A_log, s.A_log, (s.HV,)),
-            ("dt_bias", dt_bias, s.dt_bias, (s.HV * s.K,)),
-            ("o", o, s.dtype, (B, "T", s.HV, s.V)),
+            ("q", q, s.dtype, (B, "T", H, s.K)),
+            ("k", k, s.dtype, (B, "T", H, s.K)),
+            ("v", v, s.dtype, (B, "T", HV, s.V)),
+            ("g", g, s.g, (B, "T", HV, s.K)),
+            ("beta", beta, s.beta, (B, "T", HV)),
+            ("A_log", A_log, s.A_log, (HV,)),
+            ("dt_bias", dt_bias, s.dt_bias, ("channels",)),
+            ("o", o, s.dtype, (B, "T", HV, s.V)),
             ("h0", h0, s.h0, ("P" if s.pooled else N, *state)),
             ("ht", ht, s.ht, (N, *state)),
-            ("state_indices", state_indices, s.index, (N,)),
+            ("state_indices", state_indices, s.index, ("indices",)),
             ("cu_seqlens", cu_seqlens, s.offsets, ("offsets",)),
-            ("summaries", summaries, None if s.part is Part.WHOLE else "float32", ("2 units", *state)),
-            ("starts", starts, "float32" if split else None, ("N + units", *state)),
-            ("reads", reads, s.dtype if split else None, ("rows", s.HV, s.K)),
-            ("h", h, s.dtype if s.boundaries else None, ("slots", s.HV, s.K, s.V)),
+            ("has_initial_state", started, "bool" if s.fresh else None, (N,)),
+            ("workspace", workspace, None if s.part is Part.WHOLE else "float32", ("floats",)),
+            ("h_kept", kept, s.kept, ("R", *state)),
+            ("rows", rows, s.rows, (N, "C")),
+            ("offsets", offsets, None if s.every else s.rows, (N, "C")),
         ]
         check(arguments, q.device)
         for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("o", o)):
@@ -57,26 +58,36 @@ class FakeFunction:
         assert q.shape[1] > 0, "a TMA descriptor of nothing"
         bound = lower_bound if s.gate is Gate.SAFE else None
         options = Options(s.gate, bound, s.beta_is_logit, s.allow_neg_eigval, s.qk_l2norm, scale)
-        inputs = Inputs(q, k, v, g, beta, options, A_log, dt_bias, h0, state_indices, cu_seqlens)
-        cut = (lead, segment, begin, limit)
+        null = None if null_slot < 0 else null_slot
+        inputs = Inputs(q, k, v, g, beta, options, A_log, dt_bias, h0, state_indices, cu_seqlens, null_slot=null)
+        inputs.has_initial_state = started
+        if kept is not None:
+            inputs.checkpoints = Checkpoints(kept, rows, offsets, every if s.every else None)
+        found, cut = sequences(inputs), (lead, segment, begin, limit)
         assert all(type(tokens) is int for tokens in cut)
-        if split:
-            _check_split(sequences(inputs), summaries, starts, reads, *cut)
-            self.workspace = sum(x.nbytes for x in (summaries, starts, reads))
-        else:
-            assert cut == (0, 0, 0, 0)
         self.calls += 1
-        if split:
-            _run_split(inputs, o, ht, summaries, starts, reads, *cut)
-        elif s.part is Part.SUMMARY:
-            _run_summary(inputs, summaries)
-        else:
-            if h is not None:
-                _keep_states(inputs, h)
-            outputs = plain_recurrent.run(inputs)
-            o.copy_(outputs.o)
-            if ht is not None:
-                ht.copy_(outputs.final_state)
+        if s.part is Part.SUMMARY:
+            _run_summary(inputs, workspace.view(2 * len(found), *v.shape[2:], s.K))
+            return
+        if s.part is Part.WHOLE:
+            assert (units, *cut) == (0, 0, 0, 0, 0)
+            cut = (max(x.end for x in found) + 1, 1, 0, 1 << 30)  # a first segment that holds any sequence
+        sizes = (len(found) + units, 2 * units, units * segment // 2)
+        square = v.shape[2] * s.V * s.K
+        if s.part is not Part.WHOLE:
+            self.workspace = workspace.nbytes
+            assert workspace.data_ptr() % 16 == 0
+        parts = [torch.empty(0)] * 3 if workspace is None else workspace.split(
+            [sizes[0] * square, sizes[1] * square, sizes[2] * v.shape[2] * s.K]
+        )  # fmt: skip
+        starts = parts[0].view(-1, *v.shape[2:], s.K)
+        if s.part is Part.KEPT:
+            _keep_in_units(inputs, starts[len(found) :], *cut)
+            return
+        summaries, reads = parts[1].view(-1, *v.shape[2:], s.K), parts[2].view(torch.bfloat16).view(-1, v.shape[2], s.K)
+        if s.part is Part.SPLIT:
+            _check_split(found, units, *cut)
+        _run(inputs, o, ht, summaries, starts, reads, *cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,35 +106,40 @@ def sequences(inputs: Inputs) -> list[Sequence]:
         where = [(row, 0, T) for row in range(B)]
     else:
         where = [(0, *ends) for ends in itertools.pairwise(inputs.cu_seqlens.tolist())]
-    slots = range(len(where)) if inputs.state_indices is None else inputs.state_indices.tolist()
-    return [Sequence(*tokens, slot) for tokens, slot in zip(where, slots, strict=True)]
+    slots = list(range(len(where))) if inputs.state_indices is None else inputs.state_indices.tolist()[: len(where)]
+    return [
+        Sequence(*tokens, -1 if slot == inputs.null_slot else slot) for tokens, slot in zip(where, slots, strict=True)
+    ]
 
 
-def _check_split(found: list[Sequence], summaries, starts, reads, lead, segment, begin, limit) -> None:
-    """That the workspaces fit, and that the kernel can go by the other arguments."""
-    for x in (summaries, starts, reads):
-        assert x.is_contiguous() and x.numel(), "not empty either: a TMA descriptor of nothing"
-    units = len(starts) - len(found)
-    assert len(summaries) == 2 * units and len(reads) == units * segment
+def _check_split(found: list[Sequence], units: int, lead, segment, begin, limit) -> None:
+    """That the workspace fits, and that the kernel can go by the other arguments."""
+    assert units, "a TMA descriptor of nothing"
     assert not any(tokens % CHUNK for tokens in (lead, segment, begin, limit)) and begin % limit == 0
     assert 0 < segment <= lead < limit, "a round without units would hand no state on"
     lengths = (min(x.end - x.first - begin, limit) for x in found)
     assert sum(len(range(lead, length, segment)) for length in lengths) <= units, "more units than there is room for"
 
 
-def _run_split(inputs: Inputs, o, ht, summaries, starts, reads, lead, segment, begin, limit) -> None:
+def _run(inputs: Inputs, o, ht, summaries, starts, reads, lead, segment, begin, limit) -> None:
     """One round: first segments to their ends, E and T of the others, and what their tokens read."""
     pool, pooled, found = inputs.state, inputs.state_indices is not None, sequences(inputs)
     unit = 0
+    if begin == 0 and inputs.cu_seqlens is not None:
+        o[0, found[-1].end :] = 0
     for n, x in enumerate(found):
         end = min(x.end, x.first + begin + limit)
         edges = [x.first + begin, *range(x.first + begin + lead, end, segment), max(end, x.first + begin)]
         units = len(edges) - 2
-        if x.slot < 0:
-            o[x.row, edges[0] : end] = 0
+        lost = pooled and x.slot >= len(pool)
+        if x.slot < 0 or lost:
+            o[x.row, edges[0] : end] = float("nan") if lost else 0
         elif edges[0] < end or (begin == 0 and not pooled):
-            state = starts[n] if begin else torch.zeros_like(starts[n]) if pool is None else pool[x.slot].float()
+            nothing = torch.zeros(*inputs.v.shape[2:], inputs.q.shape[3])
+            comes = pool is not None and (inputs.has_initial_state is None or inputs.has_initial_state[n])
+            state = starts[n] if begin else pool[x.slot].float() if comes else nothing
             o_first, S = _recurrence(inputs, x.row, slice(*edges[:2]), state)
+            _keep(inputs, n, x, edges[0], edges[1], state)
             o[x.row, edges[0] : edges[1]] = o_first
             if units:
                 starts[len(found) + unit] = S
@@ -140,18 +156,27 @@ def _run_split(inputs: Inputs, o, ht, summaries, starts, reads, lead, segment, b
         unit += units
 
 
-def _keep_states(inputs: Inputs, h) -> None:
-    """The state before every second chunk, in slots that leave gaps between packed sequences."""
-    for n, x in enumerate(sequences(inputs)):
-        rows = -(-inputs.q.shape[1] // (2 * CHUNK))
-        slot = n * rows if inputs.cu_seqlens is None else x.first // (2 * CHUNK) + n
-        if x.slot < 0:
+def _keep(inputs: Inputs, n: int, x: Sequence, first: int, end: int, state: torch.Tensor) -> None:
+    """The checkpoints of a sequence behind `first` and up to `end`, `state` being that before `first`."""
+    if (kept := inputs.checkpoints) is None:
+        return
+    for column, row in enumerate(kept.rows[n].tolist()):
+        at = (column + 1) * kept.every if kept.offsets is None else int(kept.offsets[n, column])
+        if not (0 <= row < len(kept.states) and first - x.first < at <= end - x.first):
             continue
-        S = torch.zeros(h.shape[1], *h.shape[:1:-1]) if inputs.state is None else inputs.state[x.slot].float()
-        for first in range(x.first, x.end, 2 * CHUNK):
-            h[slot] = S.mT
-            S = _recurrence(inputs, x.row, slice(first, min(first + 2 * CHUNK, x.end)), S)[1]
-            slot += 1
+        S = _recurrence(inputs, x.row, slice(first, x.first + at), state)[1]
+        kept.states[row] = S.to(kept.states.dtype) if at % (2 * CHUNK) == 0 else float("nan")
+
+
+def _keep_in_units(inputs: Inputs, starts: torch.Tensor, lead, segment, begin, limit) -> None:
+    """The checkpoints inside of units, from the states before these."""
+    unit = 0
+    for n, x in enumerate(sequences(inputs)):
+        end = min(x.end, x.first + begin + limit)
+        for at in range(x.first + begin + lead, end, segment):
+            if 0 <= x.slot < (x.slot + 1 if inputs.state_indices is None else len(inputs.state)):
+                _keep(inputs, n, x, at, min(at + segment, end), starts[unit])
+            unit += 1
 
 
 def _run_summary(inputs: Inputs, summaries) -> None:
@@ -169,7 +194,8 @@ def _recurrence(inputs: Inputs, row: int, at: slice, state: torch.Tensor) -> tup
     if at.start == at.stop:
         return inputs.v[row, at], state
     tokens = {name: getattr(inputs, name)[row : row + 1, at] for name in ("q", "k", "v", "g", "beta")}
-    one = dataclasses.replace(inputs, **tokens, state=state[None].clone(), state_indices=None, cu_seqlens=None)
+    features = {"null_slot": None, "has_initial_state": None, "checkpoints": None, "state_indices": None}
+    one = dataclasses.replace(inputs, **tokens, **features, state=state[None].clone(), cu_seqlens=None)
     outputs = plain_recurrent.run(one)
     return outputs.o[0], outputs.final_state[0]
 
@@ -185,6 +211,7 @@ def _identity(like: torch.Tensor) -> torch.Tensor:
 
 def install(monkeypatch) -> list[FakeFunction]:
     """Makes the prefill believe in an H100; what it has compiled is in the list that comes back."""
+    monkeypatch.setattr(module, "_last", module._Last())
     monkeypatch.setattr(module, "on_device", lambda tensor: contextlib.nullcontext())
     return on_h100(monkeypatch, module, FakeFunction)
 

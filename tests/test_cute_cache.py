@@ -17,11 +17,13 @@ from pathlib import Path
 import fake_compiled
 import pytest
 from fake_compiled import Build, FakeCompiled
+from filelock import FileLock
 
 from kda_kernels.cute import cache as module
 from kda_kernels.cute import decode
 from kda_kernels.cute.cache import CompileCache
 from kda_kernels.cute.runtime import missing_packages
+from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.variant import H100
 
@@ -467,3 +469,31 @@ class TestReal:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+
+
+@needs_linker
+def test_a_lock_that_is_held_too_long_ends_in_one_line(folder, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_S", 0.05)
+    cache, build = module.CompileCache(), Build(7)
+    path = module._path("two")
+    with FileLock(f"{path}.lock"), pytest.raises(UnavailableError, match="^another process has compiled the same"):
+        cache.make("two", "two", build)
+    assert build.calls == 0
+    assert cache.make("two", "two", build)() == 7, "the next call tries again"
+
+
+@needs_linker
+def test_files_that_nobody_uses_are_removed(folder, monkeypatch):
+    """Of other sources and compilers, too; not those that were asked for since."""
+    long_ago = time.time() - (module.UNUSED_DAYS + 1) * 86400
+    cache = module.CompileCache()
+    cache.make("used", "used", Build(1))
+    used = module._path("used").with_suffix(".so")
+    other = module.directory().parent / "0123456789abcdef"
+    other.mkdir()
+    for file in (other / "old.so", other / "old.lock", used):
+        file.touch()
+        os.utime(file, (long_ago, long_ago))
+    module.CompileCache().make("used", "used", Build(1))  # found, and in use again
+    module.CompileCache().make("new", "new", Build(2))
+    assert used.exists() and not other.exists()

@@ -45,7 +45,7 @@ def counts(built: Built) -> dict[str, int]:
 
 def spec_of(case: cute_cases.Case) -> DecodeSpec:
     inputs = case.inputs
-    ht = module._new_state(inputs) if inputs.state_indices is None and inputs.output_final_state else None
+    ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
     return module.spec_of(dataclasses.replace(inputs, token_states=case.token_states), ht, case.config)
 
 

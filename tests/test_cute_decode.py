@@ -4,6 +4,7 @@ pytest tests/test_cute_decode.py        about a minute, most of it the compiler
 """
 
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -593,3 +594,131 @@ def test_wrong_buffers(cold, name, warm):
     out = given.pop("out", None)
     with pytest.raises(InputError, match=rf"^{wrong.argument}\b"):
         decode(dataclasses.replace(inputs, **given), out)
+
+
+# --- what engines ask for
+
+ints = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
+
+
+def drafts(dtype: torch.dtype, lens=(3, 1, 0, 2, 4)) -> Inputs:
+    """Speculative decoding: a pool of 24 slots, 4 columns a sequence, the second of two rows of padding."""
+    inputs = make(H=2, HV=4, K=128, V=128, lens=list(lens))
+    pool = torch.randn(24, 4, 128, 128, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
+    indices = ints([[1, 2, 3, 4], [5, -1, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14], [15, 16, 0, 99]])
+    return dataclasses.replace(
+        inputs, state=pool, state_indices=indices, num_accepted_tokens=ints([2, 1, 1, 1, 1]), null_slot=0
+    )
+
+
+def on_plain_states(inputs: Inputs, slots: list[int]) -> Inputs:
+    """The same on states of their own, without features."""
+    features = {"num_accepted_tokens": None, "null_slot": None, "has_initial_state": None, "token_states": None}
+    features |= {"token_state_indices": None, "update_state": True, "state_indices": None}
+    return dataclasses.replace(inputs, state=inputs.state[slots].clone(), **features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_drafts(dtype):
+    """Loaded from the column of the last accepted token; each token's state to its own column, if that is a slot."""
+    inputs = drafts(dtype)
+    plain = on_plain_states(inputs, [2, 5, 8, 1, 15])
+    exact, states = recurrence(plain).o, states_after_tokens(plain)[0]
+    before = inputs.state.clone()
+    o = decode(inputs).o
+    ends = inputs.cu_seqlens.tolist()
+    padding = slice(ends[3], ends[4])
+    assert o[:, padding].eq(0).all(), "its column holds the null slot"
+    exact[:, padding] = 0
+    close(o, exact)
+    written = {1: 0, 2: 1, 3: 2, 5: ends[1], 15: ends[4], 16: ends[4] + 1}
+    for slot in range(24):
+        if slot in written:
+            judge_state(inputs.state[slot], states[written[slot]], 2e-6)
+        else:
+            assert same_bits(inputs.state[slot], before[slot]), slot
+
+
+@pytest.mark.parametrize("lens", [None, [3, 1, 0]], ids=["dense", "packed"])
+def test_a_pass_that_leaves_the_pool_as_it_is(lens):
+    """And writes the states of tokens to the rows of a buffer."""
+    inputs = usual(3, T=3, lens=lens)
+    buffer = torch.full((6, 4, 4, 128, 128), KEPT, dtype=torch.bfloat16, device=DEVICE)
+    mine = dataclasses.replace(
+        inputs, update_state=False, token_states=buffer, token_state_indices=ints([5, -1, 99]).long()
+    )
+    before = bits(inputs.state)
+    o = decode(mine).o
+    assert before.equal(bits(inputs.state))
+    plain = on_plain_states(mine, SLOTS)
+    close(o, recurrence(plain).o)
+    close(buffer[5, :3], states_after_tokens(plain)[0, :3])
+    assert buffer[:5].eq(KEPT).all() and buffer[5, 3].eq(KEPT).all()
+
+
+@pytest.mark.parametrize("N", [6, 600])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_slots_that_are_padding_or_not_there(N, index):
+    """Any negative one and the null slot give zeros, one past the pool NaN; none of them is read or written."""
+    inputs = usual(N, slots=list(range(1, N + 1)), P=N + 1)
+    slots = inputs.state_indices.to(index)
+    slots[0], slots[1], slots[2], slots[3], slots[4] = 0, -5, 0, N + 1, 2**31 - 1
+    mine = dataclasses.replace(inputs.fresh(), state_indices=slots, null_slot=0)
+    o = decode(mine).o
+    assert o[:3].eq(0).all() and o[3:5].isnan().all()
+    expected = inputs.fresh()
+    close(o[5:], recurrence(expected).o[5:])
+    assert same_bits(mine.state[:6], inputs.state[:6])
+    decode(expected)
+    assert same_bits(mine.state[6:], expected.state[6:])
+
+
+@pytest.mark.parametrize("N", [3, 600])
+def test_sequences_that_begin_with_nothing(N):
+    inputs = usual(N)
+    flags = torch.arange(N, device=DEVICE) % 2 == 0
+    first = inputs.state_indices.long()[~flags]
+    clean = inputs.fresh()
+    inputs.state[first], clean.state[first] = float("nan"), 0
+    expected = recurrence(clean)
+    close(decode(dataclasses.replace(inputs, has_initial_state=flags)).o, expected.o)
+    judge_state(inputs.state[inputs.state_indices.long()], expected.final_state[inputs.state_indices.long()], 2e-6)
+
+
+def test_tokens_behind_the_last_sequence_and_indices_that_lie_apart():
+    inputs = usual(lens=[2, 0, 5])
+    expected = recurrence(inputs).o
+    wide = {
+        name: torch.cat([x := getattr(inputs, name), torch.full_like(x[:, :9], float("nan"))], 1)
+        for name in ("q", "k", "v", "g", "beta")
+    }
+    apart = ints([[slot, 99] for slot in [*SLOTS, 99]])[:, 0]
+    o = decode(dataclasses.replace(inputs, **wide, state_indices=apart)).o
+    close(o[:, :7], expected)
+    assert o[:, 7:].eq(0).all()
+
+
+def test_more_sequences_than_a_grid_has_room_for():
+    N = 66_000
+    inputs = make(N=N, H=1, HV=1, K=32, V=16)
+    inputs = with_pool(inputs, list(range(N)), P=N)
+    expected = on_plain_states(inputs, [0, 65_534, 65_535, N - 1])
+    some = [0, 65_534, 65_535, N - 1]
+    names = ("q", "k", "v", "g", "beta")
+    expected = recurrence(dataclasses.replace(expected, **{name: getattr(inputs, name)[some] for name in names}))
+    close(decode(inputs).o[some], expected.o)
+    judge_state(inputs.state[some], expected.final_state, 2e-6)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [Options(), SAFE], ids=["softplus", "safe"])
+@pytest.mark.parametrize("A_log", [88.0, 95.0, 1000.0, -100.0])
+def test_any_rate(A_log, options, state_dtype):
+    """Also where raw + bias is 0 and the rate is no number of 32 bits."""
+    inputs = usual(options=options, state_dtype=state_dtype)
+    bias = inputs.dt_bias.bfloat16().float()
+    g = inputs.g.clone()
+    g[..., ::2] = -bias.bfloat16()[..., ::2]
+    large = dataclasses.replace(inputs, g=g, dt_bias=bias, A_log=torch.full_like(inputs.A_log, A_log))
+    exact = recurrence(dataclasses.replace(large, A_log=torch.full_like(inputs.A_log, min(A_log, 60.0))))
+    close(decode(large).o, exact.o)

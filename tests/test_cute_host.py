@@ -125,7 +125,7 @@ def test_a_batch_of_nothing_launches_nothing(made, lens):
 # --- what is compiled, and what is not compiled again
 
 
-def test_batch_pool_and_strides_compile_nothing_new(made):
+def test_batch_heads_pool_and_strides_compile_nothing_new(made):
     check(pooled())
     check(pooled(N=1, slots=(2,), P=3))
     check(pooled(N=5, slots=(0, 1, 2, 3, 4), P=40, gap=64))
@@ -134,7 +134,30 @@ def test_batch_pool_and_strides_compile_nothing_new(made):
     beta = wide[..., 3:7].copy_(inputs.beta)
     heads_first = inputs.g.transpose(1, 2).contiguous().transpose(1, 2)
     check(dataclasses.replace(inputs, beta=beta, g=heads_first, q=inputs.q.repeat(1, 2, 1, 1)[:, :1]))
+    check(pooled(H=3, HV=6))
     assert len(made) == 1
+
+
+def test_calls_of_other_batches_take_the_short_way(made):
+    """An engine's steps, each with another number of sequences, up to another schedule and back."""
+    for N in (1, 3, 2, 700, 701, 5):
+        inputs = pooled(N=N, slots=range(N), P=N)
+        o = torch.empty_like(inputs.v)
+        short = module.again(inputs.fresh(), o)
+        decode(inputs.fresh(), o)
+        assert short == (N not in (1, 700)), N
+    assert len(made) == len({function.spec for function in made}) == 2
+
+
+def test_heads_that_do_not_fit_are_refused(made):
+    """Which the function cannot see, as head counts are no part of what it is compiled for."""
+    inputs = pooled()
+    decode(inputs.fresh())
+    for wrong in (inputs.dt_bias[:2], inputs.dt_bias.flatten()[:-1].contiguous()):
+        with pytest.raises(InputError, match="^dt_bias has shape"):
+            decode(dataclasses.replace(inputs, dt_bias=wrong))
+    with pytest.raises(InputError, match=r"^v has \d heads|^q has"):
+        decode(dataclasses.replace(inputs, q=inputs.q[:, :, [0, 0, 1]], k=inputs.k[:, :, [0, 0, 1]]))
 
 
 def test_lengths_of_several_tokens_compile_nothing_new(made):
@@ -244,7 +267,7 @@ def test_wrong_final_state(made, warm):
     inputs = with_state(make(N=3, H=2, HV=4, K=32, V=32, lens=[2, 1, 3]))
     if warm:
         decode(inputs)
-    for wrong in (inputs.state[:2].clone(), inputs.state.half(), inputs.state.transpose(2, 3)):
+    for wrong in (inputs.state[:2].clone(), inputs.state.double(), inputs.state.transpose(2, 3)):
         with pytest.raises(InputError, match=r"^final_state\b"):
             decode(inputs, final_state=wrong)
 

@@ -4,6 +4,7 @@ pytest tests/test_cute_prefill.py       about three minutes, most of it the comp
 """
 
 import dataclasses
+import functools
 import itertools
 import threading
 
@@ -20,7 +21,7 @@ from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.serving import kda_decode, kda_prefill
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kdacli.judge import Reference, judge
 
 pytestmark = pytest.mark.gpu
@@ -442,3 +443,193 @@ def test_eight_threads():
         thread.join()
     assert not failures
     assert all(same_bits(o, exact) for o, exact in zip(results, expected, strict=True))
+
+
+# --- what engines ask for
+
+
+def state_after(inputs: Inputs, n: int, tokens_of: int) -> torch.Tensor:
+    """The oracle's state [HV, V, K] after so many tokens of a packed sequence."""
+    first, end = inputs.cu_seqlens[n : n + 2].tolist()
+    at = slice(first, min(end, first + tokens_of))
+    part = {name: getattr(inputs, name)[:, at] for name in TOKENS}
+    slot = n if inputs.state_indices is None else int(inputs.state_indices[n])
+    state = inputs.state[slot][None]
+    if inputs.has_initial_state is not None and not inputs.has_initial_state[n]:
+        state = torch.zeros_like(state)
+    one = dataclasses.replace(
+        inputs, **part, state=state, state_indices=None, cu_seqlens=None, has_initial_state=None, checkpoints=None,
+        null_slot=None, batch_invariant=False, output_final_state=True,
+    )  # fmt: skip
+    return recurrence(one).final_state[0]
+
+
+def near(actual: torch.Tensor, exact: torch.Tensor) -> bool:
+    return bool((actual.double() - exact).norm() <= 8e-3 * exact.norm())
+
+
+ints = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_checkpoints(monkeypatch, way, dtype):
+    """At given positions, in first segments, inside of units and at their ends; nothing else is written."""
+    split(monkeypatch, way)
+    inputs = pooled([5 * CHUNK + 3, 2 * CHUNK, 70, 8 * CHUNK, 100], slots=[4, 1, 6, 0, -1])
+    rows = ints([[0, 1, 2], [3, 4, -1], [5, 6, 7], [8, 99, 9], [10, 10, 10]])
+    offsets = ints([[64, 128, 65], [64, 128, 64], [0, -3, 192], [256, 64, 192], [64, 64, 64]])
+    states = torch.full((12, 2, 128, 128 + 8), KEPT, dtype=dtype, device=DEVICE)[..., :128].contiguous()
+    kept = Checkpoints(states, rows, offsets)
+    expected = prefill(inputs.fresh())
+    mine = dataclasses.replace(inputs.fresh(), checkpoints=kept)
+    outputs = prefill(mine)
+    assert same_bits(outputs.o, expected.o) and same_bits(mine.state, expected.final_state)
+    for row, (n, at) in {0: (0, 64), 1: (0, 128), 3: (1, 64), 4: (1, 128), 8: (3, 256), 9: (3, 192)}.items():
+        assert near(states[row], state_after(inputs, n, at)), row
+    assert states[2].isnan().all(), "no chunk ends there"
+    assert states[[5, 6, 7, 10, 11]].eq(KEPT).all(), "before the first token, past the end, padding, no row's"
+
+
+@every_way
+def test_checkpoints_at_regular_distances_into_the_pool(monkeypatch, way):
+    split(monkeypatch, way)
+    inputs = pooled([5 * CHUNK + 3, 130], slots=[4, 1], P=12)
+    rows = ints([[7, 8, 9], [10, 11, -1]]).long()
+    mine = inputs.fresh()
+    mine.checkpoints = Checkpoints(mine.state, rows, every=64)
+    expected = prefill(inputs.fresh())
+    assert same_bits(prefill(mine).o, expected.o)
+    for row, (n, at) in {7: (0, 64), 8: (0, 128), 10: (1, 64), 11: (1, 128)}.items():
+        assert near(mine.state[row], state_after(inputs, n, at)), row
+    assert mine.state[9].isnan().all(), "there are 163 tokens"
+
+
+@every_way
+def test_slots_that_are_padding_or_not_there(monkeypatch, way):
+    """Any negative one and the null slot give zeros, one past the pool NaN; none of them is read or written."""
+    split(monkeypatch, way)
+    lens, slots = [170, 100, 3, 170, 170, 40], [0, -7, 0, 7, 2, 2**31 - 1]
+    inputs = pooled(lens, slots=slots[:1] + [-1] * 3 + [2, -1])
+    inputs.state[0] = float("nan")
+    alone = prefill(dataclasses.replace(inputs.fresh(), state_indices=ints([-1, -1, -1, -1, 2, -1])))
+    mine = dataclasses.replace(inputs.fresh(), state_indices=ints(slots), null_slot=0)
+    before = mine.state.clone()
+    o = prefill(mine).o[0]
+    parts = o.split(lens)
+    assert all(parts[n].eq(0).all() for n in (0, 1, 2))
+    assert parts[3].isnan().all() and parts[5].isnan().all()
+    assert same_bits(parts[4], alone.o[0].split(lens)[4])
+    before[2] = mine.state[2]
+    assert same_bits(mine.state, before) and mine.state[2].isfinite().all()
+
+
+@every_way
+def test_sequences_that_begin_with_nothing(monkeypatch, way):
+    split(monkeypatch, way)
+    inputs = pooled([170, 3, 100], slots=[4, 1, 6])
+    inputs.state[[4, 6]] = float("nan")
+    clean = inputs.fresh()
+    clean.state[[4, 6]] = 0
+    flags = torch.tensor([False, True, False], device=DEVICE)
+    mine = dataclasses.replace(inputs, has_initial_state=flags)
+    outputs, expected = prefill(mine), prefill(clean)
+    assert same_bits(outputs.o, expected.o) and same_bits(mine.state[[4, 1, 6]], clean.state[[4, 1, 6]])
+
+
+@every_way
+def test_tokens_behind_the_last_sequence(monkeypatch, way):
+    """Of a graph's bucket: zeros, whatever stands in them."""
+    split(monkeypatch, way)
+    inputs = pooled([170, 3], slots=[4, 1])
+    expected = prefill(inputs.fresh()).o
+    wide = {
+        name: torch.cat([x := getattr(inputs, name), torch.full_like(x[:, :50], float("nan"))], 1) for name in TOKENS
+    }
+    o = torch.full_like(wide["v"], KEPT)
+    prefill(dataclasses.replace(inputs, **wide), o)
+    assert o[:, 173:].eq(0).all()
+    if way is None:
+        assert same_bits(o[:, :173], expected)
+
+
+def test_state_indices_that_lie_apart_and_fp16_pools():
+    inputs = pooled([70, 3], slots=[4, 1], state_dtype=torch.float16)
+    check(inputs.fresh())
+    expected = prefill(inputs.fresh()).o
+    apart = ints([[4, 9], [1, 9], [9, 9]])[:, 0]
+    assert same_bits(prefill(dataclasses.replace(inputs.fresh(), state_indices=apart)).o, expected)
+
+
+def test_a_workspace_of_the_caller(monkeypatch):
+    split(monkeypatch, WAYS["split"])
+    inputs = pooled([170, 300], slots=[4, 1])
+    expected = prefill(inputs.fresh())
+    room = torch.full((module._split_bytes(WAYS["split"], 2, 8, 2) + 64,), 255, dtype=torch.uint8, device=DEVICE)
+    prefill(dataclasses.replace(inputs.fresh(), workspace=room[3:]))  # warm
+    torch.cuda.reset_peak_memory_stats()
+    before, o = torch.cuda.memory_allocated(), torch.empty_like(inputs.v)
+    mine = dataclasses.replace(inputs.fresh(), workspace=room[3:])
+    after = torch.cuda.memory_allocated()
+    module.launch(mine, o)
+    assert torch.cuda.max_memory_allocated() <= max(before, after)
+    assert same_bits(o, expected.o) and same_bits(mine.state, expected.final_state)
+    small = dataclasses.replace(inputs.fresh(), workspace=room[:100])
+    for verdict in judge(Reference(inputs.fresh(), Op.PREFILL), prefill(small)):
+        assert verdict.passed, "whole sequences then"
+
+
+def test_batch_invariance():
+    """Neither the others nor where a cached prefix was cut, at 64 tokens and with a state in fp32, change a bit."""
+    batch = dataclasses.replace(pooled([500, 64, 37], slots=[4, 1, 6]), batch_invariant=True)
+    whole = batch.fresh()
+    expected = prefill(whole).o
+    check(batch.fresh())
+    alone = batch.fresh()
+    parts = []
+    for cut in (slice(0, 192), slice(192, 256), slice(256, 500)):
+        tensors = {name: getattr(batch, name)[:, cut] for name in TOKENS}
+        offsets = ints([0, cut.stop - cut.start])
+        parts.append(prefill(dataclasses.replace(alone, **tensors, cu_seqlens=offsets, state_indices=ints([4]))).o)
+    assert same_bits(torch.cat(parts, 1), expected[:, :500])
+    assert same_bits(alone.state[4], whole.state[4])
+
+
+@every_way
+def test_long_keys_behind_closed_gates(monkeypatch, way):
+    """Up to 1e11; longer ones are seen."""
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3])
+    g = torch.full_like(inputs.g, 1e4)
+    for size in (1e4, 1e9):
+        long = dataclasses.replace(inputs, g=g, k=inputs.k * size, q=inputs.q * size)
+        check(long)
+    longer = dataclasses.replace(inputs, g=g, k=inputs.k * 1e13)
+    assert prefill(longer).o.isnan().any()
+
+
+@every_way
+@pytest.mark.parametrize("A_log", [4.0, 5.3, 10.0, 88.0, 95.0, 1000.0, -100.0])
+def test_any_rate(monkeypatch, way, A_log):
+    """Also where raw + bias is 0 and the rate is no number of 32 bits."""
+    split(monkeypatch, way)
+    inputs = plain([3 * CHUNK + 3])
+    inputs = dataclasses.replace(inputs, dt_bias=inputs.dt_bias.bfloat16().float())
+    g = inputs.g.clone()
+    g[:, ::2] = -inputs.dt_bias.view(1, 1, *inputs.g.shape[2:]).bfloat16()
+    large = dataclasses.replace(inputs, g=g, A_log=torch.full_like(inputs.A_log, A_log))
+    exact = dataclasses.replace(large, A_log=torch.full_like(inputs.A_log, min(A_log, 60.0)))
+    outputs = prefill(large)
+    for verdict in judge(Reference(exact, Op.PREFILL), outputs):
+        assert verdict.passed, verdict
+
+
+def test_other_head_counts_compile_nothing(monkeypatch):
+    prefill(pooled([70, 3], slots=[4, 1], H=2, HV=2))
+
+    def compiled(*_):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(module, "build", compiled)
+    for heads in (1, 3, 12):
+        check(pooled([70, 3], slots=[4, 1], H=heads, HV=heads))

@@ -236,13 +236,13 @@ def test_states_at_the_start_of_every_64_tokens(made, call):
     """As triton-prefill gives them; and sequences are not split, however few there are."""
     inputs = call()
     outputs, h = prefill(on_gpu(inputs.fresh()), return_intermediate_states=True)
-    assert [function.spec.boundaries for function in made] == [True]
+    assert [function.spec.every for function in made] == [True]
     expected, expected_h = triton_prefill(inputs.fresh(), return_intermediate_states=True)
     assert h.shape == expected_h.shape and h.dtype is inputs.k.dtype
     torch.testing.assert_close(h.float(), expected_h.float(), rtol=2e-2, atol=2e-3)
     torch.testing.assert_close(outputs.o.float(), expected.o.float(), rtol=2e-2, atol=2e-3)
     close(prefill(on_gpu(inputs.fresh())).o, recurrence(inputs).o)
-    assert [function.spec.boundaries for function in made] == [True, False], "a function of its own"
+    assert [function.spec.every for function in made] == [True, False], "a function of its own"
 
 
 # --- what is compiled, and what is not compiled again
@@ -350,7 +350,7 @@ def test_wrong_buffers(made):
     for out in (torch.empty_like(inputs.v, dtype=torch.float32), torch.empty_like(inputs.v)[:, :, :1]):
         with pytest.raises(InputError, match="^cute-prefill: Mismatched"):
             prefill(inputs, out)
-    with pytest.raises(InputError, match="^cute-prefill: Mismatched"):
+    with pytest.raises(InputError, match="^cute-prefill: not one for each sequence"):
         module.launch(inputs, torch.empty_like(inputs.v), inputs.state[:1].clone())
 
 

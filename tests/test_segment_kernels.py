@@ -11,9 +11,9 @@ import torch
 from decode_inputs import DEVICE
 
 from kda_kernels.triton.segment_outputs import add_segment_outputs
-from kda_kernels.triton.segment_scan import scan_segments
+from kda_kernels.triton.segment_scan import Segments, scan_segments
 
-K, HV, SPARE = 128, 2, 2  # SPARE: units that the workspaces have room for, and that there are not
+K, HV, SPARE, SLOTS = 128, 2, 2, 7  # SPARE: units that the workspaces have room for, and that there are not
 NAN = float("nan")
 
 
@@ -30,6 +30,7 @@ class Round:
     packed: bool = True
     wide: bool = False  # int64 offsets and indices
     final: bool = True  # whether final states are wanted
+    null: int | None = None
 
     @property
     def units(self) -> list[tuple[int, list[int]]]:
@@ -51,13 +52,17 @@ class Round:
     def ints(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64 if self.wide else torch.int32, device=DEVICE)
 
-    @property
-    def cut(self) -> tuple[int, int, int, int]:
-        return self.lead, self.segment, self.begin, self.limit
+    def segments(self, parts: list[torch.Tensor], final: torch.Tensor | None) -> Segments:
+        """With these starts, summaries and reads, one behind the other."""
+        workspace = torch.cat([part.view(torch.float32).flatten() for part in parts])
+        cut = self.lead, self.segment, self.begin, self.limit
+        return Segments(
+            workspace, final, self.indices, self.offsets, len(self.lens), len(self.units) + SPARE, self.null, *cut
+        )
 
     def skipped(self, n: int) -> bool:
-        """Padding."""
-        return self.slots is not None and self.slots[n] < 0
+        """Padding, or no slot of a pool of SLOTS."""
+        return self.slots is not None and (not 0 <= self.slots[n] < SLOTS or self.slots[n] == self.null)
 
 
 ROUNDS = {
@@ -66,6 +71,7 @@ ROUNDS = {
     "the second of two": Round([161, 0, 33, 100, 96, 192], 32, 32, 96, 96),
     "nothing left": Round([90, 0, 96], 32, 32, 96, 96),
     "padding": Round([161, 100, 97], 32, 64, slots=[1, -1, 0], wide=True),
+    "a null slot, and one that there is not": Round([161, 100, 97, 99], 32, 64, slots=[0, -7, 0, 7], null=0),
     "plain": Round([64, 65, 400], 64, 64, wide=True),
     "no final states": Round([64, 65, 161], 64, 32, final=False),
     "dense": Round([161] * 3, 64, 32, packed=False),
@@ -108,8 +114,8 @@ def test_the_scan(how, dtype):
     N, units = len(how.lens), how.units
     end, transition = normal(len(units), HV, K, K), normal(len(units), HV, K, K, seed=1) / K**0.5
     starts = torch.full((N + len(units) + SPARE, HV, K, K), NAN, device=DEVICE)
-    memory = torch.full((N + 1, HV * K * K + 64), NAN, dtype=dtype, device=DEVICE)
-    final = memory[:, 64:].view(N + 1, HV, K, K)
+    memory = torch.full((SLOTS, HV * K * K + 64), NAN, dtype=dtype, device=DEVICE)
+    final = memory[:, 64:].view(SLOTS, HV, K, K)
     first = normal(N, HV, K, K, seed=2)
     expected: dict[int, torch.Tensor] = {}  # of starts
     finals: dict[int, torch.Tensor] = {}
@@ -129,7 +135,9 @@ def test_the_scan(how, dtype):
         elif how.final:
             finals[n if how.slots is None else how.slots[n]] = state
     both = summaries_of(end, transition)
-    scan_segments(both, starts, final if how.final else None, how.indices, how.offsets, N, how.lens[0], *how.cut)
+    segments = how.segments([starts, both], final if how.final else None)
+    scan_segments(segments, how.lens[0], HV)
+    starts = segments.workspace[: starts.numel()].view_as(starts)
     assert set(starts.isfinite().flatten(1).all(1).nonzero().flatten().tolist()) == set(expected)
     assert sum(starts[i].isnan().all() for i in range(len(starts))) == len(starts) - len(expected)
     for i, state in expected.items():
@@ -164,7 +172,8 @@ def test_the_sum_of_outputs(how, apart):
             rounded = starts[N + u].bfloat16().double()
             expected[b, where] += torch.einsum("thk,hvk->thv", reads[at].double(), rounded)
     untouched = expected.eq(o)
-    add_segment_outputs(reads, starts, o, how.indices, how.offsets, N, *how.cut)
+    summaries = torch.full((2 * (len(units) + SPARE), HV, K, K), NAN, device=DEVICE)
+    add_segment_outputs(how.segments([starts, summaries, reads], torch.empty(SLOTS, 1, device=DEVICE)), o)
     assert same_bits(memory[:row], before[:row]) and same_bits(memory[row + size :], before[row + size :])
     torch.testing.assert_close(o.double(), expected, rtol=2**-8, atol=2**-14)
     assert torch.equal(o[untouched].double(), expected[untouched])

@@ -31,10 +31,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from kda_kernels.errors import UnavailableError
 
 EXPORTED = "kda_kernel"  # the function's name inside a file
-DISK_FILES = 1024  # the oldest go when there are more
+DISK_FILES = 1024  # those not used for the longest go when there are more
+UNUSED_DAYS = 30  # after which a file goes: other sources, or another compiler, no longer find it
+LOCK_S = 900  # that a process waits for another one that compiles the same
 DIGEST_BYTES = 32
 
 
@@ -161,7 +165,7 @@ def compiled(build: Callable[[], Any]) -> Any:
 def keep(made: Any, label: str) -> None:
     """Puts what `cute.compile` returned on disk, unless it is there."""
     if (path := _path(label)) is not None:
-        with FileLock(f"{path}.lock"):
+        with _locked(path):
             if not any(path.with_suffix(suffix).exists() for suffix in (".so", ".o")):
                 _store(made, path)
 
@@ -176,12 +180,29 @@ def _from_disk_or(build: Callable[[], Any], label: str) -> tuple[Callable[..., A
     path = _path(label)
     if path is None:
         return compiled(build), "compiled"
-    with FileLock(f"{path}.lock"):
+    with _locked(path):
         if (function := _load(path)) is not None:
             return function, "disk"
         made = compiled(build)
         _store(made, path)
         return _load(path) or made, "compiled"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time has a file. Raises `UnavailableError` when it waited too long."""
+    lock = FileLock(f"{path}.lock", timeout=LOCK_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UnavailableError(
+            f"another process has compiled the same kernel for {LOCK_S} s: end it, or set KDA_CACHE_DIR to another "
+            f"folder than that of {lock.lock_file}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _path(label: str) -> Path | None:
@@ -223,7 +244,7 @@ def _store(made: Any, path: Path) -> None:
         for file in (objects, library):
             with contextlib.suppress(OSError):
                 file.unlink()
-    _prune(path.parent)
+    _prune(path.parent.parent)
 
 
 def _digest(content: bytes) -> bytes:
@@ -249,6 +270,7 @@ def _load(path: Path) -> Callable[..., Any] | None:
         if file.exists():
             try:
                 _require_whole(file)
+                os.utime(file)  # it is in use
                 return _load_library(file) if file.suffix == ".so" else _load_object(file)
             except Exception as error:
                 warnings.warn(f"compile cache: {file.name} does not load ({error}): made again", RuntimeWarning, 5)
@@ -299,14 +321,21 @@ def _runtime_libraries() -> Iterator[Path]:
     yield found[0]
 
 
-def _prune(where: Path) -> None:
-    files = sorted((f for f in where.iterdir() if f.suffix in (".so", ".o")), key=_age)
-    for file in files[: max(0, len(files) - DISK_FILES)]:
-        with contextlib.suppress(OSError):
-            file.unlink()
+def _prune(root: Path) -> None:
+    """Removes files of all sources and compilers that are not used, and folders that are empty then."""
+    files = sorted((f for f in root.glob("*/*") if f.suffix in (".so", ".o")), key=_used)
+    since = time.time() - UNUSED_DAYS * 86400
+    for i, file in enumerate(files):
+        if i < len(files) - DISK_FILES or _used(file) < since:
+            for gone in (file, Path(f"{file.with_suffix('')}.lock")):
+                with contextlib.suppress(OSError):
+                    gone.unlink()
+            with contextlib.suppress(OSError):  # there are others in it
+                file.parent.rmdir()
 
 
-def _age(file: Path) -> float:
+def _used(file: Path) -> float:
+    """When, in seconds."""
     try:
         return file.stat().st_mtime
     except OSError:  # another process took it away

@@ -18,20 +18,38 @@ from kda_kernels import ranges
 from kda_kernels.boundary import check_out
 from kda_kernels.checks import check_inputs, require_features, values_checked
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
+from kda_kernels.cute.decode_config import MOST_BLOCKS, DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import architecture, unsupported_here
-from kda_kernels.cute.variant import CuteVariant
-from kda_kernels.dtypes import name_of
+from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.variant import H100, Gpu
 
-FEATURES = frozenset(("token_states",))
+FEATURES = frozenset(
+    ("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states", "token_state_indices")
+) | {"strided_indices", "tail"}
 
-# What the last call was like, its function and its last two arguments. One tuple, so that threads read it whole.
-_last: tuple[tuple | None, Any, float, float] = (None, None, 0.0, 0.0)
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """What the last call was like, and the functions that calls like it take.
+
+    Attributes:
+        key: see `_key`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: the function's last arguments.
+        functions: by config.
+    """
+
+    key: tuple | None = None
+    narrow: bool = False
+    sms: int = 1
+    scale: float = 0.0
+    bound: float = 0.0
+    functions: dict[DecodeConfig, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+
+_last = _Last()
 
 
 def decode(
@@ -85,13 +103,15 @@ def launch(
         if config is None and again(inputs, o, ht):
             return
         q, options = inputs.q, inputs.options
-        if not q.shape[0] * q.shape[1]:
+        if not q.shape[0] * q.shape[1] or not inputs.N:
             check_inputs(inputs)
-            return _hand_on(inputs.state, ht)
-        function = _function(inputs, o, ht, config)
-        scale = options.scale_for(q.shape[-1])
-        last = (options, q.shape, q.device), function, scale, options.lower_bound or 0.0
-        _call(last, inputs, o, ht)
+            return _hand_on(inputs, o, ht)
+        sms, key = multiprocessors(q.device), _key(inputs)
+        narrow = _narrow(inputs, ht)
+        chosen = _config(inputs, narrow, sms) if config is None else config
+        function = _function(inputs, o, ht, chosen)
+        scale, bound = options.scale_for(q.shape[-1]), options.lower_bound or 0.0
+        _call(function, inputs, o, ht, scale, bound)
     except KdaError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
@@ -99,27 +119,56 @@ def launch(
         if isinstance(error, (TypeError, ValueError)):
             raise InputError(f"cute-decode: {one_line(str(error))}") from None
         raise
-    if config is None:
-        _last = last
+    if config is None and inputs.N <= MOST_BLOCKS:
+        before = _last
+        same = (before.key, before.narrow, before.sms, before.scale, before.bound) == (key, narrow, sms, scale, bound)
+        _last = _Last(key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
 
 
 def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
-    """`launch`, if this call is like the last one and takes the same function. False: it is not, and nothing was done.
+    """`launch`, if this call is like the last one: as many sequences as it likes. False: it is not; nothing was done.
 
-    Options, shape and device are compared; what is not compared the function checks itself.
+    Options, heads and device are compared; what is not compared the function checks itself.
     """
-    last, q = _last, inputs.q
+    last = _last
     try:
-        if last[0] != (inputs.options, q.shape, q.device):
+        if last.key != _key(inputs) or inputs.N > MOST_BLOCKS:
             return False
-        _call(last, inputs, o, ht)
-    except (AttributeError, IndexError, TypeError, ValueError):  # other dtypes, say; or wrong, as `launch` will tell
+        _call(last.functions[_config(inputs, last.narrow, last.sms)], inputs, o, ht, last.scale, last.bound)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # other dtypes, say; or wrong: see `launch`
         return False
     return True
 
 
-def _call(last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
-    """Calls the compiled function of `last`.
+def _key(inputs: Inputs) -> tuple:
+    """What a compiled function cannot see of its tensors, or is not compiled for."""
+    q = inputs.q
+    _, T, H, K = q.shape
+    one_token = T == 1 and inputs.cu_seqlens is None
+    return inputs.options, one_token, inputs.update_state, H, K, inputs.v.shape[2:], q.device
+
+
+def _narrow(inputs: Inputs, ht: torch.Tensor | None) -> bool:
+    """Whether states have 16 bits, and rows of them whole lines."""
+    states = [x for x in (inputs.state, ht, inputs.token_states) if x is not None]
+    return inputs.q.shape[3] % 64 == 0 and all(x.element_size() == 2 for x in states)
+
+
+def _config(inputs: Inputs, narrow: bool, sms: int) -> DecodeConfig:
+    _, T, HV, V = inputs.v.shape
+    one_token = T == 1 and inputs.cu_seqlens is None
+    return DecodeConfig.choose(inputs.N * HV, inputs.q.shape[3], V, narrow, one_token, sms)
+
+
+def _call(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    o: torch.Tensor,
+    ht: torch.Tensor | None,
+    scale: float,
+    bound: float,
+) -> None:
+    """Calls a compiled function.
 
     Raises:
         Exception: it does not take these tensors; nothing was launched.
@@ -130,23 +179,30 @@ def _call(last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None)
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not inputs.state_v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
+    if (N := inputs.N) < 1:
+        raise ValueError("no sequence")
     if indices is not None:
         _, HV, V, K = h0.shape
         if h0.stride(0) < HV * V * K and h0.shape[0] > 1:
             raise ValueError("slots overlap")
+        if indices.shape[0] < N:
+            raise ValueError("not one for each sequence")
     if offsets is not None:
-        N = offsets.shape[0] - 1
-        for one_each in (indices if indices is not None else h0, ht):
-            if one_each is not None and one_each.shape[0] != N:
+        one_each = (inputs.num_accepted_tokens, inputs.token_state_indices, inputs.has_initial_state, ht)
+        for x in (h0, *one_each) if indices is None else one_each:
+            if x is not None and x.shape[0] != N:
                 raise ValueError("not one for each sequence")
     if A_log is not None and A_log.ndim != 1:
         A_log = _flat(A_log, A_log.numel())
-    if bias is not None and bias.ndim != 1:
-        bias = _flat(bias, inputs.g.shape[3])
-    _, function, scale, bound = last
+    if bias is not None:
+        if bias.ndim != 1:
+            bias = _flat(bias, inputs.g.shape[3])
+        if bias.shape[0] != inputs.v.shape[2] * inputs.q.shape[3]:
+            raise ValueError("dt_bias is not one for each channel")
     arguments = (
         inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets,
-        inputs.token_states, scale, bound,
+        inputs.token_states, inputs.num_accepted_tokens, inputs.token_state_indices, inputs.has_initial_state,
+        -1 if inputs.null_slot is None else inputs.null_slot, scale, bound,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
@@ -156,46 +212,52 @@ def _call(last: tuple, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None)
 
 
 def _flat(parameter: torch.Tensor, last: int) -> torch.Tensor:
-    """A_log of any shape, or dt_bias [HV, K], in one dimension, as the function takes it. Raises `ValueError`."""
+    """A_log of any shape, or dt_bias [.., HV, K], in one dimension, as the function takes it. Raises `ValueError`."""
     if not parameter.is_contiguous() or (parameter.numel() != last and parameter.shape[-1] != last):
         raise ValueError("a parameter lies in another order")
     return parameter.view(-1)
 
 
-def _function(
-    inputs: Inputs,
-    o: torch.Tensor,
-    ht: torch.Tensor | None,
-    config: DecodeConfig | None,
-) -> Callable[..., Any]:
+def _function(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, config: DecodeConfig) -> Callable[..., Any]:
     """The compiled function for these tensors; where it is not in memory, they are checked first."""
-    B, T, H, K = inputs.q.shape
-    HV, V = inputs.v.shape[2:]
-    N = inputs.N
-    one_token = inputs.cu_seqlens is None and T == 1
-    if config is None:
-        states = [x for x in (inputs.state, ht, inputs.token_states) if x is not None]
-        narrow = K % 64 == 0 and all(x.element_size() == 2 for x in states)
-        config = DecodeConfig.choose(N * HV, K, V, narrow, one_token, multiprocessors(inputs.q.device))
-    parts = (
-        inputs.q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, inputs.state_indices,
-        inputs.cu_seqlens, inputs.token_states,
-    )  # fmt: skip
-    dtypes = tuple(None if x is None else x.dtype for x in parts)
-    key = ("decode", inputs.options, config, H, HV, K, V, one_token, inputs.q.device, dtypes)
-    if (function := CACHE.get(key)) is not None:
+    kind, device = _kind(inputs, ht, config), inputs.q.device
+    if (function := CACHE.get(("decode", device, kind))) is not None:
         return function
     _check_all(inputs, o, ht)
-    if (reason := unsupported_here(inputs.q.device)) is not None:
+    if (reason := unsupported_here(device)) is not None:
         raise UnavailableError(f"cute-decode: {reason}")
-    spec, arch = spec_of(inputs, ht, config), architecture(inputs.q.device)
-    return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
+    spec, arch = spec_of(inputs, ht, config), architecture(device)
+    return CACHE.make(("decode", device, kind), label(spec, arch), lambda: build(spec, arch))
 
 
-def _hand_on(h0: torch.Tensor | None, ht: torch.Tensor | None) -> None:
-    """No token in the whole batch: a state that is not in place goes out as it came in."""
-    if ht is not None:
-        ht.zero_() if h0 is None else ht.copy_(h0)
+def _kind(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> tuple:
+    """The fields of `DecodeSpec` as they can be looked up: torch's dtypes instead of their names."""
+    q, v, options, indices = inputs.q, inputs.v, inputs.options, inputs.state_indices
+    return (
+        v.shape[2] // q.shape[2], q.shape[3], v.shape[3],
+        options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        *(None if x is None else x.dtype for x in (
+            q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state, ht, indices, inputs.cu_seqlens,
+            inputs.token_states,
+        )),
+        inputs.cu_seqlens is None and q.shape[1] == 1, config,
+        *(None if x is None else x.dtype for x in (inputs.num_accepted_tokens, inputs.token_state_indices)),
+        inputs.has_initial_state is not None, inputs.update_state,
+        indices is not None and indices.ndim == 1 and not indices.is_contiguous(), inputs.N > MOST_BLOCKS,
+    )  # fmt: skip
+
+
+def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """No token of any sequence: a state that is not in place goes out as it came in, and o is zero."""
+    o.zero_()
+    if ht is None:
+        return
+    if inputs.state is None:
+        ht.zero_()
+    elif inputs.has_initial_state is None:
+        ht.copy_(inputs.state)
+    else:
+        ht.copy_(torch.where(inputs.has_initial_state[:, None, None, None], inputs.state, 0))
 
 
 def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
@@ -205,29 +267,18 @@ def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None
         raise InputError(f"cute-decode: {reason}")
     check_out(o, inputs.v)
     if ht is not None:
-        if ht.dtype is torch.float16:
-            raise InputError("final_state", "is float16", "it should be float32 or bfloat16")
+        plain = Inputs(
+            inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.options, inputs.A_log, inputs.dt_bias
+        )
         try:
-            check_inputs(dataclasses.replace(inputs, state=ht, state_indices=None))
+            check_inputs(dataclasses.replace(plain, state=ht, cu_seqlens=inputs.cu_seqlens))
         except InputError as error:
             raise error.renamed({"state": "final_state"}) from None
 
 
 def spec_of(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> DecodeSpec:
     """What the kernel has to be compiled for."""
-
-    def name(x: torch.Tensor | None) -> str | None:
-        return None if x is None else name_of(x.dtype)
-
-    options = inputs.options
-    return DecodeSpec(
-        H=inputs.q.shape[2], HV=inputs.v.shape[2], K=inputs.q.shape[3], V=inputs.v.shape[3], gate=options.gate,
-        beta_is_logit=options.beta_is_logit, allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm,
-        dtype=name(inputs.q), g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log),
-        dt_bias=name(inputs.dt_bias), h0=name(inputs.state), ht=name(ht), index=name(inputs.state_indices),
-        offsets=name(inputs.cu_seqlens), token_states=name(inputs.token_states),
-        one_token=inputs.cu_seqlens is None and inputs.q.shape[1] == 1, config=config,
-    )  # fmt: skip
+    return DecodeSpec(*named(_kind(inputs, ht, config)))
 
 
 def label(spec: DecodeSpec, arch: str) -> str:
@@ -251,8 +302,6 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def _unsupported_problem(problem: Problem) -> str | None:
     if not problem.state_v_first and (problem.initial_state or problem.final_state):
         return "the state is K-first: this kernel's is V-first"
-    if problem.state_dtype == "float16":
-        return "the state is fp16: it takes fp32 or bf16"
     return unsupported_shape(problem.K, problem.V)
 
 
@@ -272,8 +321,6 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
     if lacking := inputs.features() - FEATURES:
         return f"it does not support {min(lacking)}"
     state = inputs.state
-    if any(x is not None and x.dtype is torch.float16 for x in (state, inputs.token_states)):
-        return "a state is fp16: it takes fp32 or bf16"
     if state is not None and (state.data_ptr() % 16 or state.stride(0) * state.element_size() % 16):
         return "a slot of the state is not 16-byte aligned"
     return None
@@ -317,20 +364,6 @@ def _variant(name: str, problem: Problem, gpu: Gpu) -> CuteVariant:
 
 
 def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
-    """As `spec_of`, from a problem alone: int32 indices, parameters of one dtype."""
-    options = problem.options
-    params = None if options.gate is Gate.NONE else problem.param_dtype
-    pooled = problem.pool_slots is not None
-    state = problem.state_dtype if pooled or problem.initial_state else None
-    out = None if pooled or not problem.final_state else state or "float32"
-    narrow = problem.K % 64 == 0 and {state, out} <= {"bfloat16", None}
-    one_token = not problem.packed and set(problem.seq_lens) == {1}
-    return DecodeSpec(
-        H=problem.H, HV=problem.HV, K=problem.K, V=problem.V, gate=options.gate, beta_is_logit=options.beta_is_logit,
-        allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
-        g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=state,
-        ht=out, index="int32" if pooled else None,
-        offsets="int32" if problem.packed else None, token_states=None,
-        one_token=one_token,
-        config=DecodeConfig.choose(problem.N * problem.HV, problem.K, problem.V, narrow, one_token, gpu.sms),
-    )  # fmt: skip
+    inputs = pretended(problem)
+    ht = inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
+    return spec_of(inputs, ht, _config(inputs, _narrow(inputs, ht), gpu.sms))

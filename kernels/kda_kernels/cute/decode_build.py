@@ -4,7 +4,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 
 from kda_kernels.cute.decode_config import DecodeSpec
 from kda_kernels.cute.decode_kernel import DecodeKernel
@@ -15,6 +15,7 @@ DTYPES = {
     "bfloat16": cutlass.BFloat16,
     "int32": cutlass.Int32,
     "int64": cutlass.Int64,
+    "bool": cutlass.Boolean,
 }
 
 
@@ -33,8 +34,10 @@ def _arguments(spec: DecodeSpec) -> tuple:
     B = 1 if spec.packed else cute.sym_int()
     T = 1 if spec.one_token else cute.sym_int()
     N = cute.sym_int() if spec.packed else B
+    H = cute.sym_int()
+    HV = H if spec.group == 1 else cute.sym_int()
 
-    def tokens(dtype: str, *shape: int, contiguous: bool = True):
+    def tokens(dtype: str, *shape, contiguous: bool = True):
         inner = [1] if contiguous else []
         strides = [cute.sym_int64() for _ in range(2 + len(shape) - len(inner))] + inner
         return stand_in(dtype, (B, T, *shape), strides)
@@ -49,22 +52,34 @@ def _arguments(spec: DecodeSpec) -> tuple:
         inner = (spec.V * spec.K, spec.K, 1)
         strides = [cute.sym_int64(divisibility=spec.vector) for _ in outer]
         align = spec.vector * DTYPES[dtype].width // 8
-        return stand_in(dtype, (*outer, spec.HV, spec.V, spec.K), (*strides, *inner), align)
+        return stand_in(dtype, (*outer, HV, spec.V, spec.K), (*strides, *inner), align)
 
+    def indices():
+        """[N], or more of them; [N, C] where there are accepted tokens."""
+        if spec.index is None or (spec.accepted is None and not spec.strided):
+            return vector(spec.index, cute.sym_int())
+        shape = [cute.sym_int() for _ in range(1 if spec.accepted is None else 2)]
+        return stand_in(spec.index, tuple(shape), [cute.sym_int64() for _ in shape])
+
+    rows = (B, T) if spec.token_rows is None else (cute.sym_int(), cute.sym_int())
     return (
-        tokens(spec.dtype, spec.H, spec.K),
-        tokens(spec.dtype, spec.H, spec.K),
-        tokens(spec.dtype, spec.HV, spec.V),
-        tokens(spec.g, spec.HV, spec.K),
-        tokens(spec.beta, spec.HV, contiguous=False),
-        vector(spec.A_log, spec.HV),
-        vector(spec.dt_bias, spec.HV * spec.K),
-        tokens(spec.dtype, spec.HV, spec.V),
+        tokens(spec.dtype, H, spec.K),
+        tokens(spec.dtype, H, spec.K),
+        tokens(spec.dtype, HV, spec.V),
+        tokens(spec.g, HV, spec.K),
+        tokens(spec.beta, HV, contiguous=False),
+        vector(spec.A_log, HV),
+        vector(spec.dt_bias, cute.sym_int()),
+        tokens(spec.dtype, HV, spec.V),
         states(spec.h0, cute.sym_int() if spec.pooled else N),
         states(spec.ht, N),
-        vector(spec.index, N),
+        indices(),
         vector(spec.offsets, cute.sym_int()),
-        states(spec.token_states, B, T),
+        states(spec.token_states, *rows),
+        vector(spec.accepted, N),
+        vector(spec.token_rows, N),
+        vector("bool" if spec.fresh else None, N),
+        Int32(0),
         Float32(0.0),
         Float32(0.0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -74,4 +89,4 @@ def _arguments(spec: DecodeSpec) -> tuple:
 def stand_in(dtype: str, shape: tuple, strides, align: int | None = None):
     """A tensor for the compiler: aligned to its elements, or to `align` bytes."""
     kind = DTYPES[dtype]
-    return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or kind.width // 8)
+    return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or max(1, kind.width // 8))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kda_kernels.problem import Gate
 
 SUMS = 3  # over K: q.q, k.k, q.k
+MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
 
 
@@ -53,10 +54,10 @@ class DecodeConfig(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """All that the kernel is compiled for: batch, pool and strides are runtime values. dtypes are torch's names.
+    """All that the kernel is compiled for: batch, heads, pool and strides are runtime values. dtypes are torch's names.
 
     Attributes:
-        H, HV, K, V: heads and head sizes.
+        group: value heads that share a query and key head. K, V: head sizes.
         gate, beta_is_logit, allow_neg_eigval, qk_l2norm: see `kda_kernels.problem.Options`.
         dtype, g, beta, A_log, dt_bias, index, offsets: dtypes of q, k, v and o, of the tensors so named, of
             state_indices and of cu_seqlens; None where there is no such tensor.
@@ -64,10 +65,14 @@ class DecodeSpec:
             None) h0 is both. token_states: dtype of the states after each token, or None.
         one_token: a dense batch of one token a sequence: no loop.
         config: see `DecodeConfig`.
+        accepted, token_rows: dtypes of num_accepted_tokens and of token_state_indices, or None.
+        fresh: whether has_initial_state says which states begin with nothing.
+        update: whether the pool is written.
+        strided: whether state_indices of one dimension may have any stride.
+        many: whether there are more sequences than a grid has room for along its last axis.
     """
 
-    H: int
-    HV: int
+    group: int
     K: int
     V: int
     gate: Gate
@@ -86,6 +91,12 @@ class DecodeSpec:
     token_states: str | None
     one_token: bool
     config: DecodeConfig
+    accepted: str | None = None
+    token_rows: str | None = None
+    fresh: bool = False
+    update: bool = True
+    strided: bool = False
+    many: bool = False
 
     @property
     def pooled(self) -> bool:
@@ -117,8 +128,9 @@ class DecodeSpec:
 
     @property
     def bulk(self) -> bool:
-        """Whether the state goes through shared memory."""
-        return self.config.bulk and self.h0 is not None
+        """Whether the state goes through shared memory: as one, from where it is written back to."""
+        plain = self.accepted is None and self.update and not self.fresh
+        return self.config.bulk and self.h0 is not None and plain
 
     @property
     def shared_bytes(self) -> int:

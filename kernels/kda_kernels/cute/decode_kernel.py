@@ -12,11 +12,11 @@ import operator
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
-from kda_kernels.cute.decode_config import LANES, SUMS, DecodeSpec
-from kda_kernels.cute.math import L2_EPS, LOG2_E, exp2, lane_sum, load_now, log2_decay, rsqrt, sigmoid
+from kda_kernels.cute.decode_config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
+from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
 
 
 class DecodeKernel:
@@ -44,18 +44,35 @@ class DecodeKernel:
         o: cute.Tensor,  # [B, T, HV, V]
         h0: cute.Tensor | None,  # [N, HV, V, K] or the pool [P, HV, V, K]
         ht: cute.Tensor | None,  # [N, HV, V, K]; None with a pool
-        state_indices: cute.Tensor | None,  # [N]
+        state_indices: cute.Tensor | None,  # [N], or [N, C] with `accepted`
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        token_states: cute.Tensor | None,  # [B, T, HV, V, K]
+        token_states: cute.Tensor | None,  # [B, T, HV, V, K], or [R, S, HV, V, K] with `token_rows`
+        accepted: cute.Tensor | None,  # num_accepted_tokens [N]
+        token_rows: cute.Tensor | None,  # token_state_indices [N]
+        started: cute.Tensor | None,  # has_initial_state [N]
+        null_slot: Int32,  # a slot that is padding too; a negative number: none
         scale: Float32,
         lower_bound: Float32,
         stream,
     ):
         N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
-        self.kernel(
-            q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, token_states, scale, lower_bound
-        ).launch(
-            grid=(self.spec.slices * self.spec.HV * N, 1, 1),
+        tensors = (
+            q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, token_states, accepted, token_rows,
+            started,
+        )  # fmt: skip
+        if cutlass.const_expr(self.spec.many):
+            for first_n in cutlass.range(0, N, MOST_BLOCKS, unroll=1):
+                some = cutlass.min(N - first_n, MOST_BLOCKS)
+                self.launch(tensors, Int32(first_n), null_slot, scale, lower_bound, v.shape[2], some, stream)
+        else:
+            self.launch(tensors, None, null_slot, scale, lower_bound, v.shape[2], N, stream)
+
+    @cute.jit
+    def launch(
+        self, tensors, first_n: Int32 | None, null_slot: Int32, scale: Float32, lower_bound: Float32, heads, N, stream
+    ):  # fmt: skip
+        self.kernel(*tensors, first_n, null_slot, scale, lower_bound).launch(
+            grid=(self.spec.slices, heads, N),
             block=(self.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -78,23 +95,31 @@ class DecodeKernel:
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
         token_states: cute.Tensor | None,
+        accepted: cute.Tensor | None,
+        token_rows: cute.Tensor | None,
+        started: cute.Tensor | None,
+        first_n: Int32 | None,
+        null_slot: Int32,
         scale: Float32,
         lower_bound: Float32,
     ):
         spec = self.spec
         tid = cute.arch.thread_idx()[0]
-        pid = cute.arch.block_idx()[0]
-        i_n = pid // (spec.slices * spec.HV)
-        i_hv = (pid // spec.slices) % spec.HV
-        i_h = i_hv // (spec.HV // spec.H)
+        i_slice, i_hv, i_n = cute.arch.block_idx()  # in this order, so that a state's CTAs start together
+        if cutlass.const_expr(spec.many):
+            i_n = i_n + first_n
+        i_h = i_hv // spec.group
         lane = tid % 32
         # a warp's rows lie together: 4 of them a pass
-        row = (pid % spec.slices) * self.rows + (tid // 32) * (self.rows // self.warps) + lane // LANES
+        row = i_slice * self.rows + (tid // 32) * (self.rows // self.warps) + lane // LANES
         col = (lane % LANES) * spec.vector
 
         slot = Int64(i_n)
-        if cutlass.const_expr(spec.pooled):
-            slot = Int64(state_indices[i_n])
+        if cutlass.const_expr(spec.accepted is not None):  # of the last token that was accepted
+            column = cutlass.min(cutlass.max(Int32(accepted[i_n]) - 1, 0), Int32(state_indices.shape[1]) - 1)
+            slot = self.unsigned(state_indices[i_n, column])
+        elif cutlass.const_expr(spec.pooled):
+            slot = self.unsigned(state_indices[i_n])
         b, first, n_tokens = i_n, Int32(0), Int32(1 if spec.one_token else q.shape[1])
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
@@ -109,8 +134,12 @@ class DecodeKernel:
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
-        if slot < 0:  # padding: the pool is neither read nor written
-            self.write_zeros(o, b, first, n_tokens, i_hv, row, lane)
+        lost = False
+        if cutlass.const_expr(spec.pooled):
+            lost = not self.inside(slot, h0) or slot == null_slot
+        if lost:  # padding, or no slot of the pool: that is neither read nor written
+            wrong = (Int32 if slot.width == 32 else Int64)(slot) >= 0 and slot != null_slot
+            self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
         elif live:
             inside = i_hv * (spec.V * spec.K) + row * spec.K + col
             S = cute.make_rmem_tensor((spec.vector, spec.steps, self.passes), Float32)
@@ -118,9 +147,13 @@ class DecodeKernel:
             if cutlass.const_expr(self.bulk):
                 tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
                 arrived = smem.allocate_array(Int64, 1)
-                first_row = i_hv * (spec.V * spec.K) + (pid % spec.slices) * (self.rows * spec.K)
+                first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
                 self.fetch_tile(tile, arrived, h0, slot, first_row, tid)
                 mine = tile.iterator + cute.assume(row % self.rows * spec.K + col, divby=spec.vector)
+            elif cutlass.const_expr(spec.fresh):
+                S.fill(0.0)
+                if started[i_n]:
+                    self.load_state(S, self.start(h0, slot, None, inside))
             elif cutlass.const_expr(spec.h0 is not None):
                 self.load_state(S, self.start(h0, slot, None, inside))
             else:
@@ -135,8 +168,7 @@ class DecodeKernel:
                     cute.arch.mbarrier_wait(arrived, 0)
                     self.load_state(S, mine)
                 self.step(S, o, raw_v, raw_beta, scale, shared, parts, 0, b, first, i_hv, row, col)
-                if cutlass.const_expr(spec.token_states is not None):
-                    self.store_state(S, self.start(token_states, Int64(b), first, inside))
+                self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, 0, inside)
             else:
                 if cutlass.const_expr(self.bulk):
                     cute.arch.sync_threads()  # the barrier is made
@@ -148,16 +180,37 @@ class DecodeKernel:
                     next_v, next_beta = self.fetch_rows(v, beta, b, first + t + 1, i_hv, row, more)
                     parts = self.share(raw, A, bias, lower_bound, shared, sums, t % 2, tid)
                     self.step(S, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
-                    if cutlass.const_expr(spec.token_states is not None):
-                        self.store_state(S, self.start(token_states, Int64(b), first + t, inside))
+                    self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, t, inside)
                     for now, then in zip((*raw, raw_v, raw_beta), (*next_raw, next_v, next_beta), strict=True):
                         now.store(then.load())
 
             if cutlass.const_expr(self.bulk and spec.pooled):
                 self.store_state(S, mine)
                 self.send_tile(tile, h0, slot, first_row, tid)
-            elif cutlass.const_expr(spec.pooled or spec.ht is not None):
+            elif cutlass.const_expr(spec.ht is not None or (spec.pooled and spec.update and spec.accepted is None)):
                 self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
+        if cutlass.const_expr(spec.packed):  # zeros into this sequence's share of what lies behind the last one
+            N = Int32(cu_seqlens.shape[0]) - 1
+            end = Int32(cu_seqlens[N]) + i_n
+            self.write_nothing(o, Boolean(False), b, end, Int32(q.shape[1]) - end, N, i_hv, row, lane)
+
+    @cute.jit
+    def keep_token(
+        self, S, token_states, token_rows, h0, state_indices, null_slot: Int32, i_n: Int32, b: Int32, first: Int32,
+        t: Int32, inside: Int32,
+    ):  # fmt: skip
+        """The state after token t of a sequence, to where it is wanted beside the slot of its last one."""
+        if cutlass.const_expr(self.spec.token_rows is not None):
+            place = self.unsigned(token_rows[i_n])
+            if self.inside(place, token_states) and t < token_states.shape[1]:
+                self.store_state(S, self.start(token_states, place, t, inside))
+        elif cutlass.const_expr(self.spec.token_states is not None):
+            self.store_state(S, self.start(token_states, b, first + t, inside))
+        if cutlass.const_expr(self.spec.accepted is not None and self.spec.update):
+            if t < state_indices.shape[1]:
+                slot = self.unsigned(state_indices[i_n, t])
+                if self.inside(slot, h0) and slot != null_slot:
+                    self.store_state(S, self.start(h0, slot, None, inside))
 
     @cute.jit
     def channel(self, tid: Int32, m: cutlass.Constexpr[int]):
@@ -217,7 +270,7 @@ class DecodeKernel:
     def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, half, tid: Int32):
         """One thread a channel: q, k and the decay into shared memory, and the sums over K: q.q, k.k and q.k."""
         exact = self.spec.exact
-        A = exp2(A * LOG2_E, exact)
+        A = rate(A, exact)
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
             x, y = (self.once(raw[i][m].to(Float32), tid, m) for i in range(2))
@@ -288,15 +341,15 @@ class DecodeKernel:
         return cute.make_tensor(words, cute.make_layout(self.spec.vector)).load()
 
     @cute.jit
-    def start(self, state, i: Int64, t, inside: Int32):
+    def start(self, state, i, t, inside: Int32):
         """Where this thread's part of a state starts. Offsets are 64-bit: slots lie anywhere in large pools."""
-        offset = i * state.stride[0] + inside
+        offset = Int64(i) * state.stride[0] + inside
         if cutlass.const_expr(t is not None):
             offset += Int64(t) * state.stride[1]
         return state.iterator + cute.assume(offset, divby=self.spec.vector)
 
     @cute.jit
-    def fetch_tile(self, tile, arrived, state, slot: Int64, first_row: Int32, tid: Int32):
+    def fetch_tile(self, tile, arrived, state, slot, first_row: Int32, tid: Int32):
         """Asks for the CTA's part of a state, which lies in one piece. Others may wait for it after a barrier."""
         if tid == 0:
             cute.arch.mbarrier_init(arrived, 1)
@@ -309,7 +362,7 @@ class DecodeKernel:
             cute.copy(atom, source, tile, mbar_ptr=arrived)
 
     @cute.jit
-    def send_tile(self, tile, state, slot: Int64, first_row: Int32, tid: Int32):
+    def send_tile(self, tile, state, slot, first_row: Int32, tid: Int32):
         """Writes the CTA's part of a state back from shared memory."""
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_threads()
@@ -341,9 +394,22 @@ class DecodeKernel:
             for s in cutlass.range_constexpr(self.spec.steps):
                 self.vectors(first, s, p).store(S[None, s, p].load().to(first.dtype))
 
+    def unsigned(self, index):
+        """An index, negative ones being larger than any that there is: see `inside`."""
+        return (cutlass.Uint32 if index.width == 32 else cutlass.Uint64)(index)
+
+    def inside(self, index, states):
+        """Whether it is the index of a state."""
+        # by way of 64 bits: a size of the DSL's own type would make the comparison one of signed numbers
+        return index < type(index)(Int64(states.shape[0]))
+
     @cute.jit
-    def write_zeros(self, o, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, row: Int32, lane: Int32):
+    def write_nothing(
+        self, o, wrong, b: Int32, first: Int32, n_tokens: Int32, step: Int32, i_hv: Int32, row: Int32, lane: Int32
+    ):  # fmt: skip
+        """Zeros into each `step`-th of the tokens; NaN where the slot is `wrong`, so that it is seen."""
         if lane % LANES == 0:
-            for t in cutlass.range(n_tokens, unroll=1):
+            value = Float32(cutlass.select_(wrong, Float32(float("nan")), Float32(0.0))).to(o.element_type)
+            for t in cutlass.range(0, n_tokens, step, unroll=1):
                 for p in cutlass.range_constexpr(self.passes):
-                    o[b, first + t, i_hv, row + p * self.apart] = Float32(0.0).to(o.element_type)
+                    o[b, first + t, i_hv, row + p * self.apart] = value

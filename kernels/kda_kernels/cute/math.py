@@ -30,9 +30,9 @@ LOG1P = [1.0, -0.49990746, 0.33140427, -0.23611343, 0.15102768, -0.067851186, 0.
 
 @cute.jit
 def exp2(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
-    """2**x, 1 ulp, or 2 in one instruction; results under 2**-126 are 0. NaN stays NaN, here and below."""
+    """2**x, 1 ulp and 2**127 at most, or 2 in one instruction; results under 2**-126 are 0. NaN stays NaN, as below."""
     if cutlass.const_expr(exact):
-        x = cute.arch.fmin(cute.arch.fmax(x, Float32(-127.0), nan=True), Float32(128.0), nan=True)
+        x = cute.arch.fmin(cute.arch.fmax(x, Float32(-127.0), nan=True), Float32(127.0), nan=True)
         shifted = x + 12582912.0  # 1.5 * 2**23: the sum's last bits are x, rounded to an integer
         f = x - (shifted - 12582912.0)
         power = (_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
@@ -105,6 +105,15 @@ def _bits(x: Float32, *, loc=None, ip=None) -> Int32:
 @dsl_user_op
 def _float(x: Int32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.bitcast(T.f32(), Int32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@cute.jit
+def rate(A_log: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
+    """exp(A_log), neither 0 nor infinite: times a gate that is infinite or 0 either would be no number."""
+    x = cute.arch.fmax(A_log * LOG2_E, Float32(-126.0), nan=True)
+    if cutlass.const_expr(not exact):
+        x = cute.arch.fmin(x, Float32(126.0), nan=True)
+    return exp2(x, exact)
 
 
 @cute.jit

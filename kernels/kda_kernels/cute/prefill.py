@@ -2,21 +2,20 @@
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
 goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
-all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end. They
-stay whole where the states at the start of every 64 tokens are asked for.
+all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end; then
+checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: gates without a bound of -5 or more
 (softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB a token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
-Range: keys are multiplied by decays of up to exp(80) before products take them, and their norms divided out after
-that. So |k| must stay under 3.4e38 / exp(80) = 6e3, whether L2 norms are made here or k comes normalised.
+Range: keys and queries are multiplied by decays of up to exp(80) before products take them, and their norms divided out
+after that. They may be as long as 2^37 = 1.4e11, whether L2 norms are made here or not; longer ones make o NaN.
 """
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,21 +25,22 @@ import torch
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import THREADS, Part, PrefillSpec
-from kda_kernels.cute.prefill_plan import Split, plan
+from kda_kernels.cute.prefill_config import ALIGNMENT, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_plan import Split, plan, plan_of
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
-from kda_kernels.cute.variant import CuteVariant
+from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError, UnavailableError, one_line
-from kda_kernels.problem import CHUNK as PAIR
+from kda_kernels.ints import cdiv
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
+WORKSPACE_ALIGNMENT = 16  # bytes
 LEAST_BOUND = SAFE_BOUND  # 16 tokens of it are exp(80): see `prefill_kernel`
 
 
@@ -68,8 +68,30 @@ CONTRACT = _Bounded(
     neg_eigval=True,
     l2norm=(True, False),
     padding=True,
+    state_dtypes=("float32", "bfloat16", "float16"),
+    features=frozenset(
+        ("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices", "tail")
+    ),
     aligned=("q", "k", "v", "g", "state"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """What the last call was like, and the functions that calls like it take.
+
+    Attributes:
+        key: see `_key`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
+    """
+
+    key: tuple | None = None
+    scale: float = 0.0
+    bound: float = 0.0
+    sms: int = 1
+    functions: dict[Part, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+
+_last = _Last()
 
 
 def prefill(
@@ -83,8 +105,8 @@ def prefill(
             only in the slots of sequences with tokens.
         out: [B, T, HV, V] in the dtype of v, with strides as v; made here if not given.
         return_intermediate_states: also return the state at the start of every 64 tokens, [B, NT, HV, K, V] in the
-            dtype of k (NT over all sequences of a packed batch; this reads cu_seqlens on the host). Sequences are not
-            split then. Nothing is written for padding.
+            dtype of k (NT over all sequences of a packed batch; this reads cu_seqlens on the host). Not with
+            checkpoints. Nothing is written for padding.
 
     Returns:
         Outputs, with the pool itself as final_state when there is one. Products take bf16, sums and the state between
@@ -96,65 +118,210 @@ def prefill(
     """
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
-    h = _room_for_states(inputs) if return_intermediate_states else None
-    launch(inputs, o, ht, h)
+    if return_intermediate_states:
+        inputs = dataclasses.replace(inputs, checkpoints=_states_on_the_way(inputs))
+    launch(inputs, o, ht)
     final = ht if inputs.state_indices is None else inputs.state
     outputs = Outputs(o, final if inputs.output_final_state else None)
-    if h is None:
+    if not return_intermediate_states:
         return outputs
     from kda_kernels.triton.chunk_indices import in_order
 
-    return outputs, in_order(h, inputs.cu_seqlens, inputs.q.shape[0])
+    return outputs, in_order(inputs.checkpoints.states, inputs.cu_seqlens, inputs.q.shape[0]).mT.contiguous()
 
 
-def _room_for_states(inputs: Inputs) -> torch.Tensor:
-    """[slots, HV, K, V]: see `chunk_indices.max_chunks`."""
+def _states_on_the_way(inputs: Inputs) -> Checkpoints:
+    """Room for the states at the start of every 64 tokens, those at the start of sequences written already.
+
+    Packed sequences leave gaps, as in `chunk_indices.max_chunks`, so that their lengths need not be known.
+    """
     from kda_kernels.triton.chunk_indices import max_chunks
 
-    (B, T, _, K), (HV, V) = inputs.q.shape, inputs.v.shape[2:]
-    slots = B * -(-T // PAIR) if inputs.cu_seqlens is None else max_chunks(T, inputs.N)
-    return torch.empty((slots, HV, K, V), dtype=inputs.k.dtype, device=inputs.k.device)
+    if inputs.checkpoints is not None:
+        raise InputError("return_intermediate_states", "is given with checkpoints", "one of them should be left out")
+    (B, T), N, device = inputs.q.shape[:2], inputs.N, inputs.q.device
+    most = cdiv(T, ALIGNMENT)  # of a sequence
+    numbers = torch.arange(N, device=device)
+    if inputs.cu_seqlens is None:
+        slots, first = B * most, numbers * most
+    else:
+        slots, first = max_chunks(T, N), inputs.cu_seqlens[:-1] // ALIGNMENT + numbers
+    states = torch.empty(inputs.state_shape(slots), dtype=inputs.k.dtype, device=device)
+    begin = inputs.state
+    if begin is None:
+        states[first] = 0
+    else:
+        if inputs.state_indices is not None:
+            begin = begin[inputs.state_indices[:N].clamp(0, begin.shape[0] - 1).long()]
+        if inputs.has_initial_state is not None:
+            begin = begin.where(inputs.has_initial_state[:, None, None, None], 0)
+        states[first] = begin.to(states.dtype)
+    rows = first[:, None] + torch.arange(1, max(most, 2), device=device)
+    return Checkpoints(states, rows, every=ALIGNMENT)
 
 
-def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None, h: torch.Tensor | None = None) -> None:
-    """`prefill` into tensors that are there already: `o`, `ht` where there is no pool, and `h` in its slots.
+def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> None:
+    """`prefill` into tensors that are there already: `o`, and `ht` where there is no pool.
 
-    Allocates `workspace_bytes`: nothing, unless sequences are split.
+    Allocates `workspace_bytes` unless the call brings a workspace: nothing where sequences are not split.
     """
+    global _last
+    if again(inputs, o, ht):
+        return
     if (reason := unsupported_tensors(inputs, o)) is not None:
         raise InputError(f"cute-prefill: {reason}")
-    B, T = inputs.q.shape[:2]
-    if not B * T:  # no token in the whole batch
-        if ht is not None:
-            ht.zero_() if inputs.state is None else ht.copy_(inputs.state)
+    if not o.shape[0] * o.shape[1] or not inputs.N:  # no token of any sequence
+        _hand_on(inputs, o, ht)
         return
-    split = _split(inputs.N, B * T, inputs.v.shape[2], multiprocessors(inputs.q.device))
-    if split is not None and h is None:
-        _launch_split(split, inputs, o, ht)
-        return
-    with stage("prefill"):
-        _call(Part.WHOLE, inputs, o, inputs.state, ht, h=h)
-
-
-def _launch_split(split: Split, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
-    from kda_kernels.triton.segment_outputs import add_segment_outputs
-    from kda_kernels.triton.segment_scan import scan_segments
-
-    (B, T, HV, V), K, N = inputs.v.shape, inputs.q.shape[3], inputs.N
-    indices, offsets = inputs.state_indices, inputs.cu_seqlens
-    summaries, starts, reads = (
-        torch.empty(shape, dtype=dtype, device=inputs.q.device)
-        for shape, dtype in _workspaces(split, N, B * T, HV, V, K, offsets is not None)
+    device, options = inputs.q.device, inputs.options
+    kept = inputs.checkpoints is not None
+    last = _Last(
+        _key(inputs), options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, multiprocessors(device)
     )
-    final = ht if indices is None else inputs.state
-    for i in range(split.rounds(N, B * T, offsets is not None)):
+    split = _split_of(inputs, last.sms)
+    for part in (Part.WHOLE,) if split is None else (Part.SPLIT, Part.KEPT) if kept else (Part.SPLIT,):
+        last.functions[part] = _function(part, inputs, None if part is Part.KEPT else ht)
+    try:
+        _launch(last, split, inputs, o, ht)
+    except _RefusedError as error:
+        raise InputError(f"cute-prefill: {one_line(str(error))}") from None
+    if _last.key == last.key:
+        last.functions.update({part: f for part, f in _last.functions.items() if part not in last.functions})
+    _last = last
+
+
+def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
+    """`launch`, if this call is like the last one: lengths and batches may differ. False: it is not; nothing was done.
+
+    Options, heads and device are compared; what is not compared the functions check themselves.
+    """
+    last = _last
+    try:
+        if last.key != _key(inputs) or inputs.N < 1 or not inputs.q.shape[1]:
+            return False
+        _launch(last, _split_of(inputs, last.sms), inputs, o, ht)
+    except (_RefusedError, AttributeError, IndexError, KeyError):  # nothing was launched: see `launch`
+        return False
+    return True
+
+
+class _RefusedError(Exception):
+    """A function does not take these tensors; nothing was launched."""
+
+
+def _key(inputs: Inputs) -> tuple:
+    """What compiled functions cannot see of their tensors, or are not compiled for."""
+    q = inputs.q
+    return inputs.options, inputs.batch_invariant, q.shape[2:], inputs.v.shape[2:], q.device
+
+
+def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """No token of any sequence: a state that is not in place goes out as it came in, and o is zero."""
+    o.zero_()
+    if ht is None:
+        return
+    if inputs.state is None:
+        ht.zero_()
+    elif inputs.has_initial_state is None:
+        ht.copy_(inputs.state)
+    else:
+        ht.copy_(inputs.state.where(inputs.has_initial_state[:, None, None, None], 0))
+
+
+def _launch(last: _Last, split: Split | None, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """Raises `_RefusedError`, or what wrong tensors lead to, before anything was launched."""
+    _check_unseen(inputs, o, ht)
+    tensors = _arguments(inputs, o)
+    numbers = (last.scale, last.bound)
+    if split is None:
+        with stage("prefill"):
+            _call(last.functions[Part.WHOLE], tensors, ht, None, 0, *numbers, 0, 0, 0, 0)
+        return
+    from kda_kernels.triton.segment_outputs import add_segment_outputs
+    from kda_kernels.triton.segment_scan import Segments, scan_segments
+
+    function, T, N, packed = last.functions[Part.SPLIT], o.shape[1], inputs.N, inputs.cu_seqlens is not None
+    to_kept = last.functions[Part.KEPT] if inputs.checkpoints is not None else None
+    tokens = o.shape[0] * T
+    units = split.units(N, tokens, packed)
+    workspace = _workspace(inputs, split, units)
+    final = ht if inputs.state_indices is None else inputs.state
+    for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
         with stage("segments"):
-            _call(Part.SPLIT, inputs, o, inputs.state, ht, summaries, starts, reads, *here)
-        with stage("scan"), on_device(inputs.q):
-            scan_segments(summaries, starts, final, indices, offsets, N, T, *here)
-        with stage("outputs"), on_device(inputs.q):
-            add_segment_outputs(reads, starts, o, indices, offsets, N, *here)
+            _call(function, tensors, ht, workspace, units, *numbers, *here)
+        segments = Segments(
+            workspace, final, inputs.state_indices, inputs.cu_seqlens, N, units, inputs.null_slot, *here
+        )
+        with stage("scan"), on_device(o):
+            scan_segments(segments, T, o.shape[2])
+        with stage("outputs"), on_device(o):
+            add_segment_outputs(segments, o)
+        if to_kept is not None:
+            with stage("checkpoints"):
+                _call(to_kept, tensors, None, workspace, units, *numbers, *here)
+
+
+def _check_unseen(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
+    rows that lie on each other. Raises `_RefusedError`."""
+    N, h0, indices, offsets = inputs.N, inputs.state, inputs.state_indices, inputs.cu_seqlens
+    if not inputs.state_v_first and (h0 is not None or ht is not None):
+        raise _RefusedError("the state is K-first")
+    if indices is not None and (indices.shape[0] < N or (h0.stride(0) < h0[0].numel() and h0.shape[0] > 1)):
+        raise _RefusedError("not one for each sequence, or slots overlap")
+    if offsets is not None:
+        kept = inputs.checkpoints
+        for x in (
+            None if indices is not None else h0,
+            ht,
+            inputs.has_initial_state,
+            None if kept is None else kept.rows,
+        ):
+            if x is not None and x.shape[0] != N:
+                raise _RefusedError("not one for each sequence")
+    if inputs.dt_bias is not None and inputs.dt_bias.numel() != inputs.v.shape[2] * inputs.q.shape[3]:
+        raise _RefusedError("dt_bias is not one for each channel")
+    for x in (inputs.q, inputs.k, inputs.v, inputs.g, o):
+        if 0 in x.stride():
+            raise _RefusedError("rows lie on each other")
+
+
+def _arguments(inputs: Inputs, o: torch.Tensor) -> tuple:
+    """Those of `PrefillKernel.__call__` that all launches share: before `ht`, between it and workspace, behind it."""
+    kept = inputs.checkpoints
+    rows = offsets = states = None
+    if kept is not None:
+        states, rows, offsets = kept.states, kept.rows, kept.offsets
+        if rows.ndim == 1:
+            rows, offsets = rows[:, None], None if offsets is None else offsets[:, None]
+    return (
+        (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o,
+         inputs.state),
+        (inputs.state_indices, inputs.cu_seqlens, inputs.has_initial_state),
+        (states, rows, offsets, -1 if inputs.null_slot is None else inputs.null_slot,
+         0 if kept is None else kept.every or 0),
+    )  # fmt: skip
+
+
+def _call(
+    function: Callable[..., Any],
+    tensors: tuple,
+    ht: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+    units: int,
+    *numbers: float,
+) -> None:
+    """One launch. Raises `_RefusedError`."""
+    first, middle, last = tensors
+    try:
+        function(*first, ht, *middle, workspace, *last, units, *numbers)
+    except (TypeError, ValueError) as error:
+        raise _RefusedError(error) from None
+
+
+def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return parameter if parameter is None or parameter.ndim == 1 else parameter.view(-1)
 
 
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,11 +334,14 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         raise InputError(f"cute-prefill: {reason}")
     v, N = inputs.v, inputs.N
     both = torch.empty((2 * N, v.shape[2], v.shape[3], inputs.q.shape[3]), dtype=torch.float32, device=v.device)
-    if not v.shape[0] * v.shape[1]:
+    if not v.shape[0] * v.shape[1] or not N:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
     else:
+        options = inputs.options
+        numbers = options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0
         with stage("summaries"):
-            _call(Part.SUMMARY, inputs, v, None, None, both)
+            function = _function(Part.SUMMARY, inputs, None)
+            _call(function, _arguments(inputs, v), None, both.view(-1), 0, *numbers, 0, 0, 0, 0)
     return both[0::2], both[1::2]
 
 
@@ -182,97 +352,88 @@ def _identity(like: torch.Tensor) -> torch.Tensor:
 def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H100.sms) -> int:
     """What a launch allocates for `N` sequences of `T` tokens together on a GPU of so many multiprocessors."""
     split = _split(N, T, HV, sms)
-    if split is None:
-        return 0
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _workspaces(split, N, T, HV, 128, 128, packed))
+    return 0 if split is None else _split_bytes(split, N, split.units(N, T, packed), HV)
+
+
+def most_workspace_bytes(T: int, HV: int, N: int, sms: int = H100.sms) -> int:
+    """Enough for launches of up to `T` tokens in up to `N` sequences to be split as if there were no limit.
+
+    Found over lengths and counts in steps of a fifth, with a tenth to spare; one that needed more would run whole.
+    """
+    counts, lengths = ({max(1, int(most / 1.2**i)) for i in range(most.bit_length() * 4)} for most in (N, max(T, 1)))
+    most = max(workspace_bytes(n, length, HV, True, sms) for n in counts for length in lengths)
+    return int(1.1 * most) + WORKSPACE_ALIGNMENT
+
+
+def _split_bytes(split: Split, N: int, units: int, HV: int) -> int:
+    """See `PrefillKernel.__call__`: states before rounds and units, E and T of units, reads. K = V = 128."""
+    return HV * (4 * 128 * 128 * (N + 3 * units) + 2 * 128 * units * split.segment)
+
+
+def _workspace(inputs: Inputs, split: Split, units: int) -> torch.Tensor:
+    """fp32, of one dimension: the caller's, if there is one."""
+    size, given = _split_bytes(split, inputs.N, units, inputs.v.shape[2]), inputs.workspace
+    if given is None:
+        return torch.empty(size // 4, dtype=torch.float32, device=inputs.q.device)
+    skipped = -given.data_ptr() % WORKSPACE_ALIGNMENT
+    return given[skipped : skipped + size].view(torch.float32)
+
+
+def _split_of(inputs: Inputs, sms: int) -> Split | None:
+    """How the sequences of a call are cut. None: they stay whole, as they do where nothing may depend on the batch, or
+    where the caller's workspace is too small."""
+    if inputs.batch_invariant:
+        return None
+    (B, T), HV, N, given = inputs.q.shape[:2], inputs.v.shape[2], inputs.N, inputs.workspace
+    if inputs.cu_seqlens_cpu is None:
+        split = _split(N, B * T, HV, sms)
+    else:
+        ends = inputs.cu_seqlens_cpu.tolist()
+        split = plan_of(tuple(map(int.__sub__, ends[1:], ends)), HV, sms).split
+    if split is not None and given is not None:
+        size = _split_bytes(split, N, split.units(N, B * T, inputs.cu_seqlens is not None), HV)
+        return split if size + WORKSPACE_ALIGNMENT <= given.numel() else None
+    return split
 
 
 def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
-    """How sequences are cut; None: they stay whole."""
     return plan(N, T, HV, sms).split
 
 
-def _workspaces(
-    split: Split, N: int, T: int, HV: int, V: int, K: int, packed: bool
-) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of summaries, starts and reads: see `PrefillKernel.__call__`."""
-    units = split.units(N, T, packed)
-    yield (2 * units, HV, V, K), torch.float32
-    yield (N + units, HV, V, K), torch.float32
-    yield (units * split.segment, HV, K), torch.bfloat16
-
-
-def _call(
-    part: Part,
-    inputs: Inputs,
-    o: torch.Tensor,
-    h0: torch.Tensor | None,
-    ht: torch.Tensor | None,
-    summaries: torch.Tensor | None = None,
-    starts: torch.Tensor | None = None,
-    reads: torch.Tensor | None = None,
-    lead: int = 0,
-    segment: int = 0,
-    begin: int = 0,
-    limit: int = 0,
-    h: torch.Tensor | None = None,
-) -> None:
-    """One launch; the arguments are those of `PrefillKernel.__call__`."""
-    q, options = inputs.q, inputs.options
-    arguments = (
-        q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o, h0, ht,
-        inputs.state_indices, inputs.cu_seqlens, summaries, starts, reads, h,
-        options.scale_for(q.shape[3]), options.lower_bound or 0.0,
-        lead, segment, begin, limit,
-    )  # fmt: skip
-    function = _function(part, inputs, h0, ht, h is not None)
-    try:
-        function(*arguments)
-    except (TypeError, ValueError) as error:  # nothing was launched
-        raise InputError(f"cute-prefill: {one_line(str(error))}") from None
-
-
-def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parameter is None else parameter.view(-1)
-
-
-def _function(
-    part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None, boundaries: bool = False
-) -> Callable[..., Any]:
+def _function(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> Callable[..., Any]:
     """The compiled function for these tensors."""
-    q, options = inputs.q, inputs.options
-    parts = (
-        q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, h0, ht, inputs.state_indices, inputs.cu_seqlens,
-    )  # fmt: skip
-    dtypes = tuple(None if x is None else x.dtype for x in parts)
-    flags = options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm
-    key = ("prefill", part, boundaries, flags, q.shape[2], inputs.v.shape[2], q.device, dtypes)
-    if (function := CACHE.get(key)) is not None:
+    q, kind = inputs.q, _kind(part, inputs, ht)
+    if (function := CACHE.get(("prefill", q.device, kind))) is not None:
         return function
     if not q.is_cuda:
         raise UnavailableError(f"cute-prefill: {unsupported_here() or 'the tensors lie on the CPU'}")
     if (reason := unsupported_here(q.device)) is not None:
         raise UnavailableError(f"cute-prefill: {reason}")
-    spec, arch = spec_of(part, inputs, h0, ht, boundaries), architecture(q.device)
-    return CACHE.make(key, label(spec, arch), lambda: build(spec, arch))
+    spec, arch = spec_of(part, inputs, ht), architecture(q.device)
+    return CACHE.make(("prefill", q.device, kind), label(spec, arch), lambda: build(spec, arch))
 
 
-def spec_of(
-    part: Part, inputs: Inputs, h0: torch.Tensor | None, ht: torch.Tensor | None, boundaries: bool = False
-) -> PrefillSpec:
-    """What the kernel has to be compiled for."""
-
-    def name(x: torch.Tensor | None) -> str | None:
-        return None if x is None else name_of(x.dtype)
-
-    options = inputs.options
-    return PrefillSpec(
-        H=inputs.q.shape[2], HV=inputs.v.shape[2], gate=options.gate, beta_is_logit=options.beta_is_logit,
-        allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=name(inputs.q),
-        g=name(inputs.g), beta=name(inputs.beta), A_log=name(inputs.A_log), dt_bias=name(inputs.dt_bias),
-        h0=name(h0), ht=name(ht), index=name(inputs.state_indices), offsets=name(inputs.cu_seqlens), part=part,
-        boundaries=boundaries, each_arrives=_sanitized(),
+def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
+    """The fields of `PrefillSpec` as they can be looked up: torch's dtypes instead of their names."""
+    q, options, kept = inputs.q, inputs.options, inputs.checkpoints
+    comes, goes = part.reads or part is Part.KEPT, kept is not None and part is not Part.SUMMARY
+    tensors = (
+        q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state if comes else None, ht,
+        inputs.state_indices, inputs.cu_seqlens,
     )  # fmt: skip
+    return (
+        inputs.v.shape[2] // q.shape[2],
+        options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        *(None if x is None else x.dtype for x in tensors),
+        part, comes and inputs.has_initial_state is not None,
+        kept.states.dtype if goes else None, kept.rows.dtype if goes else None, goes and kept.every is not None,
+        inputs.batch_invariant, _sanitized(),
+    )  # fmt: skip
+
+
+def spec_of(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:
+    """What the kernel has to be compiled for."""
+    return PrefillSpec(*named(_kind(part, inputs, ht)))
 
 
 def _sanitized() -> bool:
@@ -326,8 +487,10 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
                 f"{name} has strides {list(x.stride())} and begins {x.data_ptr() % 16} bytes behind a multiple of 16: "
                 "all but the last stride should be multiples of 16 bytes, as the beginning, and none 0"
             )
-    if state is not None and (state.data_ptr() % 16 or state.stride(0) * state.element_size() % 16):
-        return "a slot of the state is not 16-byte aligned"
+    kept = None if inputs.checkpoints is None else inputs.checkpoints.states
+    for name, x in (("the state", state), ("checkpoints.states", kept)):
+        if x is not None and (x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16):
+            return f"a slot of {name} is not 16-byte aligned"
     return None
 
 
@@ -407,16 +570,7 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
 
 
 def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
-    """As `spec_of`, from a problem alone: int32 indices, parameters of one dtype."""
-    options = problem.options
-    params = None if options.gate is Gate.NONE else problem.param_dtype
-    pooled = problem.pool_slots is not None
-    state = problem.state_dtype if pooled or problem.initial_state else None
-    h0, ht = state, None if pooled or not problem.final_state else state or "float32"
-    return PrefillSpec(
-        H=problem.H, HV=problem.HV, gate=options.gate, beta_is_logit=options.beta_is_logit,
-        allow_neg_eigval=options.allow_neg_eigval, qk_l2norm=options.qk_l2norm, dtype=problem.dtype,
-        g=problem.g_dtype, beta=problem.beta_dtype, A_log=params, dt_bias=params, h0=h0, ht=ht,
-        index="int32" if pooled else None, offsets="int32" if problem.packed else None, part=part,
-        each_arrives=_sanitized(),
-    )  # fmt: skip
+    inputs = pretended(problem)
+    return spec_of(
+        part, inputs, inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
+    )

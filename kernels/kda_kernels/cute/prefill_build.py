@@ -1,6 +1,5 @@
 """Compiles the prefill kernel for a spec: the one place that knows how its arguments look to the DSL."""
 
-import math
 from typing import Any
 
 import cutlass.cute as cute
@@ -26,8 +25,10 @@ def _arguments(spec: PrefillSpec) -> tuple:
     B = 1 if spec.packed else cute.sym_int()
     T = cute.sym_int()
     N = cute.sym_int() if spec.packed else B
+    H = cute.sym_int()
+    HV = H if spec.group == 1 else cute.sym_int()
 
-    def rows(dtype: str, heads: int, size: int):
+    def rows(dtype: str, heads, size: int):
         """Rows of 16-byte pieces anywhere."""
         strides = [cute.sym_int64(divisibility=128 // DTYPES[dtype].width) for _ in range(3)]
         return stand_in(dtype, (B, T, heads, size), (*strides, 1), 16)
@@ -38,37 +39,35 @@ def _arguments(spec: PrefillSpec) -> tuple:
     def states(dtype: str | None, outer):
         if dtype is None:
             return None
-        shape, inner = (outer, spec.HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
+        shape, inner = (outer, HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
         return stand_in(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
 
-    def workspace(dtype: str, *inner: int):
-        strides = tuple(math.prod(inner[i:]) for i in range(len(inner) + 1))
-        return stand_in(dtype, (cute.sym_int(), *inner), strides, 16)
+    def table(dtype: str | None):
+        """[N, C]."""
+        return dtype and stand_in(dtype, (N, C), (cute.sym_int64(), 1))
 
-    square, split = (spec.HV, spec.V, spec.K), spec.part is Part.SPLIT
-
+    C = cute.sym_int()
+    offsets_of = None if spec.every else spec.rows
     return (
-        rows(spec.dtype, spec.H, spec.K),
-        rows(spec.dtype, spec.H, spec.K),
-        rows(spec.dtype, spec.HV, spec.V),
-        rows(spec.g, spec.HV, spec.K),
-        stand_in(spec.beta, (B, T, spec.HV), tuple(cute.sym_int64() for _ in range(3))),
-        vector(spec.A_log, spec.HV),
-        vector(spec.dt_bias, spec.HV * spec.K),
-        rows(spec.dtype, spec.HV, spec.V),
+        rows(spec.dtype, H, spec.K),
+        rows(spec.dtype, H, spec.K),
+        rows(spec.dtype, HV, spec.V),
+        rows(spec.g, HV, spec.K),
+        stand_in(spec.beta, (B, T, HV), tuple(cute.sym_int64() for _ in range(3))),
+        vector(spec.A_log, HV),
+        vector(spec.dt_bias, cute.sym_int()),
+        rows(spec.dtype, HV, spec.V),
         states(spec.h0, cute.sym_int() if spec.pooled else N),
         states(spec.ht, N),
-        vector(spec.index, N),
+        spec.index and stand_in(spec.index, (cute.sym_int(),), (cute.sym_int64(),)),
         vector(spec.offsets, cute.sym_int()),
-        None if spec.part is Part.WHOLE else workspace("float32", *square),
-        workspace("float32", *square) if split else None,
-        workspace(spec.dtype, spec.HV, spec.K) if split else None,
-        workspace(spec.dtype, spec.HV, spec.K, spec.V) if spec.boundaries else None,
-        Float32(0.0),
-        Float32(0.0),
-        Int32(0),
-        Int32(0),
-        Int32(0),
-        Int32(0),
+        vector("bool" if spec.fresh else None, N),
+        None if spec.part is Part.WHOLE else stand_in("float32", (cute.sym_int(),), (1,), 16),
+        states(spec.kept, cute.sym_int()),
+        table(spec.rows),
+        table(offsets_of),
+        *(Int32(0) for _ in ("null_slot", "every", "units")),
+        *(Float32(0.0) for _ in ("scale", "lower_bound")),
+        *(Int32(0) for _ in ("lead", "segment", "begin", "limit")),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )

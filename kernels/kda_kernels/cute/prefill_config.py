@@ -11,6 +11,9 @@ PARTS = 2  # of kI where the state is written: the two bf16 halves of a number o
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
+ALIGNMENT = 2 * CHUNK  # of checkpoints, in tokens
+SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, and those of the second multiplied
+MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
 
 
 class Part(enum.Enum):
@@ -19,17 +22,30 @@ class Part(enum.Enum):
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
     SUMMARY = "summary"  # of each sequence, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
     SPLIT = "split"  # a head of a sequence's first segment; of the others E and T, and with them what goes into o
+    KEPT = "kept"  # after a split: from the state before a unit to a checkpoint inside it
+
+    @property
+    def reads(self) -> bool:
+        """Whether tokens read the state: there are q and o."""
+        return self in (Part.WHOLE, Part.SPLIT)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSpec:
-    """What a compiled prefill kernel depends on: nothing that changes from batch to batch.
+    """What a compiled prefill kernel depends on: nothing that changes from batch to batch, nor the number of heads.
 
     Dtypes are torch's names; None where there is no such tensor.
+
+    Attributes:
+        group: value heads that share a query and key head.
+        fresh: whether has_initial_state says which states begin with nothing.
+        kept: dtype of the checkpoints' states; rows: of their rows, and of their offsets unless `every`.
+        every: whether checkpoints come at regular distances.
+        invariant: whether decays are rounded at every second chunk's end, where a sequence may be cut.
+        each_arrives: at barriers, each thread, not a warp's first: what compute-sanitizer can follow.
     """
 
-    H: int
-    HV: int
+    group: int
     gate: Gate
     beta_is_logit: bool
     allow_neg_eigval: bool
@@ -44,8 +60,12 @@ class PrefillSpec:
     index: str | None
     offsets: str | None
     part: Part = Part.WHOLE
-    boundaries: bool = False  # whether the state before every second chunk is wanted, too; of whole sequences only
-    each_arrives: bool = False  # at barriers, each thread, not a warp's first: what compute-sanitizer can follow
+    fresh: bool = False
+    kept: str | None = None
+    rows: str | None = None
+    every: bool = False
+    invariant: bool = False
+    each_arrives: bool = False
     K: int = 128
     V: int = 128
 

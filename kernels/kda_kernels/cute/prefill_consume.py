@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, load_transposed, rest, select, store_transposed
 
@@ -20,9 +20,9 @@ class Consumer:
 
     @cute.jit
     def consume(
-        self, shared, atoms, tiles, o, h0, ht, summaries, starts, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
-        index: Int32, last, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32,
-        segment: Int32, begin: Int32, h_slot: Int32,
+        self, shared, atoms, tiles, o, h0, ht, started, summaries, starts, kept, rows_of, offsets, every: Int32,
+        units: Int32, slot: Int64, i_n: Int32, unit: Int32, kind: Int32, index: Int32, last, b: Int32, first: Int32,
+        length: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32, segment: Int32, begin: Int32,
         read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -33,28 +33,36 @@ class Consumer:
 
         S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
         inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
-        if cutlass.const_expr(spec.part is not Part.WHOLE):
+        if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
             for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
                 for i in cutlass.range_constexpr(4):
                     row, channel = v0 + (lane >> 2) + i // 2 * 8, 8 * j + col + i % 2
                     S[4 * j + i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
         else:
             S.fill(0.0)
+        sequences = Int32(0)
+        if cutlass.const_expr(starts is not None):
+            sequences = Int32(starts.shape[0]) - units
+        comes_in = index == 0 and begin == 0
+        if cutlass.const_expr(spec.fresh):
+            comes_in = comes_in and started[i_n] != 0
+        if cutlass.const_expr(spec.part is Part.KEPT):
+            self.load_state(S, starts, Int64(sequences + unit), inside)
+        elif cutlass.const_expr(spec.part is Part.WHOLE and spec.h0 is not None and not spec.fresh):
+            self.load_state(S, h0, slot, inside)
+        elif cutlass.const_expr(spec.part.reads and spec.h0 is not None):
+            if comes_in:
+                self.load_state(S, h0, slot, inside)
         if cutlass.const_expr(spec.part is Part.SPLIT):
             if index == 0 and begin > 0:
                 self.load_state(S, starts, Int64(i_n), inside)
-            if cutlass.const_expr(spec.h0 is not None):  # noqa: SIM102 (a constexpr, and then a value)
-                if index == 0 and begin == 0:
-                    self.load_state(S, h0, slot, inside)
-        elif cutlass.const_expr(spec.h0 is not None):
-            self.load_state(S, h0, slot, inside)
-
-        if cutlass.const_expr(spec.boundaries):  # noqa: SIM102 (a constexpr, and then a value)
-            if n_chunks > 0:
-                self.keep(S, shared.decay, False, shared, atoms, tiles, group, p, i_hv, h_slot)
+        keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
+        if cutlass.const_expr(keeps):
+            if index == 0 and kind == 0 and begin == 0:
+                self.mark_unaligned(kept, rows_of, offsets, i_n, length, inside)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        summary = cutlass.const_expr(spec.part is Part.SUMMARY)
+        summary = cutlass.const_expr(not spec.part.reads)
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
         squares = 1 + spec.inverse_parts  # a stage
         square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, squares * STAGES), (0, 1, 2))
@@ -91,7 +99,7 @@ class Consumer:
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
                 # what follows the last token in memory is another's, and may be no number
                 ours = 8 * j + token < tokens
-                if cutlass.const_expr(spec.part is not Part.WHOLE):
+                if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
                     ours = ours and kind == 0
                 words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else zeros)))
             warpgroup.wait_group(0)
@@ -120,33 +128,40 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            if cutlass.const_expr(not spec.boundaries):
+            late = cutlass.const_expr(keeps or spec.invariant)  # the decays are still to be read
+            if cutlass.const_expr(not late):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
                 self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
-            if cutlass.const_expr(spec.boundaries):
-                if chunk & 1 == 1 and chunk + 1 < n_chunks:
-                    self.keep(S, decay + spec.K, True, shared, atoms, tiles, group, p, i_hv, h_slot + (chunk + 1 >> 1))
-                arrive(shared.empty + stage, lane, spec.each_arrives)  # only now: the decays are read
+            if cutlass.const_expr(spec.invariant):
+                if chunk & 1 == 1:
+                    self.end(S, decay + spec.K, col)
+            if cutlass.const_expr(keeps):
+                if tokens >= CHUNK and kind == 0 and index == 0:
+                    self.keep(
+                        S, decay + spec.K, kept, rows_of, offsets, every, i_n, begin + (chunk + 1) * CHUNK, inside
+                    )
+            if cutlass.const_expr(late):
+                arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-        if n_chunks > 0:  # from the middle of the last chunk to its end
-            ends = shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K)
-            for j in cutlass.range_constexpr(spec.K // 8):
-                pair = vector(ends, 8 * j + col).load()
-                for i in cutlass.range_constexpr(4):
-                    S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
+        open_chunk = n_chunks > 0
+        if cutlass.const_expr(spec.invariant):
+            open_chunk = n_chunks & 1 == 1
+        if open_chunk:
+            self.end(S, shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K), col)
 
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
-        if cutlass.const_expr(summary):
+        if cutlass.const_expr(spec.part is Part.SUMMARY):
             self.store_state(S, summaries, Int64(2 * unit + kind), inside)
+        elif cutlass.const_expr(spec.part is Part.KEPT):
+            self.store_row(S, kept, rows_of, i_n, index, inside)
         elif cutlass.const_expr(spec.part is Part.SPLIT):
             if kind == 1:
                 self.store_parts(S, summaries, Int64(2 * unit + 1), i_hv, inside)
             elif index > 0:
                 self.store_state(S, summaries, Int64(2 * unit), inside)
             elif not last:
-                sequences = starts.shape[0] - (summaries.shape[0] >> 1)
                 self.store_state(S, starts, Int64(sequences + unit), inside)
             elif cutlass.const_expr(final):
                 self.store_state(S, h0 if spec.pooled else ht, slot, inside)
@@ -246,31 +261,55 @@ class Consumer:
             store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
 
     @cute.jit
+    def end(self, S, decay, col: Int32):
+        """S from the middle of a chunk to its end: S diag(2^decay)."""
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            pair = vector(decay, 8 * j + col).load()
+            for i in cutlass.range_constexpr(4):
+                S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
+
+    @cute.jit
     def keep(
-        self, S, decay, decays: cutlass.Constexpr[bool], shared, atoms, tiles, group: Int32, p: Int32, i_hv: Int32,
-        slot: Int32,
+        self, S, decay, kept, rows, offsets, every: Int32, i_n: Int32, position: Int32, inside: Int32
     ):  # fmt: skip
-        """The state, if `decays` by 2^decay to the end of a chunk, into its slot of h, 32 key channels at a time."""
-        warp, lane = p >> 5, p & 31
-        buffer = self.buffer(shared, group, 0)
-        for t in cutlass.range_constexpr(self.spec.K // 32):
-            self.own_buffer(group, warp)
-            rounded = cute.make_rmem_tensor(16, BFloat16)
-            for j in cutlass.range_constexpr(4):
-                factor = [Float32(1.0), Float32(1.0)]
-                if cutlass.const_expr(decays):
-                    pair = vector(decay, 8 * (4 * t + j) + 2 * (lane & 3)).load()
-                    factor = [exp2_approx(pair[0]), exp2_approx(pair[1])]
-                for i in cutlass.range_constexpr(4):
-                    rounded[4 * j + i] = (S[16 * t + 4 * j + i] * factor[i % 2]).to(BFloat16)
-            self.stage(rounded, buffer, warp, lane)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.barrier(barrier_id=3 + group, number_of_threads=128)
-            if warp == 0:
-                here, there = by_chunk(atoms[5], tiles[5][None, None, i_hv, slot], buffer, 0, 64)
-                cute.copy(atoms[5], here, there[None, t, group])
-                cute.arch.cp_async_bulk_commit_group()
-        self.own_buffer(group, warp)
+        """The state after `position` tokens of a sequence into the rows of the checkpoints that are there."""
+        if position % ALIGNMENT == 0:
+            if cutlass.const_expr(self.spec.every):
+                column = position // every - 1
+                if position % every == 0 and column < rows.shape[1]:
+                    self.keep_row(S, decay, kept, rows, i_n, column, inside)
+            else:
+                for column in cutlass.range(rows.shape[1], unroll=1):
+                    if Int32(offsets[i_n, column]) == position:
+                        self.keep_row(S, decay, kept, rows, i_n, column, inside)
+
+    @cute.jit
+    def keep_row(self, S, decay, kept, rows, i_n: Int32, column: Int32, inside: Int32):
+        """Of S in the middle of a chunk what it is at its end."""
+        if cutlass.const_expr(self.spec.invariant):
+            self.store_row(S, kept, rows, i_n, column, inside)
+        else:
+            ended = cute.make_rmem_tensor(S.shape, Float32)
+            ended.store(S.load())
+            self.end(ended, decay, 2 * (cute.arch.lane_idx() & 3))
+            self.store_row(ended, kept, rows, i_n, column, inside)
+
+    @cute.jit
+    def store_row(self, S, kept, rows, i_n: Int32, column: Int32, inside: Int32):
+        row = Int64(rows[i_n, column])
+        if row >= 0 and row < kept.shape[0]:
+            self.store_state(S, kept, row, inside)
+
+    @cute.jit
+    def mark_unaligned(self, kept, rows, offsets, i_n: Int32, length: Int32, inside: Int32):
+        """NaN into the rows of checkpoints where no chunk ends, so that it is seen."""
+        if cutlass.const_expr(not self.spec.every):
+            for column in cutlass.range(rows.shape[1], unroll=1):
+                position = Int32(offsets[i_n, column])
+                if position > 0 and position <= length and position % ALIGNMENT != 0:
+                    nothing = cute.make_rmem_tensor(self.spec.K // 2, Float32)
+                    nothing.fill(float("nan"))
+                    self.store_row(nothing, kept, rows, i_n, column, inside)
 
     @cute.jit
     def write_out(
@@ -287,7 +326,7 @@ class Consumer:
                 if kind == 0:
                     here, there = by_chunk(atoms[4], tiles[4][None, None, i_hv, b], source, first, 64)
                     cute.copy(atoms[4], here, there[None, chunk, group])
-                if cutlass.const_expr(self.spec.part is Part.SPLIT):  # noqa: SIM102 (a constexpr, and then a value)
+                if cutlass.const_expr(self.spec.part is Part.SPLIT):
                     if kind == 1:
                         rows = unit * segment
                         here, there = by_chunk(atoms[5], tiles[5][None, None, i_hv], source, rows, 64)

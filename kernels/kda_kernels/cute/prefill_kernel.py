@@ -16,17 +16,20 @@ b = |k|^-2 beta, and are left out of the operands. With the state S~ (V x K) as 
     o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)       S~ <- S~ + w kI
 
 and from one chunk's m to the next one's S~ decays once, by exp2(G_31 - m + m'). w is u / |k|: the update that the delta
-rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by
-substitution, what lies below them from products of numbers of 16 bits (`prefill_relate.py`).
+rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by substitution, what lies below them from
+products of numbers of 16 bits (`prefill_relate.py`).
+
+Keys may be long: in the first half of a chunk kE, qE and w are divided by 2^25 and kI is multiplied by it, in the
+second half the other way. So nothing overflows unless q or k is longer than 2^37, and then o is made NaN.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
-from kda_kernels.cute.prefill_config import CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
@@ -56,10 +59,14 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,  # [N, HV, V, K]
         state_indices: cute.Tensor | None,  # [N]
         cu_seqlens: cute.Tensor | None,  # [N + 1]
-        summaries: cute.Tensor | None,  # fp32 [2 units, HV, V, K]: E and T of each unit; T of a split in bf16 parts
-        starts: cute.Tensor | None,  # fp32 [N + units, HV, V, K]: states before this round, and before each unit
-        reads: cute.Tensor | None,  # [units * segment, HV, K]: what each token reads of the state before its unit
-        h: cute.Tensor | None,  # [slots, HV, K, V]: the state before every second chunk, see `slot_of`
+        started: cute.Tensor | None,  # has_initial_state [N]
+        workspace: cute.Tensor | None,  # fp32, see below
+        kept: cute.Tensor | None,  # [R, HV, V, K]: where checkpoints go
+        rows: cute.Tensor | None,  # [N, C]: the row of each
+        offsets: cute.Tensor | None,  # [N, C]: the tokens before each; None: `every` of them
+        null_slot: Int32,  # a slot that is padding too; a negative number: none
+        every: Int32,
+        units: Int32,  # of all sequences in a round, at most
         scale: Float32,
         lower_bound: Float32,
         lead: Int32,  # tokens of a first segment, and of the others: multiples of CHUNK
@@ -68,12 +75,30 @@ class PrefillKernel(Producer, Consumer):
         limit: Int32,
         stream,
     ):
+        """In `workspace`, one behind the other: `starts` [N + units, HV, V, K], the states before this round and before
+        each unit; `summaries` [2 units, HV, V, K], E and T of each unit, T of a split in bf16 parts; and in bf16
+        `reads` [units * segment, HV, K], what each token reads of the state before its unit. For summaries just those.
+        """
+        part = self.spec.part
         sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
-        ctas = self.spec.HV * sequences
-        if cutlass.const_expr(self.spec.part is Part.SUMMARY):
+        HV = v.shape[2]
+        ctas = HV * sequences
+        starts, summaries, reads = None, None, None
+        if cutlass.const_expr(part is Part.SUMMARY):
             ctas = 2 * ctas
-        elif cutlass.const_expr(self.spec.part is Part.SPLIT):
-            ctas = ctas + self.spec.HV * summaries.shape[0]
+            summaries = self.states(workspace.iterator, 2 * sequences, HV)
+        elif cutlass.const_expr(part is not Part.WHOLE):
+            starts = self.states(workspace.iterator, sequences + units, HV)
+            place = self.behind(workspace.iterator, sequences + units, starts)
+            if cutlass.const_expr(part is Part.SPLIT):
+                summaries = self.states(place, 2 * units, HV)
+                ctas = ctas + 2 * HV * units
+                place = cute.recast_ptr(self.behind(place, 2 * units, summaries), dtype=q.element_type)
+                apart = cute.assume(HV * self.spec.K, divby=self.spec.K)
+                inner = cute.make_layout((units * segment, HV, self.spec.K), stride=(apart, self.spec.K, 1))
+                reads = cute.make_tensor(place, inner)
+            else:
+                ctas = ctas * rows.shape[1]
         rmem = warpgroup.OperandSource.RMEM
 
         def product(n, b_major=K_MAJOR, source=rmem):
@@ -81,7 +106,7 @@ class PrefillKernel(Producer, Consumer):
 
         products = (
             product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-            product(CHUNK if self.spec.part is Part.SUMMARY else 2 * CHUNK),  # S~ [kE; qE]^T
+            product(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
             product(CHUNK, MN_MAJOR),  # with the inverse
             product(CHUNK),  # with tril(qE kI^T)
             product(self.spec.K, MN_MAJOR),  # w kI
@@ -91,13 +116,20 @@ class PrefillKernel(Producer, Consumer):
         tiles.append(self.by_tile(o, store, 64, dense))
         if cutlass.const_expr(reads is not None):
             tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
-        if cutlass.const_expr(h is not None):
-            tiles.append(self.by_tile(h, store, 64, (2, 3, 1, 0)))
         self.kernel(
             [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
-            state_indices, cu_seqlens, summaries, starts, reads, scale, lower_bound, lead, segment, begin, limit,
-            *products,
+            state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
+            scale, lower_bound, lead, segment, begin, limit, *products,
         ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+
+    def states(self, first, outer, heads):
+        """[outer, heads, V, K], contiguous, from `first` on."""
+        V, K = self.spec.V, self.spec.K
+        strides = (cute.assume(heads * (V * K), divby=V * K), V * K, K, 1)
+        return cute.make_tensor(first, cute.make_layout((outer, heads, V, K), stride=strides))
+
+    def behind(self, first, outer, states):
+        return first + cute.assume(Int64(outer) * Int64(states.stride[0]), divby=self.spec.V * self.spec.K)
 
     def by_tile(self, x: cute.Tensor, copy, channels: int, order: tuple[int, ...]):
         """TMA's view of an input or output, [T, K, heads, B], in tiles of a chunk and so many channels."""
@@ -109,7 +141,7 @@ class PrefillKernel(Producer, Consumer):
     @cute.kernel
     def kernel(
         self,
-        atoms: list[cute.CopyAtom],  # of q, k, v, g, o, and reads or h
+        atoms: list[cute.CopyAtom],  # of q, k, v, g, o and reads
         tiles: list[cute.Tensor],
         g_dtype: cutlass.Constexpr,
         beta: cute.Tensor,
@@ -120,9 +152,15 @@ class PrefillKernel(Producer, Consumer):
         ht: cute.Tensor | None,
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
+        started: cute.Tensor | None,
         summaries: cute.Tensor | None,
         starts: cute.Tensor | None,
-        reads: cute.Tensor | None,
+        kept: cute.Tensor | None,
+        rows: cute.Tensor | None,
+        offsets: cute.Tensor | None,
+        null_slot: Int32,
+        every: Int32,
+        units: Int32,
         scale: Float32,
         lower_bound: Float32,
         lead: Int32,
@@ -138,7 +176,8 @@ class PrefillKernel(Producer, Consumer):
         spec = self.spec
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
-        i_n, i_hv = pid // spec.HV, pid % spec.HV
+        HV = Int32(o.shape[2])
+        i_n, i_hv = pid // HV, pid % HV
         # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
         kind, index, unit, last = Int32(0), Int32(0), Int32(0), True
         if cutlass.const_expr(spec.part is Part.SUMMARY):
@@ -148,17 +187,36 @@ class PrefillKernel(Producer, Consumer):
             i_n, kind, index, unit, last = self.find(
                 i_n, cu_seqlens, Int32(o.shape[0]), Int32(o.shape[1]), lead, segment, begin, limit
             )
+        elif cutlass.const_expr(spec.part is Part.KEPT):
+            column = i_n % Int32(rows.shape[1])
+            i_n = i_n // Int32(rows.shape[1])
         elif cutlass.const_expr(spec.packed):
             i_n = self.longest_first(i_n, cu_seqlens)
         found = i_n >= 0
         i_n = i_n if found else Int32(0)
-        slot = Int64(i_n)
+        slot, wrong = Int64(i_n), Boolean(False)
         if cutlass.const_expr(spec.pooled):
             slot = Int64(state_indices[i_n])
+            if slot == null_slot:
+                slot = Int64(-1)
+            wrong = slot >= h0.shape[0]
         b, first, n_tokens = i_n, Int32(0), Int32(o.shape[1])
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
+        length = n_tokens
+        if cutlass.const_expr(spec.packed and spec.part.reads):
+            if begin == 0 and kind == 0 and index == 0:
+                self.clear_tail(o, cu_seqlens, i_n, i_hv, tid)
+        if cutlass.const_expr(spec.part is Part.KEPT):
+            position = self.position(offsets, every, i_n, column) - begin
+            found = position > lead and position <= cutlass.min(n_tokens - begin, limit) and position % ALIGNMENT == 0
+            index = (cutlass.max(position - lead, 1) + (segment - 1)) // segment
+            unit = self.units_before(i_n, cu_seqlens, Int32(o.shape[1]), lead, segment, begin, limit) + index - 1
+            offset = lead + (index - 1) * segment
+            n_tokens = position - offset
+            first = first + (begin + offset)
+            index = column  # of the checkpoint
         if cutlass.const_expr(spec.part is Part.SPLIT):
             offset = Int32(0) if index == 0 else lead + (index - 1) * segment
             n_tokens = cutlass.min(cutlass.max(n_tokens - begin, 0), limit) - offset
@@ -167,22 +225,19 @@ class PrefillKernel(Producer, Consumer):
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = found
-        if cutlass.const_expr(spec.part is Part.SUMMARY):
-            live = found and slot >= 0
-        elif cutlass.const_expr(spec.pooled):
+        if cutlass.const_expr(spec.part.reads and spec.pooled):
             live = found and n_tokens > 0
         elif cutlass.const_expr(spec.part is Part.SPLIT):
             live = found and (n_tokens > 0 or begin == 0)
-        if cutlass.const_expr(spec.part is not Part.SUMMARY):  # noqa: SIM102 (a constexpr, and then a value)
-            if slot < 0 and found:  # padding: the pool is neither read nor written
-                if kind == 0:
-                    self.write_zeros(o, b, first, n_tokens, i_hv, tid)
-                live = live and slot >= 0
-        if live and slot >= 0:
+        if slot < 0 or wrong:  # padding, or no slot: the pool is neither read nor written
+            if cutlass.const_expr(spec.part.reads):
+                if found and kind == 0:
+                    self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, tid)
+        elif live:
             self.work(
-                atoms, tiles, g_dtype, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads, slot, i_n, unit,
-                kind, index, last, b, first, n_tokens, i_hv, scale, lower_bound, segment, begin,
-                gram, read, solve, mix, write,
+                atoms, tiles, g_dtype, beta, A_log, dt_bias, o, h0, ht, started, summaries, starts, kept, rows,
+                offsets, every, units, slot, i_n, unit, kind, index, last, b, first, length, n_tokens, i_hv,
+                scale, lower_bound, segment, begin, gram, read, solve, mix, write,
             )  # fmt: skip
 
     @cute.jit
@@ -222,6 +277,28 @@ class PrefillKernel(Producer, Consumer):
             return i_n, kind, index, unit, count == 0
 
     @cute.jit
+    def units_before(
+        self, i_n: Int32, cu_seqlens, T: Int32, lead: Int32, segment: Int32, begin: Int32, limit: Int32
+    ):  # fmt: skip
+        """Units of all sequences before one."""
+        if cutlass.const_expr(self.spec.packed):
+            before = Int32(0)
+            for n in cutlass.range(i_n, unroll=1):
+                length = Int32(cu_seqlens[n + 1]) - Int32(cu_seqlens[n])
+                before = before + self.units(length, lead, segment, begin, limit)
+            return before
+        else:
+            return i_n * self.units(T, lead, segment, begin, limit)
+
+    @cute.jit
+    def position(self, offsets, every: Int32, i_n: Int32, column: Int32):
+        """Of a checkpoint: the tokens of its sequence before it."""
+        if cutlass.const_expr(self.spec.every):
+            return (column + 1) * every
+        else:
+            return Int32(offsets[i_n, column])
+
+    @cute.jit
     def units(self, length: Int32, lead: Int32, segment: Int32, begin: Int32, limit: Int32):
         """How many segments a sequence has in this round behind its first."""
         length = cutlass.min(length - begin, limit)
@@ -247,13 +324,13 @@ class PrefillKernel(Producer, Consumer):
 
     @cute.jit
     def work(
-        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, summaries, starts, reads,
-        slot: Int64, i_n: Int32, unit: Int32, kind: Int32, index: Int32, last, b: Int32, first: Int32, n_tokens: Int32,
-        i_hv: Int32, scale: Float32, lower_bound: Float32, segment: Int32, begin: Int32,
+        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, started, summaries, starts,
+        kept, rows, offsets, every: Int32, units: Int32, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
+        index: Int32, last, b: Int32, first: Int32, length: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32,
+        lower_bound: Float32, segment: Int32, begin: Int32,
         gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
     ):  # fmt: skip
         """One head of one sequence or segment. `kind`: 0 runs on values, and 1 on the identity, which makes T."""
-        heads_per_q = self.spec.HV // self.spec.H
         tid = cute.arch.thread_idx()[0]
         n_chunks = (n_tokens + CHUNK - 1) // CHUNK
         shared = allocate(self.spec, g_dtype)
@@ -278,29 +355,32 @@ class PrefillKernel(Producer, Consumer):
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS["consume"])
             self.consume(
-                shared, atoms, tiles, o, h0, ht, summaries, starts, slot, i_n, unit, kind, index, last, b, first,
-                n_tokens, n_chunks, i_hv, group, segment, begin, self.slot_of(i_n, first, o), read, solve, mix, write,
+                shared, atoms, tiles, o, h0, ht, started, summaries, starts, kept, rows, offsets, every, units, slot,
+                i_n, unit, kind, index, last, b, first, length, n_tokens, n_chunks, i_hv, group, segment, begin,
+                read, solve, mix, write,
             )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS["produce"])
             self.produce(
                 shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
-                i_hv // heads_per_q, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
+                i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
             )  # fmt: skip
 
     @cute.jit
-    def slot_of(self, i_n: Int32, first: Int32, o):
-        """Of a sequence's first pair of chunks in h: pairs of those before it leave gaps, and need not be counted."""
-        if cutlass.const_expr(self.spec.packed):
-            return first // (2 * CHUNK) + i_n
-        else:
-            return i_n * ((Int32(o.shape[1]) + (2 * CHUNK - 1)) // (2 * CHUNK))
+    def clear_tail(self, o, cu_seqlens, i_n: Int32, i_hv: Int32, tid: Int32):
+        """Zeros into this sequence's share of what lies behind the last one."""
+        N = Int32(cu_seqlens.shape[0] - 1)
+        end = Int32(cu_seqlens[N])
+        self.write_nothing(o, Boolean(False), Int32(0), end + i_n, Int32(o.shape[1]) - (end + i_n), N, i_hv, tid)
 
     @cute.jit
-    def write_zeros(self, o, b: Int32, first: Int32, n_tokens: Int32, i_hv: Int32, tid: Int32):
+    def write_nothing(
+        self, o, wrong, b: Int32, first: Int32, n_tokens: Int32, step: Int32, i_hv: Int32, tid: Int32
+    ):  # fmt: skip
+        """Zeros into each `step`-th of the tokens; NaN where the slot is `wrong`, so that it is seen."""
         per_row = self.spec.V // 8
-        zeros = cute.make_rmem_tensor(8, o.element_type)
-        zeros.fill(0.0)
-        for t in cutlass.range(tid // per_row, n_tokens, THREADS // per_row, unroll=1):
+        value = cute.make_rmem_tensor(8, o.element_type)
+        value.fill(Float32(cutlass.select_(wrong, Float32(float("nan")), Float32(0.0))).to(o.element_type))
+        for t in cutlass.range(tid // per_row * step, n_tokens, THREADS // per_row * step, unroll=1):
             offset = Int64(b) * o.stride[0] + Int64(first + t) * o.stride[1] + Int64(i_hv) * o.stride[2]
-            vector(o.iterator, offset + tid % per_row * 8, 8).store(zeros.load())
+            vector(o.iterator, offset + tid % per_row * 8, 8).store(value.load())

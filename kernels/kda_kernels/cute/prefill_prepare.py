@@ -5,12 +5,13 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, reciprocal
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, SHIFT, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import arrive, swizzled, vector
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_pairs, rest
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
+STEEP = 64 * LOG2_E  # a bias of 16 times it is rounded to 2^-14, which no bf16 shows
 
 
 class Preparer:
@@ -44,8 +45,12 @@ class Preparer:
             return raw[0, i].to(Float32), raw[1, i].to(Float32)
 
     @cute.jit
-    def gates(self, raw_g, A: Float32, bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32):
-        """The sums of log2 decays from the middle of the chunk to each token, and over this half: [2, HALF + 1].
+    def gates(
+        self, raw_g, A: Float32, bias, dt_bias, i_hv: Int32, lower_bound: Float32, pair: Int32, half: Int32,
+        tokens: Int32,
+    ):  # fmt: skip
+        """The sums of log2 decays from the middle of the chunk to each token, less or, in the second half, more SHIFT;
+        and over this half: [2, HALF + 1].
 
         Tokens after the end do not decay.
         """
@@ -58,6 +63,9 @@ class Preparer:
                     log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
                 else:
                     log2[e, i] = values[e]
+        if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
+            if A > STEEP:
+                self.steep_gates(log2, raw_g, A, dt_bias, i_hv, pair, half)
         if tokens < CHUNK:
             last = fresh(tokens)  # a branch, where the compiler would select for every chunk
             for i in cutlass.range_constexpr(HALF):
@@ -70,19 +78,33 @@ class Preparer:
         G = cute.make_rmem_tensor((2, HALF + 1), Float32)
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
-                total = Float32(0.0)
+                total = Float32(SHIFT)
                 for i in cutlass.range_constexpr(HALF - 1, -1, -1):
                     G[e, i] = -total
                     total = total + log2[e, i] * factor
-                G[e, HALF] = total
+                G[e, HALF] = total - SHIFT
         else:
             for e in cutlass.range_constexpr(2):
-                total = Float32(0.0)
+                total = Float32(SHIFT)
                 for i in cutlass.range_constexpr(HALF):
                     total = total + log2[e, i] * factor
                     G[e, i] = total
-                G[e, HALF] = total
+                G[e, HALF] = total - SHIFT
         return G
+
+    @cute.jit
+    def steep_gates(self, log2, raw_g, A: Float32, dt_bias, i_hv: Int32, pair: Int32, half: Int32):
+        """Where exp(A_log) is so large that the rounding of its product with the bias would show: the sum first."""
+        raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
+        bias = cute.make_rmem_tensor(2, Float32)
+        bias.fill(0.0)
+        if cutlass.const_expr(dt_bias is not None):
+            for e in cutlass.range_constexpr(2):
+                bias[e] = dt_bias[i_hv * self.spec.K + 2 * pair + e].to(Float32)
+        for i in cutlass.range_constexpr(HALF):
+            values = self.pair_of(raw, i)
+            for e in cutlass.range_constexpr(2):
+                log2[e, i] = reciprocal(1.0 + exp2_approx((values[e] + bias[e]) * -A))
 
     @cute.jit
     def decays(self, shared, G, chunk: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32):
@@ -95,7 +117,10 @@ class Preparer:
         if half == 0:
             before = cute.make_rmem_tensor(2, Float32)
             before.fill(0.0)
-            if chunk > 0:
+            carries = chunk > 0
+            if cutlass.const_expr(self.spec.invariant):
+                carries = chunk & 1 == 1
+            if carries:
                 last = cute.arch.make_warp_uniform((chunk - 1) % STAGES)
                 cute.arch.mbarrier_wait(shared.summed + last, (chunk - 1) // STAGES & 1)
                 before.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
@@ -116,7 +141,7 @@ class Preparer:
         kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has PARTS parts.
         """
         K = self.spec.K
-        summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
+        summary = cutlass.const_expr(not self.spec.part.reads)
         batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
         rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
         cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))

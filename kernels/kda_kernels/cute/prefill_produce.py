@@ -5,8 +5,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.math import LOG2_E, sigmoid
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, Part
+from kda_kernels.cute.math import LOG2_E, rate, sigmoid
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES
 from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
 from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
@@ -44,9 +44,9 @@ class Producer(Preparer, Relater):
         k_tiles, k = by_chunk(atom_k, sources[1][None, None, i_h, b], raw_k, first, spec.K)
         g_tiles, g = by_chunk(atom_g, sources[3][None, None, i_hv, b], raw_g, first, spec.K)
         loaded = shared.loaded + group
-        summary = cutlass.const_expr(spec.part is Part.SUMMARY)  # needs no q
+        summary = cutlass.const_expr(not spec.part.reads)  # needs no q
         size = CHUNK * spec.K * ((16 if summary else 32) + raw_g.dtype.width) // 8
-        if warp == LOADER:  # noqa: SIM102 (two branches of the GPU)
+        if warp == LOADER:
             if group < n_chunks:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
@@ -62,7 +62,7 @@ class Producer(Preparer, Relater):
         bias = cute.make_rmem_tensor(2, Float32)
         bias.fill(0.0)
         if cutlass.const_expr(A_log is not None):
-            A = cute.math.exp2(A_log[i_hv].to(Float32) * LOG2_E) * LOG2_E
+            A = rate(A_log[i_hv].to(Float32), False) * LOG2_E
         if cutlass.const_expr(dt_bias is not None):
             for e in cutlass.range_constexpr(2):
                 bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
@@ -80,7 +80,7 @@ class Producer(Preparer, Relater):
                     self.clear(raw_q, tokens, p)
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
-            G = self.gates(raw_g, A, bias, lower_bound, pair, half, tokens)
+            G = self.gates(raw_g, A, bias, dt_bias, i_hv, lower_bound, pair, half, tokens)
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
@@ -154,7 +154,7 @@ class Producer(Preparer, Relater):
     def prefetch(self, atoms, q, k, g, chunk: Int32):
         """Into L2: what is loaded next waits for that only, since it can be loaded late only."""
         with cute.arch.elect_one():
-            if cutlass.const_expr(self.spec.part is not Part.SUMMARY):
+            if cutlass.const_expr(self.spec.part.reads):
                 cute.prefetch(atoms[0], q[None, chunk, 0])
             cute.prefetch(atoms[1], k[None, chunk, 0])
             cute.prefetch(atoms[3], g[None, chunk, 0])

@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, rsqrt
-from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
 from kda_kernels.cute.prefill_shared import BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, swizzled, vector
 from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, rest, select
 
@@ -18,7 +18,7 @@ class Relater:
     @cute.jit
     def squares(self, raw, sums, warp: Int32, lane: Int32):
         """q.q, k.k and q.k of 8 tokens a warp: diagonals of products of both, 16 rows, with k and with q."""
-        summary = cutlass.const_expr(self.spec.part is Part.SUMMARY)
+        summary = cutlass.const_expr(not self.spec.part.reads)
         rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
         with_k, with_q = ((Float32(0.0),) * 4,) * 2
         for i in cutlass.range_constexpr(self.spec.K // 16):
@@ -48,9 +48,16 @@ class Relater:
         norm_k, norm_q = self.norms(sums, lane)
         a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
         b = a * norm_k
+        early = lane < CHUNK // 2
+        shift = select(early, Float32(2.0**-SHIFT), Float32(2.0**SHIFT))
+        unshift = select(early, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
+        longest = vector(sums, CHUNK + lane, 1)[0]
+        if cutlass.const_expr(self.spec.part.reads):
+            longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
+        a = select(longest <= MOST_NORM**2, a * shift, Float32(float("nan")))
         vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
         vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
-        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
+        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale * unshift
 
     @cute.jit
     def spread(self, acc, scratch, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
@@ -60,7 +67,7 @@ class Relater:
                 for h in cutlass.range_constexpr(2):
                     if cutlass.const_expr(w < 2):
                         self.spread_k(acc, scratch, sums, w, h, lane, tokens)
-                    elif cutlass.const_expr(self.spec.part is not Part.SUMMARY):
+                    elif cutlass.const_expr(self.spec.part.reads):
                         self.spread_q(acc, mix, sums, w - 2, h, lane)
 
     @cute.jit

@@ -4,12 +4,17 @@ import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from kda_kernels.cute import cache
 from kda_kernels.cute.runtime import missing_packages
+from kda_kernels.dtypes import name_of, torch_dtype
 from kda_kernels.errors import UnavailableError
+from kda_kernels.problem import Gate, Problem
+from kda_kernels.tensors import Inputs
 from kda_kernels.variant import Built
 
 
@@ -63,6 +68,42 @@ class CuteVariant:
             num_warps=self.num_warps,
             compile_s=seconds,
         )
+
+
+def named(kind: tuple) -> Iterator[Any]:
+    """The same with names in place of dtypes: the fields of a spec."""
+    return (name_of(x) if isinstance(x, torch.dtype) else x for x in kind)
+
+
+def pretended(problem: Problem) -> Inputs:
+    """Tensors of a problem that have no memory: int32 indices, parameters of one dtype."""
+
+    def tensor(*shape: int, dtype: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+
+    H, HV, K, V, N = problem.H, problem.HV, problem.K, problem.V, problem.N
+    tokens = (1, problem.T) if problem.packed else (N, problem.T // max(N, 1))
+    raw, pool = problem.options.gate is not Gate.NONE, problem.pool_slots
+    square = (V, K) if problem.state_v_first else (K, V)
+    has_state = pool is not None or problem.initial_state
+    return Inputs(
+        q=tensor(*tokens, H, K, dtype=problem.dtype),
+        k=tensor(*tokens, H, K, dtype=problem.dtype),
+        v=tensor(*tokens, HV, V, dtype=problem.dtype),
+        g=tensor(*tokens, HV, K, dtype=problem.g_dtype),
+        beta=tensor(*tokens, HV, dtype=problem.beta_dtype),
+        options=problem.options,
+        A_log=tensor(HV, dtype=problem.param_dtype) if raw else None,
+        dt_bias=tensor(HV * K, dtype=problem.param_dtype) if raw else None,
+        state=tensor(pool or N, HV, *square, dtype=problem.state_dtype) if has_state else None,
+        state_indices=tensor(N, dtype="int32") if pool is not None else None,
+        cu_seqlens=tensor(N + 1, dtype="int32") if problem.packed else None,
+        state_v_first=problem.state_v_first,
+        output_final_state=problem.final_state,
+        null_slot=0 if "null_slot" in problem.features else None,
+        has_initial_state=tensor(N, dtype="bool") if "has_initial_state" in problem.features else None,
+        batch_invariant="batch_invariant" in problem.features,
+    )
 
 
 def launched_shared_bytes(mlir: str) -> int:

@@ -124,7 +124,7 @@ def decode_kernel(
         n_tokens = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first).to(tl.int32)
     p_o = o + first * stride_o_s + i_hv * stride_o_h + o_v
 
-    if state_indices is not None:  # noqa: SIM102 (a constexpr, and then a value: two ifs to Triton)
+    if state_indices is not None:
         if (slot < 0) | (n_tokens == 0):  # padding, or no tokens: the pool is neither read nor written
             for _ in range(n_tokens):
                 tl.store(p_o, tl.zeros([BV], dtype=p_o.dtype.element_ty), mask=m_v)

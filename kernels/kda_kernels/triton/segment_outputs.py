@@ -13,40 +13,45 @@ import triton.language as tl
 
 from kda_kernels.ints import cdiv
 from kda_kernels.triton.common import cast, dot
-from kda_kernels.triton.segment_scan import units_of
+from kda_kernels.triton.launch import launch
+from kda_kernels.triton.segment_scan import SHARED, Segments, slot_of, units_of
 
 BT, SPAN = 64, 256  # tokens a step, and a program
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[*SHARED, "T", "stride_b", "stride_t", "stride_h"],
+    do_not_specialize_on_alignment=["state_indices", "cu_seqlens"],
+)
 def segment_outputs_kernel(
-    reads,  # bf16 [units * segment, HV, K]: r
-    starts,  # fp32 [N + units, HV, V, K]: states before the units, behind N others
-    o,  # [B, T, HV, V]: o', and then o
+    workspace,
     state_indices,
     cu_seqlens,
     N,
-    T,
+    units,
     lead,
     segment,
     begin,
     limit,
+    stride_index,
+    slots,
+    null_slot,
+    o,  # [B, T, HV, V]: o', and then o
+    T,
     stride_b,
     stride_t,
     stride_h,
-    HV: tl.constexpr,
+    HV,
     V: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
     SPAN: tl.constexpr,
-    POOLED: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     # last tokens first: they were written last, and are in the cache still
     i_hv, unit, i_s = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     i_n, index, first, length = -1, 0, tl.zeros([], tl.int64), T
-    if PACKED:
+    if cu_seqlens is not None:
         before = 0
         for n in range(N):
             at = tl.load(cu_seqlens + n).to(tl.int64)
@@ -61,9 +66,8 @@ def segment_outputs_kernel(
         o += i_n.to(tl.int64) * stride_b
     if i_n < 0 or i_n >= N:  # there is room for more units than there are
         return
-    if POOLED:  # noqa: SIM102 (a constexpr, and then a value)
-        if tl.load(state_indices + i_n) < 0:
-            return
+    if slot_of(state_indices, stride_index, slots, null_slot, i_n) < 0:
+        return
 
     offset = lead + index * segment
     n_tokens = tl.minimum(tl.minimum(length - begin, limit) - offset, segment)
@@ -71,8 +75,12 @@ def segment_outputs_kernel(
         return
     first += begin + offset
     rows, k = tl.arange(0, V), tl.arange(0, K)
-    state = starts + (N + unit).to(tl.int64) * (HV * V * K) + i_hv * (V * K)
-    S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), reads.dtype.element_ty)  # [K, V]
+    size = HV.to(tl.int64) * (V * K)
+    state = workspace + (N + unit) * size + i_hv * (V * K)
+    reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), tl.bfloat16)  # [K, V]
+    stride_t = tl.multiple_of(stride_t, 8)  # rows of o are multiples of 16 bytes
+    stride_h = tl.multiple_of(stride_h, 8)
     for i in range(i_s * SPAN, tl.minimum(i_s * SPAN + SPAN, n_tokens), BT):
         t = i + tl.arange(0, BT)
         real = (t < n_tokens)[:, None]
@@ -82,28 +90,12 @@ def segment_outputs_kernel(
         tl.store(at, cast(total, o.dtype.element_ty), real)
 
 
-def add_segment_outputs(
-    reads: torch.Tensor,
-    starts: torch.Tensor,
-    o: torch.Tensor,
-    state_indices: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sequences: int,
-    lead: int,
-    segment: int,
-    begin: int,
-    limit: int,
-) -> None:
-    """Completes `o` [B, T, HV, V]; the other arguments are those of `segment_scan.scan_segments`.
-
-    Args:
-        reads: [units * segment, HV, K].
-    """
-    _, HV, V, K = starts.shape
-    units = starts.shape[0] - sequences
-    segment_outputs_kernel[(HV, units, cdiv(segment, SPAN))](
-        reads, starts, o, state_indices, cu_seqlens, sequences, o.shape[1], lead, segment, begin, limit,
-        *o.stride()[:3],
-        HV=HV, V=V, K=K, BT=BT, SPAN=SPAN, POOLED=state_indices is not None, PACKED=cu_seqlens is not None,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
+    """Completes `o` [B, T, HV, V] by what `segments.reads` [units * segment, HV, K] read of the states before units."""
+    _, T, HV, V = o.shape
+    arguments = (o, T, *o.stride()[:3], HV, V, K, BT, SPAN)
+    launch(
+        segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, SPAN)), (segments.kind()[0],
+        segments.kind()[2:], o.dtype, V, K), segments.arguments() + arguments, num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )  # fmt: skip

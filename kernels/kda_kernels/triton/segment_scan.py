@@ -5,14 +5,60 @@ and T in two bf16 parts each, 16 bits together; sums are fp32. V * K * K multipl
 bytes to read for each BV rows of the state.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from kda_kernels.triton.common import dot, split
+from kda_kernels.triton.launch import dtype_of, launch
 
 BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 us where this takes 15, by hand)
 NUM_WARPS, NUM_STAGES = 4, 2
+
+
+class Segments(NamedTuple):
+    """One round of a prefill that is split.
+
+    Attributes:
+        workspace: fp32, one behind the other: `starts` [N + units, HV, V, K], states after this round and before each
+            unit; `summaries` [2 * units, HV, V, K], E of unit u at 2 u and both bf16 parts of T, [2, K, K], at 2 u + 1;
+            and in bf16 `reads` [units * segment, HV, K].
+        final: the pool of `state_indices`, or [N, HV, V, K], where final states go; or None.
+        N: sequences. units: most segments that are not first ones.
+        null_slot: see `kda_kernels.tensors.Inputs`.
+        lead, segment: tokens of first and of other segments. begin, limit: see `units_of`.
+    """
+
+    workspace: torch.Tensor
+    final: torch.Tensor | None
+    state_indices: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    N: int
+    units: int
+    null_slot: int | None
+    lead: int
+    segment: int
+    begin: int
+    limit: int
+
+    def arguments(self) -> tuple:
+        """Those that both kernels share."""
+        indices, final = self.state_indices, self.final
+        return (
+            self.workspace, indices, self.cu_seqlens, self.N, self.units, self.lead, self.segment, self.begin,
+            self.limit, 0 if indices is None else indices.stride(0),
+            0 if final is None or indices is None else final.shape[0],
+            -1 if self.null_slot is None else self.null_slot,
+        )  # fmt: skip
+
+    def kind(self) -> tuple:
+        """What compiled kernels differ by."""
+        return self.workspace.device, dtype_of(self.final), dtype_of(self.state_indices), dtype_of(self.cu_seqlens)
+
+
+SHARED = ("N", "units", "lead", "segment", "begin", "limit", "stride_index", "slots", "null_slot", "HV")
 
 
 @triton.jit
@@ -23,32 +69,43 @@ def units_of(length, lead, segment, begin, limit):
 
 
 @triton.jit
+def slot_of(state_indices, stride_index, slots, null_slot, i_n):
+    """The slot of a sequence; -1: padding, or there is no such slot."""
+    slot = tl.zeros([], tl.int64) + i_n
+    if state_indices is not None:
+        slot = tl.load(state_indices + slot * stride_index).to(tl.int64)
+        slot = tl.where((slot >= slots) | (slot < 0) | (slot == null_slot), -1, slot)
+    return slot
+
+
+@triton.jit(
+    do_not_specialize=[*SHARED, "T", "stride_final"], do_not_specialize_on_alignment=["state_indices", "cu_seqlens"]
+)
 def segment_scan_kernel(
-    summaries,  # fp32 [2 * units, HV, V, K]: E of unit u is 2 u
-    transitions,  # the same memory as bf16: both parts of T of unit u, [2, K, K], are where 2 u + 1 is
-    starts,  # fp32 [N + units, HV, V, K]: of sequences after this round, and before each unit
-    final,  # [.., HV, V, K]: where final states go
+    workspace,
     state_indices,
     cu_seqlens,
     N,
-    T,
+    units,
     lead,
     segment,
     begin,
     limit,
+    stride_index,
+    slots,
+    null_slot,
+    final,
+    T,
     stride_final,
-    HV: tl.constexpr,
+    HV,
     V: tl.constexpr,
     K: tl.constexpr,
     BV: tl.constexpr,
-    FINAL: tl.constexpr,
-    POOLED: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     i_v, i_hv, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = T
     unit = 0
-    if PACKED:
+    if cu_seqlens is not None:
         for m in range(i_n):
             before = (tl.load(cu_seqlens + m + 1) - tl.load(cu_seqlens + m)).to(tl.int32)
             unit += units_of(before, lead, segment, begin, limit)
@@ -56,20 +113,18 @@ def segment_scan_kernel(
     else:
         unit = i_n * units_of(T, lead, segment, begin, limit)
     count = units_of(length, lead, segment, begin, limit)
-    slot = i_n.to(tl.int64)
-    if POOLED:
-        slot = tl.load(state_indices + i_n).to(tl.int64)
+    slot = slot_of(state_indices, stride_index, slots, null_slot, i_n)
     if count == 0 or slot < 0:
         return
 
     rows = i_v * BV + tl.arange(0, BV)
     k = tl.arange(0, K)
+    size = HV.to(tl.int64) * (V * K)
     inside = i_hv * (V * K) + rows[:, None] * K + k[None, :]
     square = k[:, None] * K + k[None, :]
-    size = HV * V * K
-    summary = summaries + unit.to(tl.int64) * (2 * size)
-    transition = transitions + unit.to(tl.int64) * (4 * size) + 2 * (size + i_hv * (V * K))
-    start = starts + (N + unit).to(tl.int64) * size
+    start = workspace + (N + unit) * size
+    summary = workspace + (N + units + 2 * unit) * size
+    transition = (summary + size + i_hv * (V * K)).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     S = tl.load(start + inside)
     for i in range(count):
         E = tl.load(summary + inside)
@@ -82,36 +137,20 @@ def segment_scan_kernel(
         if i + 1 < count:
             tl.store(start + inside, S)
     if length > begin + limit:
-        tl.store(starts + i_n.to(tl.int64) * size + inside, S)
-    elif FINAL:
+        tl.store(workspace + i_n * size + inside, S)
+    elif final is not None:
         tl.store(final + slot * stride_final + inside, S.to(final.dtype.element_ty))
 
 
-def scan_segments(
-    summaries: torch.Tensor,
-    starts: torch.Tensor,
-    final: torch.Tensor | None,
-    state_indices: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sequences: int,
-    tokens: int,
-    lead: int,
-    segment: int,
-    begin: int,
-    limit: int,
-) -> None:
-    """Fills `starts` [sequences + units, HV, V, K], but for what stands before first units, and `final`; V = K.
+def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 128) -> None:
+    """Fills `starts`, but for what stands before first units, and `final`; V = K.
 
     Args:
-        final: a pool with `state_indices`, or [sequences, HV, V, K].
-        tokens: of each sequence, where there are no `cu_seqlens`.
-        lead, segment: tokens of first and of other segments. begin, limit: see `units_of`.
+        T: tokens of each sequence, where there are no `cu_seqlens`.
     """
-    _, HV, V, K = starts.shape
-    segment_scan_kernel[(V // BV, HV, sequences)](
-        summaries, summaries.view(torch.bfloat16), starts, final, state_indices, cu_seqlens, sequences, tokens,
-        lead, segment, begin, limit,
-        0 if final is None else final.stride(0),
-        HV=HV, V=V, K=K, BV=BV, FINAL=final is not None, POOLED=state_indices is not None,
-        PACKED=cu_seqlens is not None, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+    final = segments.final
+    arguments = (final, T, 0 if final is None else final.stride(0), HV, V, K, BV)
+    launch(
+        segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind(), V, K), segments.arguments() + arguments,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
