@@ -144,6 +144,7 @@ def test_lengths_that_the_host_knows():
     for lengths, HV in itertools.product(known, (12, 32)):
         found = plan_of(lengths, HV, SMS)
         assert found.cost == pytest.approx(cost_of(lengths, HV, found.split), rel=1e-6)
+        assert found.split is None or found.split.rounds(len(lengths), sum(lengths), packed=True) == 1
         assert found.cost < 1.001 * cost_of(lengths, HV, plan(len(lengths), sum(lengths), HV, SMS).split)
         leads = [max(lengths) * share // 100 // CHUNK * CHUNK for share in (12, 20, 30, 40, 50, 60, 80)]
         splits = [Split(x, max(CHUNK, x // n // CHUNK * CHUNK), 1 << 14) for x in leads if x for n in (1, 2, 3)]

@@ -220,6 +220,12 @@ def decode_again(inputs: "Inputs", out: "torch.Tensor") -> bool:
     return cute is not None and cute.FEATURES.issuperset(inputs.features()) and cute.again(inputs, out)
 
 
+def prefill_again(inputs: "Inputs", out: "torch.Tensor") -> bool:
+    """`prefill` in place, if this call is like the one before but for its lengths. False: nothing was done."""
+    cute = sys.modules.get("kda_kernels.cute.prefill")
+    return cute is not None and cute.again(inputs, out)
+
+
 def prefill(
     inputs: "Inputs",
     out: "torch.Tensor | None" = None,

@@ -268,20 +268,24 @@ def _check_unseen(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> N
     N, h0, indices, offsets = inputs.N, inputs.state, inputs.state_indices, inputs.cu_seqlens
     if not inputs.state_v_first and (h0 is not None or ht is not None):
         raise _RefusedError("the state is K-first")
-    if indices is not None and (indices.shape[0] < N or (h0.stride(0) < h0[0].numel() and h0.shape[0] > 1)):
-        raise _RefusedError("not one for each sequence, or slots overlap")
+    if indices is not None:
+        P, HV, V, K = h0.shape
+        if indices.shape[0] < N or (h0.stride(0) < HV * V * K and P > 1):
+            raise _RefusedError("not one for each sequence, or slots overlap")
+    kept = inputs.checkpoints
     if offsets is not None:
-        kept = inputs.checkpoints
-        for x in (
-            None if indices is not None else h0,
-            ht,
-            inputs.has_initial_state,
-            None if kept is None else kept.rows,
-        ):
+        plain, rows = None if indices is not None else h0, None if kept is None else kept.rows
+        for x in (plain, ht, inputs.has_initial_state, rows):
             if x is not None and x.shape[0] != N:
                 raise _RefusedError("not one for each sequence")
     if inputs.dt_bias is not None and inputs.dt_bias.numel() != inputs.v.shape[2] * inputs.q.shape[3]:
         raise _RefusedError("dt_bias is not one for each channel")
+    given = inputs.workspace
+    if given is not None and (given.dtype, given.ndim, given.device) != (torch.uint8, 1, inputs.q.device):
+        raise _RefusedError("workspace is not bytes on the device")
+    every = ALIGNMENT if kept is None or kept.every is None else kept.every
+    if kept is not None and ((kept.every is None) == (kept.offsets is None) or every < 1 or every % ALIGNMENT):
+        raise _RefusedError("checkpoints have offsets, or a distance that is a multiple of 64")
     for x in (inputs.q, inputs.k, inputs.v, inputs.g, o):
         if 0 in x.stride():
             raise _RefusedError("rows lie on each other")
@@ -321,7 +325,12 @@ def _call(
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return parameter if parameter is None or parameter.ndim == 1 else parameter.view(-1)
+    """Raises `_RefusedError`."""
+    if parameter is None or parameter.ndim == 1:
+        return parameter
+    if not parameter.is_contiguous():
+        raise _RefusedError("a parameter lies in another order")
+    return parameter.view(-1)
 
 
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -355,11 +364,12 @@ def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H10
     return 0 if split is None else _split_bytes(split, N, split.units(N, T, packed), HV)
 
 
-def most_workspace_bytes(T: int, HV: int, N: int, sms: int = H100.sms) -> int:
+def most_workspace_bytes(T: int, HV: int, N: int, device: torch.device) -> int:
     """Enough for launches of up to `T` tokens in up to `N` sequences to be split as if there were no limit.
 
     Found over lengths and counts in steps of a fifth, with a tenth to spare; one that needed more would run whole.
     """
+    sms = multiprocessors(device) if torch.cuda.is_available() else H100.sms
     counts, lengths = ({max(1, int(most / 1.2**i)) for i in range(most.bit_length() * 4)} for most in (N, max(T, 1)))
     most = max(workspace_bytes(n, length, HV, True, sms) for n in counts for length in lengths)
     return int(1.1 * most) + WORKSPACE_ALIGNMENT

@@ -134,7 +134,7 @@ def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
         return plan(len(lengths), sum(lengths), HV, sms)
     chunks = sorted((-(-n // CHUNK) for n in lengths), reverse=True)
     best = Plan(None, _finish(sms, [(HV, n + START) for n in chunks]))
-    total, limit = sum(chunks), chunks[0] * CHUNK
+    total, limit = sum(chunks), -(-sum(lengths) // CHUNK) * CHUNK  # one round
     several = sum(n * len(chunks) > total for n in chunks)
     for cut, weight in itertools.product(sorted({1, several, len(chunks)}), (1, 2, math.inf)):
         # as if alone, on the workers that are left for them: what is cut runs once, or twice; or the rest hardly counts
