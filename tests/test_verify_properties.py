@@ -6,8 +6,10 @@ from kda_kernels import registry
 from kda_kernels.problem import Op
 from kdacli.verify import spec
 from kdacli.verify.properties import PROPERTIES
+from kdacli.verify.report import refusals
 from kdacli.verify.runner import Bench, Result, check
 from tests.mutants.score import MUTANTS
+from tests.mutants.victim import VictimKernel
 
 ANY = "lens=9,0,20/gates=init/pool=5"
 
@@ -39,6 +41,9 @@ def test_good_kernels_have_it(op, name):
         ("decode-cached-by-shape", "dtype-change", f"decode-any/{ANY}/param_dtype=bfloat16"),
         ("decode-one-buffer-for-all", "threads", f"decode-any/{ANY}"),
         ("decode-k-first-ignored", "k-first", f"decode-any/{ANY}"),
+        ("prefill-values-scaled-by-chunk", "future", f"prefill-any/{ANY}"),
+        ("prefill-decays-from-the-last-token", "future", "prefill-any/lens=70/gates=init"),
+        ("gate-sums-from-the-end", "future", "gate-any/lens=20"),
     ],
 )
 def test_a_kernel_without_it_fails_by_name(mutant, name, word):
@@ -54,6 +59,21 @@ def test_a_split_that_loses_the_state_fails():
     """The state between two calls is what a prefill that starts from zero does not know."""
     result = ask(MUTANTS["prefill-state-ignored"].kernel(), "prefill-any/lens=20/initial_state=no/properties=split")
     assert [(held.name, held.status) for held in result.properties] == [("split", "fail")]
+
+
+def test_rounding_from_the_future_is_told_of_a_kernel_that_does_not_rule_it_out():
+    class Undeclared(VictimKernel):
+        causal_in_bits = False
+
+    fault = MUTANTS["prefill-decays-from-the-last-token"]
+    result = ask(
+        Undeclared.of(fault.name, fault.make(), fault.fault), "prefill-any/lens=70/gates=init/properties=future"
+    )
+    (held,) = result.properties
+    assert result.status == "pass" and held.status == "pass" and "within rounding" in held.notes[0]
+    assert any(held.notes[0] in line for line in refusals([result]))
+    result = ask(MUTANTS["prefill-not-causal"].kernel(), "prefill-any/lens=70/properties=future")
+    assert result.status == "fail"
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ class Reference:
         """`carried` moves on in place."""
         targets = {name: _within(every, group) for name, every in self.layout.targets.items()}
         asked = {(t.sequence, t.tokens) for every in targets.values() for t in every}
-        exact, rounded = prepare(small, torch.float64), prepare(small, torch.float32)
+        exact, rounded = prepare(small, torch.float64), _by_a_gpu(small, prepare(small, torch.float32))
         o, states = _run(token_recurrence, exact, carried[0], group, asked)
         made = [_run(one.run, rounded, c, group, asked) for one, c in zip(self.plains, carried[1:], strict=True)]
         live = torch.cat([torch.full((s.stop - s.start,), self.layout.slots[s.sequence] >= 0) for s in group])
@@ -344,6 +344,17 @@ def _run(
     return o, found
 
 
+def _by_a_gpu(inputs: Inputs, batch: Batch) -> Batch:
+    """The batch with its decays as a GPU makes them: exp2 of their logarithm, which is so rounded once more; and of the
+    softplus gate by its logarithm, where a series is no better.
+    """
+    g = batch.g
+    if inputs.options.gate is Gate.SOFTPLUS and inputs.A_log is not None:
+        rate = gate_rate(inputs.A_log, torch.float32).reshape(-1, 1)
+        g = -rate * _by_a_gpus_logarithm(-g / rate, least=2.0**-5)
+    return dataclasses.replace(batch, g=g * math.log2(math.e) * math.log(2))
+
+
 def _gate_cumsum_fp32(inputs: Inputs, lens: Sequence[int]) -> torch.Tensor:
     """float32 [B, T, HV, K]."""
     decay = log_decay(inputs.g, inputs.A_log, inputs.dt_bias, inputs.options, torch.float32)
@@ -355,12 +366,12 @@ def _gate_cumsum_fp32(inputs: Inputs, lens: Sequence[int]) -> torch.Tensor:
     return torch.cat(pieces).view(decay.shape) if pieces else decay
 
 
-def _by_a_gpus_logarithm(softplus: torch.Tensor) -> torch.Tensor:
+def _by_a_gpus_logarithm(softplus: torch.Tensor, least: float = 0.0) -> torch.Tensor:
     """What log(1 + exp(x)) is as ln(2) lg2(1 + exp(x)), by the one instruction for logarithms that a GPU has.
 
     Its largest absolute error is 2^-22 where its operand lies between 0.5 and 2 (CUDA C++ Programming Guide, intrinsic
     functions, __log2f), and there long memory lies. Here it is half of that on average, and goes one way, as it may in
-    a real one.
+    a real one. Results under `least` stay as they are.
     """
     small = (softplus / math.log(2) * 2.0**22).floor() * 2.0**-22 * math.log(2)
-    return torch.where(softplus < math.log(2), small, softplus)
+    return torch.where((softplus < math.log(2)) & (softplus >= least), small, softplus)

@@ -180,11 +180,13 @@ class TensorJudge:
         """
         sizes = norms if usual is None else torch.maximum(norms, usual)
         size = sizes / self.count.clamp(min=1).sqrt()
+        lost = self.smallest * self.count.sqrt()
+        there = sizes > lost  # of a block that vanishes all digits are lost, which is typical of no other
         plains = _granted(self.plains.sqrt(), self.cut, FACTOR)
-        granted = torch.maximum(plains, _typical(plains, sizes) * sizes)
-        limits = granted + self.unit / 2 * norms + self.floor * sizes + self.smallest * self.count.sqrt()
+        granted = torch.maximum(plains, _typical(plains[there], sizes[there]) * sizes)
+        limits = granted + self.unit / 2 * norms + self.floor * sizes + lost
         largest = _granted(self.plain_worst, self.cut, ELEMENT_FACTOR, _rms)
-        largest = torch.maximum(largest, _typical(largest, size) * size)
+        largest = torch.maximum(largest, _typical(largest[there], size[there]) * size)
         may = largest + ELEMENT_FACTOR * self.floor * size + self.smallest
         return torch.where(norms > 0, limits, 0.0), torch.where(norms > 0, may, 0.0)
 
@@ -261,9 +263,8 @@ def _granted(
 
 
 def _typical(errors: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """The rms over blocks of the errors relative to the sizes, both [sequences, heads]. Size 0 does not count."""
-    there = sizes > 0
-    return (errors[there] / sizes[there]).square().mean().sqrt().nan_to_num(0.0)
+    """The rms over blocks of the errors relative to the sizes."""
+    return (errors / sizes).square().mean().sqrt().nan_to_num(0.0)
 
 
 def _ratio(a: float, b: float) -> float:

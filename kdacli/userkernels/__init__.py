@@ -29,10 +29,11 @@ It returns o [B, T, HV, V], or (o, final_state, ..), of which nothing more is lo
 the op `gate` it gets g, A_log, dt_bias, lower_bound, cu_seqlens and chunk_size (64), and returns the fp32 sums.
 
 The op is that of --op, else the function's attribute `op` ("decode", "prefill" or "gate"), else what its name says:
-prefill, chunk_..; decode, .._recurrent_.., .._update; gate_cumsum. Three more attributes may be there:
+prefill, chunk_..; decode, .._recurrent_.., .._update; gate_cumsum. Four more attributes may be there:
 `supports(problem)`, which returns None, or the reason why the function cannot run a `kda_kernels.problem.Problem`;
 `carried_state`, such as "bfloat16", the dtype in which it means to carry states from chunk to chunk although they are
-float32: states are judged as such; and `variants(problem=None)`, which yields what `kda compile` builds, see
+float32: states are judged as such; `causal_in_bits`, that no bit of a result depends on a later token, which the
+property `future` then holds it to; and `variants(problem=None)`, which yields what `kda compile` builds, see
 `kda_kernels.variant`.
 """
 

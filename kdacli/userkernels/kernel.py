@@ -54,6 +54,11 @@ class UserKernel(Kernel):
         return "its supports() says no, and gives no reason" if answer is False else str(answer)
 
     @property
+    def causal_in_bits(self) -> bool:
+        """As `Kernel.causal_in_bits`: what the function's attribute of that name says."""
+        return bool(getattr(self.function, "causal_in_bits", False))
+
+    @property
     def carried_state(self) -> str | None:
         """As `Kernel.carried_state`: what the function's attribute of that name says."""
         return getattr(self.function, "carried_state", None)

@@ -4,6 +4,7 @@ Each takes `Inputs` and returns new ones in the same shapes, dtypes and (but for
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -74,6 +75,26 @@ def sudden_gates(inputs: Inputs) -> Inputs:
     return _gates(inputs, torch.where(sudden, 16.0, -8.0))
 
 
+def gate_range(inputs: Inputs) -> Inputs:
+    """Activations over all that they are given: raw + bias from -30 to 30 in each head, exp(A_log) from 1e-3 to 200.
+
+    beta is 0 in fp32, so that states do nothing but decay, and every digit of a decay shows in them.
+    """
+    if inputs.options.gate is Gate.NONE:
+        return inputs
+    token, channel = _axes(inputs)
+    HV, K = inputs.g.shape[2:]
+    head = torch.arange(HV, device=inputs.g.device).view(1, 1, HV, 1)
+    share = (channel / K + 0.618034 * token + 0.37 * head) % 1.0
+    bias = 0.0 if inputs.dt_bias is None else inputs.dt_bias.float().reshape(HV, K)
+    low, high = math.log(1e-3), math.log(200.0)
+    rates = low + (high - low) * torch.arange(HV, device=inputs.g.device) / max(HV - 1, 1)
+    beta = torch.tensor(-200.0 if inputs.options.beta_is_logit else 0.0)
+    found = dataclasses.replace(_gates(inputs, 60.0 * share - 30.0 - bias), beta=_like(inputs.beta, beta))
+    A_log = inputs.A_log
+    return found if A_log is None else dataclasses.replace(found, A_log=_like(A_log, rates.view(A_log.shape)))
+
+
 def repeated_keys(inputs: Inputs) -> Inputs:
     """One key for all tokens of a head, to the bit: the chunk's matrix is as near to singular as it gets."""
     return dataclasses.replace(inputs, k=_like(inputs.k, inputs.k[:, :1]))
@@ -113,6 +134,14 @@ def large_state(inputs: Inputs) -> Inputs:
         return inputs
     by = LARGE_STATE / 100 if inputs.v.dtype is torch.float16 else LARGE_STATE
     return dataclasses.replace(inputs, state=inputs.state * by)
+
+
+def scaled_heads(inputs: Inputs) -> Inputs:
+    """Values and states of 1e6 and 1e-9 times the usual in turn from head to head; 1e3 and 1e-3 where v is fp16."""
+    large, small = (1e3, 1e-3) if inputs.v.dtype is torch.float16 else (1e6, 1e-9)
+    by = torch.where(torch.arange(inputs.v.shape[2], device=inputs.v.device) % 2 == 0, large, small)
+    state = None if inputs.state is None else inputs.state * by.view(1, -1, 1, 1).to(inputs.state.dtype)
+    return dataclasses.replace(inputs, v=_like(inputs.v, inputs.v.float() * by.view(1, 1, -1, 1)), state=state)
 
 
 def small_values(inputs: Inputs) -> Inputs:

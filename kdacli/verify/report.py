@@ -56,20 +56,29 @@ def print_kernels(results: Sequence[Result], title: str) -> None:
 
 
 def refusals(results: Sequence[Result]) -> list[str]:
-    """Every refusal: of cases, those of one kernel for one reason together; of properties, all for one reason."""
+    """Every refusal: of cases, those of one kernel for one reason together; of properties, all for one reason. And what
+    properties that held are worth saying.
+    """
     cases: dict[tuple[str, str], list[str]] = {}
     properties: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    remarks: dict[str, None] = {}
     for result in results:
         if result.status == "refused":
             cases.setdefault((result.kernel, result.notes[0]), []).append(result.case)
         for held in result.properties:
+            if held.status == "pass":
+                remarks |= {f"{result.kernel}, {result.case}: {held.name}: {note}": None for note in held.notes}
             if held.status == "refused":
                 names, kernels = properties.setdefault(held.notes[0], ({}, {}))
                 names[held.name] = kernels[result.kernel] = None
-    return [f"refused: {kernel}, {_and_more(names)}: {reason}" for (kernel, reason), names in cases.items()] + [
-        f"refused: {', '.join(names)} of {_and_more(list(kernels))}: {reason}"
-        for reason, (names, kernels) in properties.items()
-    ]
+    return (
+        [f"refused: {kernel}, {_and_more(names)}: {reason}" for (kernel, reason), names in cases.items()]
+        + [
+            f"refused: {', '.join(names)} of {_and_more(list(kernels))}: {reason}"
+            for reason, (names, kernels) in properties.items()
+        ]
+        + list(remarks)
+    )
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from kdacli.verify.call import Call, Runner, call
 from kdacli.verify.case import Case
 from kdacli.verify.continuity import PrefillThenDecode
 from kdacli.verify.memory import modified
-from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject
+from kdacli.verify.properties import PROPERTIES, NotApplicableError, Remark, Subject
 from kdacli.verify.transforms import LAYOUTS, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
@@ -32,7 +32,9 @@ Table = list[tuple[Case, list[Kernel]]]  # cases, each with the kernels that it 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What became of one property: pass, fail, refused (it could not be checked; the notes say why), or error."""
+    """What became of one property: pass (notes: what is worth knowing), fail, refused (it could not be checked; the
+    notes say why), or error.
+    """
 
     name: str
     status: Status
@@ -210,7 +212,7 @@ def _ask(name: str, subject: Subject) -> Held:
         raise
     except Exception as error:  # the kernel's fault, as above
         return Held(name, "error", (said(error),))
-    return Held(name, "fail" if notes else "pass", notes)
+    return Held(name, "pass" if all(isinstance(note, Remark) for note in notes) else "fail", notes)
 
 
 def _is_interpreted(kernel: Kernel) -> bool:

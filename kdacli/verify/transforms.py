@@ -22,12 +22,14 @@ REGIMES: dict[str, Callable[[Inputs], Inputs]] = {
     "mixed-gates": regimes.mixed_gates,
     "strong-gates": regimes.strong_gates,
     "sudden-gates": regimes.sudden_gates,
+    "gate-range": regimes.gate_range,
     "repeated-keys": regimes.repeated_keys,
     "zero-keys": regimes.zero_keys,
     "huge-keys": regimes.huge_keys,
     "tiny-keys": regimes.tiny_keys,
     "extreme-betas": regimes.extreme_betas,
     "large-state": regimes.large_state,
+    "scaled-heads": regimes.scaled_heads,
     "small-values": regimes.small_values,
 }
 # Values before memory: a regime may make its tensor anew.

@@ -46,6 +46,7 @@ class Kernel:
                 (`problem` None: can it run anything here?), or None for yes;
             `run(inputs) -> Outputs`  the kernel itself; a pool in `inputs.state` is updated in place;
             optionally FEATURES, what it has of `kda_kernels.problem.FEATURES`: without it nothing;
+            optionally CAUSAL_IN_BITS, see there;
             optionally `USUAL` and `variants`, used by `kda compile`: see `kda_kernels.variant`. The Triton launches of
                 `run` are recorded.
         summary: one line for `kda kernels`.
@@ -102,6 +103,11 @@ class Kernel:
         """What it has of `kda_kernels.problem.FEATURES`: its module's FEATURES, or those of its CONTRACT."""
         contract = getattr(self.code, "CONTRACT", None)
         return getattr(self.code, "FEATURES", None) or getattr(contract, "features", frozenset())
+
+    @property
+    def causal_in_bits(self) -> bool:
+        """Whether it says, as CAUSAL_IN_BITS in its module, that no bit of its results depends on a later token."""
+        return getattr(sys.modules.get(self.module), "CAUSAL_IN_BITS", False)
 
     @property
     def carried_state(self) -> str | None:

@@ -247,6 +247,10 @@ class VictimKernel(Kernel):
     def of(cls, name: str, victim: Victim, summary: str) -> "VictimKernel":
         return cls(name, victim.op, "torch", "", summary, ours=False, victim=victim)
 
+    @property
+    def causal_in_bits(self) -> bool:
+        return True
+
     def unsupported(self, problem: Problem | None = None) -> str | None:
         return self.victim.unsupported(problem)
 

@@ -1,8 +1,9 @@
 """What must hold of a kernel beside its values: one file for each property, and the table of all.
 
-A property is a function of a `Subject` that yields what is wrong, in words, and raises `NotApplicableError` where it
-cannot be checked: that is reported, and is no failure. Every case checks a few more that cost little (see `runner`):
-inputs unmodified, guard zones untouched, no NaN left where nothing was written, the same bits from a second call.
+A property is a function of a `Subject` that yields what is wrong, in words, or a `Remark`, and raises
+`NotApplicableError` where it cannot be checked: that is reported, and is no failure. Every case checks a few more that
+cost little (see `runner`): inputs unmodified, guard zones untouched, no NaN left where nothing was written, the same
+bits from a second call.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from kdacli.verify.properties import (
     after_error,
     after_nan,
     dtype_change,
+    future,
     graph,
     k_first,
     neighbours,
@@ -20,9 +22,9 @@ from kdacli.verify.properties import (
     streams,
     threads,
 )
-from kdacli.verify.properties.subject import NotApplicableError, Subject
+from kdacli.verify.properties.subject import NotApplicableError, Remark, Subject
 
-__all__ = ["PROPERTIES", "NotApplicableError", "Property", "Subject"]
+__all__ = ["PROPERTIES", "NotApplicableError", "Property", "Remark", "Subject"]
 
 _RECURRENT = (Op.PREFILL, Op.DECODE)
 
@@ -47,6 +49,7 @@ class Property:
 
 PROPERTIES = {
     "neighbours": Property(neighbours.REASON, neighbours.check),
+    "future": Property(future.REASON, future.check),
     "split": Property(split.REASON, split.check, _RECURRENT),
     "k-first": Property(k_first.REASON, k_first.check, _RECURRENT, asked=k_first.asked),
     "dtype-change": Property(dtype_change.REASON, dtype_change.check, asked=dtype_change.asked),

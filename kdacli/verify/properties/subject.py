@@ -14,6 +14,10 @@ class NotApplicableError(Exception):
     """A property cannot be checked here; the message says why."""
 
 
+class Remark(str):
+    """What a property found worth saying, though it is no fault."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A kernel under test.

@@ -8,6 +8,8 @@ from kda_kernels.reference.chunked import chunk_recurrence
 from kda_kernels.reference.rounding import operand_rounding
 from kda_kernels.tensors import Inputs, Outputs
 
+CAUSAL_IN_BITS = True
+
 
 def unsupported(problem: Problem | None) -> str | None:
     """Always None: it runs every problem, slowly."""

@@ -7,6 +7,8 @@ from kda_kernels.reference.batch import load_states, prepare, store_states
 from kda_kernels.reference.recurrent import token_recurrence
 from kda_kernels.tensors import Inputs, Outputs
 
+CAUSAL_IN_BITS = True
+
 
 def unsupported(problem: Problem | None) -> str | None:
     """Always None: it runs every problem, slowly."""
