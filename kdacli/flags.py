@@ -120,7 +120,7 @@ class SectionedCommand(click.Command):
     """A command whose help shows its own options first, then the shared ones in their sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []} | {title: [] for title in SECTIONS}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *SECTIONS)}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 sections[_SECTION_OF.get(parameter.name, "Options")].append(record)

@@ -429,6 +429,32 @@ def test_a_pool_is_the_final_state():
     assert (inputs.state[inputs.state_indices.long()] == 5).all()
 
 
+def test_features_are_what_the_signature_names():
+    def plain(q, k, v, g, beta, A_log, dt_bias, state, state_indices):
+        return v
+
+    def serving(q, k, v, g, beta, A_log, dt_bias, state, state_indices, null_slot=None, update_state=True):
+        seen.append((null_slot, update_state))
+        return v
+
+    serving.features, seen = {"tail"}, []
+    asked = dataclasses.replace(POOL, options=Options(), features={"null_slot", "tail"})
+    inputs = dataclasses.replace(make_inputs(dataclasses.replace(asked, features=())), null_slot=3)
+    for function, reason in ((plain, "it does not support null_slot, tail"), (serving, None)):
+        kernel = UserKernel("mine", Op.DECODE, "user", "", "", False, function=function, signature=of(function))
+        assert kernel.unsupported(asked) == reason
+        if reason is None:
+            kernel.run(inputs)
+        else:
+            with pytest.raises(InputError, match="^null_slot is used: mine does not support it"):
+                kernel.run(inputs)
+    assert seen == [(3, True)]
+
+
+def of(function) -> Signature:
+    return Signature.of(function, Op.DECODE, "mine")
+
+
 def test_a_call_that_lacks_what_the_function_needs():
     def prefill(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state=None): ...
 

@@ -19,7 +19,7 @@ from kda_kernels.errors import one_line
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import gate_parameters, offsets, require_aligned
+from kdacli.peers.given import gate_parameters, gathered_states, offsets, require_aligned, scattered_states
 
 ENGINE = "kda_hopper_cuda"
 OP = "cudnn.linear_attention.ops"
@@ -76,8 +76,7 @@ def run(inputs: Inputs) -> Outputs:
     """
     op = here.load((OP,)).kimi_delta_attention
     check_inputs(inputs)
-    options, pool, indices = inputs.options, inputs.state, inputs.state_indices
-    pooled, safe = indices is not None, options.gate is Gate.SAFE
+    options, safe = inputs.options, inputs.options.gate is Gate.SAFE
     require_aligned(inputs, _in_place(inputs))
     A_log, dt_bias = gate_parameters(inputs) if safe else (None, None)
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
@@ -85,8 +84,8 @@ def run(inputs: Inputs) -> Outputs:
             *(x.flatten(0, 1) for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)),
             offsets(inputs),
             scale=options.scale,
-            initial_state=pool[indices] if pooled else pool,
-            output_final_state=pooled or inputs.output_final_state,
+            initial_state=gathered_states(inputs),
+            output_final_state=inputs.state_indices is not None or inputs.output_final_state,
             use_qk_l2norm_in_kernel=options.qk_l2norm,
             use_beta_sigmoid_in_kernel=options.beta_is_logit,
             safe_gate=safe,
@@ -95,10 +94,7 @@ def run(inputs: Inputs) -> Outputs:
             dt_bias=dt_bias,
             plan_name=ENGINE,
         )
-        if pooled:
-            pool[indices] = final
-            final = pool
-    return Outputs(o.view(inputs.v.shape), final if inputs.output_final_state else None)
+        return scattered_states(inputs, o.view(inputs.v.shape), final)
 
 
 def _in_place(inputs: Inputs) -> set[str]:

@@ -54,8 +54,9 @@ def run(inputs: Inputs) -> Outputs:
     kda_decode = here.load(MODULES).kda_decode
     check_inputs(inputs)
     require_aligned(inputs, CONTRACT.aligned)
-    if not inputs.state.is_contiguous():
-        found = f"has strides {list(inputs.state.stride())}"
+    pool, indices = inputs.pool
+    if not pool.is_contiguous():
+        found = f"has strides {list(pool.stride())}"
         raise InputError("state", found, "cuLA takes a pool without gaps between slots")
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
@@ -67,8 +68,8 @@ def run(inputs: Inputs) -> Outputs:
             v=inputs.v,
             a=inputs.g,
             b=inputs.beta,
-            initial_state_source=inputs.state,
-            initial_state_indices=inputs.state_indices.to(torch.int32),
+            initial_state_source=pool,
+            initial_state_indices=indices.to(torch.int32),
             scale=inputs.options.scale,
             use_qk_l2norm_in_kernel=inputs.options.qk_l2norm,
             state_layout="vk" if inputs.state_v_first else "kv",

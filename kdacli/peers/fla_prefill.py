@@ -9,6 +9,7 @@ from kda_kernels.checks import check_inputs
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import fla
+from kdacli.peers.given import gathered_states, scattered_states
 
 
 def unsupported(problem: Problem | None = None) -> str | None:
@@ -40,10 +41,8 @@ def run(inputs: Inputs) -> Outputs:
     from fla.ops.kda import chunk_kda
 
     check_inputs(inputs)
-    pool, indices = inputs.state, inputs.state_indices
-    pooled = indices is not None
     with torch.no_grad():
-        state = pool[indices] if pooled else pool
+        state = gathered_states(inputs)
         o, final_state = chunk_kda(
             inputs.q,
             inputs.k,
@@ -51,11 +50,8 @@ def run(inputs: Inputs) -> Outputs:
             inputs.g,
             inputs.beta,
             initial_state=None if state is None else state.float(),
-            output_final_state=pooled or inputs.output_final_state,
+            output_final_state=inputs.state_indices is not None or inputs.output_final_state,
             safe_gate=fla.safe_gate(inputs),
             **fla.options_of(inputs),
         )
-        if pooled:
-            pool[indices] = final_state.to(pool.dtype)
-            final_state = pool
-    return Outputs(o, final_state if inputs.output_final_state else None)
+        return scattered_states(inputs, o, final_state)

@@ -53,20 +53,21 @@ def run(inputs: Inputs) -> Outputs:
     recurrent_kda = here.load(MODULES).recurrent_kda
     check_inputs(inputs)
     options, raw = inputs.options, inputs.options.gate is not Gate.NONE
-    if raw and inputs.A_log is None:
+    rate, bias = inputs.A_log, inputs.dt_bias
+    if raw and rate is None:
         raise InputError("A_log", "is missing", "this kernel should be given one")
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o, _ = recurrent_kda(
             *(x.flatten(0, 1).unsqueeze(0).contiguous() for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)),
-            A_log=parameter(inputs.A_log, torch.float32) if raw else None,
-            dt_bias=None if inputs.dt_bias is None else parameter(inputs.dt_bias, torch.float32).flatten(),
+            A_log=None if rate is None else parameter(rate, torch.float32),
+            dt_bias=None if bias is None else parameter(bias, torch.float32).flatten(),
             scale=options.scale,
             initial_state=inputs.state,
             use_qk_l2norm_in_kernel=options.qk_l2norm,
             use_gate_in_kernel=raw,
             lower_bound=options.lower_bound if raw else None,
             cu_seqlens=offsets(inputs).to(torch.int32),
-            ssm_state_indices=inputs.state_indices.to(torch.int32),
+            ssm_state_indices=inputs.pool[1].to(torch.int32),
             beta_is_logit=options.beta_is_logit,
         )
     return Outputs(o.view(inputs.v.shape), inputs.state if inputs.output_final_state else None)

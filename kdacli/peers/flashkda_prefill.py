@@ -20,7 +20,7 @@ from kda_kernels.errors import UnavailableError, one_line
 from kda_kernels.problem import SAFE_BOUND, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import gate_parameters, require_aligned
+from kdacli.peers.given import gate_parameters, gathered_states, require_aligned, scattered_states
 
 LIBRARY = "KDA_FLASHKDA_LIB"
 
@@ -99,17 +99,17 @@ def run(inputs: Inputs) -> Outputs:
     fwd, get_workspace_size = _load(_library())
     check_inputs(inputs)
     q, cu_seqlens, options = inputs.q, inputs.cu_seqlens, inputs.options
-    pool, indices = inputs.state, inputs.state_indices
+    pooled = inputs.state_indices is not None
     copied = {"dt_bias"} if inputs.dt_bias is not None and inputs.dt_bias.dtype is not torch.float32 else set()
-    copied |= {"state"} if indices is not None else set()
+    copied |= {"state"} if pooled else set()
     require_aligned(inputs, set(CONTRACT.aligned) - copied)
     B, T, H, K = q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     with torch.no_grad(), torch.cuda.device_of(q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
-        initial = pool if indices is None else pool[indices]
+        initial = gathered_states(inputs)
         final = None
-        if initial is not None and (indices is not None or inputs.output_final_state):
+        if initial is not None and (pooled or inputs.output_final_state):
             final = torch.empty_like(initial, memory_format=torch.contiguous_format)
         elif inputs.output_final_state:
             final = torch.empty(N, H, K, K, dtype=torch.float32, device=q.device)
@@ -127,7 +127,4 @@ def run(inputs: Inputs) -> Outputs:
             final,
             cu_seqlens,
         )
-        if indices is not None:
-            pool[indices] = final
-            final = pool
-    return Outputs(o, final if inputs.output_final_state else None)
+        return scattered_states(inputs, o, final)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kda_kernels.errors import InputError
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Inputs, Outputs
 
 _converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> {dtype: (its version, converted)}
 
@@ -43,14 +43,31 @@ def gate_parameters(
     Raises:
         InputError: the call has none.
     """
-    for name in ("A_log", "dt_bias"):
-        if getattr(inputs, name) is None:
-            raise InputError(name, "is missing", "this kernel should be given A_log and dt_bias")
+    rate, bias = inputs.A_log, inputs.dt_bias
+    if rate is None or bias is None:
+        wanted = "this kernel should be given A_log and dt_bias"
+        raise InputError("A_log" if rate is None else "dt_bias", "is missing", wanted)
     HV, K = inputs.v.shape[2], inputs.q.shape[3]
     return (
-        parameter(inputs.A_log, A_log or inputs.A_log.dtype).view(HV),
-        parameter(inputs.dt_bias, dt_bias or inputs.dt_bias.dtype).view(HV, K),
+        parameter(rate, A_log or rate.dtype).view(HV),
+        parameter(bias, dt_bias or bias.dtype).view(HV, K),
     )
+
+
+def gathered_states(inputs: Inputs) -> torch.Tensor | None:
+    """The initial states of a kernel that knows no pool: of one, its slots, in a new tensor."""
+    if inputs.state is None or inputs.state_indices is None:
+        return inputs.state
+    return inputs.state[inputs.state_indices]
+
+
+def scattered_states(inputs: Inputs, o: torch.Tensor, final_state: torch.Tensor | None) -> Outputs:
+    """What such a kernel returned: its final states go back to the slots of a pool."""
+    if inputs.state_indices is not None and final_state is not None:
+        pool, indices = inputs.pool
+        pool[indices] = final_state.to(pool.dtype)
+        final_state = pool
+    return Outputs(o, final_state if inputs.output_final_state else None)
 
 
 def offsets(inputs: Inputs) -> torch.Tensor:

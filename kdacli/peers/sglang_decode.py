@@ -65,6 +65,6 @@ def run(inputs: Inputs) -> Outputs:
             a=inputs.g,
             b=inputs.beta,
             initial_state_source=inputs.state,
-            initial_state_indices=inputs.state_indices.to(torch.int32),
+            initial_state_indices=inputs.pool[1].to(torch.int32),
         )
     return Outputs(o, inputs.state if inputs.output_final_state else None)

@@ -9,11 +9,14 @@ The calling convention. The function is called with keyword arguments, and only 
     q, k, v, g, beta        as in `kda_kernels.tensors.Inputs`: [B, T, H, K], .., strided as they are; g and beta raw
     A_log, dt_bias          of a raw gate
     initial_state           [N, HV, V, K], not to be modified; or, with
-    state_indices           int32 [N], -1 is padding: a pool [P, HV, V, K], to be updated in place
+    state_indices           int32 [N], a negative one is padding: a pool [P, HV, V, K], to be updated in place
     cu_seqlens              int32 [N + 1], of a packed batch, which has B = 1
     scale, lower_bound      numbers; lower_bound is that of the safe gate
     output_final_state, state_v_first, safe_gate, inplace_final_state (True with a pool), and the switches
     use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: booleans, as in FLA
+
+    null_slot, has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, checkpoints,
+    batch_invariant, workspace, cu_seqlens_cpu: what engines ask for beyond that, as in `Inputs`
 
 so that a function with FLA's signature works as it is (one with **kwargs gets A_log and dt_bias in it, as FLA's
 `chunk_kda` takes them). The names that dumps may have are accepted too: state, h0, ssm_state_indices, query_start_loc,
@@ -27,6 +30,9 @@ A switch that is not named is taken to be on (allow_neg_eigval: off), unless the
 
 It returns o [B, T, HV, V], or (o, final_state, ..), of which nothing more is looked at; None if it was given `out`. For
 the op `gate` it gets g, A_log, dt_bias, lower_bound, cu_seqlens and chunk_size (64), and returns the fp32 sums.
+
+A function is asked for what engines ask for only where its signature names it; for the two layouts "strided_indices"
+and "tail" (tokens behind the last sequence) its attribute `features` does: `prefill.features = {"tail"}`.
 
 The op is that of --op, else the function's attribute `op` ("decode", "prefill" or "gate"), else what its name says:
 prefill, chunk_..; decode, .._recurrent_.., .._update; gate_cumsum. Four more attributes may be there:

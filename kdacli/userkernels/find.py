@@ -68,7 +68,7 @@ def _from_file(path: Path) -> ModuleType:
     _search_last(path.parent)
     name = f"_kda_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"{path.name} is no Python file: its name should end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses, pickle and torch.compile look a function's module up there
@@ -125,7 +125,7 @@ def _place(error: BaseException, file: str | None) -> str:
     """`kernel.py, line 12: `, the innermost line of `file` (None: of any file) where the error passed."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}, line {error.lineno}: "
-    frames = traceback.extract_tb(error.__traceback__)
+    frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
     frames = [f for f in frames if (f.filename == file if file else "importlib" not in f.filename and f.lineno)]
     frames = [f for f in frames if f.filename != __file__]
     return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""

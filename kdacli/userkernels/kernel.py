@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.errors import KdaError
-from kda_kernels.problem import Op, Problem
+from kda_kernels.problem import FEATURES, Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli.userkernels.signature import Signature
 
@@ -39,7 +39,14 @@ class UserKernel(Kernel):
             return None
         if problem.op is not self.op:
             return f"serves the op {self.op}, not {problem.op}"
+        if lacking := problem.features - self.features:
+            return f"it does not support {', '.join(sorted(lacking))}"
         return self.signature.refusal(problem) or self._supports(problem)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """As `Kernel.features`: what the signature names, and what the function's attribute `features` says."""
+        return self.signature.features | FEATURES.intersection(getattr(self.function, "features", ()))
 
     def _supports(self, problem: Problem) -> str | None:
         supports = getattr(self.function, "supports", None)
@@ -72,9 +79,11 @@ class UserKernel(Kernel):
         """
         import torch
 
-        from kda_kernels.checks import check_inputs
+        from kda_kernels.checks import check_inputs, require_features
 
         check_inputs(inputs)
+        require_features(inputs, self.features, self.name)
+        inputs = inputs.without_spare_slots()
         passed = self.signature.arguments(inputs, self.op)
         with torch.no_grad(), torch.cuda.device_of(inputs.q):
             returned = self.signature.call(self.function, passed)
@@ -97,6 +106,8 @@ def _outputs(returned: Any, passed: dict[str, Any], inputs: "Inputs", op: Op) ->
     from kda_kernels.tensors import Outputs
 
     many = returned if isinstance(returned, tuple | list) else (returned,)
+    o: Any
+    final_state: Any
     o, final_state = (*many, None, None)[:2]
     o = passed.get("out") if o is None else o
     final_state = passed.get("final_state") if final_state is None else final_state

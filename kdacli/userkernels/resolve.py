@@ -95,7 +95,7 @@ def _op(spec: str, function: Callable[..., Any], asked: Op | None) -> Op:
     if asked is not None:
         return asked
     words = set(re.split(r"[^a-z]+", f"{spec.rpartition(':')[2]} {getattr(function, '__name__', '')}".lower()))
-    if "cumsum" in words or ("gate" in words and not words & set.union(*_WORDS.values())):
+    if "cumsum" in words or ("gate" in words and not words & (_WORDS[Op.DECODE] | _WORDS[Op.PREFILL])):
         return Op.GATE
     said = [op for op, hints in _WORDS.items() if words & hints]
     if len(said) != 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, SAFE_BOUND, Gate, Op, Problem
+from kda_kernels.problem import CHUNK, FEATURES, LAYOUTS, SAFE_BOUND, Gate, Op, Problem
 
 if TYPE_CHECKING:
     from kda_kernels.tensors import Inputs
@@ -31,6 +31,8 @@ _NAMES = (
     *("output_final_state", "inplace_final_state", "safe_gate"),
     *_SWITCHES,
     *_BUFFERS,
+    *sorted(FEATURES - LAYOUTS),
+    "cu_seqlens_cpu",
 )
 
 
@@ -58,7 +60,10 @@ class Signature:
         except (TypeError, ValueError):
             raise InputError(f"{who} has no signature that Python can read: wrap it in a function that has") from None
         known = _GATE if op is Op.GATE else _NAMES
-        typed, required, positional, unknown = {}, set(), [], []
+        typed: dict[str, str] = {}
+        required: set[str] = set()
+        positional: list[str] = []
+        unknown: list[str] = []
         for p in parameters:
             if p.kind is p.VAR_POSITIONAL:
                 continue
@@ -84,7 +89,17 @@ class Signature:
 
     def refusal(self, problem: Problem) -> str | None:
         """Why a function of this signature cannot run `problem`; None if it can."""
-        return self._batch(problem) or self._gate(problem) or (None if problem.op is Op.GATE else self._rest(problem))
+        rest = None if problem.op is Op.GATE else self._rest(problem) or self._features(problem)
+        return self._batch(problem) or self._gate(problem) or rest
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What it names of `kda_kernels.problem.FEATURES`."""
+        return FEATURES.intersection(self.typed)
+
+    def _features(self, problem: Problem) -> str | None:
+        missing = sorted(self.features & self.required - problem.features)
+        return f"its {self.typed[missing[0]]} has no default: calls with it only" if missing else None
 
     def _batch(self, problem: Problem) -> str | None:
         if problem.packed and problem.N != 1 and "cu_seqlens" not in self.typed:
@@ -194,6 +209,7 @@ def _values(inputs: "Inputs", op: Op) -> dict[str, Any]:
         "use_beta_sigmoid_in_kernel": options.beta_is_logit,
         "allow_neg_eigval": options.allow_neg_eigval,
         "state_v_first": inputs.state_v_first,
+        **{name: getattr(inputs, name) for name in (*FEATURES - LAYOUTS, "cu_seqlens_cpu")},
         "out": inputs.v.new_empty(inputs.v.shape),
         "final_state": inputs.new_final_state() if inputs.output_final_state and not pooled else None,
     }

@@ -19,7 +19,7 @@ from kda_kernels.boundary import check, forward_only, options_of
 from kda_kernels.checks import is_traced
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, SAFE_BOUND
-from kda_kernels.registry import prefill
+from kda_kernels.registry import prefill_with_states
 from kda_kernels.serving import (
     by_head,
     checkpoint_alignment,
@@ -151,7 +151,7 @@ def chunk_kda(
             outputs = run_prefill(inputs, names=FLA_NAMES)
             return outputs.o, outputs.final_state
         check(inputs, FLA_NAMES)
-        outputs, h = prefill(inputs, return_intermediate_states=True)
+        outputs, h = prefill_with_states(inputs)
         return outputs.o, outputs.final_state, h.mT if state_v_first else h
 
     return forward_only(run, inputs)

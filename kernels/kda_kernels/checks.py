@@ -169,7 +169,7 @@ def problem_of(inputs: Inputs, op: Op) -> Problem:
         state_dtype="float32" if inputs.state is None else name_of(inputs.state.dtype),
         initial_state=inputs.state is not None,
         final_state=inputs.output_final_state,
-        pool_slots=inputs.state.shape[0] if pooled else None,
+        pool_slots=inputs.pool[0].shape[0] if pooled else None,
         padding=loaded_slots(inputs).count(-1) if pooled else 0,
         state_v_first=inputs.state_v_first,
         options=inputs.options,

@@ -97,11 +97,11 @@ class Contract:
             yield "it takes exactly one token a sequence"
 
     def _options(self, problem: Problem) -> Iterator[str]:
-        options = problem.options
+        options, bound, least = problem.options, problem.options.lower_bound, self.least_bound
         if options.gate not in self.gates:
             yield f"the gate is {options.gate}: it has {' or '.join(self.gates)} only"
-        elif options.gate is Gate.SAFE and self.least_bound is not None and options.lower_bound < self.least_bound:
-            yield f"lower_bound is {options.lower_bound}: it takes {self.least_bound} or more"
+        elif options.gate is Gate.SAFE and bound is not None and least is not None and bound < least:
+            yield f"lower_bound is {bound}: it takes {least} or more"
         if not options.beta_is_logit and not self.beta_values:
             yield "it takes beta as a logit only"
         if options.allow_neg_eigval and not self.neg_eigval:

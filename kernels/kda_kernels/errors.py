@@ -25,10 +25,9 @@ class InputError(KdaError, ValueError):
 
     def __init__(self, argument: str, found: str | None = None, wanted: str | None = None) -> None:
         super().__init__(*(text for text in (argument, found, wanted) if text is not None))
-        whole = found is None or wanted is None
-        self.argument = None if whole else argument
-        self.found = argument if whole else found
-        self.wanted = None if whole else wanted
+        self.argument = None if found is None else argument
+        self.found = argument if found is None else found
+        self.wanted = wanted
 
     def __str__(self) -> str:
         return self.found if self.argument is None else f"{self.argument} {self.found}: {self.wanted}"

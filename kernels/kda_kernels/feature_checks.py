@@ -82,7 +82,7 @@ def _check_checkpoints(kept: Checkpoints, inputs: Inputs, N: int) -> None:
         if kept.offsets.shape != kept.rows.shape:
             raise shape_error("checkpoints.offsets", kept.offsets, f"{list(kept.rows.shape)}, as checkpoints.rows")
         check_contiguous("checkpoints.offsets", kept.offsets)
-    elif kept.every < 1 or kept.every % CHUNK:
+    elif kept.every is not None and (kept.every < 1 or kept.every % CHUNK):
         raise InputError("checkpoints.every", f"is {kept.every}", f"it should be a multiple of {CHUNK}")
 
 
@@ -97,7 +97,7 @@ def check_values(inputs: Inputs, dims: Dims) -> None:
         if inputs.num_accepted_tokens is not None:
             _check_accepted(inputs, lens)
         _check_slots(inputs, lens)
-    if inputs.token_state_indices is not None:
+    if inputs.token_states is not None and inputs.token_state_indices is not None:
         room = inputs.token_states.shape[1]
         if max(lens, default=0) > room:
             wanted = f"it should have room for {max(lens)} tokens"
@@ -133,7 +133,7 @@ def seq_lens(inputs: Inputs, dims: Dims) -> list[int]:
 
 def loaded_slots(inputs: Inputs) -> list[int]:
     """The slot of a pool that each sequence loads its state from, -1 for padding (synchronises a GPU)."""
-    slots = inputs.state_indices[: inputs.N].tolist()
+    slots = inputs.pool[1][: inputs.N].tolist()
     if inputs.num_accepted_tokens is not None:
         slots = [row[n - 1] for row, n in zip(slots, inputs.num_accepted_tokens.tolist(), strict=True)]
     return [-1 if slot < 0 or slot == inputs.null_slot else slot for slot in slots]
@@ -147,13 +147,14 @@ def stored_slots(inputs: Inputs, lens: list[int]) -> list[list[int]]:
     loaded = loaded_slots(inputs)
     if inputs.num_accepted_tokens is None:
         return [[slot] for slot in loaded]
-    rows = inputs.state_indices[: inputs.N].tolist()
+    rows = inputs.pool[1][: inputs.N].tolist()
     live = [row[:n] if slot >= 0 else [] for row, n, slot in zip(rows, lens, loaded, strict=True)]
     return [[-1 if slot < 0 or slot == inputs.null_slot else slot for slot in row] for row in live]
 
 
 def _check_accepted(inputs: Inputs, lens: list[int]) -> None:
-    columns = inputs.state_indices.shape[1]
+    columns = inputs.pool[1].shape[1]
+    assert inputs.num_accepted_tokens is not None
     for position, accepted in enumerate(inputs.num_accepted_tokens.tolist()):
         if not 1 <= accepted <= columns:
             found = f"holds {accepted} (at position {position})"
@@ -165,7 +166,7 @@ def _check_accepted(inputs: Inputs, lens: list[int]) -> None:
 
 def _check_slots(inputs: Inputs, lens: list[int]) -> None:
     """Slots of the pool, each of one sequence."""
-    slots, owner = inputs.state.shape[0], {}
+    slots, owner = inputs.pool[0].shape[0], dict[int, int]()
     used = zip(loaded_slots(inputs), stored_slots(inputs, lens), strict=True)
     for position, (loaded, stored) in enumerate(used):
         for slot in (loaded, *stored):

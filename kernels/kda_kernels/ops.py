@@ -108,7 +108,7 @@ def prefill(
         batch_invariant=batch_invariant, workspace=workspace, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
     outputs = run_prefill(inputs, out, chunk_indices, kernel)
-    if final_state is not None:
+    if final_state is not None and outputs.final_state is not None:
         final_state.copy_(outputs.final_state)
 
 

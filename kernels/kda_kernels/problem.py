@@ -28,6 +28,7 @@ FEATURES = frozenset(
         "tail",  # tokens behind the last sequence of a packed batch
     )
 )
+LAYOUTS = frozenset(("strided_indices", "tail"))
 
 
 class Op(enum.StrEnum):

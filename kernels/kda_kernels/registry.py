@@ -28,6 +28,7 @@ from kda_kernels.problem import Op, Problem
 if TYPE_CHECKING:
     import torch
 
+    from kda_kernels.contract import Contract
     from kda_kernels.tensors import Inputs, Outputs
 
 _failed: dict[str, Exception] = {}  # peers, by name, whose own code raised when it was asked
@@ -80,13 +81,15 @@ class Kernel:
                 return one_line(error)
             raise
         except Exception as error:
-            return self._fail(error)
+            self._fail(error)
+            return None
         if problem is not None and (lacking := problem.features - self.features):
             return f"it does not support {', '.join(sorted(lacking))}"
         try:
             return code.unsupported(problem)
         except Exception as error:
-            return self._fail(error)
+            self._fail(error)
+            return None
 
     def _fail(self, error: Exception) -> None:
         if self.ours:
@@ -101,8 +104,9 @@ class Kernel:
     @property
     def features(self) -> frozenset[str]:
         """What it has of `kda_kernels.problem.FEATURES`: its module's FEATURES, or those of its CONTRACT."""
-        contract = getattr(self.code, "CONTRACT", None)
-        return getattr(self.code, "FEATURES", None) or getattr(contract, "features", frozenset())
+        contract: Contract | None = getattr(self.code, "CONTRACT", None)
+        declared: frozenset[str] | None = getattr(self.code, "FEATURES", None)
+        return declared or (contract.features if contract else frozenset())
 
     @property
     def causal_in_bits(self) -> bool:
@@ -237,9 +241,8 @@ def prefill(
     out: "torch.Tensor | None" = None,
     *,
     chunk_indices: "torch.Tensor | None" = None,
-    return_intermediate_states: bool = False,
     kernel: str | None = None,
-) -> "Outputs | tuple[Outputs, torch.Tensor]":
+) -> "Outputs":
     """Runs a checked problem with `kernel`, or the one that `kernel_for` gives.
 
     Args, Returns: as `kda_kernels.triton.prefill.prefill`; cute-prefill needs no `chunk_indices`.
@@ -251,11 +254,14 @@ def prefill(
     found = kernel_for(Op.PREFILL, inputs, out) if kernel is None else ours(Op.PREFILL, kernel, inputs)
     inputs = inputs.without_spare_slots()
     if found.backend == "torch":
-        if return_intermediate_states:
-            raise InputError("return_intermediate_states", "is set", f"{found.name} has none")
         return _plain(found, inputs, out)
     table = {} if found.backend == "cute" else {"chunk_indices": chunk_indices}
-    return found.code.prefill(inputs, out=out, return_intermediate_states=return_intermediate_states, **table)
+    return found.code.prefill(inputs, out=out, **table)
+
+
+def prefill_with_states(inputs: "Inputs") -> "tuple[Outputs, torch.Tensor]":
+    """`prefill`, and the state at the start of each chunk: see return_intermediate_states there."""
+    return kernel_for(Op.PREFILL, inputs).code.prefill(inputs, return_intermediate_states=True)
 
 
 def _plain(

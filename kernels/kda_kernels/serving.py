@@ -95,9 +95,8 @@ def kda_decode(
         has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices,
     )  # fmt: skip
     _require_pool(inputs)
-    values = checks.CHECK_VALUES == "1"
-    plain = kernel is None and out is not None and not torch.is_grad_enabled() and not values
-    if plain and registry.decode_again(inputs, out):
+    plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    if plain and out is not None and registry.decode_again(inputs, out):
         return out
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
@@ -169,9 +168,8 @@ def kda_prefill(
         A_log = dt_bias = None
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-        kept = (None, None, None, None)
-        if checkpoints is not None:
-            kept = checkpoints.states, checkpoints.rows, checkpoints.offsets, checkpoints.every
+        c = checkpoints
+        kept = (None, None, None, None) if c is None else (c.states, c.rows, c.offsets, c.every)
         torch.ops.kda.prefill(
             q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
             chunk_indices, *kept[:3], workspace, cu_seqlens_cpu, True, null_slot, kept[3], batch_invariant,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -120,6 +120,12 @@ class Inputs:
         return Dims(B, T, self.N, H, HV, K, V)
 
     @property
+    def pool(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state pool and state_indices, of a call that has them."""
+        assert self.state is not None and self.state_indices is not None
+        return self.state, self.state_indices
+
+    @property
     def scale(self) -> float:
         """The factor on q."""
         return self.options.scale_for(self.q.shape[3])
@@ -158,10 +164,11 @@ class Inputs:
         """The same call with as many state_indices as there are sequences. Of wrong tensors: itself."""
         indices = self.state_indices
         try:
-            spare = indices is not None and indices.shape[0] > self.N
+            if indices is None or indices.shape[0] <= self.N:
+                return self
         except (AttributeError, IndexError):  # no tensors, which the check of the kernel says
             return self
-        return dataclasses.replace(self, state_indices=indices[: self.N]) if spare else self
+        return dataclasses.replace(self, state_indices=indices[: self.N])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by name; those of `checkpoints` not."""
@@ -172,7 +179,7 @@ class Inputs:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Inputs":
         """A copy with `fn` applied to each tensor, but cu_seqlens_cpu, which stays on the host."""
         fn = _once(fn)
-        changed = {name: fn(t) for name, t in self.tensors().items() if name != "cu_seqlens_cpu"}
+        changed: dict[str, Any] = {name: fn(t) for name, t in self.tensors().items() if name != "cu_seqlens_cpu"}
         checkpoints = None if self.checkpoints is None else self.checkpoints.map(fn)
         return dataclasses.replace(self, **changed, checkpoints=checkpoints)
 
@@ -185,10 +192,8 @@ class Inputs:
         Strides and gaps of each are kept, and checkpoints that go to the pool go to the copy of the pool.
         """
 
-        def copy(t: torch.Tensor) -> torch.Tensor:
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-
-        copy, kept = _once(copy), self.checkpoints
+        copy = _once(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t))
+        kept = self.checkpoints
         return dataclasses.replace(
             self,
             state=None if self.state is None else copy(self.state),
@@ -214,13 +219,6 @@ class Outputs:
 
     o: torch.Tensor
     final_state: torch.Tensor | None = None
-
-    def without_spare_slots(self) -> "Inputs":
-        """Of checked tensors: the same call with as many state_indices as there are sequences."""
-        indices, N = self.state_indices, self.N
-        return (
-            self if indices is None or indices.shape[0] == N else dataclasses.replace(self, state_indices=indices[:N])
-        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: t for name, t in (("o", self.o), ("final_state", self.final_state)) if t is not None}
