@@ -333,3 +333,139 @@ def test_new_batches_compile_nothing_new():
     for N, P in ((1, 3), (3, 7), (5, 16), (16, 40)):
         decode(with_pool(make(N=N, H=2, HV=2), list(range(N)), P=P), config=DecodeConfig())
     assert len(cache) == compiled
+
+
+# --- what engines pass
+
+
+def each_alone(inputs: Inputs, states: list[torch.Tensor | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each sequence by itself, from that state: o, and the states after each of its tokens; by the oracle."""
+    ends = range(len(states) + 1) if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+    found = []
+    for n, state in enumerate(states):
+        row, span = (
+            (slice(n, n + 1), slice(None)) if inputs.cu_seqlens is None else (slice(0, 1), slice(*ends[n : n + 2]))
+        )
+        one = dataclasses.replace(
+            tokens_of(inputs, row, span), state=None if state is None else state[None], state_indices=None,
+            cu_seqlens=None, has_initial_state=None, num_accepted_tokens=None, null_slot=None, update_state=True,
+            token_states=None, token_state_indices=None,
+        )  # fmt: skip
+        found.append((recurrence(one).o[0], states_after_tokens(one)[0]))
+    return found
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lens", [None, [1, 2, 1, 0, 2]])
+def test_slots_that_are_padding_or_not_there(lens, index_dtype):
+    """A negative index and the null slot, which several carry, are padding; one past the pool is seen: NaN."""
+    inputs = with_pool(make(N=5, T=2, lens=lens), [3, -1, -1, -1, -1], index_dtype=index_dtype)
+    slots = torch.tensor([3, 7, 0, -9, 0], dtype=index_dtype, device=DEVICE)
+    inputs = dataclasses.replace(inputs, state_indices=slots, null_slot=0)
+    before = inputs.state.clone()
+    rows = decode(inputs).o
+    rows = list(rows) if lens is None else [part[0] for part in rows.split(lens, dim=1)]
+    ((o, after),) = each_alone(dataclasses.replace(inputs, state=before), [before[3]])
+    close(rows[0], o)
+    close(inputs.state[3], after[-1])
+    assert rows[1].isnan().all()
+    assert all(not row.any() for row in rows[2:])
+    untouched = [0, 1, 2, 4, 5, 6]
+    torch.testing.assert_close(inputs.state[untouched], before[untouched], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_state_that_is_not_there_yet_is_not_read(pooled):
+    inputs = make(N=3, T=2)
+    inputs = with_pool(inputs, [4, 1, 6]) if pooled else with_state(inputs)
+    has = torch.tensor([True, False, True], device=DEVICE)
+    slots = [4, 1, 6] if pooled else [0, 1, 2]
+    inputs.state[slots[1]] = float("nan")
+    before = inputs.state.clone()
+    outputs = decode(dataclasses.replace(inputs, has_initial_state=has))
+    for n, (o, after) in enumerate(each_alone(inputs, [before[slots[0]], None, before[slots[2]]])):
+        close(outputs.o[n], o)
+        close(outputs.final_state[slots[n]], after[-1])
+
+
+@pytest.mark.parametrize("update_state", [True, False])
+@pytest.mark.parametrize("lens", [None, [3, 1, 3, 2]])
+def test_speculative_decoding(lens, update_state):
+    """The state comes from the column of the last accepted token; the state after each token goes to its own column."""
+    inputs = make(N=4, T=3, lens=lens)
+    table = torch.tensor([[1, 2, 3], [4, 5, 6], [-1, 8, -2], [9, 10, 0]], device=DEVICE)
+    wide = torch.full((4, 6), 99, device=DEVICE)
+    wide[:, ::2] = table
+    accepted = torch.tensor([2, 1, 1, 3], dtype=torch.int32, device=DEVICE)
+    inputs = dataclasses.replace(
+        inputs, state=torch.randn(11, 2, 16, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE),
+        state_indices=wide[:, ::2], num_accepted_tokens=accepted, null_slot=0, update_state=update_state,
+    )  # fmt: skip
+    before, expected = inputs.state.clone(), inputs.state.double()
+    o = decode(inputs).o
+    rows = list(o) if lens is None else [part[0] for part in o.split(lens, dim=1)]
+    assert not rows[2].any() and not rows[3].any(), "the columns that they load from are padding"
+    for n, (row, after) in enumerate(each_alone(dataclasses.replace(inputs, state=before), [before[2], before[4]])):
+        close(rows[n], row)
+        for t, state in enumerate(after):
+            expected[table[n, t]] = state if update_state else before[table[n, t]].double()
+    close(inputs.state, expected)
+
+
+def test_an_accepted_count_without_a_column_is_seen():
+    inputs = with_pool(make(N=2, T=1), [1, 2])
+    inputs = dataclasses.replace(
+        inputs, state_indices=inputs.state_indices[:, None], num_accepted_tokens=torch.tensor([1, 2], device=DEVICE)
+    )
+    before = inputs.state.clone()
+    o = decode(inputs).o
+    assert o[1].isnan().all() and not o[0].isnan().any()
+    assert inputs.state[2].equal(before[2])
+
+
+@pytest.mark.parametrize("lens", [None, [2, 3, 1]])
+def test_states_of_tokens_go_to_given_rows(lens):
+    """An engine's verify: the pool stays as it is; a negative row is nowhere, one past the buffer writes nothing."""
+    inputs = with_pool(make(N=3, T=3, lens=lens), [4, 1, 6])
+    kept = torch.full((4, 3, 2, 16, 16), KEPT, dtype=torch.float16, device=DEVICE)
+    rows = torch.tensor([2, -3, 4], device=DEVICE)
+    before = inputs.state.clone()
+    asked = dataclasses.replace(inputs, update_state=False, token_states=kept, token_state_indices=rows)
+    assert decode(asked).final_state is inputs.state
+    torch.testing.assert_close(inputs.state, before, rtol=0, atol=0, equal_nan=True)
+    ((_, after),) = each_alone(inputs, [before[4]])
+    close(kept[2, : len(after)], after)
+    kept[2, : len(after)] = KEPT
+    assert kept.eq(KEPT).all()
+
+
+def test_fp16_pool_and_indices_that_lie_apart():
+    inputs = with_pool(make(N=3, T=2), [4, 1, 6], dtype=torch.float16)
+    wide = torch.full((5, 2), 99, dtype=torch.int32, device=DEVICE)
+    wide[:3, 0] = inputs.state_indices
+    expected = recurrence(inputs)
+    outputs = decode(dataclasses.replace(inputs, state_indices=wide[:, 0]))
+    close(outputs.o, expected.o)
+    close(outputs.final_state, expected.final_state)
+
+
+@pytest.mark.parametrize("slots", [[4, 1], [4, -1], None])
+def test_rows_behind_the_last_sequence_are_zero(slots):
+    """As in a graph that was captured for more tokens."""
+    inputs = make(lens=[2, 1, 3])
+    inputs = dataclasses.replace(inputs, cu_seqlens=inputs.cu_seqlens[:3].long())
+    inputs = with_state(inputs) if slots is None else with_pool(inputs, slots)
+    out = torch.full(inputs.v.shape, float("nan"), dtype=inputs.v.dtype, device=DEVICE)
+    decode(inputs, out)
+    assert not out[:, 3:].any() and not out[:, :3].isnan().any()
+
+
+@pytest.mark.parametrize("A_log", [-100.0, 20.0, 89.0, 200.0])
+@pytest.mark.parametrize("options", [SAFE, Options()], ids=["safe", "softplus"])
+def test_no_rate_makes_nan(A_log, options):
+    """exp(A_log) may be more than fp32 holds, and a gate of 0 a bias away."""
+    inputs = with_state(make(N=1, T=1, options=options, dtype=torch.float32))
+    g = torch.tensor([-3.0, -1e-3, 0.0, 1e-3, 3.0, 0.0, -1.0, 1.0], device=DEVICE).repeat(2).expand_as(inputs.g)
+    bias = torch.tensor([-2.0, 0.7, 0.0, 100.3], device=DEVICE).repeat_interleave(4).expand(2, 16)
+    A_log = torch.full((2,), A_log, device=DEVICE)
+    check(dataclasses.replace(inputs, g=g - bias, dt_bias=bias.contiguous(), A_log=A_log))

@@ -10,17 +10,18 @@ import pytest
 import torch
 from decode_inputs import make as random_inputs
 from decode_inputs import with_state
+from prefill_inputs import new_memory_holds_nan
 
 from kda_kernels.api import chunk_kda_fwd
 from kda_kernels.checks import Dims
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Gate, Options
 from kda_kernels.reference.oracle import recurrence
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 from kda_kernels.triton.chunk_factors import chunk_sums
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
-from kda_kernels.triton.prefill import bounded, prefill
+from kda_kernels.triton.prefill import bounded, prefill, workspace_bytes
 from kda_kernels.triton.prefill_config import PrefillConfig, chain_shared_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +84,7 @@ def test_inverse_of_a_matrix_of_ones(size):
     """(I + L)^-1 for L all ones (and twos: negative eigenvalues): entries stay small, intermediate powers do not."""
     L = torch.full((1, 1, CHUNK, CHUNK), size, device=DEVICE).tril(-1)
     Z = torch.full_like(L, float("nan"))
-    chunk_inverse_kernel[(1, 1)](L, Z, None, None, 1, C=CHUNK, num_warps=1)
+    chunk_inverse_kernel[(1, 1)](L, Z, None, None, 1, HV=1, C=CHUNK, num_warps=1)
     expected = torch.linalg.inv(torch.eye(CHUNK, dtype=torch.float64) + L[0, 0].cpu().double()).tril(-1)
     written = torch.arange(CHUNK)[:, None] // 16 >= torch.arange(CHUNK)[None, :] // 16
     got = Z[0, 0].cpu().double()
@@ -203,3 +204,195 @@ def test_wrong_arguments_of_chunk_kda_fwd_are_refused_by_name():
         chunk_kda_fwd(*args, dt_bias=inputs.dt_bias, cu_seqlens=inputs.cu_seqlens)
     with pytest.raises(InputError, match="without cu_seqlens"):
         chunk_kda_fwd(*args, **gate, chunk_indices=torch.zeros(3, 2, dtype=torch.int32, device=DEVICE))
+
+
+# --- what engines pass
+
+
+def from_pool(inputs: Inputs, slots: list[int], P: int = 9, dtype: torch.dtype = torch.float32, **fields) -> Inputs:
+    """The same states in a pool, with NaN in the slots that no sequence has."""
+    pool = torch.full((P, *inputs.state.shape[1:]), float("nan"), dtype=dtype, device=DEVICE)
+    live = [n for n, slot in enumerate(slots) if 0 <= slot < P]
+    pool[[slots[n] for n in live]] = inputs.state[live].to(dtype)
+    return dataclasses.replace(inputs, state=pool, state_indices=torch.tensor(slots, device=DEVICE), **fields)
+
+
+def state_after(inputs: Inputs, n: int, tokens: int) -> torch.Tensor:
+    """Of sequence n after so many of its tokens, by the oracle, from its plain state."""
+    first = int(inputs.cu_seqlens[n])
+    at = slice(first, first + tokens)
+    return recurrence(
+        dataclasses.replace(
+            inputs,
+            q=inputs.q[:, at],
+            k=inputs.k[:, at],
+            v=inputs.v[:, at],
+            g=inputs.g[:, at],
+            beta=inputs.beta[:, at],
+            state=inputs.state[n : n + 1],
+            cu_seqlens=None,
+        )  # fmt: skip
+    ).final_state[0]
+
+
+FORMS = {
+    "one offset a sequence": ([3, -1, 5, 2], [64, 64, 0, 64], None, {3: (0, 64), 2: (3, 64)}),
+    "several": ([[3, 4], [-1, 0], [5, 1], [2, 6]], [[128, 64], [0, 64], [64, 100], [64, 192]], None,
+                {3: (0, 128), 4: (0, 64), 5: (2, 64), 2: (3, 64), 1: None}),
+    "every": ([[3, 4, 8], [0, 1, 5], [-1, 2, 0], [9, 6, 7]], None, 64, {3: (0, 64), 4: (0, 128), 6: (3, 128)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), list(zip(FORMS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
+)
+def test_checkpoints(form, dtype):
+    """Sequences of 130, 0, 100 and 128 tokens; rows 9 and above are not there, and a position inside a chunk is NaN."""
+    rows, offsets, every, expected = FORMS[form]
+    plain = make([130, 0, 100, 128], K=16, V=24)
+    memory = torch.full((9, 2, 1, 24, 16), 7.0, dtype=dtype, device=DEVICE)
+    states = memory[:, 1]  # slots that lie apart
+    given = None if offsets is None else torch.tensor(offsets, device=DEVICE)
+    kept = Checkpoints(states, torch.tensor(rows, device=DEVICE), given, every)
+    got = prefill(dataclasses.replace(plain, checkpoints=kept))
+    assert error(got.final_state, recurrence(plain).final_state) < BOUND[torch.bfloat16]
+    for row, where in expected.items():
+        if where is None:
+            assert states[row].isnan().all()
+        else:
+            assert error(states[row], state_after(plain, *where)) < BOUND[torch.bfloat16]
+    left = [row for row in range(9) if row not in expected]
+    assert states[left].eq(7).all() and memory[:, 0].eq(7).all()
+
+
+def test_a_checkpoint_is_where_a_prefill_that_ends_there_stops():
+    """In bits; and from it, in an fp32 pool, the rest of the prompt gives the same bits."""
+    whole = make([192], K=16, V=16)
+    kept = torch.empty_like(whole.state)
+    zero = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    got = prefill(dataclasses.replace(whole, checkpoints=Checkpoints(kept, zero, zero + 128)))
+    first, rest = (
+        dataclasses.replace(
+            whole, cu_seqlens=None, **{x: getattr(whole, x)[:, part] for x in ("q", "k", "v", "g", "beta")}
+        )
+        for part in (slice(0, 128), slice(128, 192))
+    )
+    assert prefill(first).final_state.equal(kept)
+    again = prefill(dataclasses.replace(rest, state=kept))
+    assert again.o.equal(got.o[:, 128:]) and again.final_state.equal(got.final_state)
+
+
+def test_checkpoints_into_the_pool_itself():
+    plain = make([130, 65], K=16, V=16)
+    inputs = from_pool(plain, [2, 5])
+    rows = torch.tensor([7, 0], device=DEVICE)
+    kept = Checkpoints(inputs.state, rows, torch.tensor([128, 64], device=DEVICE))
+    prefill(dataclasses.replace(inputs, checkpoints=kept))
+    for row, where in ((7, (0, 128)), (0, (1, 64)), (2, (0, 130)), (5, (1, 65))):
+        assert error(inputs.state[row], state_after(plain, *where)) < 8e-3
+
+
+def test_slots_that_are_padding_or_not_there():
+    plain = make([3, 65, 2, 4, 1])
+    inputs = from_pool(plain, [3, 9, -7, 0, 0], null_slot=0)
+    inputs.state[0] = 1.0
+    before, expected = inputs.state.clone(), recurrence(plain)
+    out = torch.full(inputs.v.shape, 7.0, dtype=inputs.v.dtype, device=DEVICE)
+    rows = prefill(inputs, out=out).o.split([3, 65, 2, 4, 1], dim=1)
+    assert error(rows[0], expected.o[:, :3]) < 8e-3
+    assert error(inputs.state[3], expected.final_state[0]) < 8e-3
+    assert rows[1].isnan().all() and not any(row.any() for row in rows[2:])
+    untouched = [0, 1, 2, 4, 5, 6, 7, 8]
+    torch.testing.assert_close(inputs.state[untouched], before[untouched], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_state_that_is_not_there_yet_and_indices_that_lie_apart(dtype):
+    plain = make([70, 3])
+    plain.state[1] = 0
+    expected = recurrence(plain)
+    inputs = from_pool(plain, [4, 1], dtype=dtype)
+    inputs.state[1] = float("nan")
+    wide = torch.full((4, 3), 99, device=DEVICE)
+    wide[:2, 1] = inputs.state_indices
+    has = torch.tensor([True, False], device=DEVICE)
+    got = prefill(dataclasses.replace(inputs, state_indices=wide[:, 1], has_initial_state=has))
+    assert error(got.o, expected.o) < 8e-3
+    assert error(got.final_state[[4, 1]], expected.final_state) < 8e-3
+
+
+@pytest.mark.parametrize("slots", [None, [4, -1]])
+def test_rows_behind_the_last_sequence_are_zero(slots):
+    """As in a graph that was captured for more tokens; the memory between is not zero by chance."""
+    inputs = make([70, 3, 100], K=16, V=16)
+    inputs = dataclasses.replace(inputs, cu_seqlens=inputs.cu_seqlens[:3], state=inputs.state[:2])
+    inputs = inputs if slots is None else from_pool(inputs, slots)
+    out = torch.full(inputs.v.shape, float("nan"), dtype=inputs.v.dtype, device=DEVICE)
+    with new_memory_holds_nan():
+        prefill(inputs, out=out)
+    assert not out[:, 73:].any() and not out.isnan().any()
+
+
+def test_workspace():
+    inputs = make([66, 5], K=16, V=16)
+    size = workspace_bytes(71, 1, 2, K=16)
+    memory = torch.zeros(size + 16, dtype=torch.uint8, device=DEVICE)
+    got = prefill(dataclasses.replace(inputs, workspace=memory[:size]))
+    assert torch.equal(got.o, prefill(inputs).o)
+    assert memory[:size].any() and not memory[size:].any()
+    for wrong in (memory[: size - 1], memory[1:]):
+        with pytest.raises(
+            InputError, match=rf"^workspace has .*: it should be at least {size}, from a multiple of 16"
+        ):
+            prefill(dataclasses.replace(inputs, workspace=wrong))
+
+
+@pytest.mark.parametrize("options", [SAFE, Options()], ids=str)
+def test_a_sequence_gives_the_same_bits_in_any_batch(options):
+    inputs = make([2, 66], K=16, options=options)
+    together = prefill(dataclasses.replace(inputs, batch_invariant=True))
+    part = {x: getattr(inputs, x)[:, 2:] for x in ("q", "k", "v", "g", "beta")}
+    alone = dataclasses.replace(inputs, **part, state=inputs.state[1:2], cu_seqlens=None, batch_invariant=True)
+    got = prefill(alone)
+    assert got.o.equal(together.o[:, 2:]) and got.final_state[0].equal(together.final_state[1])
+
+
+@pytest.mark.parametrize("A_log", [20.0, 89.0, 200.0])
+@pytest.mark.parametrize("options", [SAFE, Options(), Options(Gate.SAFE, -20.0)], ids=str)
+def test_no_rate_makes_nan(A_log, options):
+    """exp(A_log) may be more than fp32 holds, and a gate of 0 a bias away."""
+    inputs = make([20], options=options, dtype=torch.float32)
+    bias = torch.tensor([-2.0, 0.7, 0.0, 100.3], device=DEVICE).repeat_interleave(8)
+    g = (torch.randint(-1, 2, inputs.g.shape, generator=torch.Generator().manual_seed(1)) / 8).to(DEVICE) - bias
+    check(dataclasses.replace(inputs, g=g, dt_bias=bias, A_log=torch.full((1,), A_log, device=DEVICE)))
+
+
+def far_heads(t: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The same values, heads first, so far apart that the last head begins behind 2^31 elements."""
+    B, T, H, K = t.shape
+    view = memory.as_strided(t.shape, (T * K, K, (2**31 + 64) // (H - 1) // 16 * 16 + 16, 1))
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("options", [SAFE, Options()], ids=str)
+def test_heads_that_lie_far_apart(options):
+    """Offsets of heads pass 2^31; memory that nobody touches costs nothing."""
+    inputs = make([3], H=3, K=16, V=16, options=options)
+    try:
+        memory = [torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+    except RuntimeError as error:
+        pytest.skip(f"no room for 8 GiB that are not touched: {error}")
+    expected = prefill(inputs)
+    for names in (("q", "v"), ("k",), ("g",)):
+        far = {name: far_heads(getattr(inputs, name), memory[i]) for i, name in enumerate(names)}
+        out = far_heads(inputs.v, memory[1]) if "v" not in far else None
+        got = prefill(dataclasses.replace(inputs, **far), out=out)
+        assert got.o.equal(expected.o) and got.final_state.equal(expected.final_state)
+
+
+@pytest.mark.gpu
+def test_more_programs_than_an_axis_of_a_grid_has():
+    lens = [1] * 2049
+    inputs = make(lens, H=32, K=16, V=16, options=Options())
+    got = prefill(inputs)
+    assert error(got.o, recurrence(inputs).o) < 8e-3

@@ -24,7 +24,11 @@ import triton
 import triton.language as tl
 
 from kda_kernels.problem import CHUNK
-from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand, place_of_chunk, split
+from kda_kernels.triton.common import beta_value, dot, exp2, gate_rate, log2_decay, operand, place_of_chunk, split
+
+# What differs from call to call in number only, and compiles nothing new: lengths, the strides that follow from them,
+# and where tables and rows of single numbers begin.
+NUMBERS = ("T", "slots", "q_b", "k_b", "g_b", "b_b", "b_t", "b_h", "beta", "cu_seqlens", "chunk_indices")
 
 # 2 ** -150 is 0 in fp32: a stronger gate forgets no more than everything, and its sum would cost the others precision.
 FORGET_ALL = tl.constexpr(-150.0)
@@ -85,7 +89,7 @@ def inverse_norm(x, stride_t, here, K: tl.constexpr, BK: tl.constexpr):
     return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
 
 
-@triton.jit(do_not_specialize=["T", "slots", "b_b"])  # all that change with T; beta's batch stride is T * HV
+@triton.jit(do_not_specialize=NUMBERS)
 def chunk_factors_kernel(
     q,  # [B, T, H, K], row strides given
     k,  # [B, T, H, K]
@@ -107,10 +111,10 @@ def chunk_factors_kernel(
     scale,
     T,
     slots,
-    q_b, q_t, q_h,
-    k_b, k_t, k_h,
-    g_b, g_t, g_h,
-    b_b, b_t, b_h,
+    q_b: tl.int64, q_t, q_h,
+    k_b: tl.int64, k_t, k_h,
+    g_b: tl.int64, g_t, g_h,
+    b_b: tl.int64, b_t, b_h,
     HV: tl.constexpr,
     GROUP: tl.constexpr,  # value heads a query/key head
     K: tl.constexpr,
@@ -122,18 +126,18 @@ def chunk_factors_kernel(
     NEG_EIGVAL: tl.constexpr,
     L2NORM: tl.constexpr,
 ):  # fmt: skip
-    i_hv = tl.program_id(0)
-    i_c = tl.program_id(1)
+    i_hv = tl.program_id(0) % HV
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_n = i_c
     if cu_seqlens is not None:
-        i_n = tl.load(chunk_indices + 2 * i_c)
+        i_n = tl.load(chunk_indices + 2 * i_c).to(tl.int64)
         if i_n < 0:
             return
     i_b, i_t, length, slot, token = place_of_chunk(cu_seqlens, chunk_indices, i_n, i_c, T, C)
     DOT: tl.constexpr = qg.dtype.element_ty
 
-    # 64-bit offsets in scalars, 32-bit ones in tiles: a tile of 64-bit addresses costs registers the products need
-    tile = i_hv * slots.to(tl.int64) + slot
+    i_hv = i_hv.to(tl.int64)
+    tile = i_hv * slots + slot
     q += i_b * q_b + token * q_t + (i_hv // GROUP) * q_h
     k += i_b * k_b + token * k_t + (i_hv // GROUP) * k_h
     g += i_b * g_b + token * g_t + i_hv * g_h
@@ -149,7 +153,7 @@ def chunk_factors_kernel(
     here = row < length - i_t * C
     A = 1.0
     if A_log is not None:
-        A = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+        A = gate_rate(tl.load(A_log + i_hv))
     below = row[:, None] - row[None, :]
     k_norm = tl.zeros([C], tl.float32) + 1.0
     q_norm = tl.zeros([C], tl.float32) + scale
@@ -191,6 +195,6 @@ def chunk_factors_kernel(
     square = row[:, None] * C + row[None, :]
     needed = row[:, None] // 16 >= row[None, :] // 16
     tl.store(Aqk + square, operand(tl.where(below == 0, diagonal[:, None], qk), DOT), mask=needed)
-    b_beta = beta_value(tl.load(beta + row * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
+    b_beta = beta_value(tl.load(beta + row.to(tl.int64) * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
     tl.store(rate + row, b_beta)
     tl.store(L + square, tl.where(below > 0, kk * b_beta[:, None], 0.0), mask=needed)

@@ -12,8 +12,8 @@ a scan of the 64 x 128 tile took more instructions than all the rest.
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.chunk_factors import inverse_norm, load_tile
-from kda_kernels.triton.common import beta_value, dot, exp2, log2_decay, operand, place_of_chunk
+from kda_kernels.triton.chunk_factors import NUMBERS, inverse_norm, load_tile
+from kda_kernels.triton.common import beta_value, dot, exp2, gate_rate, log2_decay, operand, place_of_chunk
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def scan_gates(
     col = tl.arange(0, BK)[None, :]
     A = 1.0
     if A_log is not None:
-        A = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+        A = gate_rate(tl.load(A_log + i_hv))
     bias = tl.zeros([1, BK], tl.float32)
     if dt_bias is not None:
         bias = tl.load(dt_bias + i_hv * K + col, mask=col < K, other=0.0).to(tl.float32)
@@ -73,7 +73,7 @@ def middle_of_half(G, early, col, BK: tl.constexpr, C: tl.constexpr):
     return tl.where(early, first, second)
 
 
-@triton.jit(do_not_specialize=["T", "slots", "b_b"])  # all that change with T; beta's batch stride is T * HV
+@triton.jit(do_not_specialize=NUMBERS)
 def chunk_factors_bounded_kernel(
     q,  # [B, T, H, K], row strides given
     k,  # [B, T, H, K]
@@ -95,10 +95,10 @@ def chunk_factors_bounded_kernel(
     scale,
     T,
     slots,
-    q_b, q_t, q_h,
-    k_b, k_t, k_h,
-    g_b, g_t, g_h,
-    b_b, b_t, b_h,
+    q_b: tl.int64, q_t, q_h,
+    k_b: tl.int64, k_t, k_h,
+    g_b: tl.int64, g_t, g_h,
+    b_b: tl.int64, b_t, b_h,
     HV: tl.constexpr,
     GROUP: tl.constexpr,  # value heads a query/key head
     K: tl.constexpr,
@@ -110,18 +110,18 @@ def chunk_factors_bounded_kernel(
     NEG_EIGVAL: tl.constexpr,
     L2NORM: tl.constexpr,
 ):  # fmt: skip
-    i_hv = tl.program_id(0)
-    i_c = tl.program_id(1)
+    i_hv = tl.program_id(0) % HV
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_n = i_c
     if cu_seqlens is not None:
-        i_n = tl.load(chunk_indices + 2 * i_c)
+        i_n = tl.load(chunk_indices + 2 * i_c).to(tl.int64)
         if i_n < 0:
             return
     i_b, i_t, length, slot, token = place_of_chunk(cu_seqlens, chunk_indices, i_n, i_c, T, C)
     DOT: tl.constexpr = qg.dtype.element_ty
 
-    # 64-bit offsets in scalars, 32-bit ones in tiles: a tile of 64-bit addresses costs registers the products need
-    tile = i_hv * slots.to(tl.int64) + slot
+    i_hv = i_hv.to(tl.int64)
+    tile = i_hv * slots + slot
     q += i_b * q_b + token * q_t + (i_hv // GROUP) * q_h
     k += i_b * k_b + token * k_t + (i_hv // GROUP) * k_h
     g += i_b * g_b + token * g_t + i_hv * g_h
@@ -168,7 +168,7 @@ def chunk_factors_bounded_kernel(
         k_far = operand(b_k * exp2(tl.where(early, -x, x)), DOT)
         far = far + (tl.trans(k_far),)
         kk_far = dot(k_far, far[i_k // KB], kk_far)
-    b_beta = beta_value(tl.load(beta + row * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
+    b_beta = beta_value(tl.load(beta + row.to(tl.int64) * b_t, mask=here, other=0.0), BETA_LOGIT, NEG_EIGVAL)
     tl.store(rate + row, b_beta)
     kk = tl.where(below > 0, tl.where(inside, kk, kk_far), 0.0)
     tl.store(L + square, kk * b_beta[:, None], mask=needed)

@@ -1,5 +1,7 @@
 """Which chunk is whose: one table, prepared once a batch and passed to every stage of the prefill."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,14 +35,14 @@ def in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.
     return h[slots].unsqueeze(0)
 
 
-@triton.jit
-def chunk_indices_kernel(cu_seqlens, out, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows from the first slot of sequence n up to that of the next, one program a sequence."""
-    n = tl.program_id(0)
+@triton.jit(do_not_specialize=["cu_seqlens", "total"])
+def chunk_indices_kernel(cu_seqlens, out, total, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows from the first slot of sequence n up to that of the next, or to all of them; one program a sequence."""
+    n = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + n).to(tl.int64)
     end = tl.load(cu_seqlens + n + 1).to(tl.int64)
     slot = start // C + n
-    slots = end // C + n + 1 - slot
+    slots = tl.where(n + 1 < tl.num_programs(0), end // C + n + 1, total) - slot
     chunks = tl.cdiv(end - start, C)
     for first in range(0, slots, BLOCK):
         chunk = first + tl.arange(0, BLOCK)
@@ -64,6 +66,12 @@ def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_siz
     N = len(cu_seqlens) - 1
     out = torch.empty((max_chunks(total_tokens, N, chunk_size), 2), dtype=torch.int32, device=cu_seqlens.device)
     if N:
-        with on_device(cu_seqlens):
-            chunk_indices_kernel[(N,)](cu_seqlens, out, C=chunk_size, BLOCK=BLOCK, num_warps=WARPS)
+        fill_chunk_indices(out, cu_seqlens, out.shape[0], chunk_size)
     return out
+
+
+def fill_chunk_indices(out: Any, cu_seqlens: torch.Tensor, chunks: int, chunk_size: int = CHUNK) -> None:
+    """`prepare_chunk_indices` into `out`, int32 [chunks, 2]; there is at least one sequence."""
+    with on_device(cu_seqlens):
+        sequences = cu_seqlens.shape[0] - 1
+        chunk_indices_kernel[(sequences,)](cu_seqlens, out, chunks, C=chunk_size, BLOCK=BLOCK, num_warps=WARPS)

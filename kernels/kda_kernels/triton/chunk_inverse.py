@@ -48,23 +48,25 @@ def store_block(Z, i: tl.constexpr, j: tl.constexpr, x):
     tl.store(Z + (r + i * B)[:, None] * (4 * B) + (r + j * B)[None, :], operand(x, Z.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "cu_seqlens", "chunk_indices"])
 def chunk_inverse_kernel(
     L,  # fp32 [HV, slots, C, C], strictly lower
     Z,  # [HV, slots, C, C]
     chunk_indices,  # [slots, 2] or None
     cu_seqlens,  # [N + 1] or None
     slots,
+    HV: tl.constexpr,
     C: tl.constexpr,
 ):
-    i_c = tl.program_id(1)
-    slot = i_c.to(tl.int64)
+    i_hv = tl.program_id(0) % HV
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    slot = i_c
     if chunk_indices is not None:
         i_n = tl.load(chunk_indices + 2 * i_c)
         if i_n < 0:
             return
         slot = tl.load(cu_seqlens + i_n).to(tl.int64) // C + i_n + tl.load(chunk_indices + 2 * i_c + 1)
-    tile = (tl.program_id(0) * slots.to(tl.int64) + slot) * (C * C)
+    tile = (i_hv * slots.to(tl.int64) + slot) * (C * C)
     L += tile
     Z += tile
     L_10 = load_block(L, 1, 0)

@@ -1,10 +1,15 @@
 """Device functions that every Triton kernel here shares: the gate, the norm, and the constants they need.
 
 The formulas are those of `kda_kernels.reference.gate`; both are checked against each other by the tests.
+
+Offsets, everywhere: 64-bit in scalars, among them each number of a program, of a token, a slot or a chunk; 32-bit in
+tiles, which hold rows of at most a chunk (`kda_kernels.triton.runtime.require_strides`). A tile of 64-bit addresses
+costs registers that products need. Grids have one axis, since the others end at 65535.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from kda_kernels.problem import Gate
 from kda_kernels.triton.runtime import interpreted
@@ -55,7 +60,7 @@ def split(x):
 @triton.jit
 def exp2(x):
     """2**x, fp32, 2 ulp; results under 2**-126 are 0. One instruction: tl.exp2 spends three more on denormals."""
-    if INTERPRETED:
+    if INTERPRETED or not is_cuda():
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
@@ -63,9 +68,17 @@ def exp2(x):
 @triton.jit
 def reciprocal(x):
     """1 / x, fp32, 1 ulp."""
-    if INTERPRETED:
+    if INTERPRETED or not is_cuda():
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def anew(x):
+    """The integer x, of which no compiler knows that it has it already."""
+    if INTERPRETED or not is_cuda():
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -83,14 +96,21 @@ def softplus(x):
 
 
 @triton.jit
+def gate_rate(A_log):
+    """exp(A_log), fp32, at most 2**120: not inf, which makes NaN of a gate of 0."""
+    return tl.minimum(tl.exp(A_log.to(tl.float32)), 1.329227995784916e36)
+
+
+@triton.jit
 def log2_decay(raw, A, bias, lower_bound, GATE: tl.constexpr):
-    """log2 of the decay, fp32, <= 0. `A` is exp(A_log), a scalar or a row like `bias`; all arguments broadcast."""
+    """log2 of the decay, fp32, <= 0. `A` is `gate_rate`, a scalar or a row like `bias`; all arguments broadcast."""
     if GATE == 1:
         g = (A * -1.4426950408889634) * softplus(raw + bias)
     elif GATE == 2:
-        # factors on A and the bound, which are few, instead of on every gate
+        # Factors on A and the bound, which are few, instead of on every gate. raw * A + bias * A, one instruction less,
+        # rounds bias * A, which is more than raw + bias where A is large.
         A = A * -1.4426950408889634
-        g = (lower_bound * 1.4426950408889634) * reciprocal(1.0 + exp2(raw * A + bias * A))
+        g = (lower_bound * 1.4426950408889634) * reciprocal(1.0 + exp2((raw + bias) * A))
     else:
         g = raw * 1.4426950408889634
     return g
@@ -115,6 +135,13 @@ def beta_value(raw, IS_LOGIT: tl.constexpr, NEG_EIGVAL: tl.constexpr):
     return b
 
 
+@triton.jit
+def load_slot(state_indices, i_n, stride_n, null_slot):
+    """The pool's slot of a sequence, int64; negative for padding."""
+    slot = tl.load(state_indices + i_n * stride_n).to(tl.int64)
+    return tl.where(slot == null_slot, -1, slot)
+
+
 # Triton merges the globals of a called function before it hashes that function, so that a kernel's key in the cache
 # depends on what was hashed earlier in the process. With the called functions hashed first, always, it does not: a
 # launch finds what `kda compile` made, whatever ran before it.
@@ -127,20 +154,20 @@ for _function in list(globals().values()):  # in order of definition
 def place_of_chunk(cu_seqlens, chunk_indices, i_n, i_c, T, C: tl.constexpr):
     """Of the i_c-th chunk: batch row, number in its sequence, tokens of the sequence, workspace slot, first token.
 
-    i_n: its sequence, where there are cu_seqlens.
+    i_n: its sequence, where there are cu_seqlens. All int64.
     """
     if cu_seqlens is not None:
         i_b = 0
-        i_t = tl.load(chunk_indices + 2 * i_c + 1)
+        i_t = tl.load(chunk_indices + 2 * i_c + 1).to(tl.int64)
         first = tl.load(cu_seqlens + i_n).to(tl.int64)
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first
-        slot = (first // C + i_n + i_t).to(tl.int64)
+        slot = first // C + i_n + i_t
         token = first + i_t * C
     else:
         chunks = tl.cdiv(T, C)
-        i_b = (i_c // chunks).to(tl.int64)
+        i_b = i_c // chunks
         i_t = i_c % chunks
         length = T
-        slot = i_c.to(tl.int64)
-        token = (i_t * C).to(tl.int64)
+        slot = i_c
+        token = i_t * C
     return i_b, i_t, length, slot, token

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from kda_kernels.checks import check_inputs, require_features, require_no_tail
+from kda_kernels.checks import check_inputs, require_features
 from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
@@ -18,7 +18,12 @@ from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
 
-FEATURES = frozenset(("token_states",))
+FEATURES = frozenset(
+    (
+        *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
+        *("token_state_indices", "batch_invariant", "strided_indices", "tail"),
+    )
+)
 # What `kda compile` builds where nothing is said: a pool in place, one token a sequence.
 _POOL = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
 USUAL = {
@@ -80,46 +85,52 @@ def decode(
     """
     require_device(inputs.q)
     require_features(inputs, FEATURES, "triton-decode")
-    require_no_tail(inputs, "triton-decode")
     q, k, v, g, beta, options = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.options
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    _, T, N, H, HV, K, V = inputs.dims
     packed = inputs.cu_seqlens is not None
-    N = inputs.N
-    h0, token_states = inputs.state, inputs.token_states
-    o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device) if out is None else out
-    if inputs.state_indices is not None:
-        ht = h0
+    h0, kept, indices = inputs.state, inputs.token_states, inputs.state_indices
+    o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    if indices is not None:
+        ht = h0 if inputs.update_state else None
     elif final_state is not None or not inputs.output_final_state:
         ht = final_state
     else:
         ht = inputs.new_final_state()
     if config is None:
-        config = DecodeConfig.choose(N * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
-    grid = cdiv(V, config.BV) * HV * N
-    if not grid:
-        return Outputs(o, ht if inputs.output_final_state else None)
-    with stage("decode"), on_device(q):
-        decode_kernel[(grid,)](
-            q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, token_states, inputs.state_indices,
-            inputs.cu_seqlens, options.scale_for(K),
-            0.0 if options.lower_bound is None else options.lower_bound,
-            T,
-            *_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed),
-            *_strides(beta, packed), *_strides(o, packed),
-            0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
-            *((0, 0) if token_states is None else _strides(token_states, packed)[:2]),
-            H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV,
-            STATE_V_FIRST=inputs.state_v_first, GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
-            NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
-        )  # fmt: skip
-    return Outputs(o, ht if inputs.output_final_state else None)
+        sequences = 1 if inputs.batch_invariant else N
+        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
+    if not N:
+        o.zero_()
+    else:
+        with stage("decode"), on_device(q):
+            decode_kernel[(cdiv(V, config.BV) * HV * N,)](
+                q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, kept, indices, inputs.cu_seqlens,
+                inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices,
+                options.scale_for(K), 0.0 if options.lower_bound is None else options.lower_bound,
+                N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
+                *((1, 0, 0) if indices is None else _index_layout(indices)),
+                *((0, 0) if kept is None else kept.shape[:2]),
+                *_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed),
+                *_strides(beta, packed), *_strides(o, packed),
+                0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
+                *((0, 0) if kept is None else _strides(kept, packed and inputs.token_state_indices is None)[:2]),
+                H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV,
+                STATE_V_FIRST=inputs.state_v_first, GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
+                NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
+    final = h0 if indices is not None else ht
+    return Outputs(o, final if inputs.output_final_state else None)
 
 
 def _strides(x: torch.Tensor, packed: bool) -> tuple[int, int, int]:
     """Strides of what a sequence's start counts (tokens if packed, else batch rows), of tokens, and of heads."""
     batch, token, head = x.stride()[:3]
     return (token if packed else batch), token, head
+
+
+def _index_layout(indices: torch.Tensor) -> tuple[int, int, int]:
+    """Columns, and the strides of rows and columns."""
+    return (1, indices.stride(0), 0) if indices.ndim == 1 else (indices.shape[1], *indices.stride())
 
 
 def unsupported(problem: Problem | None = None) -> str | None:

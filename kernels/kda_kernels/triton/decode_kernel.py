@@ -11,7 +11,7 @@ Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp)
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import beta_value, cast, exp2, log2_decay
+from kda_kernels.triton.common import beta_value, cast, exp2, gate_rate, load_slot, log2_decay
 
 
 @triton.jit
@@ -35,20 +35,32 @@ def _normalised(x, L2NORM: tl.constexpr):
     return x
 
 
-# Whatever changes from call to call must not compile a new kernel: the batch, its strides, and values in general. Only
-# the strides that decide about 16-byte loads are specialised (by Triton: is it a multiple of 16?).
-NOT_SPECIALISED = (
-    "T",
-    "stride_beta_s",
-    "stride_beta_t",
-    "stride_beta_h",
-    "stride_o_s",
-    "stride_o_t",
-    "stride_o_h",
+@triton.jit
+def _fill_row(p_o, value, m_v):
+    """A row of o becomes `value`."""
+    tl.store(p_o, tl.full(p_o.shape, value, tl.float32).to(p_o.dtype.element_ty), mask=m_v)
+
+
+@triton.jit
+def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
+    """By the last sequence, the first row behind which is `p_o`: what is behind it becomes zero."""
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + sequences).to(tl.int32) if i_n == sequences - 1 else T
+        for _ in range(first, T):
+            _fill_row(p_o, 0.0, m_v)
+            p_o += stride_o_t
+
+
+# Whatever changes from call to call must not compile a new kernel: the batch, its strides, where rows of single numbers
+# begin, and values in general. Only what decides about 16-byte loads is specialised (by Triton: a multiple of 16?).
+NUMBERS = (
+    *("beta", "state_indices", "cu_seqlens", "has_initial_state", "num_accepted_tokens", "token_state_indices"),
+    *("sequences", "T", "pool", "null_slot", "columns", "kept_rows", "kept_tokens"),
+    *("stride_indices_n", "stride_indices_c", "stride_beta_t", "stride_beta_h", "stride_o_t", "stride_o_h"),
 )
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALISED)
+@triton.jit(do_not_specialize=NUMBERS)
 def decode_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -60,34 +72,45 @@ def decode_kernel(
     o,  # [B, T, HV, V]
     h0,  # [P or N, HV, V, K] or [.., K, V]; None: zeros
     ht,  # like h0, which it may be; None: not wanted
-    token_states,  # [B, T, HV, V, K] or [.., K, V]; None: not wanted
-    state_indices,  # [N] or None
+    token_states,  # [B, T, HV, V, K] or [.., K, V], with token_state_indices [kept_rows, kept_tokens, ..]; or None
+    state_indices,  # [N], or with num_accepted_tokens [N, columns]; or None
     cu_seqlens,  # [N + 1], or None for a dense batch
+    has_initial_state,  # bool [N] or None
+    num_accepted_tokens,  # [N] or None
+    token_state_indices,  # [N] or None
     scale,
     lower_bound,
-    T,  # tokens of each sequence of a dense batch
-    stride_q_s,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
+    sequences,
+    T,  # tokens a batch row
+    pool,  # slots of h0
+    null_slot,
+    columns,
+    stride_indices_n,
+    stride_indices_c,
+    kept_rows,
+    kept_tokens,
+    stride_q_s: tl.int64,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
     stride_q_t,  # t: from token to token
     stride_q_h,  # h: from head to head; the last dimension is contiguous
-    stride_k_s,
+    stride_k_s: tl.int64,
     stride_k_t,
     stride_k_h,
-    stride_v_s,
+    stride_v_s: tl.int64,
     stride_v_t,
     stride_v_h,
-    stride_g_s,
+    stride_g_s: tl.int64,
     stride_g_t,
     stride_g_h,
-    stride_beta_s,
+    stride_beta_s: tl.int64,
     stride_beta_t,
     stride_beta_h,
-    stride_o_s,
+    stride_o_s: tl.int64,
     stride_o_t,
     stride_o_h,
-    stride_h0_n,  # n: from slot to slot; within a slot the state is contiguous
-    stride_ht_n,
-    stride_ts_s,
-    stride_ts_t,
+    stride_h0_n: tl.int64,  # n: from slot to slot; within a slot the state is contiguous
+    stride_ht_n: tl.int64,
+    stride_ts_s: tl.int64,
+    stride_ts_t: tl.int64,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -116,7 +139,14 @@ def decode_kernel(
 
     slot = i_n
     if state_indices is not None:
-        slot = tl.load(state_indices + i_n).to(tl.int64)
+        if num_accepted_tokens is None:
+            slot = load_slot(state_indices, i_n, stride_indices_n, null_slot)
+        else:  # of its drafts, so many were kept; a column that is not there is no slot either
+            column = tl.load(num_accepted_tokens + i_n).to(tl.int64) - 1
+            slot += pool
+            if (column >= 0) & (column < columns):
+                p_slots = state_indices + i_n * stride_indices_n
+                slot = load_slot(p_slots, column, stride_indices_c, null_slot)
     first = i_n
     n_tokens = T
     if cu_seqlens is not None:
@@ -125,10 +155,12 @@ def decode_kernel(
     p_o = o + first * stride_o_s + i_hv * stride_o_h + o_v
 
     if state_indices is not None:
-        if (slot < 0) | (n_tokens == 0):  # padding, or no tokens: the pool is neither read nor written
+        # padding, a slot that is not there, or no tokens: the pool is neither read nor written
+        if (slot < 0) | (slot >= pool) | (n_tokens == 0):
             for _ in range(n_tokens):
-                tl.store(p_o, tl.zeros([BV], dtype=p_o.dtype.element_ty), mask=m_v)
+                _fill_row(p_o, tl.where(slot < 0, 0.0, float("nan")), m_v)
                 p_o += stride_o_t
+            _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
             return
 
     if STATE_V_FIRST:
@@ -138,7 +170,15 @@ def decode_kernel(
     b_h = tl.zeros([BV, BK], dtype=tl.float32)
     if h0 is not None:
         p_h0 = h0 + slot * stride_h0_n + o_h
-        b_h = (tl.load(p_h0) if FULL else tl.load(p_h0, mask=m_h, other=0.0)).to(tl.float32)
+        if has_initial_state is not None:
+            b_h = tl.load(p_h0, mask=m_h & tl.load(has_initial_state + i_n), other=0.0).to(tl.float32)
+        else:
+            b_h = (tl.load(p_h0) if FULL else tl.load(p_h0, mask=m_h, other=0.0)).to(tl.float32)
+    if token_states is not None:
+        i_kept = first
+        if token_state_indices is not None:
+            i_kept = tl.load(token_state_indices + i_n).to(tl.int64)
+        p_ts = token_states + i_kept * stride_ts_s + o_h
 
     p_q = q + first * stride_q_s + i_h * stride_q_h + o_k
     p_k = k + first * stride_k_s + i_h * stride_k_h + o_k
@@ -148,7 +188,7 @@ def decode_kernel(
     next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, n_tokens > 0)
     A = 1.0
     if A_log is not None:
-        A = tl.exp(tl.load(A_log + i_hv).to(tl.float32))
+        A = gate_rate(tl.load(A_log + i_hv))
     b_bias = tl.zeros([BK], dtype=tl.float32)
     if dt_bias is not None:
         b_bias = tl.load(dt_bias + i_hv * K + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -178,13 +218,22 @@ def decode_kernel(
         p_o += stride_o_t
         b_h += b_u[:, None] * b_k[None, :]
         if token_states is not None:
-            p_ts = token_states + first * stride_ts_s + tl.cast(t, tl.int64) * stride_ts_t + o_h
-            tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=m_h)
+            kept = m_h
+            if token_state_indices is not None:
+                kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
+            tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=kept)
+            p_ts += stride_ts_t
+        if (ht is not None) & (num_accepted_tokens is not None):
+            if t < columns:
+                slot = load_slot(state_indices + i_n * stride_indices_n, t, stride_indices_c, null_slot)
+                live = m_h & (slot >= 0) & (slot < pool)
+                tl.store(ht + slot * stride_ht_n + o_h, cast(b_h, ht.dtype.element_ty), mask=live)
 
-    if ht is not None:
+    if (ht is not None) & (num_accepted_tokens is None):
         p_ht = ht + slot * stride_ht_n + o_h
         b_ht = cast(b_h, p_ht.dtype.element_ty)
         if FULL:
             tl.store(p_ht, b_ht)
         else:
             tl.store(p_ht, b_ht, mask=m_h)
+    _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)

@@ -16,7 +16,7 @@ from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
-from kda_kernels.triton.common import GATE_CODES, log_decay
+from kda_kernels.triton.common import GATE_CODES, gate_rate, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
@@ -29,7 +29,7 @@ USUAL = {
 }
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "stride_b", "cu_seqlens", "chunk_indices"])
 def gate_cumsum_kernel(
     g,  # [B, T, HV, K], row strides given
     A_log,  # [HV] or None
@@ -40,7 +40,7 @@ def gate_cumsum_kernel(
     lower_bound,
     scale,
     T,
-    stride_b,
+    stride_b: tl.int64,
     stride_t,
     stride_h,
     HV: tl.constexpr,
@@ -51,31 +51,32 @@ def gate_cumsum_kernel(
     GATE: tl.constexpr,
     CUMSUM: tl.constexpr,
 ):
-    i_c = tl.program_id(1)
+    BLOCKS: tl.constexpr = (HV * K + BLOCK - 1) // BLOCK
+    i_c = (tl.program_id(0) // BLOCKS).to(tl.int64)
     if cu_seqlens is not None:
         i_b = tl.load(chunk_indices + 2 * i_c)
         if i_b < 0:
             return
         first = tl.load(cu_seqlens + i_b).to(tl.int64)
         length = tl.load(cu_seqlens + i_b + 1).to(tl.int64) - first
-        start = tl.load(chunk_indices + 2 * i_c + 1) * C
+        start = tl.load(chunk_indices + 2 * i_c + 1).to(tl.int64) * C
         base = g + (first + start) * stride_t
     else:
         chunks = tl.cdiv(T, C)
         i_b = i_c // chunks
-        first = i_b.to(tl.int64) * T
+        first = i_b * T
         length = T
         start = (i_c % chunks) * C
-        base = g + i_b.to(tl.int64) * stride_b + start.to(tl.int64) * stride_t
+        base = g + i_b * stride_b + start * stride_t
     rows = tl.minimum(length - start, C).to(tl.int32)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     live = channel < HV * K
     head = channel // K
-    p_g = base + head * stride_h + channel % K
+    p_g = base + head.to(tl.int64) * stride_h + channel % K
     p_o = out + (first + start) * (HV * K) + channel
     A = 1.0
     if A_log is not None:
-        A = tl.exp(tl.load(A_log + head, mask=live, other=0.0).to(tl.float32))
+        A = gate_rate(tl.load(A_log + head, mask=live, other=0.0))
     bias = 0.0
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, mask=live, other=0.0).to(tl.float32)
@@ -117,7 +118,7 @@ def launch_gate(
         chunks = chunk_indices.shape[0]
     if out.numel() == 0 or chunks == 0:
         return out
-    grid = (cdiv(HV * K, BLOCK), chunks)
+    grid = (cdiv(HV * K, BLOCK) * chunks,)
     with on_device(g):
         gate_cumsum_kernel[grid](
             g, A_log, dt_bias, out, cu_seqlens, chunk_indices,

@@ -8,9 +8,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from kda_kernels.errors import UnavailableError
+from kda_kernels.errors import InputError, UnavailableError
+from kda_kernels.problem import CHUNK
+from kda_kernels.tensors import Inputs
 
 MIN_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores
+MAX_TOKEN_STRIDE = 2**31 // CHUNK  # elements; no tile has more rows
 
 
 def interpreted() -> bool:
@@ -18,15 +21,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unsupported_here() -> str | None:
-    """Why no Triton kernel can run on this machine, and what to do about it; None if one can."""
+def unsupported_here(device: torch.device | None = None) -> str | None:
+    """Why no Triton kernel can run on this machine, and what to do about it; None if one can.
+
+    Args:
+        device: the GPU that is meant; None: the current one.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if interpreted():
         return _interpreter_fails()
     if not torch.cuda.is_available():
         return "no CUDA GPU: set TRITON_INTERPRET=1 before Python starts to run it, slowly, on the CPU"
-    if torch.version.cuda and (have := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
+    if torch.version.cuda and (have := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         return f"the GPU is sm_{have[0]}{have[1]}: sm_80 or newer is needed"
     return None
 
@@ -45,11 +52,23 @@ def _interpreter_fails() -> str | None:
 
 def require_device(tensor: torch.Tensor) -> None:
     """Raises `UnavailableError` unless Triton can work on `tensor` where it lies."""
-    if tensor.is_cuda or interpreted():
-        return
-    raise UnavailableError(
-        f"the tensors lie on {tensor.device}: move them to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
-    )
+    if tensor.is_cuda:
+        reason = _unsupported_gpu(tensor.device)
+    else:
+        move = "move them to a CUDA GPU, or set TRITON_INTERPRET=1 before Python starts"
+        reason = None if interpreted() else f"the tensors lie on {tensor.device}: {move}"
+    if reason is not None:
+        raise UnavailableError(reason)
+
+
+_unsupported_gpu = functools.cache(unsupported_here)  # of one GPU, on the way of every call
+
+
+def require_token_strides(inputs: Inputs) -> None:
+    """Raises `InputError` where 32 bits do not hold the offsets of a chunk's tokens."""
+    for name, t in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("g", inputs.g)):
+        if (stride := t.stride(1)) >= MAX_TOKEN_STRIDE and t.shape[1] > 1:
+            raise InputError(name, f"has stride {stride} between tokens", f"it should be under {MAX_TOKEN_STRIDE}")
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
