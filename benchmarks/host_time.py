@@ -10,12 +10,13 @@ process.
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import click
 import torch
@@ -88,19 +89,19 @@ def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device
 
 
 def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
-    """`kda_prefill` or `kda_decode`; `out` has room for the largest call."""
-    function, x = (kda_decode if inputs.cu_seqlens is None else kda_prefill), inputs
-    tokens = [getattr(x, name) for name in TOKEN_NAMES]
-    room = out[: x.v.shape[0], : x.v.shape[1]]
-    given = {"A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": x.options.lower_bound, "cu_seqlens": x.cu_seqlens}
-    return lambda: function(*tokens, state=x.state, state_indices=x.state_indices, out=room, **given)
+    """`kda_prefill` or `kda_decode`, told what an engine knows; `out` has room for the largest call."""
+    x, prefill = inputs, inputs.cu_seqlens is not None
+    given = {name: getattr(x, name) for name in ("state", "state_indices", "A_log", "dt_bias")}
+    given |= {"lower_bound": x.options.lower_bound, "out": out[: x.v.shape[0], : x.v.shape[1]]}
+    given |= {"cu_seqlens": x.cu_seqlens, "cu_seqlens_cpu": x.cu_seqlens_cpu} if prefill else {}
+    function: Callable[..., object] = kda_prefill if prefill else kda_decode
+    return functools.partial(function, x.q, x.k, x.v, x.g, x.beta, **given)
 
 
 def by_name(kernel: Kernel, inputs: Inputs) -> Callable[[], object]:
-    """A kernel; of a prefill on a plain state, which all take."""
+    """A kernel; a prefill on a plain state, which all take."""
     if inputs.cu_seqlens is not None:
-        state = inputs.state[: inputs.N]
-        inputs = dataclasses.replace(inputs, state=state, state_indices=None, cu_seqlens_cpu=None)
+        inputs = dataclasses.replace(inputs, state=inputs.state[: inputs.N], state_indices=None)
     return lambda: kernel.run(inputs)
 
 
@@ -154,23 +155,26 @@ def main(
     if not torch.cuda.is_available():
         output.say("Error: host_time.py needs a CUDA GPU and there is none", stderr=True)
         sys.exit(3)
-    rows: list[Row] = []
-    for op, H in itertools.product(map(Op, ops), heads):
+    stderr, rows = dest == "-", list[Row]()
+    record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
+    output.say(f"{'':40} {'calls':>6} {'p50 us':>9} {'p90 us':>9} {'max us':>9}", stderr=stderr)
+    for row in rows_of(map(Op, ops), heads, calls, peers=not no_peers):
+        times = " ".join(f"{output.fmt_us(us):>9}" for us in (row.p50_us, row.p90_us, row.max_us))
+        name = f"{row.op} H={row.heads} {row.shapes:7} {row.kernel}"
+        output.say(f"{name:40} {row.calls:>6} {times}  {row.error or ''}".rstrip(), stderr=stderr)
+        rows.append(row)
+        if dest and not stderr:  # as it grows: a run that is cut short keeps what it has
+            output.write_json(record, dest, force)
+            force = True
+    if stderr:
+        output.write_json(record, "-")
+
+
+def rows_of(ops: Iterable[Op], heads: Iterable[int], calls: int, peers: bool) -> Iterator[Row]:
+    for op, H in itertools.product(ops, heads):
         make = prefill_calls if op is Op.PREFILL else decode_calls
         for shapes in ("same", "length", "packed") if op is Op.PREFILL else ("same", "batch"):
-            rows += measure(op, H, shapes, list(make(H, shapes, calls + WARM_UP)), candidates([op], peers=not no_peers))
-    columns = ("op", "H", "shapes", "kernel", "calls", "p50 us", "p90 us", "max us")
-    cells = [
-        (r.op, r.heads, r.shapes, r.kernel, r.calls, *map(output.fmt_us, (r.p50_us, r.p90_us, r.max_us))) for r in rows
-    ]
-    shown = output.console(stderr=dest == "-")
-    shown.print(output.table("Host time of eager calls", columns, cells))
-    for row in rows:
-        if row.error:
-            output.say(f"{row.kernel} at H={row.heads}, {row.shapes}: {row.error}", stderr=dest == "-")
-    if dest:
-        record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
-        output.write_json(record, dest, force)
+            yield from measure(op, H, shapes, list(make(H, shapes, calls + WARM_UP)), candidates([op], peers=peers))
 
 
 if __name__ == "__main__":
