@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import plain_recurrent
-from kdacli.dumps import load, load_all, save, sglang
+from kdacli.dumps import join, load, load_all, save, sglang
+from kdacli.main import cli
 from kdacli.synthetic import make_inputs
 
 OPTIONS = Options(gate="safe", lower_bound=-5.0)
@@ -133,6 +135,85 @@ def test_a_folder_of_dumps(tmp_path):
     (tmp_path / "capture.jsonl").write_text("{}")
     assert [dump.call for dump in load_all(tmp_path)] == ["one", "two", "zwei/p"]
     assert_is(load(tmp_path, "two"), y, more)
+
+
+def test_one_broken_file_is_named_and_the_others_compared(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.pt", *a_call(), op="decode")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-300])
+    torch.save({"k": torch.zeros(1)}, tmp_path / "half.pt")
+    broken = []
+    assert [dump.call for dump in load_all(tmp_path, broken=broken)] == ["a", "b"]
+    assert len(broken) == 2 and "call half: q (or query, queries) is missing" in broken[0] and "torn.pt is" in broken[1]
+    with pytest.raises(InputError, match=r"torn\.pt is truncated or damaged"):
+        load(tmp_path, "torn")
+    for words in ([], [str(tmp_path)]):
+        result = CliRunner().invoke(
+            cli, ["compare", str(tmp_path), *words, *([] if words else ["--kernel", "torch-decode"])]
+        )
+        assert result.exit_code == 1 and result.stdout.count("FAIL ") == (4 if words else 2), result.output
+        assert "torn.pt is truncated or damaged" in result.stdout and "cannot be read" in result.stderr
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pt").unlink()
+    with pytest.raises(InputError, match="q .* is missing"):
+        load_all(tmp_path, broken=[])
+
+
+def test_a_broken_file_of_a_dumper_breaks_its_call_alone(tmp_path):
+    dumper = Dumper(tmp_path)
+    for layer in (0, 1):
+        dumper.parameters(a_call()[0], layer)
+        dumper.call(*a_call(), layer_id=layer)
+    next(tmp_path.glob("*name=k___*layer_id=1*")).write_bytes(b"PK damaged")
+    broken = []
+    (dump,) = load_all(tmp_path, broken=broken)
+    assert_is(dump, *a_call())
+    assert dump.call == "rank0.step0.layer0" and len(broken) == 1 and "name=k___" in broken[0]
+
+
+def test_the_heads_of_ranks_are_joined(tmp_path):
+    whole = dataclasses.replace(DECODE, H=2, HV=4)
+    inputs = make_inputs(whole)
+    inputs.state.nan_to_num_(0.0)
+    after = inputs.fresh()
+    outputs = dataclasses.replace(plain_recurrent.run(after), final_state=after.state)
+    parts, alone = tmp_path / "tp2", tmp_path / "tp1"
+    parts.mkdir()
+    alone.mkdir()
+    save(alone / "decode.rank0.call0000.pt", inputs, outputs, op="decode")
+    for rank in (0, 1):
+        heads, values = slice(rank, rank + 1), slice(2 * rank, 2 * rank + 2)
+        part = {name: getattr(inputs, name)[:, :, heads] for name in ("q", "k")}
+        part |= {name: getattr(inputs, name)[:, :, values] for name in ("v", "g", "beta")}
+        part |= {"A_log": inputs.A_log[values], "dt_bias": inputs.dt_bias[values], "state": inputs.state[:, values]}
+        result = dataclasses.replace(outputs, o=outputs.o[:, :, values], final_state=outputs.final_state[:, values])
+        save(parts / f"decode.rank{rank}.call0000.pt", dataclasses.replace(inputs, **part), result, op="decode")
+    (dump,) = join(load_all(parts))
+    assert_is(dump, inputs, outputs)
+    result = CliRunner().invoke(cli, ["compare", str(parts), str(alone), "--join"])
+    assert result.exit_code == 0 and "decode.rank0.call0000" in result.output, result.output
+    with pytest.raises(InputError, match="--join finds no rank in the name of call x"):
+        join([dataclasses.replace(dump, call="x")])
+    with pytest.raises(InputError, match="rank 0 of call a.rank0 is missing"):
+        join([dataclasses.replace(dump, call="a.rank1")])
+    other = dataclasses.replace(dump, call="a.rank1", inputs=dataclasses.replace(inputs, state_v_first=False))
+    with pytest.raises(InputError, match="with other options"):
+        join([dataclasses.replace(dump, call="a.rank0"), other])
+    other.inputs = dataclasses.replace(inputs, state_indices=inputs.state_indices + 1)
+    with pytest.raises(InputError, match="state_indices of call a.rank0 is not the same on every rank"):
+        join([dataclasses.replace(dump, call="a.rank0"), other])
+
+
+def test_states_in_the_other_layout_are_told(tmp_path):
+    inputs = make_inputs(dataclasses.replace(DECODE, V=16))
+    inputs.state.nan_to_num_(0.0)
+    after = inputs.fresh()
+    outputs = dataclasses.replace(plain_recurrent.run(after), final_state=after.state)
+    turned = dataclasses.replace(inputs, state=inputs.state.transpose(-1, -2).contiguous())
+    turned_after = dataclasses.replace(outputs, final_state=outputs.final_state.transpose(-1, -2).contiguous())
+    save(tmp_path / "d.pt", turned, turned_after, op="decode")
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d.pt"), "--kernel", "torch-decode"])
+    assert result.exit_code == 1 and "the dump's states look K-first" in result.output, result.output
 
 
 def test_refusals(tmp_path):

@@ -23,6 +23,7 @@ SLOW_S = 20.0  # from here on the time is told beforehand
 @click.option(
     "--call", "calls", multiple=True, metavar="NAME", help="Of several calls in the dump, this one; repeatable."
 )
+@click.option("--join", "joined", is_flag=True, help="Join the calls of tensor-parallel ranks along their heads.")
 @options.kernel_option
 @click.option("--detail", is_flag=True, help="Say of each kernel where and how it differs from what A recorded.")
 @click.option("--plot", metavar="FILE", help="Draw the differences: .png, .svg or .pdf.")
@@ -33,6 +34,7 @@ def command(
     dump: str,
     other: str | None,
     calls: tuple[str, ...],
+    joined: bool,
     kernels: tuple[str, ...],
     detail: bool,
     plot: str | None,
@@ -44,8 +46,10 @@ def command(
 
     A dump is a .pt or .safetensors file with the tensors of one or several KDA calls, under the names of any engine (q,
     query, ...; g, a, raw_g, ...; h0, ssm_state, ...), flat or in sections inputs, outputs, options and meta; or a
-    folder of `kda capture` or of SGLang's dumper. What it does not say is inferred where that is safe, and printed.
-    Nothing in it is ever unpickled, it is not modified, and it may be larger than memory.
+    folder of `kda capture` or of SGLang's dumper, of which broken files are named (exit 1) and the others compared.
+    What it does not say is inferred where that is safe, and printed. Nothing in it is ever unpickled, it is not
+    modified, and it may be larger than memory. Of the dumps of tensor-parallel ranks --join makes one call each, under
+    its name on rank 0, so that TP=8 can be held against TP=1.
 
     Each result, that of the dump included, is judged against the fp64 token recurrence; the bound is twice the error
     that a plain implementation makes on the same inputs, plus one rounding. "vs dump" is how far a kernel is from what
@@ -64,40 +68,64 @@ def command(
       kda compare dump.safetensors --kernel triton-decode --json report.json
       kda compare serving.pt --call prefill --device cpu
       kda compare before/ after/ --plot difference.png
+      kda compare tp8/ tp1/ --join
       kda compare dump.pt --kernel mine.py:prefill --detail
     """
+    from kdacli.output import bad, check_dest, console
+
+    check_dest(json_dest, force)
     if plot:
-        from kdacli.output import check_dest
         from kdacli.plots import require
 
         check_dest(plot, force)
         require(plot)
+    if other is not None and kernels:
+        raise InputError("--kernel is given with two dumps, whose outputs are compared: leave it or B out")
+    broken: list[str] = []
+    first = _load(dump, calls, joined, broken)
     if other is not None:
-        if kernels:
-            raise InputError("--kernel is given with two dumps, whose outputs are compared: leave it or B out")
-        _two_dumps(dump, other, calls, plot, device, json_dest, force)
+        second = _load(other, calls, joined, broken, like=first)
+        wrong = _two_dumps((dump, first), (other, second), broken, plot, device, json_dest, force)
     else:
-        _one_dump(dump, calls, kernels, detail, plot, device, json_dest, force)
+        wrong = _one_dump((dump, first), broken, kernels, detail, plot, device, json_dest, force)
+    if json_dest != "-":
+        for line in broken:
+            console().print(bad(f"FAIL {line}"), soft_wrap=True)
+    if wrong or broken:
+        raise CheckFailedError(wrong or f"{len(broken)} of the dumps cannot be read: {broken[0]}")
+
+
+def _load(
+    path: str, calls: tuple[str, ...], joined: bool, broken: list[str], like: "list[Dump] | None" = None
+) -> "list[Dump]":
+    """The calls of a dump; `broken` is given what is wrong with those that cannot be read."""
+    from kdacli.dumps import join, load_all
+
+    found = load_all(path, () if joined else calls, like or (), broken)
+    if not joined:
+        return found
+    found = [dump for dump in join(found) if not calls or dump.call in calls]
+    if not found:
+        raise InputError(f"{path} has none of the calls {', '.join(calls)}, by their names on rank 0")
+    return found
 
 
 def _one_dump(
-    dump: str,
-    calls: tuple[str, ...],
+    named: "tuple[str, list[Dump]]",
+    broken: list[str],
     kernels: tuple[str, ...],
     detail: bool,
     plot: str | None,
     device: str,
     json_dest: str | None,
     force: bool,
-) -> None:
-    """Kernels on the inputs of a dump."""
+) -> str | None:
+    """Kernels on the inputs of a dump; what is wrong, if anything is."""
     from kdacli.device import describe, pick_device
-    from kdacli.dumps import load_all
-    from kdacli.output import check_dest, progress, write_json
+    from kdacli.output import progress, write_json
     from kdacli.provenance import collect
 
-    check_dest(json_dest, force)
-    dumps = load_all(dump, calls)
+    dump, dumps = named
     device = pick_device(device)
     from kdacli import comparison  # after the device is known, since it decides how Triton is imported
 
@@ -118,29 +146,34 @@ def _one_dump(
             "dump": dump,
             "device": describe(device),
             "calls": [_json_call(result) for result in results],
+            "broken": broken,
             "rows": rows,
         }
         write_json(report, json_dest, force)
     if json_dest != "-":
         _print(dump, describe(device), results, detail)
-    if failed := [row for result in results for row in result.failed]:
-        raise CheckFailedError(_failure(failed))
+    failed = [row for result in results for row in result.failed]
+    return _failure(failed) if failed else None
 
 
 def _two_dumps(
-    a: str, b: str, calls: tuple[str, ...], plot: str | None, device: str, json_dest: str | None, force: bool
-) -> None:
-    """The outputs of two dumps."""
+    named_a: "tuple[str, list[Dump]]",
+    named_b: "tuple[str, list[Dump]]",
+    broken: list[str],
+    plot: str | None,
+    device: str,
+    json_dest: str | None,
+    force: bool,
+) -> str | None:
+    """The outputs of two dumps; what is wrong, if anything is."""
     from kdacli.comparison import report
     from kdacli.comparison.pair import compare_pairs, match
     from kdacli.device import describe, pick_device
-    from kdacli.dumps import load_all
-    from kdacli.output import check_dest, progress, write_json
+    from kdacli.output import progress, write_json
     from kdacli.provenance import collect
 
-    check_dest(json_dest, force)
-    first = load_all(a, calls)
-    pairs, alone = match(first, load_all(b, calls, like=first))
+    (a, first), (b, second) = named_a, named_b
+    pairs, alone = match(first, second)
     device = pick_device(device)
     if (seconds := _oracle_seconds(pairs)) > SLOW_S and device == "cpu":
         _tell_time(seconds, "--call chooses less")
@@ -157,16 +190,19 @@ def _two_dumps(
             "device": describe(device),
             "calls": [report.pair_json(pair) for pair in results],
             "unmatched": alone,
+            "broken": broken,
             "rows": [report.pair_row_json(pair, row) for pair in results for row in pair.rows],
         }
         write_json(found, json_dest, force)
     if json_dest != "-":
         _print_pairs(a, b, results, alone)
-    if wrong := [(pair, row) for pair in results for row in pair.rows if row.wrong]:
-        pair, row = wrong[0]
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        call = f" in call {pair.name}" if pair.name else ""
-        raise CheckFailedError(f"{row.difference.tensor}{call}: {row.words}{more}")
+    wrong = [(pair, row) for pair in results for row in pair.rows if row.wrong]
+    if not wrong:
+        return None
+    pair, row = wrong[0]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    call = f" in call {pair.name}" if pair.name else ""
+    return f"{row.difference.tensor}{call}: {row.words}{more}"
 
 
 def _oracle_seconds(pairs: "list[tuple[Dump, Dump]]") -> float:

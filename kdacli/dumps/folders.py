@@ -14,13 +14,13 @@ SUFFIXES = (".pt", ".safetensors")
 
 
 def read(folder: Path, read_file: Read) -> dict[str, Any]:
-    """{"calls": {name: call}} of everything in a folder.
+    """{"calls": {name: call}} of everything in a folder; in the place of a call that cannot be read, its error.
 
     A dumper's folder of experiments counts as the one experiment in it, and a forward hook's folder of processes as
     all of them.
 
     Raises:
-        InputError: there is nothing to read, or a file is not as it should be.
+        InputError: there is nothing to read.
     """
     files = _files(folder)
     if not files:
@@ -29,7 +29,11 @@ def read(folder: Path, read_file: Read) -> dict[str, Any]:
         return {"calls": sglang.dumper_calls(folder, [path for path in files if sglang.tags(path)], read_file)}
     calls: dict[str, Any] = {}
     for path in files:
-        found = calls_of(read_file(path), path)
+        try:
+            found = calls_of(read_file(path), path)
+        except InputError as error:
+            calls[path.stem] = error
+            continue
         calls |= {f"{path.stem}/{name}" if name else path.stem: call for name, call in found.items()}
     return {"calls": calls}
 

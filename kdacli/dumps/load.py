@@ -19,7 +19,7 @@ from kdacli.dumps.infer import build_inputs, infer_op
 from kdacli.dumps.outputs import build_outputs
 from kdacli.dumps.said import parse
 from kdacli.dumps.shapes import normalise, usable
-from kdacli.dumps.tree import calls_of, split
+from kdacli.dumps.tree import Calls, calls_of, split
 
 
 @dataclasses.dataclass
@@ -56,11 +56,14 @@ def load(path: str | Path, call: str | None = None) -> Dump:
     return _dump(path, calls, next(iter(calls)) if call is None else call)
 
 
-def load_all(path: str | Path, only: Sequence[str] = (), like: Sequence[Dump] = ()) -> list[Dump]:
+def load_all(
+    path: str | Path, only: Sequence[str] = (), like: Sequence[Dump] = (), broken: list[str] | None = None
+) -> list[Dump]:
     """Every call of a dump, or those named, in the order of the file.
 
     Args:
         like: whose inputs a call has that holds outputs only: the one of its name, or the only one there is.
+        broken: of a folder, is given what is wrong with calls that cannot be read, as long as one can.
 
     Raises:
         InputError: the file cannot be read, there is no call of that name, or a call lacks something, or a tensor or
@@ -68,21 +71,36 @@ def load_all(path: str | Path, only: Sequence[str] = (), like: Sequence[Dump] = 
     """
     path = Path(path)
     calls = calls_of(files.read(path), path)
-    for name in only:
-        _named(path, calls, name)
+    if absent := [name for name in only if name not in calls]:
+        _named(path, calls, absent[0])
     named = {dump.call: dump for dump in like}
     other = like[0] if len(like) == 1 else None
-    return [_dump(path, calls, name, named.get(name, other)) for name in calls if not only or name in only]
+    found: list[Dump] = []
+    errors: list[InputError] = []
+    for name in [name for name in calls if not only or name in only]:
+        try:
+            found.append(_dump(path, calls, name, named.get(name, other)))
+        except InputError as error:
+            if broken is None or not path.is_dir():
+                raise
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    if broken is not None:
+        broken += map(str, errors)
+    return found
 
 
-def _named(path: Path, calls: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+def _named(path: Path, calls: Calls, name: str) -> dict[str, Any]:
     if name not in calls:
         held = f"the calls {names.listed(calls)}" if "" not in calls else "one call, which has no name"
         raise InputError(f"{path} has no call {name}: it holds {held}")
-    return calls[name]
+    if isinstance(call := calls[name], InputError):
+        raise call
+    return call
 
 
-def _dump(path: Path, calls: Mapping[str, dict[str, Any]], name: str, like: Dump | None = None) -> Dump:
+def _dump(path: Path, calls: Calls, name: str, like: Dump | None = None) -> Dump:
     call = _named(path, calls, name)
     try:
         return _parse(call, name, like)

@@ -36,15 +36,18 @@ def tags(path: Path) -> Tags:
     return found if "name" in found and found.get("dump_index", "").isdecimal() else {}
 
 
-def dumper_calls(folder: Path, paths: Sequence[Path], read_file: Callable[[Path], Any]) -> Calls:
-    """The KDA calls among a dumper's files; files under names that mean nothing here are not opened.
+def dumper_calls(
+    folder: Path, paths: Sequence[Path], read_file: Callable[[Path], Any]
+) -> dict[str, dict[str, dict[str, Any]] | InputError]:
+    """The KDA calls among a dumper's files, or why one cannot be read; files under other names are not opened.
 
     Raises:
-        InputError: no file has a name that the table knows, or one does not hold what the dumper writes.
+        InputError: no file has a name that the table knows, or a parameter cannot be read.
     """
     calls: Calls = {}
     parameters: dict[tuple[str, str], dict[str, Any]] = {}
     current: dict[str, str] = {}
+    broken: dict[str, InputError] = {}
     everything = sorted((int(found["dump_index"]), path, found) for path in paths for found in [tags(path)])
     for _, path, found in everything:
         place = meaning(found["name"])
@@ -52,23 +55,27 @@ def dumper_calls(folder: Path, paths: Sequence[Path], read_file: Callable[[Path]
             continue
         section, key = place
         rank, layer = found.get("rank", "0"), found.get("layer_id") or _layer_in(found["name"])
-        value = _value(path, read_file)
-        if found["name"].startswith(_PARAMETER):
-            parameters.setdefault((rank, layer), {})[key] = value
-            continue
         group = ".".join(filter(None, (f"rank{rank}", f"step{found.get('step', '0')}", layer and f"layer{layer}")))
+        if found["name"].startswith(_PARAMETER):
+            parameters.setdefault((rank, layer), {})[key] = _value(path, read_file)
+            continue
+        try:
+            value = _value(path, read_file)
+        except InputError as error:
+            broken[current.get(group, group)] = error
+            continue
         name = current.get(group, group)
         if key in calls.get(name, {}).get(section, {}):
             number = sum(other == group or other.startswith(f"{group}.") for other in calls)
             name = current[group] = f"{group}.{number + 1}"
         call = calls.setdefault(name, {"meta": {"engine": "SGLang's dumper", "rank": rank, "layer": layer}})
         call.setdefault(section, {})[key] = value
-    if not calls:
+    if not calls and not broken:
         raise _nothing(folder, {found["name"] for _, _, found in everything})
     for call in calls.values():
         more = parameters.get((call["meta"]["rank"], call["meta"]["layer"]), {})
         call["inputs"] = more | call.get("inputs", {})
-    return calls
+    return calls | broken
 
 
 def is_hooked(tree: Any) -> bool:

@@ -13,6 +13,7 @@ from kdacli.dumps.names import Section
 
 _LONGEST = 200  # letters of a name
 
+Calls = dict[str, dict[str, Any] | InputError]  # in the place of a call, why it cannot be read
 Found = dict[str, tuple[str, Any]]  # {our name: (its name in the dump, value)}
 
 
@@ -27,8 +28,8 @@ class Parts:
     unused: list[str] = dataclasses.field(default_factory=list)
 
 
-def calls_of(tree: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """{name: call} of whatever a file held; a call that stands alone has the name "".
+def calls_of(tree: Any, path: Path) -> Calls:
+    """{name: call} of whatever a file or folder held; a call that stands alone has the name "".
 
     Options and meta beside several calls are given to each of them.
 
@@ -50,10 +51,11 @@ def calls_of(tree: Any, path: Path) -> dict[str, dict[str, Any]]:
         calls = {f"call_{i}": call for i, call in enumerate(calls)}
     if not isinstance(calls, dict) or not calls:
         raise InputError(f"{path} holds no tensors and no calls: it should hold a dict of tensors by name")
+    check_keys(calls, f"{path}: ")
     for name, call in calls.items():
-        if not isinstance(call, dict):
+        if not isinstance(call, dict | InputError):
             raise InputError(f"{path}: call {name} is a {type(call).__name__}: it should be a dict of tensors by name")
-    return {str(name): _merge(shared, call) for name, call in calls.items()}
+    return {name: call if isinstance(call, InputError) else _merge(shared, call) for name, call in calls.items()}
 
 
 def split(call: Mapping[str, Any]) -> Parts:
