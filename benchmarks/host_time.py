@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
 from kdacli import output, provenance
 from kdacli.profile.cases.select import candidates
+from kdacli.profile.measuring.timing import Statistics
 from kdacli.synthetic import make_inputs
 
 TOKENS, SEQUENCES, BATCH = 8192, 6, 128  # at most: of a prefill call, packed in it, of a decode step
@@ -137,8 +137,8 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
         except Exception as error:  # a peer may raise anything
             yield Row(op, heads, shapes, name, error=one_line(error, 200))
             continue
-        p90 = statistics.quantiles(times, n=10, method="inclusive")[8]
-        yield Row(op, heads, shapes, name, len(times), statistics.median(times), p90, max(times))
+        found = Statistics.of(times)
+        yield Row(op, heads, shapes, name, len(times), found.median_us, found.p90_us, max(times))
 
 
 @click.command(help=__doc__)
