@@ -433,6 +433,15 @@ def test_each_new_shape_is_a_smaller_call(problem, tokens, sequences):
         torch.testing.assert_close(o, whole[: o.shape[0], : o.shape[1]], rtol=0, atol=1e-2)
 
 
+def test_a_new_shape_is_one_that_the_kernel_can_run():
+    class Even(Kernel):
+        def unsupported(self, problem=None):
+            return "an odd number of tokens" if problem and problem.T % 2 else None
+
+    call = Call(Even("k"), make_inputs(SMALL))
+    assert [one.inputs.q.shape[1] for one in call.smaller(5)] == [62, 60]
+
+
 def test_the_host_time_of_a_new_shape_is_in_the_row():
     (row,), _ = measured(Kernel("a"))
     assert (row.host_us, row.host_new_us) == (5.0, 7.0)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+from kda_kernels.checks import problem_of
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
@@ -21,12 +22,14 @@ class Call:
     def smaller(self, most: int) -> Iterator["Call"]:
         """The call with 1, 2, ... fewer tokens in its last sequence, or fewer sequences where that is one of one token.
 
-        Views of the same tensors (cu_seqlens is new), at most so many: none where nothing can be left out.
+        Views of the same tensors (cu_seqlens is new), at most so many: none where nothing can be left out, and only
+        those that the kernel says it can run.
         """
         for fewer in range(1, most + 1):
             if (inputs := _without(self.inputs, fewer, self.kernel.op)) is None:
                 return
-            yield dataclasses.replace(self, inputs=inputs)
+            if self.kernel.unsupported(problem_of(inputs, self.kernel.op)) is None:
+                yield dataclasses.replace(self, inputs=inputs)
 
 
 def _without(inputs: Inputs, fewer: int, op: Op) -> Inputs | None:
