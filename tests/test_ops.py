@@ -9,7 +9,15 @@ from decode_inputs import DEVICE, SAFE, make, with_pool
 from torch._subclasses import FakeTensorMode
 
 from kda_kernels import registry
-from kda_kernels.api import chunk_kda, chunk_kda_fwd, fused_recurrent_kda_fwd, kda_decode, kda_prefill
+from kda_kernels.api import (
+    Checkpoints,
+    chunk_kda,
+    chunk_kda_fwd,
+    fused_recurrent_kda_fwd,
+    kda_decode,
+    kda_prefill,
+    prefill_workspace_bytes,
+)
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kda_kernels.registry import get
@@ -107,6 +115,24 @@ def test_opcheck(name):
     given = {"lower_bound": inputs.options.lower_bound}
     op = getattr(torch.ops.kda, name).default
     torch.library.opcheck(op, (*tensors, torch.zeros_like(inputs.v), *last), given)
+
+
+def test_compiled_calls_with_what_engines_pass():
+    """A checkpoint into the pool itself: two arguments of the operator are one tensor."""
+    inputs = with_pool(make(lens=[70], H=1, HV=1, options=SAFE), [4])
+    size = prefill_workspace_bytes(70, 1, 1, device=DEVICE)
+    row = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+
+    def call(**given):
+        kept = Checkpoints(given["state"], row, every=64)
+        memory = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+        return kda_prefill(**given, checkpoints=kept, workspace=memory, null_slot=0, kernel="triton-prefill")
+
+    expected, found = inputs.fresh(), inputs.fresh()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments(found)), call(**arguments(expected)))
+    torch.testing.assert_close(found.state, expected.state, rtol=0, atol=0, equal_nan=True)
+    assert not found.state[2].isnan().any()
 
 
 def test_other_functions_refuse_tensors_without_memory():

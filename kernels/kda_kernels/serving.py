@@ -206,17 +206,29 @@ def run_prefill(
     return registry.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel)
 
 
-def prefill_workspace_bytes(tokens: int, heads: int, sequences: int, device: torch.device | str = "cuda") -> int:
+def prefill_workspace_bytes(
+    tokens: int, heads: int, sequences: int, *, device: torch.device | str = "cuda", kernel: str | None = None
+) -> int:
     """Bytes that are enough for the `workspace` of any `kda_prefill` on `device` up to these sizes.
 
     Args:
         tokens: of all sequences of a call together, at most.
         heads: value heads, of 128 channels.
         sequences: of a call, at most.
+        kernel: "cute-prefill" or "triton-prefill", which needs far more; by default enough for either, where both can
+            run.
+
+    Raises:
+        InputError: there is no such kernel.
     """
-    sizes = (tokens, heads, sequences, torch.device(device))
-    ours = [kernel for kernel in registry.kernels(Op.PREFILL) if kernel.ours and "workspace" in kernel.features]
-    return max((kernel.code.most_workspace_bytes(*sizes) for kernel in ours if kernel.backend != "torch"), default=0)
+    device = torch.device(device)
+    cute, triton = registry.get("cute-prefill"), registry.get("triton-prefill")
+    if kernel not in (None, cute.name, triton.name):
+        raise InputError("kernel", f"is {kernel}", f"it should be {cute.name} or {triton.name}")
+    most = triton.code.workspace_bytes(tokens, heads, sequences) if kernel != cute.name else 0
+    if kernel == cute.name or (kernel is None and device.type == "cuda" and cute.code.unsupported_here(device) is None):
+        most = max(most, cute.code.most_workspace_bytes(tokens, heads, sequences, device))
+    return most
 
 
 def checkpoint_alignment() -> int:
