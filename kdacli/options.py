@@ -139,13 +139,13 @@ def _from_dump(params: Params, device: str) -> "tuple[Problem, Inputs, Outputs |
         raise InputError(f"{flags[0]} is given with --dump, which says that already: leave one out")
     from kda_kernels.checks import problem_of
     from kdacli.dumps import load
-    from kdacli.dumps.strides import copy_with_strides
+    from kdacli.dumps.strides import copy_of
 
     dump = load(params["dump"], params.get("call"))
     op = Op(params.get("op") or dump.op)
     inputs, outputs = dump.inputs, dump.outputs if op is dump.op else None
     if inputs.q.device.type != device:
-        inputs = inputs.map(lambda t: copy_with_strides(t, device))  # views stay views
+        inputs = copy_of(inputs, device)
     if outputs is not None:
         outputs = dataclasses.replace(outputs, **{name: t.to(device) for name, t in outputs.tensors().items()})
     problem = problem_of(inputs, op)

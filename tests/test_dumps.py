@@ -16,6 +16,7 @@ from kda_kernels.reference import oracle
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kdacli.dumps import load, load_all, names, save
 from kdacli.dumps.save import said_options
+from kdacli.dumps.strides import copy_of
 from kdacli.synthetic import make_inputs
 
 SAFE = Options(gate="safe", lower_bound=-5.0)
@@ -92,6 +93,26 @@ def test_strides_survive_in_pt(tmp_path):
     assert torch.equal(back.state, pool)
     assert torch.equal(back.q, inputs.q)
     assert back.q.untyped_storage().nbytes() < wide.untyped_storage().nbytes()  # nothing beside it went along
+
+
+def test_who_shares_memory_survives_in_pt_and_on_the_way_to_a_device(tmp_path):
+    """q, k and v of one projection, at an odd address; the state apart from them."""
+    inputs = make_inputs(problem(V=16, HV=1))
+    mixed = torch.randn(1, 14, 64, dtype=torch.bfloat16).flatten()[5:].as_strided((1, 14, 3, 16), (64 * 13, 60, 16, 1))
+    q, k, v = (mixed[:, :, i : i + 1] for i in range(3))
+    inputs = dataclasses.replace(inputs, q=q, k=k, v=v)
+    save(tmp_path / "d.pt", inputs, op="prefill")
+    loaded = load(tmp_path / "d.pt").inputs
+    for back in (loaded, copy_of(loaded, "cpu")):
+        assert_same(back, inputs)
+        storages = {name: getattr(back, name).untyped_storage().data_ptr() for name in ("q", "k", "v", "state")}
+        assert storages["q"] == storages["k"] == storages["v"] != storages["state"]
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            copy = getattr(back, name)
+            assert copy.stride() == tensor.stride() and copy.data_ptr() % 64 == tensor.data_ptr() % 64, name
+            assert copy.data_ptr() - back.q.data_ptr() == tensor.data_ptr() - q.data_ptr()
+    between = loaded.q.as_strided((13,), (60,), loaded.q.storage_offset() + 48)
+    assert between.isnan().all()  # what lay between the rows was not dumped
 
 
 def test_the_file_is_mapped_and_never_written(tmp_path):

@@ -51,8 +51,8 @@ class Buffer:
 class _InGraph:
     """How `taken` keeps tensors here: in buffers; of pools, a row for each index, padding included."""
 
-    def whole(self, tensor: torch.Tensor) -> Buffer:
-        return Buffer.of(tensor)
+    def whole(self, tensors: taken.Tensors) -> dict[str, Buffer]:
+        return {name: Buffer.of(tensor) for name, tensor in tensors.items()}
 
     def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> Buffer:
         rows = torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1).long())

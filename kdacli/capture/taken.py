@@ -10,16 +10,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from kdacli.capture.arguments import Call
-from kdacli.dumps.strides import copy_with_strides, layout
+from kdacli.dumps.strides import copies, copy_with_strides, layout
 
 Tensors = dict[str, torch.Tensor]
 Kept = TypeVar("Kept", covariant=True)
 
 
 class Keeper(Protocol[Kept]):
-    """How copies are kept: of a whole tensor, and of those rows of a pool that indices name."""
+    """How copies are kept: of whole tensors, and of those rows of a pool that indices name."""
 
-    def whole(self, tensor: torch.Tensor) -> Kept: ...
+    def whole(self, tensors: Tensors) -> dict[str, Kept]: ...
 
     def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> Kept: ...
 
@@ -30,12 +30,12 @@ class OnHost:
     def __init__(self, whole_pool: bool) -> None:
         self.whole_pool = whole_pool
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return copy_with_strides(tensor)
+    def whole(self, tensors: Tensors) -> Tensors:
+        return copies(tensors)
 
     def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if self.whole_pool:
-            return self.whole(pool)
+            return copy_with_strides(pool)
         slots = self.slots(indices)
         out = torch.empty((len(slots), *pool.shape[1:]), dtype=pool.dtype)
         for i, slot in enumerate(slots):
@@ -75,25 +75,25 @@ def size(call: Call, whole_pool: bool) -> int:
 
 def before(call: Call, keeper: Keeper[Kept]) -> dict[str, Kept]:
     """The inputs; token_states are an output."""
-    kept = {name: keeper.whole(t) for name, t in call.tensors.items() if name not in ("state", "token_states")}
+    apart = ("token_states", "state") if call.pooled else ("token_states",)
+    kept = keeper.whole({name: tensor for name, tensor in call.tensors.items() if name not in apart})
     if call.pooled:
         kept["state"] = keeper.rows(call.tensors["state"], call.tensors["state_indices"])
-    elif "state" in call.tensors:
-        kept["state"] = keeper.whole(call.tensors["state"])
     return kept
 
 
 def after(call: Call, result: Any, keeper: Keeper[Kept]) -> dict[str, Kept]:
     """o, final_state and token_states, as far as the call returned them or left them in place."""
     returned = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
-    tensors, kept = call.tensors, {}
+    tensors, whole = call.tensors, {}
     o = returned[0] if returned else call.out
     if o is not None:
-        kept["o"] = keeper.whole(o.detach())
+        whole["o"] = o.detach()
+    if call.writes_state and not call.pooled and len(returned) > 1 and returned[1].ndim == 4:
+        whole["final_state"] = returned[1].detach()
+    kept = keeper.whole(whole)
     if "token_state_indices" in tensors:
         kept["token_states"] = keeper.rows(tensors["token_states"], tensors["token_state_indices"])
     if call.writes_state and call.pooled:
         kept["final_state"] = keeper.rows(tensors["state"], tensors["state_indices"])
-    elif call.writes_state and len(returned) > 1 and returned[1].ndim == 4:
-        kept["final_state"] = keeper.whole(returned[1].detach())
     return kept

@@ -13,7 +13,7 @@ from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.comparison.difference import CallDifference, Difference
 from kdacli.dumps import Dump
-from kdacli.dumps.strides import copy_with_strides
+from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict, judge
 from kdacli.userkernels import resolve
 from kdacli.verify.call import pool_as_final_state
@@ -147,7 +147,7 @@ def compare(
     """
     for job in plans:
         dump, label = job.dump, _title(job.dump, job.problem)
-        inputs = dump.inputs.map(lambda tensor: copy_with_strides(tensor, device))
+        inputs = copy_of(dump.inputs, device)
         recorded = None
         if dump.outputs is not None:
             recorded = Outputs(**{name: tensor.to(device) for name, tensor in dump.outputs.tensors().items()})

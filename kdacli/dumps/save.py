@@ -11,7 +11,7 @@ import torch
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.dumps.strides import copy_with_strides
+from kdacli.dumps.strides import copies
 from kdacli.output import check_dest, whole_file
 
 _TORN = "the disk took only a part of it (is it full?)"
@@ -28,9 +28,9 @@ def save(
 ) -> None:
     """Writes one call to `path`, in the format that its suffix names; the file appears whole or not at all.
 
-    Strides survive in .pt (see `copy_with_strides`: nothing else of a larger storage is written). .safetensors knows no
-    strides: all tensors come back contiguous. A pool in `inputs` must be as it was before the call, and in `outputs` as
-    it was after it.
+    Strides survive in .pt, and which tensors share memory (see `copies`: nothing else of a larger storage is written).
+    .safetensors knows no strides: tensors come back contiguous. A pool in `inputs` must be as it was before the call,
+    and in `outputs` as it was after it.
 
     Args:
         op: the operation; None leaves it to be inferred when the dump is loaded.
@@ -91,7 +91,7 @@ def _inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 def _write_pt(tree: Mapping[str, Any], path: Path) -> None:
-    parts = {part: {name: copy_with_strides(t) for name, t in tree[part].items()} for part in ("inputs", "outputs")}
+    parts = {part: copies(tree[part]) for part in ("inputs", "outputs")}
     write_pt({**tree, **parts}, path)
 
 

@@ -1,20 +1,74 @@
-"""Copies that keep strides: a row-padded view or a strided pool stays one, in a file and on another device."""
+"""Copies that lie in memory as what they are of: views with their strides, in a file and on another device too."""
+
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
+from kda_kernels.tensors import Inputs
+
+_ALIGNED = 64  # bytes: where allocators, and torch.save, begin a storage
+Name = TypeVar("Name", bound=Hashable)
+
+
+def copies(tensors: Mapping[Name, torch.Tensor], device: torch.device | str = "cpu") -> dict[Name, torch.Tensor]:
+    """A copy of each tensor on `device`: with its strides, as far from 64 bytes, and sharing memory with whom it did.
+
+    Tensors of one storage that lie in each other's range, such as q, k and v of one projection, get one storage, no
+    larger than they need. What lies between and before elements is NaN (0 for integers), which a kernel that reads
+    there will show. Where the elements of a tensor share memory (a broadcast dimension), its copy is contiguous.
+    """
+    made: dict[Name, torch.Tensor] = {}
+    places: dict[tuple[int, torch.dtype], list[tuple[int, int, Name]]] = {}
+    for name, tensor in tensors.items():
+        if span := _span(tensor) if tensor.numel() else 0:
+            start = tensor.storage_offset()
+            at = (tensor.untyped_storage().data_ptr(), tensor.dtype)
+            places.setdefault(at, []).append((start, start + span, name))
+        else:
+            made[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    for found in places.values():
+        together: list[tuple[int, int, Name]] = []
+        for start, end, name in sorted(found, key=lambda place: place[:2]):
+            if together and start >= max(place[1] for place in together):
+                made |= _side_by_side(tensors, together, device)
+                together = []
+            together.append((start, end, name))
+        made |= _side_by_side(tensors, together, device)
+    return {name: made[name] for name in tensors}
+
 
 def copy_with_strides(tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A copy of `tensor` on `device`, in a storage of its own that is no larger than its strides need.
+    """`copies` of one tensor."""
+    return copies({"": tensor}, device)[""]
 
-    What lies between the elements is NaN (0 for integers), which a kernel that reads there will show. Where elements
-    share memory (a broadcast dimension), the copy is contiguous.
-    """
-    elements, strides = layout(tensor)
-    if elements == tensor.numel():
-        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
-    gap = float("nan") if tensor.is_floating_point() else 0
-    storage = torch.full((elements,), gap, dtype=tensor.dtype, device=device)
-    return storage.as_strided(tensor.shape, strides).copy_(tensor)
+
+def copy_of(inputs: Inputs, device: torch.device | str) -> Inputs:
+    """`copies` of all tensors of a call."""
+    found: dict[int, torch.Tensor] = {}
+    inputs.map(lambda tensor: found.setdefault(id(tensor), tensor))
+    made = copies(found, device)
+    return inputs.map(lambda tensor: made[id(tensor)])
+
+
+def _side_by_side(
+    tensors: Mapping[Name, torch.Tensor], places: list[tuple[int, int, Name]], device: torch.device | str
+) -> dict[Name, torch.Tensor]:
+    """Copies in one storage of tensors at (first element, behind the last, name) of another."""
+    first, end = places[0][0], max(place[1] for place in places)
+    one = tensors[places[0][2]]
+    head = one.data_ptr() % _ALIGNED // one.element_size()
+    length = head + end - first
+    if length == one.numel():
+        storage = torch.empty(length, dtype=one.dtype, device=device)
+    else:
+        gap = float("nan") if one.is_floating_point() else 0
+        storage = torch.full((length,), gap, dtype=one.dtype, device=device)
+    made = {}
+    for start, _, name in places:
+        view = storage.as_strided(tensors[name].shape, tensors[name].stride(), head + start - first)
+        made[name] = view.copy_(tensors[name])
+    return made
 
 
 def layout(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
