@@ -123,9 +123,8 @@ def chunk_kda(
     if initial_state is not None and initial_state.dtype != torch.float32:
         raise InputError("initial_state", f"is {initial_state.dtype}", "it should be float32")
     promise = SAFE_BOUND if safe_gate else None
-    if use_gate_in_kernel:
-        g = by_head(g, v)
-    else:
+    g = by_head(g, v)
+    if not use_gate_in_kernel:
         A_log = dt_bias = None
     if is_traced(q):
         if return_intermediate_states:
@@ -238,9 +237,8 @@ def fused_recurrent_kda_fwd(
         raise InputError("inplace_final_state", "is False", "it should be True with ssm_state_indices")
     if ssm_state_indices is not None and num_accepted_tokens is None and ssm_state_indices.ndim == 2:
         num_accepted_tokens = torch.ones_like(ssm_state_indices[:, 0])  # each sequence starts from its first column
-    if use_gate_in_kernel:
-        g = by_head(g, v)
-    else:
+    g = by_head(g, v)
+    if not use_gate_in_kernel:
         A_log = dt_bias = None
     written = initial_state if inplace_final_state and ssm_state_indices is None else None
     if written is None and output_final_state and initial_state is not None and ssm_state_indices is None:

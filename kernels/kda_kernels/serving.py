@@ -75,10 +75,9 @@ def kda_decode(
         InputError: an argument is wrong, or no kernel here has what is asked for.
         UnavailableError: no GPU, and Triton's interpreter is not on; or `kernel` cannot run here.
     """
-    if use_gate_in_kernel:
-        g = by_head(g, v)
-    else:
+    if not use_gate_in_kernel:
         A_log = dt_bias = None
+    g = by_head(g, v)
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         torch.ops.kda.decode(
@@ -162,10 +161,9 @@ def kda_prefill(
         kernel: "cute-prefill", "triton-prefill" or "torch-prefill"; `kda_kernels.registry` says which one is the
             default.
     """
-    if use_gate_in_kernel:
-        g = by_head(g, v)
-    else:
+    if not use_gate_in_kernel:
         A_log = dt_bias = None
+    g = by_head(g, v)
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         c = checkpoints
@@ -278,8 +276,7 @@ def chunk_kda_fwd(
         UnavailableError: no GPU, and Triton's interpreter is not on.
     """
     raw = A_log is not None
-    if raw:
-        g = by_head(g, v)
+    g = by_head(g, v)
     if checks.is_traced(q):
         return traced(
             torch.ops.kda.prefill, (q, k, v, g, beta), out, initial_state, state_indices, cu_seqlens,
@@ -330,8 +327,8 @@ def traced(
 
 
 def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """g [B, T, HV * K] as [B, T, HV, K]."""
-    if not isinstance(g, torch.Tensor) or g.ndim != 3 or v.ndim != 4 or g.shape[2] % max(v.shape[2], 1):
+    """g [B, T, HV * K] as [B, T, HV, K]; anything else as it is."""
+    if getattr(g, "ndim", 0) != 3 or v.ndim != 4 or g.shape[2] % max(v.shape[2], 1):
         return g
     return g.unflatten(2, (v.shape[2], -1))
 
