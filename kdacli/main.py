@@ -75,7 +75,9 @@ class LazyGroup(click.Group):
         ctx.meta["kdacli.args"] = words
         return ctx
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # click spells it as overloads
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         """Runs the command line and exits with its code. `--debug` may stand anywhere before a "--"."""
         words = list(sys.argv[1:] if args is None else args)
         cut = words.index("--") if "--" in words else len(words)

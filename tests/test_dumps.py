@@ -311,7 +311,13 @@ class TestInferred:
         inputs = make_inputs(problem(op="decode", seq_lens=(1, 1, 1), pool_slots=5, padding=1))
         outputs = computed(inputs)
         rows = outputs.final_state[inputs.state_indices.clamp(min=0).long()]
-        dump = inferred(tmp_path, inputs, "", "decode", o=outputs.o, final_state=rows)
+        spare = torch.cat([inputs.state_indices, torch.tensor([0, 0], dtype=torch.int32)])
+        for indices in (inputs.state_indices, spare):
+            told = {"state_indices": indices, "o": outputs.o, "final_state": rows}
+            dump = inferred(tmp_path, inputs, "", "decode", **told)
+        columns = {"state_indices": inputs.state_indices[:, None], "num_accepted_tokens": torch.ones(3).int()}
+        with pytest.raises(InputError, match=r"final_state has shape .*: it should be \[5, 2, 8, 16\]"):
+            inferred(tmp_path, inputs, "", "decode", o=outputs.o, final_state=rows, **columns)
         assert torch.equal(dump.outputs.final_state.nan_to_num(7.0), outputs.final_state.nan_to_num(7.0))
 
 

@@ -43,7 +43,7 @@ def _event(line: str) -> dict[str, Any] | None:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and _VALUES.get(event.get("event"), {"?"}) <= event.keys() else None
+    return event if isinstance(event, dict) and _VALUES.get(str(event.get("event")), {"?"}) <= event.keys() else None
 
 
 def note(text: str) -> None:

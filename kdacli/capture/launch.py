@@ -69,7 +69,7 @@ def run(program: Sequence[str], settings: Settings) -> Result:
 
 def environment(settings: Settings) -> dict[str, str]:
     """Ours, with what a child needs to record."""
-    roots = {package.__name__: str(Path(package.__file__).parents[1]) for package in (kdacli, kda_kernels)}
+    roots = {package.__name__: str(Path(package.__path__[0]).parent) for package in (kdacli, kda_kernels)}
     return {
         **os.environ,
         **settings.to_environment(),

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -248,7 +249,7 @@ def rank_of() -> int:
 
 def layer_of() -> int | None:
     """The layer that is running, as the modules and layers up the stack call it; None if none does."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_FRAMES):
         if frame is None:
             return None

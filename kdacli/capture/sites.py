@@ -7,6 +7,7 @@ Imports no torch: every Python process of a captured program reads this.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +72,11 @@ def _sglang() -> tuple[Site, ...]:
     """The dispatcher sees every backend's calls; its extend takes ready betas unless beta_is_raw."""
     dispatcher = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
     ops = "sglang.kernels.ops.attention"
+    now: dict[str, Any] = {"since": "0.5.23"}
     normed = {"use_qk_l2norm_in_kernel": True, **_V_FIRST}
-    packed = {"op": "decode", "options": _RAW, "packed_qkv": "mixed_qkv"}
-    update, now = "fused_sigmoid_gating_delta_rule_update", {"since": "0.5.23"}
-    gating = {"options": _RAW, "only_if": "is_kda", "not_if": _TREE}
+    packed: dict[str, Any] = {"op": "decode", "options": _RAW, "packed_qkv": "mixed_qkv"}
+    update = "fused_sigmoid_gating_delta_rule_update"
+    gating: dict[str, Any] = {"options": _RAW, "only_if": "is_kda", "not_if": _TREE}
     cutedsl = "cutedsl_fused_sigmoid_gating_kda_update"
     verify = {**_RAW, "update_state": False}
     return (
@@ -96,7 +98,9 @@ def _sglang() -> tuple[Site, ...]:
 
 def _vllm() -> tuple[Site, ...]:
     """Slot 0 is vLLM's null block."""
-    k3, glm, now, null = "vllm.models.kimi_k3", "vllm.models.glm5next", {"since": "0.33.0"}, {"null_slot": 0}
+    k3, glm = "vllm.models.kimi_k3", "vllm.models.glm5next"
+    now: dict[str, Any] = {"since": "0.33.0"}
+    null: dict[str, Any] = {"null_slot": 0}
     sites = [
         Site(f"{k3}.nvidia.kda:_flashkda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
         Site(f"{k3}.nvidia.kda:_flashinfer_kda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
@@ -115,8 +119,8 @@ def _vllm() -> tuple[Site, ...]:
         Site(f"{k3}.nvidia.recoverssm.kernels:CuteRecoverSSMVerify.__call__", seen_only=_RECORDS, **now),
         Site(f"{k3}.nvidia.specialized_decode.cutedsl.kda.prepared:PreparedKda.run", seen_only=_STEP, **now),
     ]
-    computed = {"options": _V_FIRST, "gate_if": "compute_gate", "logit_if": "sigmoid_beta", **null}
-    gate = {"op": "prefill", "options": _FUSED_GATE, "bound_if_safe": True}
+    computed: dict[str, Any] = {"options": _V_FIRST, "gate_if": "compute_gate", "logit_if": "sigmoid_beta", **null}
+    gate: dict[str, Any] = {"op": "prefill", "options": _FUSED_GATE, "bound_if_safe": True}
     module, before = "vllm.third_party.flash_linear_attention.ops.kda", "vllm.model_executor.layers.fla.ops.kda"
     sites += [
         Site(f"{module}:chunk_kda", "prefill", _READY, **now),

@@ -13,7 +13,7 @@ from kdacli.capture.arguments import Call
 from kdacli.dumps.strides import copies, copy_with_strides, layout
 
 Tensors = dict[str, torch.Tensor]
-Kept = TypeVar("Kept", covariant=True)
+Kept = TypeVar("Kept")
 
 
 class Keeper(Protocol[Kept]):

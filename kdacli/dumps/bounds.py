@@ -83,6 +83,7 @@ def check_pickle(data: bytes, path: Path) -> None:
     memo: dict[int, list[int]] = {}
     marks: list[int] = []
     work = 0
+    arg: Any
     for op, arg, _ in pickletools.genops(data):
         if op.name == "GLOBAL" and not _is_plain(arg):
             name = arg.replace(" ", ".").removeprefix("builtins.")[:80]

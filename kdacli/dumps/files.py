@@ -23,14 +23,13 @@ def read(path: Path) -> Any:
         InputError: no such file, not a file, empty, of an unknown kind, damaged, or holding pickled objects; or a
             folder with no dump in it.
     """
-    reader = READERS.get(path.suffix.lower())
     if not path.is_file() and not path.is_dir():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a regular file")
-    if reader is None and not path.is_dir():
-        raise InputError(f"{path} ends in {path.suffix or 'nothing'}: a dump ends in {' or '.join(READERS)}")
     try:
         if path.is_dir():
             return folders.read(path, read)
+        if (reader := READERS.get(path.suffix.lower())) is None:
+            raise InputError(f"{path} ends in {path.suffix or 'nothing'}: a dump ends in {' or '.join(READERS)}")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty")
         tree = reader(path)

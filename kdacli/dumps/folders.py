@@ -1,6 +1,5 @@
 """A folder as the calls in it: of `kda capture`, of SGLang's dumper or forward hooks, or of any dump files."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _below(folder: Path, read_file: Read) -> dict[str, Any]:
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    hooked = [path for path in inner if sglang.PROCESS.fullmatch(path.name)]
-    if hooked:
-        calls: dict[str, Any] = {}
-        for path in hooked:
-            rank = re.search(r"Rank(\d+)", path.name)[1]
-            calls |= {f"rank{rank}.{name}": call for name, call in read(path, read_file)["calls"].items()}
+    calls: dict[str, Any] = {}
+    for path in inner:
+        if found := sglang.PROCESS.fullmatch(path.name):
+            calls |= {f"rank{found[1]}.{name}": call for name, call in read(path, read_file)["calls"].items()}
+    if calls:
         return {"calls": calls}
     full = [path for path in inner if _files(path)]
     if len(full) == 1:

@@ -35,9 +35,10 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         scale=said.scale,
     )
     v_first = _v_first(tensors, said, notes)
-    kept = {name: tensors.pop(f"checkpoint_{name}", None) for name in ("states", "rows", "offsets")}
-    if (kept["states"] is None) != (kept["rows"] is None):
+    states, rows, offsets = (tensors.pop(f"checkpoint_{name}", None) for name in ("states", "rows", "offsets"))
+    if (states is None) != (rows is None):
         raise InputError("checkpoint_states and checkpoint_rows belong together: one of them is missing")
+    every = said.checkpoint_every
     return Inputs(
         **tensors,
         options=options,
@@ -46,7 +47,7 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         update_state=said.update_state is not False,
         null_slot=said.null_slot,
         batch_invariant=bool(said.batch_invariant),
-        checkpoints=None if kept["states"] is None else Checkpoints(**kept, every=said.checkpoint_every),
+        checkpoints=None if states is None or rows is None else Checkpoints(states, rows, offsets, every),
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -49,9 +50,9 @@ def _joined(name: str, ranks: dict[int, Dump]) -> Dump:
     return dataclasses.replace(first, inputs=inputs, outputs=outputs, notes=notes, call=name)
 
 
-def _side_by_side(name: str, parts: Sequence[Inputs] | Sequence[Outputs]) -> dict[str, torch.Tensor]:
+def _side_by_side(name: str, parts: Sequence[Inputs] | Sequence[Outputs]) -> dict[str, Any]:
     tensors = [part.tensors() for part in parts]
-    joined = {}
+    joined: dict[str, Any] = {}
     for key in tensors[0]:
         if any(key not in one for one in tensors):
             raise InputError(f"--join: {key} of call {name} is not there on every rank")

@@ -55,15 +55,16 @@ def _final_state(state: torch.Tensor, inputs: Inputs, dims: Dims, notes: list[st
         raise InputError(
             "final_state is the same memory as state: the state was dumped after the call, clone it before"
         )
-    if inputs.state_indices is None:
+    if inputs.state_indices is None or inputs.state is None:
         return _shaped("final_state", state, (dims.N, *inner), notes)
-    slots = inputs.state.shape[0]
-    if tuple(state.shape) != (dims.N, *inner) or slots == dims.N:
+    indices, slots = inputs.state_indices, inputs.state.shape[0]
+    if indices.ndim != 1 or tuple(state.shape) != (dims.N, *inner) or slots == dims.N:
         return _shaped("final_state", state, (slots, *inner), notes)
     notes.append("final_state holds one state for each sequence: set into a copy of the pool at state_indices")
     pool = inputs.state.to(state.dtype, copy=True)
-    used = inputs.state_indices >= 0
-    pool[inputs.state_indices[used].long()] = state[used]
+    indices = indices[: dims.N].long()
+    used = indices >= 0 if inputs.null_slot is None else (indices >= 0) & (indices != inputs.null_slot)
+    pool[indices[used]] = state[used]
     return pool
 
 

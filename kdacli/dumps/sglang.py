@@ -19,7 +19,7 @@ from kda_kernels.errors import InputError
 from kdacli.dumps import names
 from kdacli.dumps.tree import check_keys
 
-PROCESS = re.compile(r"TP\d+_PP\d+_Rank\d+_pid\d+")
+PROCESS = re.compile(r"TP\d+_PP\d+_Rank(\d+)_pid\d+")
 _LAYER = re.compile(r"(?:^|[._])layers?\.(\d+)\.")
 _PARAMETER = "param__"
 _HOOKED = "non_intrusive__"

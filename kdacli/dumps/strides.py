@@ -22,7 +22,7 @@ def copies(tensors: Mapping[Name, torch.Tensor], device: torch.device | str = "c
     places: dict[tuple[int, torch.dtype], list[tuple[int, int, Name]]] = {}
     for name, tensor in tensors.items():
         if span := _span(tensor) if tensor.numel() else 0:
-            start = tensor.storage_offset()
+            start = int(tensor.storage_offset())
             at = (tensor.untyped_storage().data_ptr(), tensor.dtype)
             places.setdefault(at, []).append((start, start + span, name))
         else:
