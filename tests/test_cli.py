@@ -177,11 +177,18 @@ def test_kernels_answers_for_a_problem_and_an_op():
     assert "triton-gate" in text and "triton-decode" not in text
 
 
-def test_kernels_gives_a_broken_module_as_the_reason(monkeypatch):
-    broken = registry.Kernel("broken", Op.GATE, "none", "kda_kernels.no_such_module", "for this test")
-    monkeypatch.setitem(registry._KERNELS, "broken", broken)
-    row = json.loads(kda("kernels", "--op", "gate", "--json", "-").stdout)["rows"][-1]
-    assert row["kernel"] == "broken" and not row["runs"] and "no_such_module" in row["note"]
+def test_a_missing_package_is_a_reason_and_an_error_of_ours_is_none(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("needs_more", "kda_kernels.no_such_module"):
+        kernel = registry.Kernel("broken", Op.GATE, "none", module, "for this test")
+        monkeypatch.setitem(registry._KERNELS, "broken", kernel)
+        result = kda("kernels", "--op", "gate", "--json", "-")
+        if module == "needs_more":
+            row = json.loads(result.stdout)["rows"][-1]
+            assert row["kernel"] == "broken" and not row["runs"] and "no_such_package" in row["note"]
+        else:
+            assert result.exit_code == 1 and "internal: ModuleNotFoundError" in result.stderr
 
 
 def test_run_says_what_came_out(tmp_path):
