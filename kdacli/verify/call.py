@@ -15,7 +15,8 @@ from kdacli.verify.memory import Copy, poisoned_memory
 class Runner(Protocol):
     """What can be checked: a `Kernel`, or several calls that together act like one."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def carried_state(self) -> str | None: ...

@@ -1,6 +1,7 @@
 """A case of `kda verify`: one call, with the reason why it is there. The tables of cases are built with `row`."""
 
 import dataclasses
+from typing import Any
 
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 
@@ -8,10 +9,15 @@ SOFTPLUS = Options()  # Kimi-Linear
 SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)  # Kimi K3
 NONE = Options(gate=Gate.NONE)
 
-FP32 = {"dtype": "float32", "g_dtype": "float32", "beta_dtype": "float32"}
-FP16 = {"dtype": "float16", "g_dtype": "float16", "beta_dtype": "float16"}
-MIXED = {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16", "state_dtype": "bfloat16"}
-NO_STATE = {"initial_state": False, "final_state": False}
+FP32: dict[str, Any] = {"dtype": "float32", "g_dtype": "float32", "beta_dtype": "float32"}
+FP16: dict[str, Any] = {"dtype": "float16", "g_dtype": "float16", "beta_dtype": "float16"}
+MIXED: dict[str, Any] = {
+    "g_dtype": "float32",
+    "beta_dtype": "float32",
+    "param_dtype": "bfloat16",
+    "state_dtype": "bfloat16",
+}
+NO_STATE: dict[str, Any] = {"initial_state": False, "final_state": False}
 _FIELDS = ("HV", "packed", "padding", "initial_state", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype",
            "state_dtype")  # fmt: skip
 

@@ -6,7 +6,7 @@ names, numbers and words, and can be pickled, but for the `outputs` of results.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Checker:
         del bench
         room.give_back()
 
-    def give(self, params: dict[str, Any], op: Op) -> tuple[str, Op]:
+    def give(self, params: Mapping[str, Any], op: Op) -> tuple[str, Op]:
         """Makes ready what flags or a dump say, for `check_given`; returns its label and op.
 
         Args:
@@ -94,20 +94,21 @@ class Checker:
     def check_given(self, kernels: Sequence[Kernel]) -> Iterator[Result]:
         """As `check_case`, on what was given."""
         self._require_context()
-        yield from self._check(self._given, None, kernels)
+        yield from self._check(self._bench(), None, kernels)
 
     def search(self, kernel: Kernel, seconds: float, part: int = 1) -> Found:
         """Random cases until the time is up or one fails; other ones in each part of a run that is shared out."""
         self._require_context()
-        begun: list[Begun] = []
+        begun: list[tuple[Case, Begun]] = []
 
         def before(case: Case) -> None:
-            begun[:] = [Begun(Result(case.name, kernel.name, case.problem.op, "error"), case)]
-            self._announce(begun[0])
+            begun[:] = [(case, Begun(Result(case.name, kernel.name, case.problem.op, "error"), case))]
+            self._announce(begun[0][1])
 
         found = search(kernel, self.device, seconds, self.seed, part, before=before)
         if begun and (line := self.lost_context()) is not None:
-            return dataclasses.replace(found, failure=(begun[0].case, begun[0].lost(CRASHED + line)))
+            case, last = begun[0]
+            return dataclasses.replace(found, failure=(case, last.lost(CRASHED + line)))
         return found
 
     def explain(
@@ -124,8 +125,8 @@ class Checker:
             if case is not None:
                 found = verdict.explain_case(kernel, case, result, self.seed, self.device, seconds)
             else:
-                again = result if result.outputs is not None else runner.check(kernel, self._given)
-                found = verdict.explain_bench(self._given, result if again.ok else again)
+                again = result if result.outputs is not None else runner.check(kernel, self._bench())
+                found = verdict.explain_bench(self._bench(), result if again.ok else again)
         except torch.OutOfMemoryError:
             said = "the GPU has too little memory free to look closer"
             return Explanation((), (said,), (), None, False), None
@@ -143,6 +144,10 @@ class Checker:
         except RuntimeError as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
         return None
+
+    def _bench(self) -> Bench:
+        assert self._given is not None, "give comes first"
+        return self._given
 
     def _require_context(self) -> None:
         if (line := self.lost_context()) is not None:

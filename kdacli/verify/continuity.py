@@ -1,6 +1,7 @@
 """Prefill, then decode from the same pool, run as if it were one kernel: together they are one long recurrence."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -54,12 +55,13 @@ class PrefillThenDecode:
         for step in range(self.steps + 1):
             part = tokens_of(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
             o[:, rows] = call.run(part).o
-            rows, call = ends - self.steps + step, self.decode
+            rows, call = ends - self.steps + step, self.decode or call
         return Outputs(o, inputs.state)
 
 
 def tokens_of(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
     """The call for some tokens of a packed batch only; the pool is the same memory."""
+    assert inputs.cu_seqlens is not None
     cu_seqlens = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(inputs.cu_seqlens.dtype)
-    parts = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
+    parts: dict[str, Any] = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
     return dataclasses.replace(inputs, **parts, cu_seqlens=cu_seqlens)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class IsolatedChecker:
         self.device, self.limit = device, limit
         self._made_with = (device, seed, config)
         self._ended_for_good = False
-        self._given: tuple[dict[str, Any], Op] | None = None
+        self._given: tuple[Mapping[str, Any], Op] | None = None
         self._begun: list[Begun] = []  # checks that began since the last question
         self._open: Begun | None = None  # the one that has not ended
         self._asked = 0  # questions: what answers an earlier one, which nobody waits for any more, is passed over
@@ -133,7 +133,7 @@ class IsolatedChecker:
         unnamed = Result(case.name, "", case.problem.op, "error")
         yield from self._checks(unnamed, kernels, "check_case", case)
 
-    def give(self, params: dict[str, Any], op: Op) -> tuple[str, Op]:
+    def give(self, params: Mapping[str, Any], op: Op) -> tuple[str, Op]:
         """As `Checker.give`."""
         self._given = None
         ((self._label, self._op),) = self._ask("give", params, op)
@@ -151,9 +151,9 @@ class IsolatedChecker:
             (found,) = self._ask("search", kernel, seconds, part)
             return found
         except LostError as lost:
-            if not self._begun:
+            last = self._begun[-1] if self._begun else None
+            if last is None or last.case is None:
                 raise InnerError(f"the search with {kernel.name} {lost}") from lost
-            last = self._begun[-1]
             failure = (last.case, last.lost(str(lost)))
             return Found(kernel.name, len(self._begun), 0, failure, time.monotonic() - began)
 
@@ -294,7 +294,7 @@ def _answers(checker: Checker, method: str, args: tuple[Any, ...]) -> Iterator[t
         found = getattr(checker, method)(*args)
         for item in found if inspect.isgenerator(found) else (found,):
             yield "item", _without_tensors(item)
-        end = ("done", None)
+        end: tuple[str, Any] = ("done", None)
     except Exception as error:
         end = ("raised", _portable(error))
     if checker.lost_context() is None:

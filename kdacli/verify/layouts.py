@@ -5,6 +5,7 @@ a kernel that reads there cannot hide it.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def packed_projection(inputs: Inputs) -> Inputs:
 def padded_heads(inputs: Inputs) -> Inputs:
     """q, k, v, g with 8 more elements after each head."""
     names = ("q", "k", "v", "g")
-    return dataclasses.replace(inputs, **{name: _padded(getattr(inputs, name)) for name in names})
+    padded: dict[str, Any] = {name: _padded(getattr(inputs, name)) for name in names}
+    return dataclasses.replace(inputs, **padded)
 
 
 def heads_first(inputs: Inputs) -> Inputs:
@@ -43,7 +45,8 @@ def every_second_token(inputs: Inputs) -> Inputs:
         wide = t.new_full((t.shape[0], 2 * t.shape[1], *t.shape[2:]), torch.nan)
         return wide[:, ::2].copy_(t)
 
-    return dataclasses.replace(inputs, **{name: spread(getattr(inputs, name)) for name in TOKENS})
+    spread_out: dict[str, Any] = {name: spread(getattr(inputs, name)) for name in TOKENS}
+    return dataclasses.replace(inputs, **spread_out)
 
 
 def offset(inputs: Inputs) -> Inputs:
@@ -71,6 +74,7 @@ def pool_with_gaps(inputs: Inputs) -> Inputs:
 
 def far_pool(inputs: Inputs) -> Inputs:
     """A pool whose last slots lie over 2^31 elements from its start (gigabytes: for a GPU)."""
+    assert inputs.state is not None
     return dataclasses.replace(inputs, state=_spaced(inputs.state, FAR))
 
 

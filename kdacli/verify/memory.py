@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Copy:
                 what = f"the memory of {' and '.join(names[key])}"
                 housed[key] = Guarded.allocate(what, t.untyped_storage().nbytes(), t.device)
                 housed[key].inside.copy_(_all_of(t))
-            return housed[key].view(t, t.storage_offset())
+            return housed[key].view(t, int(t.storage_offset()))
 
         return cls(inputs.map(copy), tuple(housed.values()))
 
@@ -93,13 +94,14 @@ def poisoned_memory() -> Iterator[None]:
     """
     # `torch.use_deterministic_algorithms` would set the same, and import torch's compiler, which takes seconds.
     mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    flags: Any = torch.utils.deterministic  # a module whose flag is a property
+    fill = flags.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.set_deterministic_debug_mode("warn")
-            torch.utils.deterministic.fill_uninitialized_memory = True
+            flags.fill_uninitialized_memory = True
             yield
         finally:
             torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            flags.fill_uninitialized_memory = fill

@@ -22,7 +22,7 @@ def print_results(
     """The table: of cases, or, where there are many, of kernels; and below it what did not run and why."""
     if len(results) <= MANY or verbose:
         rows, described = [_cells(result) for result in results], {result.case for result in results}
-        columns = COLUMNS
+        columns: tuple[str, ...] = COLUMNS
         if not any(row[4] for row in rows):  # the op gate has no state, and what nothing came of has none either
             columns, rows = (*COLUMNS[:4], COLUMNS[-1]), [(*row[:4], row[-1]) for row in rows]
         if len(described) == 1 and " " in results[0].case:  # long, and every row would repeat it
@@ -184,7 +184,7 @@ def json_row(result: Result, found: Explanation | None, reproduce: str | None, s
 
 def _cells(result: Result) -> tuple[object, ...]:
     by_name = {"o" if v.tensor == "g_cumsum" else v.tensor: v for v in result.verdicts}
-    numbers = []
+    numbers: list[str | None] = []
     for name in ("o", "final_state"):
         verdict = by_name.get(name)
         numbers += [None, None] if verdict is None else [fmt_sci(verdict.error), fmt_sci(verdict.bound)]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ class Run:
         with self._timed("searching"):
             return self._search(fail_fast)
 
-    def _suite(self) -> Iterator[Result]:
+    def _suite(self) -> Generator[Result, None, None]:
         wanted = self.wanted
         count = wanted.workers or workers.usual(wanted.device, self.outcome.total)
         if count > 1 and len(self.table) > 1:
@@ -184,7 +184,7 @@ class Run:
         for case, kernels in self.table:
             yield from self.checker.check_case(case, kernels)
 
-    def _given(self) -> Iterator[Result]:
+    def _given(self) -> Generator[Result, None, None]:
         """The problem that the flags or the dump hold, for those of the kernels that serve its op."""
         kernels = self.outcome.kernels
         ops = {kernel.op for kernel in kernels}

@@ -152,7 +152,8 @@ def check(kernel: Kernel, bench: Bench) -> Result:
             result = _check(kernel, bench)
         except torch.OutOfMemoryError as error:
             held = room.others()
-            status, note = ("error", said(error)) if held is None else ("refused", f"{NO_ROOM}: {held}")
+            status: Status = "error" if held is None else "refused"
+            note = said(error) if held is None else f"{NO_ROOM}: {held}"
             name = runner_of(kernel, bench.decode_steps).name
             result = Result(bench.name, name, bench.problem.op, status, notes=(note,))
     return dataclasses.replace(result, seconds=round(time.perf_counter() - start, 4))

@@ -1,11 +1,13 @@
 """The smallest case that still fails: fewer sequences, tokens, heads and options, one step at a time."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, Gate, Options, Problem
+from kda_kernels.problem import CHUNK, Gate, Problem
 from kda_kernels.registry import Kernel
 from kdacli.verify import spec
 from kdacli.verify.case import Case
@@ -72,6 +74,7 @@ def steps(case: Case) -> Iterator[Case]:
 
 
 Step = Callable[[], Case | None]
+Changes = dict[str, Any]
 
 
 def _fewer(case: Case) -> Iterator[Step]:
@@ -83,14 +86,14 @@ def _fewer(case: Case) -> Iterator[Step]:
         yield lambda: _with_lens(case, lens[len(lens) // 2 :])
     if len(lens) > 1:
         for n in range(min(len(lens), 8)):
-            yield lambda n=n: _with_lens(case, lens[:n] + lens[n + 1 :])
+            yield functools.partial(_with_lens, case, lens[:n] + lens[n + 1 :])
     for n, length in enumerate(lens[:8]):
         shorter = {length // 2, CHUNK + 1, CHUNK, 17, 16, 2, 1, 0, length - length // 8, length - 1}
         for m in sorted(m for m in shorter if least <= m < length):
             if problem.packed:
-                yield lambda n=n, m=m: _with_lens(case, (*lens[:n], m, *lens[n + 1 :]))
+                yield functools.partial(_with_lens, case, (*lens[:n], m, *lens[n + 1 :]))
             elif n == 0:
-                yield lambda m=m: _with_lens(case, (m,) * len(lens))
+                yield functools.partial(_with_lens, case, (m,) * len(lens))
     if problem.HV > 1:
         yield lambda: _problem(case, H=1, HV=1)
         yield lambda: _problem(case, H=1, HV=2)
@@ -98,7 +101,7 @@ def _fewer(case: Case) -> Iterator[Step]:
         if problem.H % 2 == 0:
             yield lambda: _problem(case, H=problem.H // 2, HV=problem.HV // 2)
     for size in (16, 32, 64):
-        yield lambda size=size: _problem(case, K=min(size, problem.K), V=min(size, problem.V))
+        yield functools.partial(_problem, case, K=min(size, problem.K), V=min(size, problem.V))
     yield lambda: _problem(case, K=min(problem.K, problem.V), V=min(problem.K, problem.V))
 
 
@@ -106,12 +109,13 @@ def _plainer(case: Case) -> Iterator[Step]:
     """Fewer options: each back to its default."""
     problem, options = case.problem, case.problem.options
     for i in range(len(case.transforms)):
-        yield lambda i=i: dataclasses.replace(case, transforms=case.transforms[:i] + case.transforms[i + 1 :])
+        yield functools.partial(dataclasses.replace, case, transforms=case.transforms[:i] + case.transforms[i + 1 :])
     for i in range(len(case.properties)):
-        yield lambda i=i: dataclasses.replace(case, properties=case.properties[:i] + case.properties[i + 1 :])
-    for changes in ({"decode_steps": 0}, {"decode_steps": 1}, {"keys": "random"}, {"gates": "bench"}):
+        yield functools.partial(dataclasses.replace, case, properties=case.properties[:i] + case.properties[i + 1 :])
+    plainer: tuple[Changes, ...] = ({"decode_steps": 0}, {"decode_steps": 1}, {"keys": "random"}, {"gates": "bench"})
+    for changes in plainer:
         if case.decode_steps or "decode_steps" not in changes:
-            yield lambda changes=changes: dataclasses.replace(case, **changes)
+            yield functools.partial(dataclasses.replace, case, **changes)
     if problem.padding:
         yield lambda: _problem(case, padding=problem.padding - 1)
     if problem.pool_slots is not None and not (problem.padding or case.decode_steps):
@@ -122,16 +126,17 @@ def _plainer(case: Case) -> Iterator[Step]:
     plain = Problem(problem.op, (1,), H=1, HV=1)
     names = ("packed", "state_v_first", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype")
     for name in names:
-        yield lambda name=name: _problem(case, **{name: getattr(plain, name)})
-    for changes in (
+        yield functools.partial(_problem, case, **{name: getattr(plain, name)})
+    plain_options: tuple[Changes, ...] = (
         {"gate": Gate.NONE, "lower_bound": None},
         {"lower_bound": None if options.gate is Gate.NONE else options.lower_bound},
         {"allow_neg_eigval": False},
         {"qk_l2norm": True},
         {"scale": None},
         {"beta_is_logit": True},
-    ):
-        yield lambda changes=changes: _options(case, dataclasses.replace(options, **changes))
+    )
+    for changes in plain_options:
+        yield functools.partial(_options, case, changes)
 
 
 def _with_lens(case: Case, lens: tuple[int, ...]) -> Case | None:
@@ -149,8 +154,8 @@ def _problem(case: Case, **changes) -> Case:
     return dataclasses.replace(case, problem=dataclasses.replace(case.problem, **changes))
 
 
-def _options(case: Case, options: Options) -> Case:
-    return _problem(case, options=options)
+def _options(case: Case, changes: Changes) -> Case:
+    return _problem(case, options=dataclasses.replace(case.problem.options, **changes))
 
 
 def _only_what_failed(case: Case, result: Result) -> Case:

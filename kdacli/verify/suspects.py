@@ -89,7 +89,7 @@ def _transposed_state(inputs: Inputs) -> Inputs | None:
 
 
 def _slots_in_order(inputs: Inputs) -> Inputs | None:
-    if inputs.state_indices is None:
+    if inputs.state_indices is None or inputs.state is None:
         return None
     order = torch.arange(len(inputs.state_indices), device=inputs.q.device, dtype=inputs.state_indices.dtype)
     return None if len(order) > len(inputs.state) else dataclasses.replace(inputs, state_indices=order)

@@ -97,5 +97,6 @@ def save(folder: Path, kernel: str, case: str, op: Op, found: Explanation, force
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{case}-{kernel}")[:120]
     path = folder / f"{name}.pt"
     meta = {"kernel": kernel, "case": found.smallest or case, "wrong": list(found.wrong)}
+    assert found.bench is not None, "a failure that was looked at has its tensors"
     dumps.save(path, found.bench.inputs, found.outputs, op=op, meta=meta, force=force)
     return path

@@ -17,7 +17,8 @@ def check(subject: Subject) -> Iterator[str]:
         subject.kernel.run(copy)
     except Exception:
         touched = [name for name in modified(bad, copy) if name != "state"]
-        if bad.state is not None and not copy.state.nan_to_num().equal(bad.state.nan_to_num()):
+        before, after = bad.state, copy.state
+        if before is not None and after is not None and not after.nan_to_num().equal(before.nan_to_num()):
             touched.append("state")
         for name in touched:
             yield f"{name} was modified by a call that raised"

@@ -7,8 +7,9 @@ combined, and run on GPU machines that reach no package registry.
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-Row = dict[str, object]
+Row = dict[str, Any]
 Pair = tuple[str, object, str, object]
 _TRIES = 30  # rows drawn for each row kept
 _SEED = 20261122
