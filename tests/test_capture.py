@@ -437,6 +437,21 @@ class TestSites:
         assert torch.equal(dump.inputs.state.nan_to_num(9.0), before.nan_to_num(9.0))
         assert (dump.outputs.final_state[2] == 70).all() and dump.op is Op.DECODE
 
+    def test_checkpoints_of_vllm_are_told_as_not_dumped(self, tmp_path):
+        x, call = prefill()
+        source = """
+        def _flashkda_prefill(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, out,
+                              final_state, workspace, checkpoint_state=None, checkpoint_offsets=None):
+            return out, initial_state
+        """
+        target = "vllm.models.kimi_k3.nvidia.kda:_flashkda_prefill"
+        names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound", "initial_state", "cu_seqlens")
+        more = {"out": x.v, "final_state": x.state, "workspace": torch.zeros(3), "checkpoint_state": x.state}
+        more["checkpoint_offsets"] = torch.tensor([64, 0])
+        dump = self.recorded(tmp_path, target, source, **{name: call[name] for name in names}, **more)
+        assert_same(x, dump)
+        assert dump.inputs.checkpoints is None and dump.meta["not_dumped"] == "checkpoint_state, checkpoint_offsets"
+
     def test_a_method_keeps_parameters_of_its_own(self, tmp_path):
         x, call = prefill()
         source = """

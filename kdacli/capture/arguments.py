@@ -96,6 +96,9 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
     if ("token_states" in call.tensors) != ("token_state_indices" in call.tensors):
         both = ("token_states", "token_state_indices")
         call.left_out += [name for name in both if call.tensors.pop(name, None) is not None]
+    for name in [name for name in call.tensors if name.startswith("checkpoint_")]:
+        del call.tensors[name]
+        call.left_out.append(name)
     if not call.pooled:
         call.tensors.pop("state_indices", None)
     elif call.tensors["state_indices"].ndim != 1 + ("num_accepted_tokens" in call.tensors):
