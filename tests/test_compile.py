@@ -277,6 +277,24 @@ def test_a_failed_compilation_exits_1(monkeypatch):
     assert "k v sm_90a: needs sm_100a" in done.stdout
 
 
+def test_what_cannot_be_launched_fails(monkeypatch):
+    """Of an autotuned kernel, if none of its configurations can: tuning passes over the others."""
+    row = {"kernel": "k", "arch": "sm_90a", "binary_bytes": 1, "cached": False}
+    large = {"note": "cannot be launched: needs 300000 bytes of shared memory, a block here has 232448"}
+    tuned = [
+        row | {"variant": f"f B={b},warps=4,stages=2", "tuned": True} | note for b, note in ((64, {}), (128, large))
+    ]
+    assert report.stuck(tuned) == []
+    assert report.stuck([tuned[1]]) == [tuned[1]]
+    assert report.stuck([row | {"variant": "g"} | large, row | {"variant": "g 2"}]) == [row | {"variant": "g"} | large]
+    monkeypatch.setattr(pool, "plan", lambda *_: ([], {}))
+    monkeypatch.setattr(report, "show", lambda *_: None)
+    monkeypatch.setattr(pool, "compile_targets", lambda *_: [row | {"variant": "g"} | large])
+    done = kda("compile", "--arch", "sm_90a", "--no-cache")
+    assert done.exit_code == 1
+    assert "1 of 1 cannot be launched" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [("sm_90a", "sm_90a"), ("90", "sm_90a"), ("sm_86", "sm_86"), ("SM100", "sm_100a"), ("gfx942", "gfx942")],

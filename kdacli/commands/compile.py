@@ -69,7 +69,8 @@ def command(
     kernel that it would launch is compiled, an autotuned one in every configuration. A kernel in another language needs
     an attribute `variants` of the function.
 
-    The exit code is 1 if anything did not compile. --strict, with --baseline, adds: a kernel spills more, has wide
+    The exit code is 1 if anything did not compile, or cannot be launched on its architecture: of an autotuned kernel,
+    if no configuration can. --strict, with --baseline, adds: a kernel spills more, has wide
     accesses that became narrower, or is gone.
 
     \b
@@ -109,7 +110,8 @@ def command(
     for line in report.summary(rows, caches):
         output.say(line, stderr=stderr)
     now = _report(rows, left_out)
-    failed = [f"{sum('error' in row for row in rows)} of {len(rows)} did not compile"] if _any_error(rows) else []
+    bad = {"did not compile": sum("error" in row for row in rows), "cannot be launched": len(report.stuck(rows))}
+    failed = [f"{count} of {len(rows)} {what}" for what, count in bad.items() if count]
     if before is not None:
         for line in earlier.other_compilers(before, now):
             output.say(line, stderr=stderr)
@@ -149,7 +151,3 @@ def _report(rows: list[dict[str, Any]], left_out: dict[str, str]) -> dict[str, A
     from kdacli.compile.baseline import SCHEMA
 
     return {"schema": SCHEMA, "provenance": provenance.collect(), "rows": rows, "not_compiled": left_out}
-
-
-def _any_error(rows: list[dict[str, Any]]) -> bool:
-    return any("error" in row for row in rows)

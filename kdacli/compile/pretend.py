@@ -16,7 +16,7 @@ from kdacli.compile.arch import REGISTERS, Arch
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-_DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
+_DEVICE, _IS_CUDA = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda"))
 
 
 class _OnGpu(TorchFunctionMode):

@@ -119,7 +119,8 @@ def caught(found: dict[str, Specialised], label: str = "") -> Iterator[None]:
         fn: Any, key: Any, signature: dict, device: Any, constexprs: dict, options: Any, attrs: dict, warmup: bool
     ) -> None:
         name = " ".join(filter(None, [fn.__name__.removesuffix("_kernel"), label, *config]))
-        variant = Specialised(name, fn, dict(signature), dict(constexprs), dict(attrs), dict(options.__dict__))
+        seen = (dict(signature), dict(constexprs), dict(attrs), dict(options.__dict__))
+        variant = Specialised(name, fn, *seen, tuned=bool(config))
         identity = f"{variant.source().hash()} {options.hash()}"
         if identity not in found:
             same = sum(v.name == name or v.name.startswith(f"{name} #") for v in found.values())

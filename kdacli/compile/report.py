@@ -39,6 +39,16 @@ def show(rows: Sequence[Row], with_sass: bool, stderr: bool = False) -> None:
                 output.say(f"{row['kernel']} {row['variant']} {row['arch']}: {row[what]}", stderr=stderr)
 
 
+def stuck(rows: Sequence[Row]) -> list[Row]:
+    """What compiled and cannot be launched: of an autotuned function, if no configuration of it can."""
+
+    def function(row: Row) -> tuple:
+        return row["kernel"], row["arch"], row["variant"].rpartition(" ")[0] if row.get("tuned") else row["variant"]
+
+    launched = {function(row) for row in rows if "binary_bytes" in row and "note" not in row}
+    return [row for row in rows if "note" in row and function(row) not in launched]
+
+
 def show_changes(changes: "Sequence[Change]", name: str, compared: int, stderr: bool = False) -> None:
     """Prints what is not as in the baseline called `name`; `compared` rows were looked at."""
     if not changes:

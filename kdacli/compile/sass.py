@@ -80,7 +80,7 @@ def resources_of_binary(cubin: bytes, cuobjdump: Path, counts: dict[str, int] | 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        command = [cuobjdump, "--dump-resource-usage", file]
+        command = [str(cuobjdump), "--dump-resource-usage", str(file)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
     if registers is None or stack is None:

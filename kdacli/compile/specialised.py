@@ -26,6 +26,7 @@ class Specialised:
         name: unique among those of a call.
         fn: the function decorated with `triton.jit`.
         signature, constexprs, attrs, options: as Triton's compiler takes them.
+        tuned: it is one of several configurations, which the name ends in, and which only a GPU can choose from.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Specialised:
     constexprs: dict[Any, Any]
     attrs: dict[tuple[int, ...], list]
     options: dict[str, Any]
+    tuned: bool = False
 
     def source(self) -> "ASTSource":
         """As Triton's compiler takes it."""

@@ -14,5 +14,7 @@ def require_triton() -> None:
 
 def tool(name: str) -> Path:
     """NVIDIA's nvdisasm or cuobjdump. The file is not there if Triton was built without it."""
-    spec = importlib.util.find_spec("triton")
-    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    require_triton()
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -67,7 +67,7 @@ def variant_names(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[s
     """
     names = [variant.name for variant in variants(kernel, problem, arch)]
     reason = kernel.unsupported(problem)
-    if reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
+    if problem and reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
         raise InputError(f"kernel {kernel.name} cannot run {problem.name}: {reason}")
     if not names:
         raise InputError(f"kernel {kernel.name} has nothing to compile: {reason or NOTHING}")
@@ -92,7 +92,8 @@ def compile_variant(
     """
     began = time.perf_counter()
     try:
-        built = build(kernel, problem, name, arch)
+        variant = next(v for v in variants(kernel, problem, arch) if v.name == name)
+        built = _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
     except UnavailableError as error:
         return {"unsupported": str(error)}
     except Exception as error:  # whatever the compiler throws is its answer, and belongs in this variant's row
@@ -106,6 +107,8 @@ def compile_variant(
         "cached": built.cached,
         "compile_s": None if built.cached else round(seconds, 3),
     }
+    if getattr(variant, "tuned", False):
+        row["tuned"] = True
     if built.tensor_memory:
         row["tensor_memory"] = built.tensor_memory
     if row["registers"] is not None:
@@ -121,17 +124,6 @@ def compile_variant(
     return row
 
 
-def build(kernel: Kernel, problem: Problem | None, name: str, arch: Arch) -> Built:
-    """One of `variant_names` from the compiler, or from the cache, where it is left.
-
-    Raises:
-        UnavailableError: the kernel is not meant for that architecture.
-        Exception: the compiler's own.
-    """
-    variant = next(v for v in variants(kernel, problem, arch) if v.name == name)
-    return _aside(variant, arch.name) if arch.amd else variant.build(arch.name)
-
-
 @functools.cache  # recording runs a kernel's host half: once is enough
 def variants(
     kernel: Kernel, problem: Problem | None, arch: Arch, change: Callable[[Inputs], Inputs] = recorder.unchanged
@@ -144,10 +136,11 @@ def variants(
         InputError: the user's `variants` raised, or launches cannot be recorded.
         UnavailableError: the kernel's module cannot be imported.
     """
+    usual: dict[str, Problem] = {}
+    offered: list[Variant] = []
     if isinstance(kernel, UserKernel):
         if hasattr(kernel.function, "variants"):
             return _users(kernel, problem)
-        usual, offered = {}, []
     else:
         try:
             module = importlib.import_module(kernel.module)

@@ -22,10 +22,12 @@ def next_checkpoint(offsets, every, i_n, after, columns, COLUMNS: tl.constexpr, 
     """The first position behind `after` at which a checkpoint of the sequence is due; a large number: there is none."""
     if offsets is None:
         due = (after // every + 1) * every
-        return tl.where(due <= columns * every, due, 1 << 62)
-    column = tl.arange(0, COLUMNS)
-    due = tl.load(offsets + i_n * columns + column, mask=column < columns, other=0).to(tl.int64)
-    return tl.min(tl.where((due > after) & (due % C == 0), due, 1 << 62), 0)
+        due = tl.where(due <= columns * every, due, 1 << 62)
+    else:
+        column = tl.arange(0, COLUMNS)
+        due = tl.load(offsets + i_n * columns + column, mask=column < columns, other=0).to(tl.int64)
+        due = tl.min(tl.where((due > after) & (due % C == 0), due, 1 << 62), 0)
+    return due
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def chunk_sums(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def decays(sums, which: tl.constexpr, hi, lo, C: tl.constexpr):
+def decays(sums, which, hi, lo, C: tl.constexpr):
     """sums[which] @ (hi + lo): log2 of decays between tokens, from the log2 decays of each.
 
     Two bf16 halves keep 16 bits of each log decay, and one that a sum leaves out contributes an exact 0: nothing
@@ -66,11 +66,15 @@ def decays(sums, which: tl.constexpr, hi, lo, C: tl.constexpr):
 
 
 @triton.jit
-def pair_products(kk, qk, k_rows, q_rows, k_columns, pair, DOT: tl.constexpr):
-    """kk and qk with the products of the masked pairs added."""
-    columns = tl.trans(operand(k_columns, DOT))
-    kk += tl.where(pair, dot(operand(k_rows, DOT), columns), 0.0)
-    qk += tl.where(pair, dot(operand(q_rows, DOT), columns), 0.0)
+def pair_products(kk, qk, b_k, b_q, sums, hi, lo, level, DOT: tl.constexpr, C: tl.constexpr):
+    """kk and qk with the products of those pairs added that the halving into blocks of 2**level tokens separates."""
+    e = exp2(decays(sums, 7 - level, hi, lo, C))
+    row = tl.arange(0, C)
+    second = (row >> level) % 2 == 1
+    pair = second[:, None] & ~second[None, :] & ((row >> level + 1)[:, None] == (row >> level + 1)[None, :])
+    columns = tl.trans(operand(b_k * e, DOT))
+    kk += tl.where(pair, dot(operand(b_k * e, DOT), columns), 0.0)
+    qk += tl.where(pair, dot(operand(b_q * e, DOT), columns), 0.0)
     return kk, qk
 
 
@@ -184,11 +188,8 @@ def chunk_factors_kernel(
         until = exp2(decays(sums, 1, hi, lo, C))
         tl.store(kd + wide, operand(b_k * until, DOT))
         tl.store(decay + col, exp2(tl.sum(step, 0)))
-        for level in tl.static_range(0, 6):
-            e = exp2(decays(sums, 7 - level, hi, lo, C))
-            second = (row >> level) % 2 == 1
-            pair = second[:, None] & ~second[None, :] & ((row >> level + 1)[:, None] == (row >> level + 1)[None, :])
-            kk, qk = pair_products(kk, qk, b_k * e, b_q * e, b_k * e, pair, DOT)
+        for level in tl.range(0, 6):  # a loop: unrolled, its operands would all be in registers at a time
+            kk, qk = pair_products(kk, qk, b_k, b_q, sums, hi, lo, level, DOT, C)
 
     # the diagonal has no decay: in fp32, since under a strong gate it is most of the output
     # nothing reads the 16 x 16 blocks above the diagonal

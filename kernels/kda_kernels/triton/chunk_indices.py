@@ -8,6 +8,7 @@ import triton.language as tl
 
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK
+from kda_kernels.triton.launch import launch
 from kda_kernels.triton.runtime import on_device, require_device
 
 BLOCK, WARPS = 256, 2  # chunks a step, of one program a sequence
@@ -74,4 +75,6 @@ def fill_chunk_indices(out: Any, cu_seqlens: torch.Tensor, chunks: int, chunk_si
     """`prepare_chunk_indices` into `out`, int32 [chunks, 2]; there is at least one sequence."""
     with on_device(cu_seqlens):
         sequences = cu_seqlens.shape[0] - 1
-        chunk_indices_kernel[(sequences,)](cu_seqlens, out, chunks, C=chunk_size, BLOCK=BLOCK, num_warps=WARPS)
+        kind = (cu_seqlens.device, cu_seqlens.dtype, chunk_size)
+        arguments = (cu_seqlens, out, chunks, chunk_size, BLOCK)
+        launch(chunk_indices_kernel, (sequences,), kind, arguments, num_warps=WARPS)

@@ -16,6 +16,7 @@ from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
+from kda_kernels.triton.launch import dtype_of, launch, usual
 from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
 
 FEATURES = frozenset(
@@ -102,21 +103,33 @@ def decode(
     if not N:
         o.zero_()
     else:
+        steps = (*_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed))
+        others = (*_strides(beta, packed), *_strides(o, packed))
+        slots = (
+            0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
+            *((0, 0) if kept is None else _strides(kept, packed and inputs.token_state_indices is None)[:2]),
+        )  # fmt: skip
+        params = (inputs.A_log, inputs.dt_bias)
+        tables = (inputs.cu_seqlens, inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices)
+        constants = (
+            H, HV, K, V, next_power_of_2(K), config.BV, inputs.state_v_first, GATE_CODES[options.gate],
+            options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        )  # fmt: skip
+        kind = None
+        if usual((q, k, v, g, *params, o, h0, ht, kept), (*steps, *slots), others):
+            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables)
+            kind = (q.device, config.num_warps, constants, tuple(map(dtype_of, typed)))
         with stage("decode"), on_device(q):
-            decode_kernel[(cdiv(V, config.BV) * HV * N,)](
-                q, k, v, g, beta, inputs.A_log, inputs.dt_bias, o, h0, ht, kept, indices, inputs.cu_seqlens,
-                inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices,
-                options.scale_for(K), 0.0 if options.lower_bound is None else options.lower_bound,
-                N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
-                *((1, 0, 0) if indices is None else _index_layout(indices)),
-                *((0, 0) if kept is None else kept.shape[:2]),
-                *_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed),
-                *_strides(beta, packed), *_strides(o, packed),
-                0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
-                *((0, 0) if kept is None else _strides(kept, packed and inputs.token_state_indices is None)[:2]),
-                H=H, HV=HV, K=K, V=V, BK=next_power_of_2(K), BV=config.BV,
-                STATE_V_FIRST=inputs.state_v_first, GATE=GATE_CODES[options.gate], BETA_LOGIT=options.beta_is_logit,
-                NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm, num_warps=config.num_warps, num_stages=1,
+            launch(
+                decode_kernel, (cdiv(V, config.BV) * HV * N,), kind,
+                (
+                    q, k, v, g, beta, *params, o, h0, ht, kept, indices, *tables,
+                    float(options.scale_for(K)), float(options.lower_bound or 0),
+                    N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
+                    *((1, 0, 0) if indices is None else _index_layout(indices)),
+                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *constants,
+                ),
+                num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
     final = h0 if indices is not None else ht
     return Outputs(o, final if inputs.output_final_state else None)
@@ -130,7 +143,7 @@ def _strides(x: torch.Tensor, packed: bool) -> tuple[int, int, int]:
 
 def _index_layout(indices: torch.Tensor) -> tuple[int, int, int]:
     """Columns, and the strides of rows and columns."""
-    return (1, indices.stride(0), 0) if indices.ndim == 1 else (indices.shape[1], *indices.stride())
+    return (1, indices.stride(0), 0) if indices.ndim == 1 else (indices.shape[1], indices.stride(0), indices.stride(1))
 
 
 def unsupported(problem: Problem | None = None) -> str | None:

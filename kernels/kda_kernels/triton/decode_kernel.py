@@ -56,7 +56,8 @@ def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
 NUMBERS = (
     *("beta", "state_indices", "cu_seqlens", "has_initial_state", "num_accepted_tokens", "token_state_indices"),
     *("sequences", "T", "pool", "null_slot", "columns", "kept_rows", "kept_tokens"),
-    *("stride_indices_n", "stride_indices_c", "stride_beta_t", "stride_beta_h", "stride_o_t", "stride_o_h"),
+    *("stride_indices_n", "stride_indices_c", "stride_beta_s", "stride_beta_t", "stride_beta_h"),
+    *("stride_o_s", "stride_o_t", "stride_o_h"),
 )
 
 

@@ -196,8 +196,8 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """The stage on a problem's g, A_log and dt_bias."""
     check_inputs(inputs)
-    kwargs = {"cu_seqlens": inputs.cu_seqlens}
+    g, cu_seqlens, lower_bound = inputs.g, inputs.cu_seqlens, inputs.options.lower_bound
     if inputs.options.gate is Gate.NONE:
-        return Outputs(chunk_local_cumsum(inputs.g, **kwargs))
-    lower_bound = inputs.options.lower_bound
-    return Outputs(kda_gate_chunk_cumsum(inputs.g, inputs.A_log, inputs.dt_bias, lower_bound=lower_bound, **kwargs))
+        return Outputs(chunk_local_cumsum(g, cu_seqlens=cu_seqlens))
+    params = (inputs.A_log, inputs.dt_bias)
+    return Outputs(kda_gate_chunk_cumsum(g, *params, lower_bound=lower_bound, cu_seqlens=cu_seqlens))

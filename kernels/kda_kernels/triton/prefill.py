@@ -7,6 +7,7 @@ then `chunk_inverse`, then `chunk_chain`. Raw gates go in: activation, bias and 
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 
 import torch
 
@@ -22,8 +23,10 @@ from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kerne
 from kda_kernels.triton.chunk_indices import fill_chunk_indices, in_order, max_chunks
 from kda_kernels.triton.chunk_inverse import chunk_inverse_kernel
 from kda_kernels.triton.common import GATE_CODES
+from kda_kernels.triton.launch import dtype_of, launch, usual
 from kda_kernels.triton.prefill_config import PrefillConfig
 from kda_kernels.triton.runtime import (
+    generation,
     interpreted,
     multiprocessors,
     on_device,
@@ -60,8 +63,9 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Workspace:
-    """What one kernel hands to the next, [HV, slots, ...], in one piece of memory."""
+    """What one kernel hands to the next, [HV, slots, ...], in one piece of memory, which must live as long as they."""
 
+    memory: torch.Tensor
     qg: Piece | torch.Tensor
     kg: Piece | torch.Tensor
     kd: Piece | torch.Tensor
@@ -89,8 +93,8 @@ class Workspace:
             raise InputError("workspace", f"has {memory.numel()} bytes at {memory.data_ptr()}", wanted)
         if memory.is_cuda and not interpreted():
             base = memory.data_ptr()
-            return cls(**{name: Piece(base + begin, dtype) for name, (begin, _, dtype) in parts.items()})
-        return cls(**{name: memory[begin:end].view(dtype) for name, (begin, end, dtype) in parts.items()})
+            return cls(memory, **{name: Piece(base + begin, dtype) for name, (begin, _, dtype) in parts.items()})
+        return cls(memory, **{name: memory[begin:end].view(dtype) for name, (begin, end, dtype) in parts.items()})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,90 +155,125 @@ def prefill(
     require_token_strides(inputs)
     q, v, dims = inputs.q, inputs.v, inputs.dims
     if config is None:
-        alone = dims._replace(N=1) if inputs.batch_invariant else dims
+        chains = dims.HV * (1 if inputs.batch_invariant else dims.N)
         itemsize = operand_dtype(q.dtype).itemsize
-        config = PrefillConfig.choose(alone, itemsize, multiprocessors(q.device), shared_memory(q.device))
+        config = PrefillConfig.choose(
+            chains, dims.K, dims.V, itemsize, multiprocessors(q.device), shared_memory(q.device), generation(q.device)
+        )
     slots = dims.N * cdiv(dims.T, CHUNK) if inputs.cu_seqlens is None else max_chunks(dims.T, dims.N)
     work = Workspace.of(inputs, slots)
+    table: torch.Tensor | Piece | None = chunk_indices
     chunks = slots if chunk_indices is None else chunk_indices.shape[0]
     if inputs.cu_seqlens is not None and chunk_indices is None and dims.N:
-        chunk_indices = work.chunk_indices
-        fill_chunk_indices(chunk_indices, inputs.cu_seqlens, slots)
+        table = work.chunk_indices
+        fill_chunk_indices(table, inputs.cu_seqlens, slots)
     o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
     ht = _final_state(inputs)
     h = inputs.k.new_empty((slots, dims.HV, dims.K, dims.V)) if return_intermediate_states else None
     if not dims.N:
         o.zero_()
     elif chunks:
+        call = _Call(inputs, work, slots, table, o, ht, h, config)
         with on_device(q):
-            _factors(inputs, work, chunks, slots, chunk_indices, config)
-            with stage("chunk_inverse"):
-                chunk_inverse_kernel[(dims.HV * chunks,)](
-                    work.L, work.Z, chunk_indices, inputs.cu_seqlens, slots, HV=dims.HV, C=CHUNK, num_warps=1,
-                    **register_limit(config.inverse_registers),
-                )  # fmt: skip
-            with stage("chain"):
-                _chain(inputs, work, slots, o, ht, h, config)
+            call.factors(chunks)
+            call.inverse(chunks)
+            call.chain()
     outputs = Outputs(o, ht if inputs.output_final_state else None)
     return (outputs, in_order(h, inputs.cu_seqlens, dims.B)) if h is not None else outputs
 
 
-def _factors(
-    inputs: Inputs,
-    work: Workspace,
-    chunks: int,
-    slots: int,
-    chunk_indices: torch.Tensor | Piece | None,
-    config: PrefillConfig,
-) -> None:
-    """Fills the workspace, except Z, by the way that the gate allows."""
-    q, k, g, beta, options = inputs.q, inputs.k, inputs.g, inputs.beta, inputs.options
-    T, H, K = q.shape[1:]
-    HV, BK = g.shape[2], max(16, next_power_of_2(K))
-    lower_bound = 0.0 if options.lower_bound is None else options.lower_bound
-    kernel, constant = chunk_factors_kernel, None
-    if bounded(options):
-        kernel, constant = chunk_factors_bounded_kernel, work.G
-    with stage("chunk_factors"):
-        kernel[(HV * chunks,)](
-            q, k, g, beta, inputs.A_log, inputs.dt_bias,
+class _Call:
+    """The launches of one prefill.
+
+    Attributes:
+        kind: see `kda_kernels.triton.launch.launch`; the same for all of them.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        work: Workspace,
+        slots: int,
+        chunk_indices: torch.Tensor | Piece | None,
+        o: torch.Tensor,
+        ht: torch.Tensor | None,
+        h: torch.Tensor | None,
+        config: PrefillConfig,
+    ) -> None:
+        self.inputs, self.work, self.slots, self.chunk_indices, self.config = inputs, work, slots, chunk_indices, config
+        self.o, self.ht, self.h, self.dims = o, ht, h, inputs.dims
+        self.BK = max(16, next_power_of_2(self.dims.K))
+        vk = (3, 2) if inputs.state_v_first else (2, 3)  # positions of the K and V dimensions in a state
+        kept = None if inputs.checkpoints is None else inputs.checkpoints.states
+        self.states = [_strides(state, vk) for state in (inputs.state, ht, kept)]
+        self.kind = self._kind(kept)
+
+    def _kind(self, kept: torch.Tensor | None) -> Hashable:
+        i, o, marks = self.inputs, self.o, self.inputs.checkpoints
+        steps = (*i.q.stride()[:3], *i.k.stride()[:3], *i.v.stride()[:3], *i.g.stride()[:3], *o.stride()[:3])
+        slots = (state[0] for state in self.states)
+        tensors = (i.q, i.k, i.v, i.g, i.A_log, i.dt_bias, o, i.state, self.ht, kept)
+        if not usual(tensors, (*steps, *slots), i.beta.stride()):
+            return None
+        marked = () if marks is None else (marks.rows, marks.offsets)
+        tables = (self.h, i.state_indices, i.cu_seqlens, self.chunk_indices, i.has_initial_state, *marked)
+        dtypes = tuple(map(dtype_of, (*tensors, i.beta, *tables)))
+        inner = tuple(state[1:] for state in self.states)
+        return (i.q.device, i.options, self.config, self.dims[3:], inner, dtypes, self._columns)
+
+    @property
+    def _columns(self) -> int:
+        """Of the table of checkpoints, up to the next power of two."""
+        marks = self.inputs.checkpoints
+        return 1 if marks is None or marks.offsets is None else next_power_of_2(marks.offsets[0].numel())
+
+    def factors(self, chunks: int) -> None:
+        """Fills the workspace, except Z, by the way that the gate allows."""
+        i, work, options = self.inputs, self.work, self.inputs.options
+        _, T, _, H, HV, K, _ = self.dims
+        kernel, constant, KB = chunk_factors_kernel, None, self.config.KH
+        if bounded(options) and not self.config.halve_always:
+            kernel, constant, KB = chunk_factors_bounded_kernel, work.G, self.config.KB
+        arguments = (
+            i.q, i.k, i.g, i.beta, i.A_log, i.dt_bias,
             work.qg, work.kg, work.kd, work.L, work.Aqk, work.decay, work.rate,
-            chunk_sums(q.device) if constant is None else constant, inputs.cu_seqlens, chunk_indices,
-            lower_bound, options.scale_for(K), T, slots,
-            *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *beta.stride(),
-            HV=HV, GROUP=HV // H, K=K, BK=BK, KB=min(config.KB, BK), C=CHUNK, GATE=GATE_CODES[options.gate],
-            BETA_LOGIT=options.beta_is_logit, NEG_EIGVAL=options.allow_neg_eigval, L2NORM=options.qk_l2norm,
-            num_warps=config.factor_warps, num_stages=1,
+            chunk_sums(i.q.device) if constant is None else constant, i.cu_seqlens, self.chunk_indices,
+            float(options.lower_bound or 0), float(options.scale_for(K)), T, self.slots,
+            *i.q.stride()[:3], *i.k.stride()[:3], *i.g.stride()[:3], *i.beta.stride(),
+            HV, HV // H, K, self.BK, min(KB, self.BK), CHUNK, GATE_CODES[options.gate],
+            options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
         )  # fmt: skip
+        with stage("chunk_factors"):
+            launch(kernel, (HV * chunks,), self.kind, arguments, num_warps=self.config.factor_warps, num_stages=1)
 
+    def inverse(self, chunks: int) -> None:
+        """Fills Z."""
+        limit = register_limit(self.config.inverse_registers)
+        HV = self.dims.HV
+        arguments = (self.work.L, self.work.Z, self.chunk_indices, self.inputs.cu_seqlens, self.slots, HV, CHUNK)
+        with stage("chunk_inverse"):
+            launch(chunk_inverse_kernel, (HV * chunks,), self.kind, arguments, num_warps=1, **limit)
 
-def _chain(
-    inputs: Inputs,
-    work: Workspace,
-    slots: int,
-    o: torch.Tensor,
-    ht: torch.Tensor | None,
-    h: torch.Tensor | None,
-    config: PrefillConfig,
-) -> None:
-    """The recurrence over chunks, from the workspace and v: fills o, ht, h and checkpoints."""
-    _, T, N, _, HV, K, V = inputs.dims
-    v, h0, indices, marks = inputs.v, inputs.state, inputs.state_indices, inputs.checkpoints
-    vk = (3, 2) if inputs.state_v_first else (2, 3)  # positions of the K and V dimensions in a state
-    kept, rows, offsets, every, columns = None, None, None, 1, 1
-    if marks is not None:
-        kept, rows, offsets, every = marks.states, marks.rows, marks.offsets, marks.every or 1
-        columns = rows.shape[1] if rows.ndim == 2 else 1
-    chunk_chain_kernel[(cdiv(V, config.BV) * HV * N,)](
-        v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, o, h0, ht, h, kept,
-        indices, inputs.cu_seqlens, inputs.has_initial_state, rows, offsets,
-        N, T, slots, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
-        0 if kept is None else kept.shape[0], columns, every, 0 if indices is None else indices.stride(0),
-        *v.stride()[:3], *o.stride()[:3], *_strides(h0, vk), *_strides(ht, vk), *_strides(kept, vk),
-        HV=HV, K=K, V=V, BK=max(16, next_power_of_2(K)), BV=config.BV, C=CHUNK,
-        COLUMNS=1 if offsets is None else next_power_of_2(columns), STAGES=config.chain_stages,
-        num_warps=config.chain_warps,
-    )  # fmt: skip
+    def chain(self) -> None:
+        """The recurrence over chunks, from the workspace and v: fills o, ht, h and checkpoints."""
+        i, work, config = self.inputs, self.work, self.config
+        _, T, N, _, HV, K, V = self.dims
+        h0, indices, marks = i.state, i.state_indices, i.checkpoints
+        kept, rows, offsets, every, columns = None, None, None, 1, 1
+        if marks is not None:
+            kept, rows, offsets, every = marks.states, marks.rows, marks.offsets, marks.every or 1
+            columns = rows.shape[1] if rows.ndim == 2 else 1
+        arguments = (
+            i.v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, self.o, h0, self.ht, self.h, kept,
+            indices, i.cu_seqlens, i.has_initial_state, rows, offsets,
+            N, T, self.slots, 0 if h0 is None else h0.shape[0], -1 if i.null_slot is None else i.null_slot,
+            0 if kept is None else kept.shape[0], columns, every, 0 if indices is None else indices.stride(0),
+            *i.v.stride()[:3], *self.o.stride()[:3], *(step for steps in self.states for step in steps),
+            HV, K, V, self.BK, config.BV, CHUNK, self._columns, config.chain_stages,
+        )  # fmt: skip
+        with stage("chain"):
+            grid = (cdiv(V, config.BV) * HV * N,)
+            launch(chunk_chain_kernel, grid, self.kind, arguments, num_warps=config.chain_warps)
 
 
 def _final_state(inputs: Inputs) -> torch.Tensor | None:
@@ -245,7 +284,10 @@ def _final_state(inputs: Inputs) -> torch.Tensor | None:
 
 def _strides(state: torch.Tensor | None, vk: tuple[int, int]) -> tuple[int, int, int, int]:
     """(sequence or slot, head, K, V) strides."""
-    return (0, 0, 0, 0) if state is None else (*state.stride()[:2], state.stride(vk[0]), state.stride(vk[1]))
+    if state is None:
+        return (0, 0, 0, 0)
+    slot, head = state.stride()[:2]
+    return slot, head, state.stride(vk[0]), state.stride(vk[1])
 
 
 def unsupported(problem: Problem | None = None) -> str | None:
@@ -258,4 +300,6 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """Checks the inputs and runs them; a pool in `inputs.state` is updated in place."""
     check_inputs(inputs)
-    return prefill(inputs)
+    outputs = prefill(inputs)
+    assert isinstance(outputs, Outputs)
+    return outputs

@@ -90,6 +90,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def generation(device: torch.device) -> int:
+    """Of the GPU's matrix units: 8 for NVIDIA's sm_80 and sm_89, 9, 10, 12; 0 for AMD's; 9 for the interpreter."""
+    if device.type != "cuda":
+        return 9
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have: H100 232448, RTX 4090 101376. The interpreter has no limit."""
     if device.type != "cuda":
