@@ -99,12 +99,13 @@ def problem_options(command: Callable) -> Callable:
 
 def _names() -> dict[str, str]:
     """Each shared parameter's section, by name."""
-    return {
-        parameter.name: title
-        for title, section in SECTIONS.items()
-        for option in section
-        for parameter in [option(lambda: None).__click_params__[0]]
-    }
+    found: dict[str, str] = {}
+    for title, section in SECTIONS.items():
+        command = click.Command(title)
+        for option in section:
+            option(command)
+        found |= {str(parameter.name): title for parameter in command.params}
+    return found
 
 
 _SECTION_OF = _names()

@@ -191,6 +191,16 @@ def test_a_missing_package_is_a_reason_and_an_error_of_ours_is_none(tmp_path, mo
             assert result.exit_code == 1 and "internal: ModuleNotFoundError" in result.stderr
 
 
+def test_kernels_fails_where_a_peers_own_code_does(monkeypatch):
+    broken = registry.Kernel("broken", Op.GATE, "none", "kda_kernels.no_such_module", "for this test", ours=False)
+    monkeypatch.setitem(registry._KERNELS, "broken", broken)
+    monkeypatch.setattr(registry, "_failed", {})
+    result = kda("kernels", "--op", "gate", "--json", "-")
+    row = json.loads(result.stdout)["rows"][-1]
+    assert row["kernel"] == "broken" and not row["runs"] and "no_such_module" in row["note"]
+    assert result.exit_code == 1 and "broken" in result.stderr
+
+
 def test_run_says_what_came_out(tmp_path):
     saved, report_file = tmp_path / "out.pt", tmp_path / "out.json"
     result = kda(*RUN, *SMALL, "--seed", "3", "--save", str(saved), "--json", str(report_file))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op, Options
+from kda_kernels.problem import Op, Options
 from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli.dumps.pieces import anywhere
 from kdacli.dumps.said import Said
@@ -25,10 +25,10 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         InputError: something is neither said nor to be inferred, or contradicts the tensors.
     """
     tensors = dict(tensors)
-    gate, lower_bound = _gate(tensors, said, notes)
-    options = Options(
-        gate=gate,
-        lower_bound=lower_bound,
+    options = Options.of_switches(
+        _use_gate(tensors, said, notes),
+        said.lower_bound,
+        promise=said.lower_bound,
         beta_is_logit=(logit := _beta_is_logit(tensors["beta"], said, beta_name, notes)),
         allow_neg_eigval=_neg_eigval(said, logit, notes),
         qk_l2norm=_qk_l2norm(tensors["q"], tensors["k"], said, notes),
@@ -51,8 +51,8 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
     )
 
 
-def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float | None]:
-    """Which gate, and its bound. Takes A_log and dt_bias out of `tensors` where the call did not use them."""
+def _use_gate(tensors: Tensors, said: Said, notes: list[str]) -> bool:
+    """Whether g is raw. Takes A_log and dt_bias out of `tensors` where the call did not use them."""
     in_kernel = said.use_gate_in_kernel
     if in_kernel is None:
         in_kernel = "A_log" in tensors
@@ -65,7 +65,7 @@ def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float |
     if not in_kernel:
         if unused := [name for name in ("A_log", "dt_bias") if tensors.pop(name, None) is not None]:
             notes.append(f"{' and '.join(unused)} not used: the gate is not computed in the kernel")
-        return Gate.NONE, said.lower_bound
+        return False
     if said.lower_bound is None:
         if said.safe_gate:
             raise InputError("safe_gate is set but lower_bound is missing: it should be negative, such as -5.0")
@@ -75,7 +75,7 @@ def _gate(tensors: Tensors, said: Said, notes: list[str]) -> tuple[Gate, float |
             notes.append("lower_bound is not said: the gate is -exp(A_log) * softplus(g + dt_bias)")
     if absent := [name for name in ("A_log", "dt_bias") if name not in tensors]:
         notes.append(f"{' and '.join(absent)} not there: as zeros")
-    return (Gate.SOFTPLUS if said.lower_bound is None else Gate.SAFE), said.lower_bound
+    return True
 
 
 def _beta_is_logit(beta: torch.Tensor, said: Said, name: str, notes: list[str]) -> bool:

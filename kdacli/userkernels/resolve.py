@@ -46,7 +46,8 @@ def resolve(spec: str, op: Op | str | None = None) -> Kernel:
         elif (entry := _entry_points().get(spec)) is not None:
             kernel = _user_kernel(spec, _load(entry), op)
         else:
-            raise InputError(f"{error}; or give path.py:function or package.module:function") from error
+            wanted = f"{error.wanted}; or give path.py:function or package.module:function"
+            raise InputError("kernel", f"{spec} is unknown", wanted) from error
     if op not in (None, kernel.op):
         raise InputError(f"kernel {spec} serves the op {kernel.op}, not {op}: choose another kernel or --op")
     return kernel

@@ -76,25 +76,16 @@ class Kernel:
             return f"serves the op {self.op}, not {problem.op}"
         try:
             code = self.code
-        except ImportError as error:
-            if not (error.name or "").startswith(("kda_kernels", "kdacli")):
-                return one_line(error)
-            raise
-        except Exception as error:
-            self._fail(error)
-            return None
-        if problem is not None and (lacking := problem.features - self.features):
-            return f"it does not support {', '.join(sorted(lacking))}"
-        try:
+            if problem is not None and (lacking := problem.features - self.features):
+                return f"it does not support {', '.join(sorted(lacking))}"
             return code.unsupported(problem)
         except Exception as error:
-            self._fail(error)
+            if isinstance(error, ImportError) and not (error.name or "").startswith(("kda_kernels", "kdacli")):
+                return one_line(error)
+            if self.ours:
+                raise
+            _failed[self.name] = error
             return None
-
-    def _fail(self, error: Exception) -> None:
-        if self.ours:
-            raise error
-        _failed[self.name] = error
 
     @property
     def failure(self) -> str | None:

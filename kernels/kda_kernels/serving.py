@@ -184,8 +184,8 @@ def kda_prefill(
         cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
     _require_pool(inputs)
-    plain = kernel is None and out is not None and not torch.is_grad_enabled() and checks.CHECK_VALUES != "1"
-    if plain and chunk_indices is None and registry.prefill_again(inputs, out):
+    plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    if plain and out is not None and chunk_indices is None and registry.prefill_again(inputs, out):
         return out
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
