@@ -34,6 +34,15 @@ def test_suites_are_the_published_shapes():
     for p in prefill.values():
         assert p.options == Options(gate=Gate.SAFE, lower_bound=-5.0)
         assert (p.packed, p.initial_state, p.final_state, p.state_dtype) == (True, True, True, "float32")
+    softplus = problems("prefill-softplus")
+    assert list(softplus) == [f"{name},softplus" for name in prefill]
+    for p, q in zip(prefill.values(), softplus.values(), strict=True):
+        assert dataclasses.replace(p, options=Options(gate=Gate.SOFTPLUS)) == q
+    nvidia = problems("prefill-nvidia").values()
+    assert " ".join(f"{p.T // p.N}/{p.H}/{p.N}" for p in nvidia) == (
+        "2048/12/1 2048/16/1 4096/8/1 4096/12/1 8192/12/4 8192/16/1 1024/4/1 3072/10/1 8192/24/1 16384/16/8"
+    )
+    assert all(len(set(p.seq_lens)) == 1 and p.options.lower_bound == -5.0 for p in nvidia)
     decode = problems("decode")
     assert [(p.H, p.N) for p in decode.values()] == list(itertools.product((32, 96), (1, 8, 32, 128)))
     assert {p.options.gate for p in decode.values()} == {Gate.SOFTPLUS}

@@ -40,6 +40,12 @@ PREFILL_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "P6": ((1300, 547, 2048, 963, 271, 3063), 64),
     "P7": ((32768,), 16),
 }
+# Tokens of each sequence, heads and sequences with which NVIDIA times its Hopper kernel (cudnn-frontend, pull request
+# 1017).
+NVIDIA_SHAPES = (
+    (2048, 12, 1), (2048, 16, 1), (4096, 8, 1), (4096, 12, 1), (8192, 12, 4),
+    (8192, 16, 1), (1024, 4, 1), (3072, 10, 1), (8192, 24, 1), (16384, 16, 8),
+)  # fmt: skip
 DECODE_HEADS, DECODE_SEQS = (32, 96), (1, 8, 32, 128)
 GATE_HEADS, GATE_TOKENS = (32, 96), 8192
 
@@ -47,6 +53,18 @@ GATE_HEADS, GATE_TOKENS = (32, 96), 8192
 def prefill_problems() -> Iterator[tuple[str, Problem]]:
     for name, (seq_lens, heads) in PREFILL_SHAPES.items():
         yield name, Problem(Op.PREFILL, seq_lens, heads, heads, options=SAFE)
+
+
+def prefill_softplus_problems() -> Iterator[tuple[str, Problem]]:
+    """The same with the gate of Kimi-Linear, which has no bound."""
+    for name, problem in prefill_problems():
+        yield f"{name},softplus", dataclasses.replace(problem, options=SOFTPLUS)
+
+
+def prefill_nvidia_problems() -> Iterator[tuple[str, Problem]]:
+    for tokens, heads, sequences in NVIDIA_SHAPES:
+        problem = Problem(Op.PREFILL, (tokens,) * sequences, heads, heads, options=SAFE)
+        yield f"V:T={tokens},H={heads},N={sequences}", problem
 
 
 def decode_problems() -> Iterator[tuple[str, Problem]]:
@@ -80,6 +98,8 @@ def gate_problems() -> Iterator[tuple[str, Problem]]:
 # there are prefill kernels whose time hangs on it.
 SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, ...]]] = {
     "prefill": (prefill_problems, ("bench", "init", "weak")),
+    "prefill-softplus": (prefill_softplus_problems, ("bench", "init", "weak")),
+    "prefill-nvidia": (prefill_nvidia_problems, ("bench", "init")),
     "decode": (decode_problems, ("bench",)),
     "decode-bf16": (decode_bf16_problems, ("bench",)),
     "gate": (gate_problems, ("bench",)),
