@@ -16,6 +16,7 @@ from kda_kernels.problem import Gate, Options
 from kda_kernels.tensors import Inputs
 
 SAFE = Options(Gate.SAFE, -5.0)
+SOFTPLUS = Options()
 GIVEN = Options(Gate.NONE, -5.0, beta_is_logit=False, qk_l2norm=False, scale=0.3)
 ONE_ROUND = 128 * CHUNK  # longer than any sequence of these tests
 SPLITS = {
@@ -47,7 +48,7 @@ def tokens(lens=(40, 0, 3), N=None, T=None, *, options=SAFE, H=1, HV=2, **given)
     """Without a state. Packed with these lengths, or, with N and T, dense."""
     shape = {"N": N, "T": T} if N is not None else {"lens": list(lens)}
     inputs = make(H=H, HV=HV, K=128, V=128, options=options, **shape, **given)
-    if options.gate is Gate.NONE:
+    if options.gate is Gate.NONE and options.lower_bound is not None:
         inputs = dataclasses.replace(inputs, g=inputs.g.clamp(min=options.lower_bound))
     return inputs
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from decode_inputs import DEVICE
-from prefill_inputs import GIVEN, SAFE, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
+from prefill_inputs import GIVEN, SAFE, SOFTPLUS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute import prefill_plan
@@ -26,6 +26,7 @@ from kdacli.judge import Reference, judge
 
 pytestmark = pytest.mark.gpu
 KEPT = 7.0  # what a buffer held before
+NO_BOUND = dataclasses.replace(GIVEN, lower_bound=None)
 TWICE = dataclasses.replace(SAFE, allow_neg_eigval=True)
 EDGES = [1, 0, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 15, 16, 17, 5 * CHUNK + 3]
 TOKENS = ("q", "k", "v", "g", "beta")
@@ -110,6 +111,13 @@ CASES = {
     "2 sigmoid": lambda: plain(EDGES, options=TWICE),
     "2 sigmoid, fp32 g": lambda: dataclasses.replace((x := plain(EDGES, options=TWICE)), g=x.g.float()),
     "bound and scale": lambda: plain(EDGES, options=dataclasses.replace(SAFE, lower_bound=-1.5, scale=0.2)),
+    "softplus": lambda: pooled(EDGES, slots=range(10), P=10, options=SOFTPLUS),
+    "softplus, no parameters' bias": lambda: dataclasses.replace(plain(EDGES, options=SOFTPLUS), dt_bias=None),
+    "softplus, 2 sigmoid, fp32 g": lambda: dataclasses.replace(
+        (x := plain(EDGES, options=dataclasses.replace(SOFTPLUS, allow_neg_eigval=True))), g=x.g.float()
+    ),
+    "given, no bound": lambda: plain(EDGES, options=NO_BOUND),
+    "bound -8": lambda: plain(EDGES, options=dataclasses.replace(SAFE, lower_bound=-8.0)),
     "as many heads": lambda: plain(EDGES, H=2),
     "one head": lambda: plain([161], HV=1),
     "three heads": lambda: pooled([161, 0, 100], HV=3),
@@ -144,6 +152,46 @@ def test_gates_of_both_ends_in_turn(monkeypatch, way):
     g[:, ::2, :, ::2] = 1e4
     g[:, CHUNK : 2 * CHUNK, :, 1::2] = 1e4
     check(dataclasses.replace(inputs, g=g))
+
+
+@every_way
+@pytest.mark.parametrize("A_log", [-7.0, 0.0, 5.3, 89.0])
+def test_softplus_gates_of_any_strength(monkeypatch, A_log, way):
+    """exp(A_log) up to what real checkpoints have, 201, and past what fp32 holds; raw gates from -30 to 30."""
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3], options=SOFTPLUS)
+    g = torch.linspace(-30, 30, inputs.g.numel(), device=DEVICE).view_as(inputs.g)[:, torch.randperm(5 * CHUNK + 3)]
+    check(dataclasses.replace(inputs, g=g.to(inputs.g.dtype), A_log=torch.full_like(inputs.A_log, A_log)))
+
+
+@every_way
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 13, 16, 29])
+def test_what_a_closed_gate_hides_is_gone(monkeypatch, period, way):
+    """Tokens whose log decays are -2661, what real checkpoints reach, between such as forget little."""
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3], options=NO_BOUND)
+    g = inputs.g.clamp(min=-0.1)
+    g[:, ::period] = -2661.0
+    v = inputs.v.clone()
+    v[:, period - 1 :: period] *= 2.0**20  # before each closed gate: nothing of it may be seen behind
+    outputs = check(dataclasses.replace(inputs, g=g, v=v))
+    if period > 1:
+        quiet = dataclasses.replace(inputs, g=g, v=v.clone())
+        quiet.v[:, period - 1 :: period] = 0
+        tokens = [t for t in range(5 * CHUNK + 3) if t % period != period - 1]
+        assert same_bits(prefill(quiet).o[:, tokens], outputs.o[:, tokens])
+
+
+@every_way
+@pytest.mark.parametrize("options", ["SOFTPLUS", "NO_BOUND"])
+@pytest.mark.parametrize("at", [1, 7, 8, 15, 16, 19, 31, 32, 100])
+def test_what_precedes_a_token_does_not_depend_on_it(monkeypatch, options, at, way):
+    """In bits; with gates that have a bound, only within their rounding."""
+    split(monkeypatch, way)
+    inputs, other = (tokens([5 * CHUNK + 3], options=globals()[options], seed=seed) for seed in range(2))
+    future = {name: torch.cat([getattr(inputs, name)[:, :at], getattr(other, name)[:, at:]], 1) for name in TOKENS}
+    first, second = prefill(inputs).o, prefill(dataclasses.replace(inputs, **future)).o
+    assert same_bits(first[:, :at], second[:, :at]) and not same_bits(first[:, at:], second[:, at:])
 
 
 @every_way

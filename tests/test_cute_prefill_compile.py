@@ -64,7 +64,7 @@ def test_shared_memory_of_a_module_without_a_launch():
 
 def test_names_are_unique():
     names = [variant.name for variant in module.variants()]
-    assert len(set(names)) == len(names) == 4
+    assert len(set(names)) == len(names) == 5
 
 
 # --- the spec of a problem and that of its tensors
@@ -84,6 +84,9 @@ CHANGES = {
     "dtypes": {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"},
     "heads": {"H": 2, "HV": 6},
     "2 sigmoid": {"options": Options(Gate.SAFE, -5.0, allow_neg_eigval=True)},
+    "softplus": {"options": Options()},
+    "bound -8": {"options": Options(Gate.SAFE, -8.0)},
+    "given, no bound": {"options": Options(Gate.NONE, beta_is_logit=False, qk_l2norm=False)},
     "given": {"options": Options(Gate.NONE, -5.0, beta_is_logit=False, qk_l2norm=False)},
 }
 

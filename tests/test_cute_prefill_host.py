@@ -12,7 +12,7 @@ import fake_prefill
 import pytest
 import torch
 from decode_inputs import close
-from prefill_inputs import GIVEN, SAFE, SPLITS, new_memory_holds_nan, plain, pooled, split, tokens
+from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, new_memory_holds_nan, plain, pooled, split, tokens
 
 from kda_kernels import registry
 from kda_kernels.cute import prefill as module
@@ -72,6 +72,9 @@ CALLS = {
     "2 sigmoid": lambda: pooled(options=dataclasses.replace(SAFE, allow_neg_eigval=True)),
     "given": lambda: pooled(options=GIVEN),
     "given, closer bound": lambda: pooled(options=dataclasses.replace(GIVEN, lower_bound=-3.0)),
+    "softplus": lambda: pooled(options=SOFTPLUS),
+    "softplus, 2 sigmoid": lambda: pooled(options=dataclasses.replace(SOFTPLUS, allow_neg_eigval=True)),
+    "given, no bound": lambda: pooled(options=dataclasses.replace(GIVEN, lower_bound=None)),
     "fp32 g and beta": lambda: dataclasses.replace((x := pooled()), g=x.g.float(), beta=x.beta.float()),
     "bf16 state": lambda: pooled(state_dtype=torch.bfloat16),
     "bf16 parameters": lambda: dataclasses.replace((x := pooled()), A_log=x.A_log.bfloat16(), dt_bias=x.dt_bias.half()
@@ -92,6 +95,18 @@ def test_calls(made, call):
     for _ in range(2):
         check(call())
     assert len(made) == 1 and made[0].calls == 2
+
+
+def test_a_function_for_gates_without_a_bound(made):
+    """What has one of -5 or more is prepared in another way than what has not."""
+    for options in (
+        SAFE,
+        dataclasses.replace(SAFE, lower_bound=-5.5),
+        GIVEN,
+        dataclasses.replace(GIVEN, lower_bound=None),
+    ):
+        check(pooled(options=options))
+    assert [function.spec.bounded for function in made] == [True, False, True, False]
 
 
 def test_a_given_buffer(made):
@@ -286,14 +301,6 @@ REFUSED = {
     "g is fp16: it takes bf16 or fp32": lambda: cast(pooled(), FP16, "g"),
     "beta is fp16: it takes bf16 or fp32": lambda: cast(pooled(), FP16, "beta"),
     "A_log and dt_bias are fp16: it takes fp32 or bf16": lambda: cast(pooled(), FP16, "dt_bias"),
-    "the gate is softplus: it has safe or none only": lambda: pooled(options=Options()),
-    "lower_bound is -5.5: it takes -5.0 or more": lambda: pooled(options=Options(Gate.SAFE, -5.5)),
-    "activated gates have no bound: it takes -5.0 or more": lambda: dataclasses.replace(
-        pooled(options=GIVEN), options=dataclasses.replace(GIVEN, lower_bound=None)
-    ),
-    "activated gates have the bound -6.0: it takes -5.0 or more": lambda: pooled(
-        options=dataclasses.replace(GIVEN, lower_bound=-6.0)
-    ),
     "it takes V-first states only": lambda: plain(v_first=False),
     "a slot of the state is not 16-byte aligned": lambda: pooled(gap=2),
 }
@@ -381,7 +388,8 @@ def h100(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [{}, {"pool_slots": None}, {"packed": False, "seq_lens": (9, 9)}, {"state_dtype": "bfloat16", "padding": 1},
-     {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"}, {"options": GIVEN}],
+     {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"}, {"options": GIVEN},
+     {"options": Options()}, {"options": Options(Gate.SAFE, -8.0)}, {"options": Options(Gate.NONE)}],
 )  # fmt: skip
 def test_a_machine_that_has_everything(h100, change):
     problem = dataclasses.replace(PROBLEM, **change)
@@ -397,9 +405,6 @@ def test_a_machine_that_has_everything(h100, change):
         ({"V": 64}, "V is 64: it takes V = K only"),
         ({"dtype": "float16"}, "q, k and v are fp16: it takes bf16"),
         ({"g_dtype": "float16"}, "g is fp16: it takes bf16 or fp32"),
-        ({"options": Options()}, "the gate is softplus: it has safe or none only"),
-        ({"options": Options(Gate.NONE)}, "activated gates have no bound: it takes -5.0 or more"),
-        ({"options": Options(Gate.SAFE, -8.0)}, "lower_bound is -8.0: it takes -5.0 or more"),
         ({"state_v_first": False}, "it takes V-first states only"),
     ],
 )

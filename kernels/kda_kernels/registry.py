@@ -5,9 +5,9 @@ Which of ours runs a call of the public functions, and all there is to the rule:
 Decode: `cute-decode` on a GPU of sm_90a or newer with the DSL installed, when K is a multiple of 32, V of 16, the state
 is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
 
-Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128, gates
-bounded by -5, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured;
-`triton-prefill` runs everything else.
+Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128,
+V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured; `triton-prefill` runs
+everything else.
 
 Nothing falls back in silence: `kernel_for` and `choose` return the kernel they chose, and a kernel asked for by name
 either runs or raises an error with its reason. Registering costs no import of torch or triton: a kernel names its

@@ -5,13 +5,14 @@ goes through a workspace. Where there are too few of them, `prefill_plan` cuts s
 all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end; then
 checkpoints inside of units are made from the states before these.
 
-What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: gates without a bound of -5 or more
-(softplus), fp16 and fp32 activations, sizes other than 128, K-first states.
+What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp16 and fp32 activations, sizes other
+than 128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB a token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
-Range: keys and queries are multiplied by decays of up to exp(80) before products take them, and their norms divided out
-after that. They may be as long as 2^37 = 1.4e11, whether L2 norms are made here or not; longer ones make o NaN.
+Range: where gates have a bound, keys and queries are multiplied by decays of up to exp(80) before products take them,
+and their norms divided out after that. They may be as long as 2^37 = 1.4e11, whether L2 norms are made here or not;
+longer ones make o NaN.
 """
 
 import dataclasses
@@ -41,29 +42,14 @@ from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
 WORKSPACE_ALIGNMENT = 16  # bytes
-LEAST_BOUND = SAFE_BOUND  # 16 tokens of it are exp(80): see `prefill_kernel`
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Bounded(Contract):
-    """A contract whose `least_bound` is also what activated gates must promise."""
-
-    def _options(self, problem: Problem) -> Iterator[str]:
-        yield from super()._options(problem)
-        gate, bound = problem.options.gate, problem.options.lower_bound
-        if gate is Gate.NONE and (bound is None or bound < self.least_bound):
-            promised = "no bound" if bound is None else f"the bound {bound}"
-            yield f"activated gates have {promised}: it takes {self.least_bound} or more"
-
-
-CONTRACT = _Bounded(
+CONTRACT = Contract(
     dtypes=("bfloat16",),
     g_dtypes=("bfloat16", "float32"),
     beta_dtypes=("bfloat16", "float32"),
     param_dtypes=("float32", "bfloat16"),
     square=True,
-    gates=(Gate.SAFE, Gate.NONE),
-    least_bound=LEAST_BOUND,
     beta_values=True,
     neg_eigval=True,
     l2norm=(True, False),
@@ -433,12 +419,18 @@ def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
     )  # fmt: skip
     return (
         inputs.v.shape[2] // q.shape[2],
-        options.gate, options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        options.gate, _bounded(options), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
         *(None if x is None else x.dtype for x in tensors),
         part, comes and inputs.has_initial_state is not None,
         kept.states.dtype if goes else None, kept.rows.dtype if goes else None, goes and kept.every is not None,
         inputs.batch_invariant, _sanitized(),
     )  # fmt: skip
+
+
+def _bounded(options: Options) -> bool:
+    """Whether no log decay is under the bound with which 16 tokens' decays, exp(+-80), stay inside bf16's range."""
+    bound = options.lower_bound
+    return options.gate is not Gate.SOFTPLUS and bound is not None and bound >= SAFE_BOUND
 
 
 def spec_of(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:
@@ -547,15 +539,16 @@ def run(inputs: Inputs) -> Outputs:
     return prefill(inputs)
 
 
-_SAFE = Options(gate=Gate.SAFE, lower_bound=LEAST_BOUND)
+_SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
 _POOL = Problem(Op.PREFILL, (2048,) * 8, H=32, HV=32, pool_slots=16, options=_SAFE)
 _GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
 # What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
-# come activated, in fp32; and 12 heads of one sequence, which is split.
+# come activated, in fp32, those without a bound; and 12 heads of one sequence, which is split.
 USUAL = {
     "safe": _POOL,
     "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
     "activated": dataclasses.replace(_POOL, g_dtype="float32", options=_GIVEN),
+    "softplus": dataclasses.replace(_POOL, options=Options(gate=Gate.SOFTPLUS)),
     "safe split": dataclasses.replace(_POOL, seq_lens=(8192,), H=12, HV=12),
 }
 

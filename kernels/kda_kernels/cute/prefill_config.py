@@ -6,6 +6,7 @@ import enum
 from kda_kernels.problem import Gate
 
 CHUNK = 32  # tokens: the widest with which decays from its middle, exp(+-80), stay inside bf16's range
+BLOCK = 8  # tokens: a warp's of those that prepare chunks whose gates have no bound
 STAGES = 3  # prepared chunks between the warps that prepare and those that run the chain
 PARTS = 2  # of kI where the state is written: the two bf16 halves of a number of 16 bits
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
@@ -38,6 +39,7 @@ class PrefillSpec:
 
     Attributes:
         group: value heads that share a query and key head.
+        bounded: whether log decays are -5 or more.
         fresh: whether has_initial_state says which states begin with nothing.
         kept: dtype of the checkpoints' states; rows: of their rows, and of their offsets unless `every`.
         every: whether checkpoints come at regular distances.
@@ -47,6 +49,7 @@ class PrefillSpec:
 
     group: int
     gate: Gate
+    bounded: bool
     beta_is_logit: bool
     allow_neg_eigval: bool
     qk_l2norm: bool

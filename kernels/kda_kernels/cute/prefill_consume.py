@@ -86,7 +86,8 @@ class Consumer:
             stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
-            self.decay(S, decay, col)
+            if cutlass.const_expr(spec.bounded):
+                self.decay(S, decay, col, True)
             self.round(S, S_operand)
             self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
 
@@ -115,6 +116,8 @@ class Consumer:
             self.round(w, w_operand)
             for part in cutlass.range_constexpr(spec.inverse_parts):
                 self.product(solve, w, w_operand, solve_b, squares * stage + part, CHUNK // 16, True)
+            if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
+                self.decay(S, decay, col, False)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
@@ -128,12 +131,12 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            late = cutlass.const_expr(keeps or spec.invariant)  # the decays are still to be read
+            late = cutlass.const_expr(spec.bounded and (keeps or spec.invariant))  # the decays are still to be read
             if cutlass.const_expr(not late):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
                 self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
-            if cutlass.const_expr(spec.invariant):
+            if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
                     self.end(S, decay + spec.K, col)
             if cutlass.const_expr(keeps):
@@ -148,7 +151,7 @@ class Consumer:
         open_chunk = n_chunks > 0
         if cutlass.const_expr(spec.invariant):
             open_chunk = n_chunks & 1 == 1
-        if open_chunk:
+        if open_chunk and spec.bounded:
             self.end(S, shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K), col)
 
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
@@ -205,12 +208,14 @@ class Consumer:
                     rest(pair, rounded)
 
     @cute.jit
-    def decay(self, S, factors, col: Int32):
-        """S diag(factors^2)."""
+    def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool]):
+        """S diag(factors), or of their squares if they are roots."""
         for j in cutlass.range_constexpr(self.spec.K // 8):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
-                S[4 * j + i] = S[4 * j + i] * pair[i % 2] * pair[i % 2]
+                S[4 * j + i] = S[4 * j + i] * pair[i % 2]
+                if cutlass.const_expr(roots):
+                    S[4 * j + i] = S[4 * j + i] * pair[i % 2]
 
     @cute.jit
     def round(self, acc, target):
@@ -286,7 +291,7 @@ class Consumer:
     @cute.jit
     def keep_row(self, S, decay, kept, rows, i_n: Int32, column: Int32, inside: Int32):
         """Of S in the middle of a chunk what it is at its end."""
-        if cutlass.const_expr(self.spec.invariant):
+        if cutlass.const_expr(self.spec.invariant or not self.spec.bounded):
             self.store_row(S, kept, rows, i_n, column, inside)
         else:
             ended = cute.make_rmem_tensor(S.shape, Float32)

@@ -33,12 +33,14 @@ from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, CONSUMERS, STAGES,
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
+from kda_kernels.cute.prefill_unbounded import Unbounded
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
-REGISTERS = {"produce": 96, "consume": 160}  # a thread; the sum over the warpgroups is the register file
+# A thread of those that prepare and of those that consume; the sum over the warpgroups is the register file.
+REGISTERS = {True: (96, 160), False: (96, 160)}  # by whether gates are bounded
 
 
-class PrefillKernel(Producer, Consumer):
+class PrefillKernel(Producer, Unbounded, Consumer):
     """Called with tensors of the shapes of `Inputs`; see `prefill_build.py`."""
 
     def __init__(self, spec: PrefillSpec) -> None:
@@ -338,7 +340,9 @@ class PrefillKernel(Producer, Consumer):
             for s in cutlass.range_constexpr(STAGES):
                 each = self.spec.each_arrives
                 # v, and three warps' last pieces
-                cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3))
+                cute.arch.mbarrier_init(
+                    shared.full + s, 1 + ((128 if each else 3) if self.spec.bounded else (32 if each else 1))
+                )
                 cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
                 cute.arch.mbarrier_init(shared.summed + s, 64 if each else 2)
             for s in cutlass.range_constexpr(2):
@@ -353,18 +357,24 @@ class PrefillKernel(Producer, Consumer):
 
         group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
-            cute.arch.setmaxregister_increase(REGISTERS["consume"])
+            cute.arch.setmaxregister_increase(REGISTERS[self.spec.bounded][1])
             self.consume(
                 shared, atoms, tiles, o, h0, ht, started, summaries, starts, kept, rows, offsets, every, units, slot,
                 i_n, unit, kind, index, last, b, first, length, n_tokens, n_chunks, i_hv, group, segment, begin,
                 read, solve, mix, write,
             )  # fmt: skip
         else:
-            cute.arch.setmaxregister_decrease(REGISTERS["produce"])
-            self.produce(
-                shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
-                i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
-            )  # fmt: skip
+            cute.arch.setmaxregister_decrease(REGISTERS[self.spec.bounded][0])
+            if cutlass.const_expr(self.spec.bounded):
+                self.produce(
+                    shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
+                    i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
+                )  # fmt: skip
+            else:
+                self.produce_unbounded(
+                    shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
+                    i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128,
+                )  # fmt: skip
 
     @cute.jit
     def clear_tail(self, o, cu_seqlens, i_n: Int32, i_hv: Int32, tid: Int32):

@@ -6,7 +6,7 @@ from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, rsqrt
 from kda_kernels.cute.prefill_config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
-from kda_kernels.cute.prefill_shared import BLOCK, L_BLOCK, L_PITCH, TILE, TILE_PITCH, swizzled, vector
+from kda_kernels.cute.prefill_shared import BLOCK, L_HALF, L_PITCH, TILE, TILE_PITCH, swizzled, vector
 from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, rest, select
 
 
@@ -48,9 +48,11 @@ class Relater:
         norm_k, norm_q = self.norms(sums, lane)
         a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
         b = a * norm_k
-        early = lane < CHUNK // 2
-        shift = select(early, Float32(2.0**-SHIFT), Float32(2.0**SHIFT))
-        unshift = select(early, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
+        shift, unshift = Float32(1.0), Float32(1.0)
+        if cutlass.const_expr(self.spec.bounded):
+            early = lane < CHUNK // 2
+            shift = select(early, Float32(2.0**-SHIFT), Float32(2.0**SHIFT))
+            unshift = select(early, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
         longest = vector(sums, CHUNK + lane, 1)[0]
         if cutlass.const_expr(self.spec.part.reads):
             longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
@@ -79,7 +81,7 @@ class Relater:
         norm_k, norm_q = self.norms(sums, 16 * w + row)
         factor = vector(sums, 3 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
         factor = select(16 * w + row < tokens, factor, Float32(0.0))
-        diagonal, tiles = scratch + (w * L_BLOCK + row), cute.recast_ptr(scratch, dtype=BFloat16)
+        diagonal, tiles = scratch + (w * L_HALF + row), cute.recast_ptr(scratch, dtype=BFloat16)
         for j in cutlass.range_constexpr(2 * w + h + 1):
             values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
             if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
@@ -114,11 +116,10 @@ class Relater:
         """(I + L)^-1 - I to `mix`, transposed; its second part behind it.
 
         The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
-        diagonal is not used). Then the lower left block, -X1 L10 X0: products of operands in two bf16 parts, 16 bits
-        together.
+        diagonal is not used). Then the lower left block: products of operands in two bf16 parts, 16 bits together.
         """
         block, n = lane >> 4, lane & 15
-        L, tiles = scratch + block * L_BLOCK, cute.recast_ptr(scratch, dtype=BFloat16)
+        L, tiles = scratch + block * L_HALF, cute.recast_ptr(scratch, dtype=BFloat16)
         x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
         for m in cutlass.range_constexpr(BLOCK - 1):
             for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
@@ -140,7 +141,11 @@ class Relater:
                 vector(mix, target, 8).store(lower[None, piece].load())
         vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = BFloat16(0.0)  # the diagonal
         cute.arch.sync_warp()
+        self.join(tiles, mix, lane)
 
+    @cute.jit
+    def join(self, tiles, mix, lane: Int32):
+        """The inverse's lower left square, -X1 L10 X0, from its diagonal ones."""
         place = tiles + (((lane >> 3 & 1) * 8 + (lane & 7)) * TILE_PITCH + (lane >> 4) * 8)
         X0, L10 = ([load_matrices(place + (i + part) * TILE) for part in range(2)] for i in (0, 4))
         X1 = [load_transposed(place + (2 + part) * TILE) for part in range(2)]

@@ -9,12 +9,13 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
+from kda_kernels.cute.prefill_config import BLOCK as OWN
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
 BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
 # Columns are 16-byte aligned, and those accessed at once begin in different banks; also of both diagonal blocks.
-L_PITCH, L_BLOCK = BLOCK + 4, BLOCK * (BLOCK + 4) + 16  # floats
+L_PITCH, L_HALF = BLOCK + 4, BLOCK * (BLOCK + 4) + 16  # floats
 TILE_PITCH = BLOCK + 8  # elements
 TILE = BLOCK * TILE_PITCH
 
@@ -38,6 +39,7 @@ class Shared:
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup, and for this and its next chunk, q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
     zeros: 8 of them
+    bias:  of the gate, fp32 [K]; where gates have no bound
     """
 
     full: Any
@@ -45,6 +47,7 @@ class Shared:
     loaded: Any
     summed: Any
     zeros: Any
+    bias: Any
     rows: Any
     cols: Any
     mix: Any
@@ -56,6 +59,16 @@ class Shared:
     raw_g: Any
     solve: Any
     sums: Any
+
+
+# k of blocks, [OWN, K] each, as it decays to the end of its block or its half: block 0 to both, 1, 2; then k and q of
+# block 3 as they have decayed since its half began
+CROSS = 6 * OWN * 128
+
+
+def room_for_g(width: int) -> int:
+    """Elements of so many bits: room for g of a chunk, or `cross`."""
+    return max(CHUNK * 128, CROSS * 16 // width)
 
 
 def allocate(spec: PrefillSpec, g_dtype) -> Shared:
@@ -72,7 +85,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         v=array(BFloat16, STAGES * CHUNK * V, 1024),
         out=array(BFloat16, 2 * spec.out_buffers * CHUNK * 64, 1024),
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
-        raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
+        raw_g=array(g_dtype, 2 * (CHUNK * K if spec.bounded else room_for_g(g_dtype.width)), 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
         solve=array(Float32, 2 * 3 * TILE),
@@ -82,6 +95,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         loaded=array(Int64, 2, 8),
         summed=array(Int64, STAGES, 8),
         zeros=array(BFloat16, 8),
+        bias=None if spec.bounded else array(Float32, K),
     )
 
 
@@ -105,6 +119,11 @@ def vector(pointer, offset, size: int = 2):
     if not isinstance(offset, int):
         offset = cute.assume(offset, divby=size)
     return cute.make_tensor(pointer + offset, cute.make_layout(size))
+
+
+def piece(pointer, index, size: int):
+    """Where number `index` of pieces of so many elements begins, aligned to such a piece."""
+    return pointer + (index * size if isinstance(index, int) else cute.assume(index * size, divby=size))
 
 
 def tile_layout(dtype, channels: int):
