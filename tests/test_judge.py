@@ -365,6 +365,14 @@ def test_a_state_that_has_no_more_digits_is_no_fault():
     assert _verdicts(inputs, zero)["final_state"].passed
 
 
+def test_an_fp16_state_that_went_through_bf16_fails():
+    inputs = _inputs(state_dtype="float16")
+    outputs = _good(inputs)
+    assert _verdicts(inputs, outputs)["final_state"].passed
+    outputs.final_state = outputs.final_state.bfloat16().half()
+    assert "hold seven bits of mantissa" in _verdicts(inputs, outputs)["final_state"].note
+
+
 def test_a_bf16_state_is_no_float32():
     inputs = _inputs(state_dtype="bfloat16")
     assert _verdicts(inputs, _good(inputs))["final_state"].passed

@@ -11,6 +11,7 @@ import torch
 
 from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
 from kda_kernels.problem import CHUNK
+from kda_kernels.reference.targets import Target, targets
 from kda_kernels.tensors import Dims, Inputs
 
 PIECE = 1 << 20  # elements of the largest tensor that are looked at in one go (8 MiB in fp64)
@@ -23,15 +24,6 @@ class Stretch:
     sequence: int
     start: int
     stop: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Where a state goes: that of a sequence after so many of its tokens, to an index of a tensor."""
-
-    sequence: int
-    tokens: int
-    index: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +50,7 @@ class Layout:
         lens = seq_lens(inputs, dims)
         packed, pooled = inputs.cu_seqlens is not None, inputs.state_indices is not None
         slots = loaded_slots(inputs) if pooled else list(range(dims.N))
-        finals = [Target(n, lens[n], (slot,)) for n, slot in enumerate(slots) if slot >= 0]
-        return cls(dims, lens, slots, packed, pooled, inputs.state_v_first, {"final_state": finals})
+        return cls(dims, lens, slots, packed, pooled, inputs.state_v_first, targets(inputs, lens))
 
     def tokens(self, tensor: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """View [t, ...] of a tensor [B, T, ...]."""
@@ -83,8 +74,10 @@ class Layout:
 
     def initial(self, inputs: Inputs, sequence: int) -> torch.Tensor | None:
         """View [HV, V, K] of the state that a sequence starts from; None: from zeros, or it is padding."""
-        slot = self.slots[sequence]
-        return None if inputs.state is None or slot < 0 else self.state(inputs.state, (slot,))
+        slot, has = self.slots[sequence], inputs.has_initial_state
+        if inputs.state is None or slot < 0 or (has is not None and not bool(has[sequence])):
+            return None
+        return self.state(inputs.state, (slot,))
 
     def groups(self) -> Iterator[list[Stretch]]:
         """The sequences in order, in groups of about `PIECE` elements; a long one in several of whole chunks.
@@ -93,6 +86,8 @@ class Layout:
         """
         d = self.dims
         most_tokens = max(CHUNK, PIECE // (d.HV * max(d.K, d.V)) // CHUNK * CHUNK)
+        if any(len(every) > 4 * len(self.lens) for every in self.targets.values()):  # a state for each token
+            most_tokens = CHUNK
         most_states = max(1, PIECE // (d.HV * d.K * d.V))
         group: list[Stretch] = []
         held = 0

@@ -17,17 +17,17 @@ from kda_kernels.reference.chunked import chunk_recurrence
 from kda_kernels.reference.gate import L2NORM_EPS, gate_rate, log_decay
 from kda_kernels.reference.recurrent import After, token_recurrence
 from kda_kernels.reference.rounding import OperandDtype, operand_rounding
+from kda_kernels.reference.targets import Recurrence, Snapshots, Target
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge.layout import Layout, Place, Stretch, Target
+from kdacli.judge.layout import Layout, Place, Stretch
 
 DRAWS = 8
 UNITS = tuple(2 ** (i / DRAWS) for i in range(DRAWS))  # spread over what a mantissa can be
 LONG = 1024  # tokens
 KEPT = 1 << 27  # elements of a call's outputs up to which its pieces are kept: 1 GiB of fp64
 _TOKENS = ("q", "k", "v", "g", "beta")
-_LOW = (1 << 13) - 1  # what float32's mantissa has beyond the ten bits of fp16 and tf32
-
-Recurrence = Callable[[Batch, torch.Tensor, After], torch.Tensor]
+# Bits of mantissa that what is rounded on its way is left with: tf32's and fp16's of float32, bf16's of fp16.
+LEFT = {torch.float32: 10, torch.float16: 7}
 
 
 def expect(inputs: Inputs, op: Op | str) -> Outputs:
@@ -62,7 +62,7 @@ class Plain:
     cut: bool = False
 
 
-def plains(op: Op, dtype: torch.dtype, longest: int) -> list[Plain]:
+def plains(op: Op, dtype: torch.dtype, longest: int, step_dtype: torch.dtype | None = None) -> list[Plain]:
     """The plain implementation of `op`, and the same with operands rounded in other units: as good, other errors.
 
     One alone may be lucky: where a few tokens, or a nearly singular chunk, decide, its error is a third of another's as
@@ -71,7 +71,18 @@ def plains(op: Op, dtype: torch.dtype, longest: int) -> list[Plain]:
 
     Args:
         dtype: of the activations. longest: tokens of the longest sequence.
+        step_dtype: to what states are rounded after each token, where each is a call of its own; None: they are not.
     """
+    if step_dtype is not None:
+
+        def steps(batch: Batch, states: torch.Tensor, after: After) -> torch.Tensor:
+            def rounded(tokens: int, running: torch.Tensor) -> None:
+                running.copy_(running.to(step_dtype))
+                after(tokens, running)
+
+            return token_recurrence(batch, states, rounded)
+
+        return [Plain(steps)]
     if op is not Op.PREFILL:
         return [Plain(token_recurrence)]
     operands = operand_dtype(dtype)
@@ -104,8 +115,8 @@ class Rows:
         squares, worst: float64 [draws, R, HV], of each plain implementation's errors the sum of squares, and the
             largest.
         finite: whether the plain implementations made numbers.
-        fine: bool [R, HV, C], of states: which elements need more than ten bits of mantissa, and a plain implementation
-            has them. A single product of short numbers is short.
+        fine: bool [R, HV, C], of states: which elements need more bits of mantissa than `LEFT`, and a plain
+            implementation has them. A single product of short numbers is short.
     """
 
     place: Place
@@ -116,19 +127,21 @@ class Rows:
     fine: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, place: Place, exact: torch.Tensor, made: Sequence[torch.Tensor], *, digits: bool = False) -> "Rows":
+    def of(cls, place: Place, exact: torch.Tensor, made: Sequence[torch.Tensor]) -> "Rows":
         """`made`: by each plain implementation, [R, HV, C], rounded as a result is."""
         exact = exact.double()
         errors = [(one.double() - exact).abs_() for one in made]
         squares = torch.stack([error.square().sum(-1) for error in errors])
         worst = torch.stack([error.amax(-1) if error.numel() else error.sum(-1) for error in errors])
         finite = all(bool(one.isfinite().all()) for one in made)
-        return cls(place, exact, squares, worst, finite, fine(exact) & fine(made[0]) if digits else None)
+        dtype = made[0].dtype
+        needed = fine(exact.to(dtype), dtype) & fine(made[0], dtype) if not place.group and dtype in LEFT else None
+        return cls(place, exact, squares, worst, finite, needed)
 
 
-def fine(rows: torch.Tensor) -> torch.Tensor:
-    """Which elements, of values that float32 holds, need more than ten bits of mantissa."""
-    return rows.float().view(torch.int32).bitwise_and(_LOW).ne(0)
+def fine(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Which elements need more bits of mantissa than `dtype` would be left with."""
+    return rows.float().view(torch.int32).bitwise_and((1 << (23 - LEFT[dtype])) - 1).ne(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +171,7 @@ class Reference:
     Args:
         inputs: on any device, perhaps mapped from a file; not modified.
         device: where to compute; None: where the inputs are.
+        stepwise: each token is a call of its own, which rounds the states.
 
     Attributes:
         layout: of the call. plains: the plain implementations.
@@ -172,11 +186,14 @@ class Reference:
         InputError: see `check_inputs`.
     """
 
-    def __init__(self, inputs: Inputs, op: Op | str, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, op: Op | str, device: str | torch.device | None = None, *, stepwise: bool = False
+    ) -> None:
         self.inputs, self.op = inputs, Op(op)
         self.device = torch.device(inputs.q.device if device is None else device)
         self.layout = Layout.of(inputs)
-        self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0))
+        step_dtype = stored_dtype(inputs, "final_state") if stepwise else None
+        self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0), step_dtype)
         self._squares, self._states = (torch.zeros(self.layout.dims.N, self.layout.dims.HV).double() for _ in range(2))
         d = self.layout.dims
         states = sum(map(len, self.layout.targets.values())) * d.HV * d.V * d.K
@@ -206,8 +223,9 @@ class Reference:
         d = self.layout.dims
         if field == "o":
             return [d.B, d.T, d.HV, d.K if self.op is Op.GATE else d.V]
-        slots = d.N if self.inputs.state_indices is None else len(self.inputs.state)
-        return [slots, d.HV, *((d.V, d.K) if self.inputs.state_v_first else (d.K, d.V))]
+        if field in (written := written_by(self.inputs)):
+            return list(written[field].shape)
+        return [d.N, d.HV, *((d.V, d.K) if self.inputs.state_v_first else (d.K, d.V))]
 
     def fits(self, field: str, tensor: torch.Tensor) -> bool:
         return list(tensor.shape) == self.shape(field)
@@ -280,7 +298,7 @@ class Reference:
                     for held in (states, *(held for _, held in made))
                 )
                 place = Place.of_states(self.layout, every, several=_several(self.layout.targets[name]))
-                rows[name] = Rows.of(place, one, [other.to(dtype) for other in others], digits=True)
+                rows[name] = Rows.of(place, one, [other.to(dtype) for other in others])
         return Piece(group, rows)
 
     def _measure(self, group: list[Stretch], states: torch.Tensor) -> None:
@@ -297,10 +315,21 @@ class Reference:
             self._states[s.sequence] = norm
 
 
+def written_by(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """By field of `Outputs`, the tensors of a call that it writes states to."""
+    kept = inputs.checkpoints
+    own = kept is not None and kept.states is not inputs.state
+    pool = inputs.state if inputs.state_indices is not None else None
+    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": kept.states if own else None}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def stored_dtype(inputs: Inputs, tensor: str) -> torch.dtype:
     """In what a result is stored."""
     if tensor == "o":
         return inputs.v.dtype
+    if tensor in (written := written_by(inputs)):
+        return written[tensor].dtype
     return torch.float32 if inputs.state is None else inputs.state.dtype
 
 
@@ -322,26 +351,15 @@ def _run(
     run: Recurrence, batch: Batch, states: torch.Tensor, group: list[Stretch], asked: set[tuple[int, int]]
 ) -> tuple[torch.Tensor, States]:
     """o [R, HV, V], and the states that are asked for; `states` [n, HV, V, K] move on in place."""
-    numbers = [s.slot for s in batch.sequences]
-    inside = {group[i].sequence: (row, group[i].start) for row, i in enumerate(numbers)}
-    found: States = {(s.sequence, s.start): states[i].clone() for i, s in enumerate(group) if s.start == 0}
-    wanted: dict[int, list[tuple[int, tuple[int, int]]]] = {}
-    for sequence, tokens in asked:
-        if sequence in inside and tokens > inside[sequence][1]:
-            row, start = inside[sequence]
-            wanted.setdefault(tokens - start, []).append((row, (sequence, tokens)))
-
-    def after(done: int, running: torch.Tensor) -> None:
-        for row, key in wanted.pop(done, ()):
-            found[key] = running[row].clone()
-
-    order = batch.index(numbers)
+    starts = {s.sequence: (i, s.start) for i, s in enumerate(group)}
+    found = {(s.sequence, s.start): states[i].clone() for i, s in enumerate(group) if s.start == 0}
+    inside = {(starts[n][0], tokens - starts[n][1]) for n, tokens in asked if tokens > starts[n][1]}
+    snapshots, order = Snapshots(batch, inside), batch.index([s.number for s in batch.sequences])
     moving = states[order]
-    o = run(batch, moving, after)
+    o = run(batch, moving, snapshots.after)
     states[order] = moving
-    for left in wanted.values():  # a sequence's end inside a chunk
-        found |= {key: moving[row] for row, key in left}
-    return o, found
+    taken = snapshots.end(moving).items()
+    return o, found | {(group[i].sequence, group[i].start + tokens): state for (i, tokens), state in taken}
 
 
 def _by_a_gpu(inputs: Inputs, batch: Batch) -> Batch:

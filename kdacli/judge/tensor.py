@@ -79,13 +79,21 @@ class TensorJudge:
     Args:
         tensor: its name. sequences, heads: how many.
         plains: the plain implementations whose errors come with the rows.
-        dtype: what it should be rounded to. terms: how many numbers are summed into an element.
+        stored: what it is stored in. dtype: what it should be rounded to, that or less.
+        terms: how many numbers are summed into an element.
     """
 
     def __init__(
-        self, tensor: str, sequences: int, heads: int, plains: Sequence[Plain], dtype: torch.dtype, terms: int
+        self,
+        tensor: str,
+        sequences: int,
+        heads: int,
+        plains: Sequence[Plain],
+        stored: torch.dtype,
+        dtype: torch.dtype,
+        terms: int,
     ) -> None:
-        self.tensor, self.dtype = tensor, dtype
+        self.tensor, self.dtype, self.stored = tensor, dtype, stored
         self.unit, self.floor, self.smallest = UNIT_ROUNDOFF[dtype], FLOOR * math.sqrt(terms), SMALLEST[dtype]
         self.cut = torch.tensor([one.cut for one in plains])
         shape = (sequences, heads)
@@ -116,7 +124,8 @@ class TensorJudge:
         if rows.fine is not None:
             needed = rows.fine & out.ne(0)
             self.needed.index_add_(0, owner, needed.sum(-1).double().cpu())
-            self.held.index_add_(0, owner, (needed & fine(out)).sum(-1).double().cpu())
+            held = needed & fine(out, self.stored)
+            self.held.index_add_(0, owner, held.sum(-1).double().cpu())
         self._keep_worst(rows, wrong)
 
     def _keep_worst(self, rows: Rows, wrong: torch.Tensor) -> None:
@@ -215,19 +224,20 @@ class TensorJudge:
         return share[i, n, h].item(), self.places[place].name(row, h, column), worst, worst_bound
 
     def _digits(self) -> list[str]:
-        """A float32 state that was rounded to bf16, fp16 or tf32 on its way, in words.
+        """A state that was rounded to less than it is stored in on its way, in words.
 
         One such rounding of a final state is smaller than what products of bf16 operands make of it, so that no bound
         sees it. But a state that is handed on from step to step, and rounded in each, drifts; who asks for float32
         means to prevent it.
         """
         lacking = (self.needed >= ENOUGH) & (self.held == 0)
-        if self.dtype is not torch.float32 or not bool(lacking.any()):
+        if self.dtype is not self.stored or not bool(lacking.any()):
             return []
         n, h = divmod(int(lacking.flatten().byte().argmax()), lacking.shape[1])
+        left, to = ("ten", "bf16, fp16 or tf32") if self.stored is torch.float32 else ("seven", "bf16")
         return [
-            f"{int(lacking.sum())} of {lacking.numel()} (sequence, head) blocks, first sequence {n}, head {h}, hold ten"
-            " bits of mantissa at most: they were rounded to bf16, fp16 or tf32, and the kernel declares no"
+            f"{int(lacking.sum())} of {lacking.numel()} (sequence, head) blocks, first sequence {n}, head {h}, hold"
+            f" {left} bits of mantissa at most: they were rounded on their way to {to}, and the kernel declares no"
             " carried_state"
         ]
 

@@ -20,7 +20,7 @@ import torch
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.tensors import Outputs
 from kdacli.judge.bits import bits
-from kdacli.judge.reference import Piece, Reference, stored_dtype
+from kdacli.judge.reference import Piece, Reference, stored_dtype, written_by
 from kdacli.judge.tensor import TensorJudge, Verdict
 
 
@@ -56,17 +56,17 @@ class CallJudge:
         for field in ("o",) if gate else ("o", *self.layout.targets):
             tensor, name = getattr(outputs, field), reference.name(field)
             if tensor is None:
-                if reference.inputs.output_final_state and not partial:
+                if not partial and (field != "final_state" or reference.inputs.output_final_state):
                     self.found[field] = Verdict.failed(name, "missing: the kernel returned none")
             elif not reference.fits(field, tensor):
                 note = f"shape is {list(tensor.shape)}: it should be {reference.shape(field)}"
                 self.found[field] = Verdict.failed(name, note)
             else:
-                dtype = torch.float32 if gate else stored_dtype(reference.inputs, field)
+                dtype = stored = torch.float32 if gate else stored_dtype(reference.inputs, field)
                 if field != "o" and carried_state is not None and dtype is torch.float32:
                     dtype = getattr(torch, carried_state)
                 terms = CHUNK if gate else d.K
-                self.judges[field] = TensorJudge(name, d.N, d.HV, reference.plains, dtype, terms)
+                self.judges[field] = TensorJudge(name, d.N, d.HV, reference.plains, stored, dtype, terms)
 
     def add(self, piece: Piece) -> None:
         """Pieces of the reference, in order."""
@@ -79,15 +79,36 @@ class CallJudge:
         found = dict(self.found)
         for field, tensor in self.judges.items():
             verdict = tensor.verdict(usual if field == "o" else None)
-            if field == "final_state" and self.layout.pooled:
-                verdict = verdict.with_fault(self._touched(self.reference.inputs.state, self.outputs.final_state))
-            found[field] = verdict
+            if field in (written := written_by(self.reference.inputs)):
+                verdict = verdict.with_fault(self._touched(field, written[field]))
+            found[field] = verdict.with_fault(self._behind()) if field == "o" else verdict
         return [found[field] for field in ("o", *self.layout.targets) if field in found]
 
-    def _touched(self, before: torch.Tensor, after: torch.Tensor) -> str:
-        """Which slot was written that no sequence uses, in words; "" if none was. A slot at a time."""
-        used = {target.index for target in self.layout.targets["final_state"]}
-        for slot in range(len(before)):
-            if (slot,) not in used and not torch.equal(bits(after[slot]).cpu(), bits(before[slot]).cpu()):
-                return f"slot {slot} of the pool was written, and no sequence uses it"
+    def _behind(self) -> str:
+        """Rows of o behind the last sequence that are not zero, in words; "" if there are none."""
+        behind = self.outputs.o[0, sum(self.layout.lens) :] if self.layout.packed else self.outputs.o[:0]
+        if self.reference.op is Op.GATE or not bool(bits(behind).any()):
+            return ""
+        return f"{int(bits(behind).flatten(1).any(1).sum())} rows behind the last sequence are not zero"
+
+    def _touched(self, field: str, before: torch.Tensor) -> str:
+        """What was written of a pool, or of another tensor that states go to, and should not, in words; "" if nothing.
+
+        A row, such as a slot, at a time.
+        """
+        after = getattr(self.outputs, field)
+        used = {target.index for target in self.layout.targets[field]}
+        for row in range(len(before)):
+            inner = before.ndim - 4  # 1: a row has a state for each token
+            mine = [index for index in used if index[0] == row]
+            if mine and not inner:
+                continue
+            was, now = bits(before[row]).cpu(), bits(after[row]).cpu()
+            if mine:
+                others = torch.ones(before.shape[1], dtype=torch.bool)
+                others[[index[1] for index in mine]] = False
+                was, now = was[others], now[others]
+            if not torch.equal(was, now):
+                what = f"slot {row} of the pool" if field == "final_state" else f"row {row} of {field}"
+                return f"{what} was written, and no sequence uses it"
         return ""

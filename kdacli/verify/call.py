@@ -8,6 +8,7 @@ import torch
 
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge.reference import written_by
 from kdacli.verify.guards import GuardedAllocations
 from kdacli.verify.memory import Copy, poisoned_memory
 
@@ -54,5 +55,5 @@ def call(runner: Runner, inputs: Inputs, *, guarded: bool = False) -> Call:
 
 
 def pool_as_final_state(outputs: Outputs, inputs: Inputs) -> Outputs:
-    """A pool that was updated in place is the final state, whatever the kernel returned."""
-    return outputs if inputs.state_indices is None else dataclasses.replace(outputs, final_state=inputs.state)
+    """What was written in place is an output, whatever the kernel returned: a pool as the final state."""
+    return dataclasses.replace(outputs, **written_by(inputs))

@@ -32,7 +32,8 @@ class Case:
         problem, gates, keys: what `kdacli.synthetic.make_inputs` draws from.
         transforms: names in `kdacli.verify.transforms.TRANSFORMS`, applied in order.
         properties: names in `kdacli.verify.properties.PROPERTIES`: what must hold beside the values.
-        decode_steps: for prefill: the last so many tokens of each sequence are decoded from the pool, one by one.
+        decode_steps: for prefill: the last so many tokens of each sequence are decoded from the pool, one by one. For
+            decode, if it is not 0: all of them.
         gpu_only: too large for an interpreter, or about something that only a GPU has.
         seed: added to the seed of the run.
         about: what makes it this case, as groups of fields by their names in `kdacli.verify.spec`: while one group is

@@ -9,6 +9,9 @@ from kda_kernels.checks import check_inputs, seq_lens
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel, kernels
 from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.triton.runtime import interpreted
+
+INTERPRETED = 64  # calls of one case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,36 @@ class PrefillThenDecode:
             part = tokens_of(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
             o[:, rows] = call.run(part).o
             rows, call = ends - self.steps + step, self.decode or call
+        return Outputs(o, inputs.state)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneByOne:
+    """A decode kernel that is called for each token of packed sequences, with their pool."""
+
+    decode: Kernel
+
+    @property
+    def name(self) -> str:
+        return self.decode.name
+
+    @property
+    def carried_state(self) -> str | None:
+        return self.decode.carried_state
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why not, as `Kernel.unsupported`."""
+        if max(problem.seq_lens) > INTERPRETED and self.decode.backend == "triton" and interpreted():
+            return f"{max(problem.seq_lens)} calls would take minutes in Triton's interpreter"
+        return self.decode.unsupported(dataclasses.replace(problem, seq_lens=(1,) * problem.N))
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """All sequences are of one length."""
+        lens = torch.tensor(seq_lens(inputs, check_inputs(inputs, values=True)), device=inputs.q.device)
+        starts, o = lens.cumsum(0) - lens, torch.full_like(inputs.v, torch.nan)
+        for t in range(int(lens.max())):
+            rows = starts + t
+            o[:, rows] = self.decode.run(tokens_of(inputs, rows, torch.ones_like(lens))).o
         return Outputs(o, inputs.state)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kda_kernels.tensors import Inputs
+from kdacli.judge.reference import written_by
 from kdacli.verify.guards import ZONE, Guarded
 
 
@@ -29,7 +30,7 @@ class Copy:
     def of(cls, inputs: Inputs) -> "Copy":
         housed: dict[tuple[int, int], Guarded] = {}
         names: dict[tuple[int, int], list[str]] = {}
-        for name, t in inputs.tensors().items():
+        for name, t in every_tensor(inputs).items():
             names.setdefault(_storage_key(t), []).append(name)
 
         def copy(t: torch.Tensor) -> torch.Tensor:
@@ -59,17 +60,26 @@ def modified(before: Inputs, after: Inputs) -> list[str]:
         before: the inputs.
         after: `own_memory(before)`, after the call.
     """
-    pooled = before.state_indices is not None
-    names = []
-    for name, was in before.tensors().items():
-        now = after.tensors()[name]
-        inside = _all_of(now)[ZONE:-ZONE]
-        if name == "state" and pooled:
+    written = {id(tensor) for tensor in written_by(before).values()}
+    names, tensors = [], every_tensor(after)
+    for name, was in every_tensor(before).items():
+        inside = _all_of(tensors[name])[ZONE:-ZONE]
+        if id(was) in written:
             inside = inside.clone()
             _moved(was, inside.untyped_storage()).copy_(was)  # the slots are judged elsewhere
-        if not torch.equal(_all_of(was), inside):
-            names.append("memory between the slots of the pool" if name == "state" and pooled else name)
+        if name != "workspace" and not torch.equal(_all_of(was), inside):
+            between = "the slots of the pool" if name == "state" else f"the states of {name}"
+            names.append(f"memory between {between}" if id(was) in written else name)
     return names
+
+
+def every_tensor(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Those of a call by name, the ones of its checkpoints too, but what is on the host beside a GPU."""
+    found = {name: t for name, t in inputs.tensors().items() if name != "cu_seqlens_cpu"}
+    if (kept := inputs.checkpoints) is not None:
+        parts = {"checkpoints": kept.states, "checkpoints.rows": kept.rows, "checkpoints.offsets": kept.offsets}
+        found |= {name: t for name, t in parts.items() if t is not None and t is not inputs.state}
+    return found
 
 
 def _storage_key(t: torch.Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from kda_kernels.checks import problem_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
@@ -20,10 +21,10 @@ from kdacli.userkernels import UserKernel
 from kdacli.verify import room
 from kdacli.verify.call import Call, Runner, call
 from kdacli.verify.case import Case
-from kdacli.verify.continuity import PrefillThenDecode
+from kdacli.verify.continuity import OneByOne, PrefillThenDecode
 from kdacli.verify.memory import modified
 from kdacli.verify.properties import PROPERTIES, NotApplicableError, Remark, Subject
-from kdacli.verify.transforms import LAYOUTS, transformed
+from kdacli.verify.transforms import LAYOUTS, SERVING, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
 NO_ROOM = "the GPU has too little memory free for this case"
@@ -98,8 +99,11 @@ class Bench:
 
     @classmethod
     def of_case(cls, case: Case, seed: int, device: str) -> "Bench":
-        inputs = inputs_of(case, seed, device)
-        bench = cls.of_inputs(case.name, case.problem, inputs)
+        inputs, problem = inputs_of(case, seed, device), case.problem
+        if not SERVING.keys().isdisjoint(case.transforms):
+            problem = problem_of(inputs, problem.op)
+        stepwise = problem.op is Op.DECODE and case.decode_steps > 0
+        bench = cls(case.name, problem, inputs, Reference(inputs, problem.op, stepwise=stepwise).computed())
         strided = not LAYOUTS.keys().isdisjoint(case.transforms)
         return dataclasses.replace(bench, properties=case.properties, decode_steps=case.decode_steps, strided=strided)
 
@@ -131,7 +135,11 @@ def pairs(kernels: Iterable[Kernel], cases: Iterable[Case]) -> Table:
 
 
 def runner_of(kernel: Kernel, decode_steps: int) -> Runner:
-    """What is run for a kernel: itself, or itself and then a decode kernel for the last so many tokens."""
+    """What is run for a kernel: itself; or a prefill and then a decode kernel for the last so many tokens; or a decode
+    kernel token by token.
+    """
+    if decode_steps and kernel.op is Op.DECODE:
+        return OneByOne(kernel)
     return PrefillThenDecode.of(kernel, decode_steps) if decode_steps else kernel
 
 
@@ -228,9 +236,10 @@ def _wrong_beside_values(bench: Bench, made: Call) -> Iterator[str]:
     yield from made.strays
     state_dtype = torch.float32 if inputs.state is None else inputs.state.dtype
     dtypes = {"o": torch.float32 if bench.problem.op is Op.GATE else inputs.v.dtype, "final_state": state_dtype}
-    for name, tensor in outputs.tensors().items():
-        if tensor.dtype not in (dtypes[name], torch.float32 if name == "final_state" else None):
-            yield f"{name} is {tensor.dtype}: it should be {dtypes[name]}"
+    for name, dtype in dtypes.items():
+        tensor = outputs.tensors().get(name)
+        if tensor is not None and tensor.dtype not in (dtype, torch.float32 if name == "final_state" else None):
+            yield f"{name} is {tensor.dtype}: it should be {dtype}"
 
 
 def _differences(first: Outputs, second: Outputs) -> Iterator[str]:

@@ -1,9 +1,11 @@
-"""The named changes of inputs that cases choose from: `layouts` change memory, `regimes` change values."""
+"""The named changes of inputs that cases choose from: `layouts` change memory, `regimes` values,
+and `serving` what is computed.
+"""
 
 from collections.abc import Callable
 
 from kda_kernels.tensors import Inputs
-from kdacli.verify import layouts, regimes
+from kdacli.verify import layouts, regimes, serving
 
 LAYOUTS: dict[str, Callable[[Inputs], Inputs]] = {
     "packed-projection": layouts.packed_projection,
@@ -32,8 +34,23 @@ REGIMES: dict[str, Callable[[Inputs], Inputs]] = {
     "scaled-heads": regimes.scaled_heads,
     "small-values": regimes.small_values,
 }
+SERVING: dict[str, Callable[[Inputs], Inputs]] = {
+    "any-negative": serving.any_negative,
+    "null-slot": serving.null_slot,
+    "fresh-states": serving.fresh_states,
+    "drafts": serving.drafts,
+    "read-only": serving.read_only,
+    "token-rows": serving.token_rows,
+    "checkpoint-of-each": serving.checkpoint_of_each,
+    "checkpoints-of-chunks": serving.checkpoints_of_chunks,
+    "checkpoints-every": serving.checkpoints_every,
+    "checkpoints-in-pool": serving.checkpoints_in_pool,
+    "bucket": serving.bucket,
+    "strided-indices": serving.strided_indices,
+    "long-indices": serving.long_indices,
+}
 # Values before memory: a regime may make its tensor anew.
-TRANSFORMS = REGIMES | LAYOUTS
+TRANSFORMS = REGIMES | SERVING | LAYOUTS
 
 
 def transformed(inputs: Inputs, names: tuple[str, ...]) -> Inputs:

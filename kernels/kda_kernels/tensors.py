@@ -215,10 +215,14 @@ class Outputs:
     o: [B, T, HV, V] in the dtype of v. For the op `gate`: the chunk-local cumsum, float32 [B, T, HV, K].
     final_state: [N, HV, V, K] ([N, HV, K, V] unless state_v_first) in the dtype of the incoming state, fp32 if there
         was none; the pool itself when there is one; None if not asked for.
+    token_states, checkpoints: where those of `Inputs` were written. Kernels may leave them out.
     """
 
     o: torch.Tensor
     final_state: torch.Tensor | None = None
+    token_states: torch.Tensor | None = None
+    checkpoints: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: t for name, t in (("o", self.o), ("final_state", self.final_state)) if t is not None}
+        """Those that are there, by name."""
+        return {f.name: t for f in dataclasses.fields(self) if (t := getattr(self, f.name)) is not None}

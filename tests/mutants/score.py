@@ -8,7 +8,7 @@ from kdacli.verify.case import Case
 from kdacli.verify.runner import Bench, check
 from kdacli.verify.suites import cases_for
 from kdacli.verify.verdict import wrong_lines
-from tests.mutants import activations, memory, ranges, recurrence  # noqa: F401  they fill the table
+from tests.mutants import activations, memory, ranges, recurrence, serving  # noqa: F401  they fill the table
 from tests.mutants.table import MUTANTS, Mutant
 
 

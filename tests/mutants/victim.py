@@ -5,12 +5,14 @@ sequences, tokens or chunks, all heads at once.
 """
 
 import dataclasses
+import functools
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.problem import CHUNK, Gate, Op, Problem
+from kda_kernels.problem import CHUNK, FEATURES, Gate, Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 
@@ -87,13 +89,33 @@ class Victim:
         return list(zip(ends[:-1], ends[1:], strict=True))
 
     def slots(self, inputs: Inputs, n: int) -> list[int]:
-        return list(range(n)) if inputs.state_indices is None else inputs.state_indices.tolist()
+        """Where each sequence's state is loaded from; -1: it is padding."""
+        if inputs.state_indices is None:
+            return list(range(n))
+        slots = self.indices(inputs)[:n].tolist()
+        if inputs.num_accepted_tokens is not None:
+            slots = [row[self.column(a)] for row, a in zip(slots, inputs.num_accepted_tokens.tolist(), strict=True)]
+        return [-1 if self.is_padding(inputs, slot) else slot for slot in slots]
+
+    def indices(self, inputs: Inputs) -> torch.Tensor:
+        return inputs.state_indices
+
+    def column(self, accepted: int) -> int:
+        """Of state_indices, from which a state is loaded."""
+        return accepted - 1
+
+    def is_padding(self, inputs: Inputs, slot: int) -> bool:
+        return slot < 0 or slot == inputs.null_slot
+
+    def starts_empty(self, inputs: Inputs, n: int) -> bool:
+        return inputs.has_initial_state is not None and not inputs.has_initial_state[n]
 
 
 class Recurrent(Victim):
     """The token recurrence, over states. `Chunked` overrides how a sequence is run."""
 
     op = Op.DECODE
+    now = threading.local()  # what to do with the state after each token or chunk
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Outputs:
@@ -103,15 +125,58 @@ class Recurrent(Victim):
         o = self.allocate_o(inputs)
         flat = o.view(-1, *o.shape[2:])
         final = self.allocate_states(inputs, len(spans))
-        for (start, end), slot in zip(spans, self.slots(inputs, len(spans)), strict=True):
+        for n, ((start, end), slot) in enumerate(zip(spans, self.slots(inputs, len(spans)), strict=True)):
             if slot < 0:
                 self.padding(inputs, flat, final, start, end)
                 continue
             S = self.load(inputs, slot)
+            if self.starts_empty(inputs, n):
+                self.empty(S)
+            self.now.keep = functools.partial(self.keep, inputs, n, start, end - start)
             flat[start:end] = self.sequence(S, *(x[start:end] for x in rows)).to(o.dtype)
-            if final is not None and (inputs.state_indices is None or end > start):
+            if final is not None and (inputs.state_indices is None or end > start) and self.updates(inputs):
                 self.store(inputs, final, slot, S)
         return self.result(inputs, o, final)
+
+    def empty(self, S: torch.Tensor) -> None:
+        S.zero_()
+
+    def updates(self, inputs: Inputs) -> bool:
+        """Whether final states are stored."""
+        return inputs.update_state and inputs.num_accepted_tokens is None
+
+    def keep(self, inputs: Inputs, n: int, start: int, length: int, done: int, S: torch.Tensor) -> None:
+        """The state of sequence n after `done` of its tokens goes where it is asked for."""
+        if inputs.num_accepted_tokens is not None and inputs.update_state:
+            self.keep_draft(inputs, int(self.indices(inputs)[n, done - 1]), S)
+        if inputs.token_states is not None:
+            self.keep_token(inputs, n, start, done, S)
+        if inputs.checkpoints is not None:
+            self.keep_checkpoints(inputs, n, length, done, S)
+
+    def keep_draft(self, inputs: Inputs, slot: int, S: torch.Tensor) -> None:
+        if not self.is_padding(inputs, slot):
+            self.store(inputs, inputs.state, slot, S)
+
+    def keep_token(self, inputs: Inputs, n: int, start: int, done: int, S: torch.Tensor) -> None:
+        if inputs.token_state_indices is None:
+            T = inputs.q.shape[1]
+            self.store(inputs, inputs.token_states[(start + done - 1) // T], (start + done - 1) % T, S)
+        elif (row := self.token_row(inputs, n)) >= 0:
+            self.store(inputs, inputs.token_states[row], done - 1, S)
+
+    def token_row(self, inputs: Inputs, n: int) -> int:
+        return int(inputs.token_state_indices[n])
+
+    def keep_checkpoints(self, inputs: Inputs, n: int, length: int, done: int, S: torch.Tensor) -> None:
+        kept = inputs.checkpoints
+        for j, row in enumerate(kept.rows.view(len(kept.rows), -1)[n].tolist()):
+            at = (j + 1) * kept.every if kept.offsets is None else int(kept.offsets.view(len(kept.rows), -1)[n, j])
+            if row >= 0 and self.is_checkpoint(at, length, done):
+                self.store(inputs, kept.states, row, S)
+
+    def is_checkpoint(self, at: int, length: int, done: int) -> bool:
+        return at == done
 
     def rows(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """q, k, v, g, beta as [B * T, HV, ...] in fp32."""
@@ -152,6 +217,7 @@ class Recurrent(Victim):
         o = torch.zeros_like(rows[2])
         for t in range(len(o)):
             o[t] = self.step(S, *(x[t] for x in rows))
+            self.now.keep(t + 1, S)
         return o
 
     def step(
@@ -170,7 +236,10 @@ class Chunked(Recurrent):
     op = Op.PREFILL
 
     def sequence(self, S: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-        pieces = [self.chunk(S, *(x[span].transpose(0, 1) for x in rows)) for span in self.chunks(len(rows[0]))]
+        pieces = []
+        for span in self.chunks(len(rows[0])):
+            pieces.append(self.chunk(S, *(x[span].transpose(0, 1) for x in rows)))
+            self.now.keep(span.stop, S)
         return torch.cat([piece.transpose(0, 1) for piece in pieces]) if pieces else rows[2]
 
     def chunks(self, length: int) -> Iterator[slice]:
@@ -252,7 +321,13 @@ class VictimKernel(Kernel):
         return True
 
     def unsupported(self, problem: Problem | None = None) -> str | None:
+        if problem is not None and (lacking := problem.features - self.features):
+            return f"it does not support {', '.join(lacking)}"
         return self.victim.unsupported(problem)
+
+    @property
+    def features(self) -> frozenset[str]:
+        return FEATURES if self.op is Op.DECODE else FEATURES - {"batch_invariant"}
 
     def run(self, inputs: Inputs) -> Outputs:
         with inputs.q.device:  # for what the victim allocates

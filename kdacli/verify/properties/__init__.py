@@ -13,12 +13,14 @@ from kda_kernels.problem import Op, Problem
 from kdacli.verify.properties import (
     after_error,
     after_nan,
+    alone,
     dtype_change,
     future,
     graph,
     k_first,
     neighbours,
     split,
+    stray,
     streams,
     threads,
 )
@@ -51,6 +53,8 @@ PROPERTIES = {
     "neighbours": Property(neighbours.REASON, neighbours.check),
     "future": Property(future.REASON, future.check),
     "split": Property(split.REASON, split.check, _RECURRENT),
+    "stray": Property(stray.REASON, stray.check, _RECURRENT),
+    "alone": Property(alone.REASON, alone.check, _RECURRENT, asked=alone.asked),
     "k-first": Property(k_first.REASON, k_first.check, _RECURRENT, asked=k_first.asked),
     "dtype-change": Property(dtype_change.REASON, dtype_change.check, asked=dtype_change.asked),
     "after-nan": Property(after_nan.REASON, after_nan.check),

@@ -9,17 +9,16 @@ from itertools import accumulate
 
 import torch
 
-from kda_kernels.checks import check_inputs, loaded_slots, require_features, seq_lens
+from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
 from kda_kernels.reference.gate import beta_values, l2norm, log_decay
 from kda_kernels.tensors import Dims, Inputs
-
-FEATURES = frozenset(("strided_indices", "tail", "workspace", "batch_invariant", "null_slot"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """Where one sequence lies: its first row, its number of tokens, and where in the state or pool its state is."""
+    """Which sequence it is, its first row, its number of tokens, and where in the state or pool its state is."""
 
+    number: int
     start: int
     length: int
     slot: int
@@ -51,7 +50,6 @@ class Batch:
 def prepare(inputs: Inputs, dtype: torch.dtype) -> Batch:
     """Applies the activations of `inputs` in `dtype`. Raises `InputError` (see `check_inputs`)."""
     dims = check_inputs(inputs, values=True)
-    require_features(inputs, FEATURES, "the reference")
     options, rows, group = inputs.options, dims.B * dims.T, dims.HV // dims.H
     norm = l2norm if options.qk_l2norm else torch.Tensor.to
 
@@ -73,8 +71,8 @@ def _sequences(inputs: Inputs, dims: Dims) -> list[Sequence]:
     lens = seq_lens(inputs, dims)
     starts = [0, *accumulate(lens)][:-1]
     slots = range(dims.N) if inputs.state_indices is None else loaded_slots(inputs)
-    live = (Sequence(*where) for where in zip(starts, lens, slots, strict=True) if where[1] > 0 and where[2] >= 0)
-    return sorted(live, key=lambda sequence: -sequence.length)
+    every = (Sequence(*where) for where in zip(range(dims.N), starts, lens, slots, strict=True))
+    return sorted((s for s in every if s.length > 0 and s.slot >= 0), key=lambda sequence: -sequence.length)
 
 
 def load_states(inputs: Inputs, batch: Batch) -> torch.Tensor:
@@ -83,32 +81,7 @@ def load_states(inputs: Inputs, batch: Batch) -> torch.Tensor:
     if inputs.state is None:
         return batch.q.new_zeros(n, dims.HV, dims.V, dims.K)
     states = inputs.state[batch.index([s.slot for s in batch.sequences])].to(batch.q.dtype)
+    if inputs.has_initial_state is not None:
+        empty = ~inputs.has_initial_state[batch.index([s.number for s in batch.sequences])]
+        states[empty] = 0.0
     return states if inputs.state_v_first else states.mT.contiguous()
-
-
-def store_states(
-    inputs: Inputs, batch: Batch, states: torch.Tensor, dtype: torch.dtype | None = None, *, in_place: bool = False
-) -> torch.Tensor | None:
-    """The final states in the layout of `inputs`; a sequence with no tokens keeps the state it had.
-
-    Args:
-        states: [n, HV, V, K] of `batch.sequences`.
-        dtype: of the result; None: that of the state, or fp32 where there is none. A pool written in place keeps its.
-        in_place: write into the pool of `inputs`, if there is one; else into a copy of all of it.
-
-    Returns:
-        None when the final state was not asked for.
-    """
-    dims, pooled = batch.dims, inputs.state_indices is not None
-    if not inputs.output_final_state and not (pooled and in_place):
-        return None
-    if dtype is None:
-        dtype = torch.float32 if inputs.state is None else inputs.state.dtype
-    if inputs.state is None:
-        out = states.new_zeros(inputs.state_shape(dims.N), dtype=dtype)
-    else:
-        out = inputs.state if pooled and in_place else inputs.state.to(dtype, copy=True)
-    if not inputs.state_v_first:
-        states = states.mT
-    out[batch.index([s.slot for s in batch.sequences])] = states.to(out.dtype)
-    return out if inputs.output_final_state else None

@@ -7,11 +7,12 @@ import torch
 
 from kda_kernels.checks import check_inputs, seq_lens
 from kda_kernels.problem import CHUNK
-from kda_kernels.reference.batch import load_states, prepare, store_states
+from kda_kernels.reference.batch import Batch
 from kda_kernels.reference.chunked import chunk_recurrence
 from kda_kernels.reference.gate import log_decay
-from kda_kernels.reference.recurrent import token_recurrence
+from kda_kernels.reference.recurrent import After, token_recurrence
 from kda_kernels.reference.rounding import OperandDtype, operand_rounding
+from kda_kernels.reference.targets import run_batch
 from kda_kernels.tensors import Inputs, Outputs
 
 
@@ -23,14 +24,12 @@ def recurrence(inputs: Inputs) -> Outputs:
         o: float64 [B, T, HV, V]; zero for sequences with state index -1.
         final_state: float64; [N, HV, V, K] ([N, HV, K, V] unless state_v_first), or the whole pool as it is after the
             update, in the shape of the pool. A sequence with no tokens keeps its state. None if not asked for.
+        token_states, checkpoints: float64 copies of those of `inputs`, after the call.
 
     Raises:
         InputError: see `check_inputs`.
     """
-    batch = prepare(inputs, torch.float64)
-    states = load_states(inputs, batch)
-    o = token_recurrence(batch, states)
-    return Outputs(o.view(inputs.v.shape), store_states(inputs, batch, states, torch.float64))
+    return run_batch(inputs, torch.float64, token_recurrence, exact=True)
 
 
 @torch.no_grad()
@@ -61,12 +60,11 @@ def chunk_form(
         InputError: see `check_inputs`.
     """
     dtype = torch.float64 if operand_dtype is None else torch.float32
-    batch = prepare(inputs, dtype)
-    states = load_states(inputs, batch)
-    o = chunk_recurrence(batch, states, chunk, operand_rounding(operand_dtype, unit)).view(inputs.v.shape)
-    if operand_dtype is None:
-        return Outputs(o, store_states(inputs, batch, states, torch.float64))
-    return Outputs(o.to(inputs.v.dtype), store_states(inputs, batch, states))
+
+    def chunks(batch: Batch, states: torch.Tensor, after: After) -> torch.Tensor:
+        return chunk_recurrence(batch, states, chunk, operand_rounding(operand_dtype, unit), after)
+
+    return run_batch(inputs.fresh(), dtype, chunks, exact=operand_dtype is None)
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 import torch
 
 from kda_kernels.problem import CHUNK, Problem
-from kda_kernels.reference.batch import load_states, prepare, store_states
+from kda_kernels.reference.batch import Batch
 from kda_kernels.reference.chunked import chunk_recurrence
+from kda_kernels.reference.recurrent import After
 from kda_kernels.reference.rounding import operand_rounding
+from kda_kernels.reference.targets import run_batch
 from kda_kernels.tensors import Inputs, Outputs
 
 CAUSAL_IN_BITS = True
+FEATURES = frozenset(("null_slot", "has_initial_state", "checkpoints", "workspace", "strided_indices", "tail"))
 
 
 def unsupported(problem: Problem | None) -> str | None:
@@ -22,7 +25,8 @@ def run(inputs: Inputs) -> Outputs:
 
     A pool is updated in place. Raises `InputError` (see `check_inputs`).
     """
-    batch = prepare(inputs, torch.float32)
-    states = load_states(inputs, batch)
-    o = chunk_recurrence(batch, states, CHUNK, operand_rounding(torch.float32)).view(inputs.v.shape).to(inputs.v.dtype)
-    return Outputs(o, store_states(inputs, batch, states, in_place=True))
+
+    def chunks(batch: Batch, states: torch.Tensor, after: After) -> torch.Tensor:
+        return chunk_recurrence(batch, states, CHUNK, operand_rounding(torch.float32), after)
+
+    return run_batch(inputs, torch.float32, chunks)

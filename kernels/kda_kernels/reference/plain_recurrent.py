@@ -2,12 +2,14 @@
 
 import torch
 
+from kda_kernels.problem import FEATURES as ALL
 from kda_kernels.problem import Problem
-from kda_kernels.reference.batch import load_states, prepare, store_states
 from kda_kernels.reference.recurrent import token_recurrence
+from kda_kernels.reference.targets import run_batch
 from kda_kernels.tensors import Inputs, Outputs
 
 CAUSAL_IN_BITS = True
+FEATURES = ALL - {"checkpoints", "batch_invariant"}
 
 
 def unsupported(problem: Problem | None) -> str | None:
@@ -21,7 +23,4 @@ def run(inputs: Inputs) -> Outputs:
 
     A pool is updated in place. Raises `InputError` (see `check_inputs`).
     """
-    batch = prepare(inputs, torch.float32)
-    states = load_states(inputs, batch)
-    o = token_recurrence(batch, states).view(inputs.v.shape).to(inputs.v.dtype)
-    return Outputs(o, store_states(inputs, batch, states, in_place=True))
+    return run_batch(inputs, torch.float32, token_recurrence)

@@ -1,0 +1,53 @@
+"""Batch invariant: a sequence's bits depend on itself alone, not on its batch."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from kda_kernels.checks import check_inputs, seq_lens
+from kda_kernels.problem import Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge.bits import same_bits
+from kdacli.verify.continuity import tokens_of
+from kdacli.verify.properties.subject import NotApplicableError, Subject
+
+REASON = "who asks for batch_invariant gets the same bits for the same prompt, whatever else is in the batch"
+
+
+def asked(problem: Problem) -> Problem:
+    """The same with batch_invariant."""
+    return dataclasses.replace(problem, features=problem.features | {"batch_invariant"})
+
+
+def check(subject: Subject) -> Iterator[str]:
+    """Each sequence in the batch, and by itself; a plain state or a pool goes along."""
+    inputs = dataclasses.replace(subject.inputs, batch_invariant=True)
+    if inputs.cu_seqlens is None:
+        raise NotApplicableError("sequences are taken from packed batches only")
+    subject.require(asked(subject.problem))
+    together = subject.run(inputs)
+    yield from subject.wrong(together)
+    lens = torch.tensor(seq_lens(inputs, check_inputs(inputs, values=True)), device=inputs.q.device)
+    starts = (lens.cumsum(0) - lens).tolist()
+    for n, length in enumerate(lens.tolist()):
+        if not length:
+            continue
+        rows = torch.arange(starts[n], starts[n] + length, device=inputs.q.device)
+        alone = subject.run(_only(inputs, n, rows, lens[n : n + 1]))
+        for name, mine in (("o", together.o[:, rows]), ("final_state", _state(inputs, together, n))):
+            other = alone.o if name == "o" else _state(inputs, alone, 0 if inputs.state_indices is None else n)
+            if mine is not None and (other is None or not same_bits(mine.contiguous(), other.contiguous())):
+                yield f"{name} of sequence {n} has other bits in the batch than alone"
+
+
+def _only(inputs: Inputs, n: int, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
+    part = tokens_of(inputs, rows, lens)
+    if inputs.state_indices is not None:
+        return dataclasses.replace(part, state_indices=inputs.state_indices[n : n + 1].clone())
+    return part if inputs.state is None else dataclasses.replace(part, state=inputs.state[n : n + 1].clone())
+
+
+def _state(inputs: Inputs, outputs: Outputs, n: int) -> torch.Tensor | None:
+    slot = n if inputs.state_indices is None else int(inputs.state_indices[n])
+    return None if outputs.final_state is None or slot < 0 else outputs.final_state[slot]

@@ -1,0 +1,155 @@
+"""What engines pass beside the tensors of the operation: padding of every kind, drafts, checkpoints, buckets.
+
+Each takes `Inputs` and returns new ones. Where nothing may be read there is NaN, and every row that nobody may write is
+looked at afterwards.
+"""
+
+import dataclasses
+
+import torch
+
+from kda_kernels.problem import CHUNK
+from kda_kernels.tensors import Checkpoints, Inputs
+from kdacli.judge.layout import Layout
+
+_NEGATIVE = (-1, -2, -100, -(2**31))
+_SPARE = 2  # rows of a buffer that nobody uses
+
+
+def any_negative(inputs: Inputs) -> Inputs:
+    """Padding rows carry -2, -100 and so on, not -1 alone."""
+    indices, padding = inputs.state_indices.clone(), inputs.state_indices < 0
+    values = torch.tensor(_NEGATIVE, dtype=indices.dtype, device=indices.device)
+    indices[padding] = values[1 + torch.arange(int(padding.sum())) % (len(values) - 1)]
+    return dataclasses.replace(inputs, state_indices=indices)
+
+
+def null_slot(inputs: Inputs) -> Inputs:
+    """Slot 0, which holds NaN, is padding too: every padding row but the first carries it."""
+    indices = inputs.state_indices.clone()
+    free = next(slot for slot in range(len(inputs.state)) if slot not in indices.tolist())
+    state = inputs.state.clone()
+    state[[0, free]] = inputs.state[[free, 0]]
+    padding = (indices < 0).nonzero().squeeze(1)[1:]
+    indices[indices == 0] = free
+    indices[padding] = 0
+    return dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=0)
+
+
+def fresh_states(inputs: Inputs) -> Inputs:
+    """Every second sequence has no initial state: what its slot holds is NaN."""
+    layout = Layout.of(inputs)
+    has = torch.arange(inputs.N, device=inputs.q.device) % 2 == 1
+    state = inputs.state.clone()
+    for n, slot in enumerate(layout.slots):
+        if slot >= 0 and not has[n] and layout.lens[n]:
+            state[slot] = torch.nan
+        has[n] |= layout.lens[n] == 0
+    return dataclasses.replace(inputs, state=state, has_initial_state=has)
+
+
+def strided_indices(inputs: Inputs) -> Inputs:
+    """state_indices as a column of a table, and longer than there are sequences."""
+    indices = inputs.state_indices
+    table = torch.full((len(indices) + 3, 3), len(inputs.state) - 1, dtype=indices.dtype, device=indices.device)
+    table[: len(indices), 1] = indices
+    return dataclasses.replace(inputs, state_indices=table[:, 1])
+
+
+def long_indices(inputs: Inputs) -> Inputs:
+    """state_indices longer than there are sequences, as buffers of a bucket are."""
+    indices = inputs.state_indices
+    spare = torch.zeros(3, dtype=indices.dtype, device=indices.device)
+    return dataclasses.replace(inputs, state_indices=torch.cat([indices, spare]))
+
+
+def bucket(inputs: Inputs) -> Inputs:
+    """More tokens than the sequences have, all of them NaN."""
+
+    def longer(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t, t.new_full((1, 7, *t.shape[2:]), torch.nan)], 1)
+
+    return dataclasses.replace(inputs, **{name: longer(getattr(inputs, name)) for name in ("q", "k", "v", "g", "beta")})
+
+
+def drafts(inputs: Inputs) -> Inputs:
+    """A slot for the state after each token: the state comes from the column of the last accepted one.
+
+    The last column of the second sequence is padding.
+    """
+    lens = Layout.of(inputs).lens
+    N, C = len(lens), max(lens) + 1
+    order = torch.arange(N * C, device=inputs.q.device).flip(0).view(N, C) + 1
+    accepted = torch.arange(N, device=inputs.q.device) % C + 1
+    state = inputs.state.new_full((N * C + 1 + _SPARE, *inputs.state.shape[1:]), torch.nan)
+    for n, slot in enumerate(inputs.state_indices.tolist()):
+        if slot < 0:
+            order[n] = -1
+        else:
+            state[order[n, accepted[n] - 1]] = inputs.state[slot]
+    if N > 1 and accepted[1] != C - 1:
+        order[1, C - 2] = -1
+    indices = order.to(inputs.state_indices.dtype)
+    return dataclasses.replace(
+        inputs, state=state, state_indices=indices, num_accepted_tokens=accepted.to(indices.dtype)
+    )
+
+
+def read_only(inputs: Inputs) -> Inputs:
+    """An engine's verify: the pool stays as it is, and the states of tokens go to rows of a buffer, or nowhere."""
+    rows = torch.arange(inputs.N, device=inputs.q.device, dtype=torch.int32).flip(0)
+    rows[-1:] = -1 if len(rows) > 1 else 0
+    return dataclasses.replace(_with_rows(inputs, rows), update_state=False)
+
+
+def token_rows(inputs: Inputs) -> Inputs:
+    """The states of tokens beside the pool's update: [B, T, HV, V, K]."""
+    B, T = inputs.q.shape[:2]
+    states = inputs.v.new_full((B, T, *inputs.state_shape(1)[1:]), torch.nan, dtype=torch.float32)
+    return dataclasses.replace(inputs, token_states=states)
+
+
+def checkpoint_of_each(inputs: Inputs) -> Inputs:
+    """One checkpoint a sequence, at its last whole chunk; none where it has none (vLLM)."""
+    lens = torch.tensor(Layout.of(inputs).lens, device=inputs.q.device)
+    return _kept(inputs, torch.arange(len(lens), device=inputs.q.device).flip(0), lens // CHUNK * CHUNK)
+
+
+def checkpoints_of_chunks(inputs: Inputs) -> Inputs:
+    """Several checkpoints a sequence, some of them nowhere or past its end (SGLang)."""
+    N = inputs.N
+    rows = torch.arange(N * 3, device=inputs.q.device).view(N, 3)
+    offsets = torch.tensor([2 * CHUNK, CHUNK, 100 * CHUNK], device=inputs.q.device).expand(N, 3).contiguous()
+    rows[1:2, 1] = -1
+    return _kept(inputs, rows, offsets)
+
+
+def checkpoints_every(inputs: Inputs) -> Inputs:
+    """A checkpoint every 64 tokens (FlashInfer)."""
+    columns = max(Layout.of(inputs).lens) // CHUNK + 1
+    return _kept(inputs, torch.arange(inputs.N * columns, device=inputs.q.device).view(-1, columns), None, "bfloat16")
+
+
+def checkpoints_in_pool(inputs: Inputs) -> Inputs:
+    """Checkpoints that go to slots of the pool itself."""
+    lens = torch.tensor(Layout.of(inputs).lens, device=inputs.q.device)
+    P, rows = len(inputs.state), torch.arange(inputs.N, dtype=torch.int32, device=inputs.q.device)
+    wider = inputs.state.new_full((P + inputs.N, *inputs.state.shape[1:]), torch.nan)
+    wider[:P] = inputs.state
+    kept = Checkpoints(wider, rows + P, ((lens - 1).clamp(min=0) // CHUNK * CHUNK).to(torch.int32))
+    return dataclasses.replace(inputs, state=wider, checkpoints=kept)
+
+
+def _with_rows(inputs: Inputs, rows: torch.Tensor) -> Inputs:
+    longest = max(Layout.of(inputs).lens)
+    shape = (len(rows) + _SPARE, longest + 1, *inputs.state_shape(1)[1:])
+    states = inputs.v.new_full(shape, torch.nan, dtype=torch.float32)
+    return dataclasses.replace(inputs, token_states=states, token_state_indices=rows)
+
+
+def _kept(inputs: Inputs, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: str = "float32") -> Inputs:
+    shape = inputs.state_shape(rows.numel() + _SPARE)
+    states = inputs.v.new_full(shape, torch.nan, dtype=getattr(torch, dtype))
+    every = CHUNK if offsets is None else None
+    kept = Checkpoints(states, rows.int(), None if offsets is None else offsets.int(), every)
+    return dataclasses.replace(inputs, checkpoints=kept)
