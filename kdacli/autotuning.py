@@ -37,7 +37,7 @@ def _run(tuner: Any, *args: Any, **kwargs: Any) -> Any:
 
     tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
     configs = tuner.prune_configs(kwargs) if len(tuner.configs) > 1 else tuner.configs
-    first = _taken % len(configs)
+    first = (_taken or 0) % len(configs)
     for config in (in_turn := [*configs[first:], *configs[:first]]):
         tuner.best_config = config
         if config.pre_hook is not None:

@@ -9,6 +9,7 @@ from kdacli import options
 
 if TYPE_CHECKING:
     from kdacli.comparison import Comparison, Row
+    from kdacli.comparison.difference import Difference
     from kdacli.comparison.pair import Pair
     from kdacli.dumps import Dump
 
@@ -275,15 +276,18 @@ def _print(dump: str, device: str, results: "list[Comparison]", detail: bool) ->
             for v in [row.verdict]
         ]
         columns = ("result of", "tensor", "error", "bound", "worst", "at", "vs dump", "")
-        if console().width < WIDE:
+        narrow = console().width < WIDE
+        if narrow:
             say(title)  # a table folds its title to its own width
-            title, columns, *cells = None, *([row[i] for i in _NARROW] for row in (columns, *cells))
-        console().print(table(title, columns, cells))
+        shown = _NARROW if narrow else range(len(columns))
+        console().print(
+            table(None if narrow else title, [columns[i] for i in shown], [[row[i] for i in shown] for row in cells])
+        )
         for row in result.failed:
             console().print(bad(f"FAIL {row.source}, {row.verdict.tensor}: {row.verdict.note}"), soft_wrap=True)
         for row in result.rows if detail else ():
             if row.difference is not None:
-                _print_detail(row)
+                _print_detail(row, row.difference)
         for skipped in result.not_run:
             console().print(dim(f"not run: {skipped.kernel}: {skipped.reason}"), soft_wrap=True)
         for note in [*result.dump.notes, *(["the dump holds no outputs"] if result.dump.outputs is None else [])]:
@@ -293,12 +297,12 @@ def _print(dump: str, device: str, results: "list[Comparison]", detail: bool) ->
         say(f"{sum(len(result.rows) for result in results)} results within their bounds")
 
 
-def _print_detail(row: "Row") -> None:
+def _print_detail(row: "Row", d: "Difference") -> None:
     from kdacli.comparison import report
     from kdacli.comparison.heat import KEY
     from kdacli.output import console
 
-    out, d = console(), row.difference
+    out = console()
     size = (
         f"max abs {d.max_abs:.2e}, rms {d.rms:.2e}, 1 - cosine {1 - d.cosine:.1e}"
         if d.different

@@ -116,7 +116,7 @@ def command(
         for line in earlier.other_compilers(before, now):
             output.say(line, stderr=stderr)
         changes = earlier.compare(before, rows, patterns)
-        report.show_changes(changes, baseline, len(rows), stderr)
+        report.show_changes(changes, str(baseline), len(rows), stderr)
         now["changes"] = changes
         worse = sum(change.fatal is not None for change in changes)
         if strict and worse:

@@ -154,7 +154,7 @@ class Comparing:
         heat = (self.sum_d / self.sum_b.clamp(min=1e-300)).sqrt().where(self.sum_d > 0, 0.0)
         return Difference(
             tensor=self.tensor,
-            dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in self.dtypes),
+            dtypes=(str(self.dtypes[0]).removeprefix("torch."), str(self.dtypes[1]).removeprefix("torch.")),
             count=self.count,
             different=self.different,
             max_abs=self.max_abs,
@@ -163,7 +163,7 @@ class Comparing:
             rms=norm_d / math.sqrt(self.count) if self.count else 0.0,
             cosine=min(1.0, cosine),
             ulps=self.ulps.tolist(),
-            not_finite=tuple(self.not_finite),
+            not_finite=(self.not_finite[0], self.not_finite[1]),
             begins=self.begins,
             material=material[0],
             material_limit=material[1],

@@ -5,7 +5,8 @@ differ, each by its own roundings. Everything is read from the files in pieces.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -130,7 +131,7 @@ def _compare(a: Dump, b: Dump, device: str) -> Pair:
     unequal = dict(_unequal_inputs(a.inputs, b.inputs, (references[0].layout, references[1].layout)))
     options = _unequal_options(a, b)
     if not unequal and not options and _alike(*references):  # one oracle for both
-        pairs = ((piece, piece.placed(references[1].layout)) for piece in references[0].walk())
+        pairs: Iterable[tuple[Any, ...]] = ((p, p.placed(references[1].layout)) for p in references[0].walk())
         measured = [references[0]] * 2
     else:
         pairs, measured = zip(*(one.walk() for one in references), strict=True), references
@@ -144,7 +145,8 @@ def _compare(a: Dump, b: Dump, device: str) -> Pair:
         for one, piece in zip(judges, each, strict=True):
             one.add(piece)
     verdicts = (judge.verdicts(reference.usual) for judge, reference in zip(judges, measured, strict=True))
-    rows = [PairRow(difference.of([x, y]), x, y) for x, y in zip(*verdicts, strict=True)]
+    both = list(zip(*verdicts, strict=True))
+    rows = [PairRow(found, x, y) for x, y in both if (found := difference.of([x, y]))]
     return Pair(name, problem, unequal, options, rows, _notes(a, b))
 
 

@@ -31,7 +31,7 @@ def lines(difference: Difference, bound: float, width: int) -> list[str]:
         return []
     beyond = f"first {at(d.material)}" if d.material else "nowhere"
     found = [
-        f"unequal: {_percent(d.different, d.count)} of {d.count} elements, first {at(d.begins)}",
+        f"unequal: {_percent(d.different, d.count)} of {d.count} elements, first {at(d.begins or {})}",
         f"largest: {at(d.where)}",
         f"beyond rounding ({'states' if d.tensor == 'final_state' else 'tokens'} off by {d.threshold:.1e}): {beyond}",
     ]

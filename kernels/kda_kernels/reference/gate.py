@@ -38,7 +38,7 @@ def log_decay(
     if dt_bias is not None:
         x = x + dt_bias.to(dtype).reshape(HV, K)
     rate = x.new_ones(HV, 1) if A_log is None else gate_rate(A_log, dtype).reshape(HV, 1)
-    if options.gate is Gate.SAFE:
+    if options.lower_bound is not None:  # of the safe gate, since this one is not activated yet
         return options.lower_bound * torch.sigmoid(rate * x)
     return -rate * softplus(x)
 
