@@ -543,7 +543,7 @@ def test_gradients_are_refused_where_they_are_asked_for():
 def cold(monkeypatch):
     """As a new process: nothing in memory."""
     monkeypatch.setattr(module, "CACHE", cache.CompileCache())
-    monkeypatch.setattr(module, "_last", (None, None, 0.0, 0.0))
+    monkeypatch.setattr(module, "_last", module._Last())
 
 
 def refuse(good: Inputs, wrong: wrong_tensors.Wrong, warm: bool) -> None:

@@ -524,7 +524,7 @@ ints = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
 def test_checkpoints(monkeypatch, way, dtype):
     """At given positions, in first segments, inside of units and at their ends; nothing else is written."""
     split(monkeypatch, way)
-    inputs = pooled([5 * CHUNK + 3, 2 * CHUNK, 70, 8 * CHUNK, 100], slots=[4, 1, 6, 0, -1])
+    inputs = pooled([5 * CHUNK + 3, 4 * CHUNK, 70, 8 * CHUNK, 100], slots=[4, 1, 6, 0, -1])
     rows = ints([[0, 1, 2], [3, 4, -1], [5, 6, 7], [8, 99, 9], [10, 10, 10]])
     offsets = ints([[64, 128, 65], [64, 128, 64], [0, -3, 192], [256, 64, 192], [64, 64, 64]])
     states = torch.full((12, 2, 128, 128 + 8), KEPT, dtype=dtype, device=DEVICE)[..., :128].contiguous()

@@ -12,7 +12,7 @@ import fake_prefill
 import pytest
 import torch
 from decode_inputs import close
-from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, new_memory_holds_nan, plain, pooled, split, tokens
+from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
 from kda_kernels import registry
 from kda_kernels.cute import prefill as module
@@ -22,7 +22,7 @@ from kda_kernels.cute.prefill_config import Part
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kda_kernels.triton.prefill import prefill as triton_prefill
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
@@ -436,3 +436,82 @@ def test_nothing_runs_where_there_is_no_gpu():
 def test_tensors_on_the_cpu_of_a_machine_that_could(made):
     with pytest.raises(UnavailableError, match="^cute-prefill: the tensors lie on the CPU$"):
         prefill(pooled())
+
+
+# --- checkpoints, and what else engines ask for
+
+KEPT = 7.0
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("every", [None, 64])
+def test_checkpoints(made, monkeypatch, way, every):
+    """In first segments, in units and at their ends; where sequences are split, by one more launch a round."""
+    split(monkeypatch, way)
+    inputs = pooled([161, 64, 70], slots=[4, 1, -1])
+    states = torch.full((8, 2, 128, 128), KEPT)
+    rows = torch.tensor([[0, 1, 2], [3, -1, 99], [5, 6, 7]], dtype=torch.int32)
+    offsets = None if every else torch.tensor([[64, 128, 65], [64, 64, 64], [64, 64, 64]], dtype=torch.int32)
+    expected = recurrence(inputs)
+    mine = dataclasses.replace(on_gpu(inputs), checkpoints=Checkpoints(states, rows, offsets, every))
+    for _ in range(2):  # the second takes the short way
+        outputs = prefill(dataclasses.replace(mine, state=inputs.state.clone()))
+    torch.testing.assert_close(outputs.o.double(), expected.o, rtol=2**-7, atol=2e-2)
+    for row, (n, at) in {0: (0, 64), 1: (0, 128), 3: (1, 64)}.items():
+        first = int(inputs.cu_seqlens[n])
+        tokens = {name: getattr(inputs, name)[:, first : first + at] for name in ("q", "k", "v", "g", "beta")}
+        state = inputs.state[[4, 1][n]][None]
+        exact = recurrence(dataclasses.replace(inputs, **tokens, state=state, state_indices=None, cu_seqlens=None))
+        torch.testing.assert_close(states[row].double(), exact.final_state[0], rtol=1e-3, atol=1e-3)
+    assert states[5:].eq(KEPT).all() and states[4].eq(KEPT).all()
+    assert states[2].eq(KEPT).all() if every else states[2].isnan().all()
+    parts = {function.spec.part for function in made}
+    assert parts == ({Part.WHOLE} if way is None else {Part.SPLIT, Part.KEPT})
+
+
+def test_calls_of_other_lengths_take_the_short_way(made):
+    """Whole and split ones, each from its second on; wrong ones never."""
+    for T, short in ((40, False), (70, True), (4000, False), (5000, True), (33, True), (4500, True)):
+        inputs = pooled([T], slots=[1])
+        assert module.again(on_gpu(inputs.fresh()), torch.empty_like(inputs.v)) == short, T
+        if not short:
+            prefill(on_gpu(inputs))
+    wrong = [
+        {"dt_bias": inputs.dt_bias[:1]}, {"q": inputs.q[:, :, :1].expand(-1, -1, 2, -1)}, {"state_v_first": False},
+        {"state_indices": inputs.state_indices[:0]}, {"beta": inputs.beta.float()},
+        {"workspace": torch.empty(10**8)}, {"checkpoints": Checkpoints(inputs.state, inputs.state_indices, every=32)},
+    ]  # fmt: skip
+    for change in wrong:
+        bad = dataclasses.replace(inputs, **change)
+        assert not module.again(on_gpu(bad), torch.empty_like(inputs.v)), change
+
+
+def test_a_workspace_of_the_caller(made, monkeypatch):
+    """Taken where it is large enough; else sequences stay whole. Its size is that of the largest call."""
+    split(monkeypatch, SPLITS["split"])
+    inputs = on_gpu(pooled(LENS, slots=(4, 1, 6, 2)))
+    for size, part in ((50_000_000, Part.SPLIT), (1000, Part.WHOLE)):
+        prefill(dataclasses.replace(inputs, workspace=torch.empty(size, dtype=torch.uint8)))
+        assert made[-1].spec.part is part
+    monkeypatch.undo()
+    most = module.most_workspace_bytes(8192, 12, 8, torch.device("cuda"))
+    for N in range(1, 9):
+        assert all(module.workspace_bytes(N, T, 12) < most for T in range(100, 8193, 331))
+
+
+def test_batch_invariant_calls_stay_whole(made):
+    inputs = pooled([2000], slots=[1])
+    prefill(on_gpu(dataclasses.replace(inputs, batch_invariant=True)))
+    assert [function.spec.part for function in made] == [Part.WHOLE] and made[0].spec.invariant
+
+
+def test_tokens_and_no_sequence(made):
+    none = pooled([3], slots=[1])
+    inputs = on_gpu(dataclasses.replace(none, cu_seqlens=none.cu_seqlens[:1], state_indices=none.state_indices[:0]))
+    wide = {
+        name: torch.ones(1, 5, *getattr(inputs, name).shape[2:], dtype=torch.bfloat16)
+        for name in ("q", "k", "v", "g", "beta")
+    }
+    out = torch.ones(1, 5, 2, 128, dtype=torch.bfloat16)
+    prefill(on_gpu(dataclasses.replace(inputs, **wide)), out)
+    assert out.eq(0).all() and not made
