@@ -10,7 +10,7 @@ only when it refuses are the tensors looked at in Python, to say in our words wh
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_key`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: the function's last arguments.
+        key: see `_Sizes`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: last arguments of functions.
         functions: by config.
     """
 
@@ -47,6 +47,29 @@ class _Last:
     scale: float = 0.0
     bound: float = 0.0
     functions: dict[DecodeConfig, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+
+class _Sizes(NamedTuple):
+    """Of a call, read once. `key`: what a compiled function cannot see of its tensors, or is not compiled for."""
+
+    key: tuple
+    N: int
+    HV: int
+    V: int
+    K: int
+    one_token: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "_Sizes":
+        q, offsets = inputs.q, inputs.cu_seqlens
+        B, T, H, K = q.shape
+        _, _, HV, V = inputs.v.shape
+        one_token = T == 1 and offsets is None
+        key = inputs.options, one_token, inputs.update_state, H, K, HV, V, q.device
+        return cls(key, B if offsets is None else offsets.shape[0] - 1, HV, V, K, one_token)
+
+    def config(self, narrow: bool, sms: int) -> DecodeConfig:
+        return DecodeConfig.choose(self.N * self.HV, self.K, self.V, narrow, self.one_token, sms)
 
 
 _last = _Last()
@@ -106,12 +129,11 @@ def launch(
         if not q.shape[0] * q.shape[1] or not inputs.N:
             check_inputs(inputs)
             return _hand_on(inputs, o, ht)
-        sms, key = multiprocessors(q.device), _key(inputs)
-        narrow = _narrow(inputs, ht)
-        chosen = _config(inputs, narrow, sms) if config is None else config
+        sms, sizes, narrow = multiprocessors(q.device), _Sizes.of(inputs), _narrow(inputs, ht)
+        chosen = sizes.config(narrow, sms) if config is None else config
         function = _function(inputs, o, ht, chosen)
         scale, bound = options.scale_for(q.shape[-1]), options.lower_bound or 0.0
-        _call(function, inputs, o, ht, scale, bound)
+        _call(function, sizes, inputs, o, ht, scale, bound)
     except KdaError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
@@ -121,8 +143,8 @@ def launch(
         raise
     if config is None and inputs.N <= MOST_BLOCKS:
         before = _last
-        same = (before.key, before.narrow, before.sms, before.scale, before.bound) == (key, narrow, sms, scale, bound)
-        _last = _Last(key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
+        same = (before.key, before.narrow) == (sizes.key, narrow)
+        _last = _Last(sizes.key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
 
 
 def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
@@ -132,20 +154,13 @@ def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bo
     """
     last = _last
     try:
-        if last.key != _key(inputs) or inputs.N > MOST_BLOCKS:
+        sizes = _Sizes.of(inputs)
+        if last.key != sizes.key or sizes.N > MOST_BLOCKS:
             return False
-        _call(last.functions[_config(inputs, last.narrow, last.sms)], inputs, o, ht, last.scale, last.bound)
+        _call(last.functions[sizes.config(last.narrow, last.sms)], sizes, inputs, o, ht, last.scale, last.bound)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # other dtypes, say; or wrong: see `launch`
         return False
     return True
-
-
-def _key(inputs: Inputs) -> tuple:
-    """What a compiled function cannot see of its tensors, or is not compiled for."""
-    q = inputs.q
-    _, T, H, K = q.shape
-    one_token = T == 1 and inputs.cu_seqlens is None
-    return inputs.options, one_token, inputs.update_state, H, K, inputs.v.shape[2:], q.device
 
 
 def _narrow(inputs: Inputs, ht: torch.Tensor | None) -> bool:
@@ -154,14 +169,9 @@ def _narrow(inputs: Inputs, ht: torch.Tensor | None) -> bool:
     return inputs.q.shape[3] % 64 == 0 and all(x.element_size() == 2 for x in states)
 
 
-def _config(inputs: Inputs, narrow: bool, sms: int) -> DecodeConfig:
-    _, T, HV, V = inputs.v.shape
-    one_token = T == 1 and inputs.cu_seqlens is None
-    return DecodeConfig.choose(inputs.N * HV, inputs.q.shape[3], V, narrow, one_token, sms)
-
-
 def _call(
     function: Callable[..., Any],
+    sizes: _Sizes,
     inputs: Inputs,
     o: torch.Tensor,
     ht: torch.Tensor | None,
@@ -179,10 +189,10 @@ def _call(
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not inputs.state_v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
-    if (N := inputs.N) < 1:
+    _, N, HV, V, K, _ = sizes
+    if N < 1:
         raise ValueError("no sequence")
     if indices is not None:
-        _, HV, V, K = h0.shape
         if h0.stride(0) < HV * V * K and h0.shape[0] > 1:
             raise ValueError("slots overlap")
         if indices.shape[0] < N:
@@ -197,7 +207,7 @@ def _call(
     if bias is not None:
         if bias.ndim != 1:
             bias = _flat(bias, inputs.g.shape[3])
-        if bias.shape[0] != inputs.v.shape[2] * inputs.q.shape[3]:
+        if bias.shape[0] != HV * K:
             raise ValueError("dt_bias is not one for each channel")
     arguments = (
         inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets,
@@ -366,4 +376,4 @@ def _variant(name: str, problem: Problem, gpu: Gpu) -> CuteVariant:
 def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
     inputs = pretended(problem)
     ht = inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
-    return spec_of(inputs, ht, _config(inputs, _narrow(inputs, ht), gpu.sms))
+    return spec_of(inputs, ht, _Sizes.of(inputs).config(_narrow(inputs, ht), gpu.sms))

@@ -121,7 +121,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         self.kernel(
             [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
             state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
-            scale, lower_bound, lead, segment, begin, limit, *products,
+            scale, lower_bound, lead, segment, begin, limit, cute.fast_divmod_create_divisor_v2(Int32(HV)), *products,
         ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def states(self, first, outer, heads):
@@ -169,6 +169,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         segment: Int32,
         begin: Int32,
         limit: Int32,
+        heads: cute.FastDivmodDivisorV2,
         gram: cute.TiledMma,
         read: cute.TiledMma,
         solve: cute.TiledMma,
@@ -178,8 +179,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         spec = self.spec
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
-        HV = Int32(o.shape[2])
-        i_n, i_hv = pid // HV, pid % HV
+        i_n, i_hv = divmod(pid, heads)
         # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
         kind, index, unit, last = Int32(0), Int32(0), Int32(0), True
         if cutlass.const_expr(spec.part is Part.SUMMARY):
@@ -207,9 +207,6 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
         length = n_tokens
-        if cutlass.const_expr(spec.packed and spec.part.reads):
-            if begin == 0 and kind == 0 and index == 0:
-                self.clear_tail(o, cu_seqlens, i_n, i_hv, tid)
         if cutlass.const_expr(spec.part is Part.KEPT):
             position = self.position(offsets, every, i_n, column) - begin
             found = position > lead and position <= cutlass.min(n_tokens - begin, limit) and position % ALIGNMENT == 0
@@ -241,6 +238,9 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 offsets, every, units, slot, i_n, unit, kind, index, last, b, first, length, n_tokens, i_hv,
                 scale, lower_bound, segment, begin, gram, read, solve, mix, write,
             )  # fmt: skip
+        if cutlass.const_expr(spec.packed and spec.part.reads):
+            if found and begin == 0 and kind == 0 and index == 0:
+                self.clear_tail(o, cu_seqlens, i_n, i_hv, tid)
 
     @cute.jit
     def find(

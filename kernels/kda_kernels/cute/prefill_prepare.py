@@ -63,10 +63,13 @@ class Preparer:
                     log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
                 else:
                     log2[e, i] = values[e]
+        rare = tokens < CHUNK
         if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
-            if A > STEEP:
-                self.steep_gates(log2, raw_g, A, dt_bias, i_hv, pair, half)
-        if tokens < CHUNK:
+            rare = rare or A > STEEP
+        if rare:
+            if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
+                if A > STEEP:
+                    self.steep_gates(log2, raw_g, A, dt_bias, i_hv, pair, half)
             last = fresh(tokens)  # a branch, where the compiler would select for every chunk
             for i in cutlass.range_constexpr(HALF):
                 if half * HALF + i >= last:

@@ -14,7 +14,7 @@ from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.dtypes import name_of, torch_dtype
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Gate, Problem
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 from kda_kernels.variant import Built
 
 
@@ -86,6 +86,8 @@ def pretended(problem: Problem) -> Inputs:
     raw, pool = problem.options.gate is not Gate.NONE, problem.pool_slots
     square = (V, K) if problem.state_v_first else (K, V)
     has_state = pool is not None or problem.initial_state
+    features = _features(problem, tensor)
+    features.setdefault("state_indices", tensor(N, dtype="int32") if pool is not None else None)
     return Inputs(
         q=tensor(*tokens, H, K, dtype=problem.dtype),
         k=tensor(*tokens, H, K, dtype=problem.dtype),
@@ -96,14 +98,34 @@ def pretended(problem: Problem) -> Inputs:
         A_log=tensor(HV, dtype=problem.param_dtype) if raw else None,
         dt_bias=tensor(HV * K, dtype=problem.param_dtype) if raw else None,
         state=tensor(pool or N, HV, *square, dtype=problem.state_dtype) if has_state else None,
-        state_indices=tensor(N, dtype="int32") if pool is not None else None,
         cu_seqlens=tensor(N + 1, dtype="int32") if problem.packed else None,
         state_v_first=problem.state_v_first,
         output_final_state=problem.final_state,
-        null_slot=0 if "null_slot" in problem.features else None,
-        has_initial_state=tensor(N, dtype="bool") if "has_initial_state" in problem.features else None,
-        batch_invariant="batch_invariant" in problem.features,
+        **features,
     )
+
+
+def _features(problem: Problem, tensor: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Arguments of `Inputs`: what the problem uses of `kda_kernels.problem.FEATURES`, as engines pass it."""
+    N, square = problem.N, (problem.HV, problem.V, problem.K)
+    used: dict[str, Any] = {
+        "null_slot": 0,
+        "has_initial_state": tensor(N, dtype="bool"),
+        "num_accepted_tokens": tensor(N, dtype="int32"),
+        "update_state": False,
+        "token_states": tensor(N, max(problem.seq_lens, default=1), *square, dtype=problem.state_dtype),
+        "token_state_indices": tensor(N, dtype="int32"),
+        "checkpoints": Checkpoints(
+            tensor(N, *square, dtype=problem.state_dtype), tensor(N, dtype="int32"), tensor(N, dtype="int32")
+        ),
+        "batch_invariant": True,
+    }
+    used = {name: value for name, value in used.items() if name in problem.features}
+    if "num_accepted_tokens" in used:
+        used["state_indices"] = tensor(N, max(problem.seq_lens, default=1), dtype="int32")
+    elif "strided_indices" in problem.features:
+        used["state_indices"] = tensor(N, 2, dtype="int32")[:, 0]
+    return used
 
 
 def launched_shared_bytes(mlir: str) -> int:

@@ -39,7 +39,7 @@ def segment_outputs_kernel(
     null_slot,
     o,  # [B, T, HV, V]: o', and then o
     T,
-    stride_b,
+    stride_b,  # in pieces of 16 bytes, as rows lie
     stride_t,
     stride_h,
     HV,
@@ -63,7 +63,7 @@ def segment_outputs_kernel(
     else:
         count = tl.maximum(units_of(T, lead, segment, begin, limit), 1)
         i_n, index = unit // count, unit % count
-        o += i_n.to(tl.int64) * stride_b
+        o += i_n.to(tl.int64) * stride_b * 8
     if i_n < 0 or i_n >= N:  # there is room for more units than there are
         return
     if slot_of(state_indices, stride_index, slots, null_slot, i_n) < 0:
@@ -79,13 +79,11 @@ def segment_outputs_kernel(
     state = workspace + (N + unit) * size + i_hv * (V * K)
     reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), tl.bfloat16)  # [K, V]
-    stride_t = tl.multiple_of(stride_t, 8)  # rows of o are multiples of 16 bytes
-    stride_h = tl.multiple_of(stride_h, 8)
     for i in range(i_s * SPAN, tl.minimum(i_s * SPAN + SPAN, n_tokens), BT):
         t = i + tl.arange(0, BT)
         real = (t < n_tokens)[:, None]
         r = tl.load(reads + ((unit.to(tl.int64) * segment + t[:, None]) * HV + i_hv) * K + k[None, :], real, 0.0)
-        at = o + (first + t[:, None]) * stride_t + i_hv.to(tl.int64) * stride_h + rows[None, :]
+        at = o + ((first + t[:, None]) * stride_t + i_hv.to(tl.int64) * stride_h) * 8 + rows[None, :]
         total = tl.load(at, real, 0.0).to(tl.float32) + dot(r, S)
         tl.store(at, cast(total, o.dtype.element_ty), real)
 
@@ -93,7 +91,7 @@ def segment_outputs_kernel(
 def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
     """Completes `o` [B, T, HV, V] by what `segments.reads` [units * segment, HV, K] read of the states before units."""
     _, T, HV, V = o.shape
-    arguments = (o, T, *o.stride()[:3], HV, V, K, BT, SPAN)
+    arguments = (o, T, *(stride // 8 for stride in o.stride()[:3]), HV, V, K, BT, SPAN)
     launch(
         segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, SPAN)), (segments.kind()[0],
         segments.kind()[2:], o.dtype, V, K), segments.arguments() + arguments, num_warps=NUM_WARPS,

@@ -96,7 +96,7 @@ def segment_scan_kernel(
     null_slot,
     final,
     T,
-    stride_final,
+    stride_final,  # in pieces of 16 bytes
     HV,
     V: tl.constexpr,
     K: tl.constexpr,
@@ -139,7 +139,8 @@ def segment_scan_kernel(
     if length > begin + limit:
         tl.store(workspace + i_n * size + inside, S)
     elif final is not None:
-        tl.store(final + slot * stride_final + inside, S.to(final.dtype.element_ty))
+        pieces: tl.constexpr = 128 // final.dtype.element_ty.primitive_bitwidth  # elements of 16 bytes, as slots lie
+        tl.store(final + slot * stride_final * pieces + inside, S.to(final.dtype.element_ty))
 
 
 def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 128) -> None:
@@ -149,7 +150,8 @@ def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 12
         T: tokens of each sequence, where there are no `cu_seqlens`.
     """
     final = segments.final
-    arguments = (final, T, 0 if final is None else final.stride(0), HV, V, K, BV)
+    stride = 0 if final is None else final.stride(0) * final.element_size() // 16
+    arguments = (final, T, stride, HV, V, K, BV)
     launch(
         segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind(), V, K), segments.arguments() + arguments,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
