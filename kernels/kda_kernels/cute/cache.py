@@ -257,7 +257,7 @@ def _link(objects: Path, library: Path) -> bool:
     compiler = named or [found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))][:1]
     if not compiler:
         return False
-    command = [*compiler, "-shared", "-o", library, objects]
+    command = [*compiler, "-shared", "-o", str(library), str(objects)]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:  # $CC is not there

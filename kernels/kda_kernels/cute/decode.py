@@ -100,10 +100,9 @@ def decode(
         InputError: a tensor is not as it should be.
     """
     require_features(inputs, FEATURES, "cute-decode")
-    o, ht = out, None
+    ht = None
     try:
-        if out is None:
-            o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+        o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
         if inputs.state_indices is None:
             ht = inputs.new_final_state() if final_state is None and inputs.output_final_state else final_state
     except (AttributeError, IndexError, TypeError):  # not even tensors of four dimensions
@@ -193,6 +192,8 @@ def _call(
     if N < 1:
         raise ValueError("no sequence")
     if indices is not None:
+        if h0 is None:
+            raise ValueError("no pool")
         if h0.stride(0) < HV * V * K and h0.shape[0] > 1:
             raise ValueError("slots overlap")
         if indices.shape[0] < N:

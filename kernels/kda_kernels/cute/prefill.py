@@ -104,16 +104,17 @@ def prefill(
     """
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
-    if return_intermediate_states:
-        inputs = dataclasses.replace(inputs, checkpoints=_states_on_the_way(inputs))
+    on_the_way = _states_on_the_way(inputs) if return_intermediate_states else None
+    if on_the_way is not None:
+        inputs = dataclasses.replace(inputs, checkpoints=on_the_way)
     launch(inputs, o, ht)
     final = ht if inputs.state_indices is None else inputs.state
     outputs = Outputs(o, final if inputs.output_final_state else None)
-    if not return_intermediate_states:
+    if on_the_way is None:
         return outputs
     from kda_kernels.triton.chunk_indices import in_order
 
-    return outputs, in_order(inputs.checkpoints.states, inputs.cu_seqlens, inputs.q.shape[0]).mT.contiguous()
+    return outputs, in_order(on_the_way.states, inputs.cu_seqlens, inputs.q.shape[0]).mT.contiguous()
 
 
 def _states_on_the_way(inputs: Inputs) -> Checkpoints:
@@ -255,6 +256,8 @@ def _check_unseen(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> N
     if not inputs.state_v_first and (h0 is not None or ht is not None):
         raise _RefusedError("the state is K-first")
     if indices is not None:
+        if h0 is None:
+            raise _RefusedError("no pool")
         P, HV, V, K = h0.shape
         if indices.shape[0] < N or (h0.stride(0) < HV * V * K and P > 1):
             raise _RefusedError("not one for each sequence, or slots overlap")
@@ -412,7 +415,8 @@ def _function(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> Callable[.
 def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
     """The fields of `PrefillSpec` as they can be looked up: torch's dtypes instead of their names."""
     q, options, kept = inputs.q, inputs.options, inputs.checkpoints
-    comes, goes = part.reads or part is Part.KEPT, kept is not None and part is not Part.SUMMARY
+    comes = part.reads or part is Part.KEPT
+    goes = (None, None, False) if kept is None else (kept.states.dtype, kept.rows.dtype, kept.every is not None)
     tensors = (
         q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state if comes else None, ht,
         inputs.state_indices, inputs.cu_seqlens,
@@ -422,8 +426,7 @@ def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
         options.gate, _bounded(options), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
         *(None if x is None else x.dtype for x in tensors),
         part, comes and inputs.has_initial_state is not None,
-        kept.states.dtype if goes else None, kept.rows.dtype if goes else None, goes and kept.every is not None,
-        inputs.batch_invariant, _sanitized(),
+        *goes, inputs.batch_invariant, _sanitized(),
     )  # fmt: skip
 
 
@@ -536,7 +539,9 @@ def run(inputs: Inputs) -> Outputs:
     With KDA_CHECK_VALUES=1 in the environment what cu_seqlens and state_indices hold is checked, too.
     """
     check_inputs(inputs)
-    return prefill(inputs)
+    outputs = prefill(inputs)
+    assert isinstance(outputs, Outputs)  # no other states are asked for
+    return outputs
 
 
 _SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)

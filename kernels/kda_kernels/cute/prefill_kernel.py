@@ -34,6 +34,7 @@ from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
 from kda_kernels.cute.prefill_unbounded import Unbounded
+from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
 # A thread of those that prepare and of those that consume; the sum over the warpgroups is the register file.
@@ -239,8 +240,8 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 scale, lower_bound, segment, begin, gram, read, solve, mix, write,
             )  # fmt: skip
         if cutlass.const_expr(spec.packed and spec.part.reads):
-            if found and begin == 0 and kind == 0 and index == 0:
-                self.clear_tail(o, cu_seqlens, i_n, i_hv, tid)
+            if begin == 0:
+                self.clear_tail(o, cu_seqlens, heads)
 
     @cute.jit
     def find(
@@ -377,11 +378,17 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 )  # fmt: skip
 
     @cute.jit
-    def clear_tail(self, o, cu_seqlens, i_n: Int32, i_hv: Int32, tid: Int32):
-        """Zeros into this sequence's share of what lies behind the last one."""
+    def clear_tail(self, o, cu_seqlens, heads: cute.FastDivmodDivisorV2):
+        """Zeros into the share of what lies behind the last sequence; the first CTAs have one each.
+
+        What it needs is made anew: kept from before the chunks it would cost registers there.
+        """
+        share, i_hv = divmod(fresh(cute.arch.block_idx()[0]), heads)
         N = Int32(cu_seqlens.shape[0] - 1)
-        end = Int32(cu_seqlens[N])
-        self.write_nothing(o, Boolean(False), Int32(0), end + i_n, Int32(o.shape[1]) - (end + i_n), N, i_hv, tid)
+        if share < N:
+            first = Int32(cu_seqlens[N]) + share
+            tid = fresh(cute.arch.thread_idx()[0])
+            self.write_nothing(o, Boolean(False), Int32(0), first, Int32(o.shape[1]) - first, N, i_hv, tid)
 
     @cute.jit
     def write_nothing(

@@ -47,12 +47,13 @@ class Preparer:
     @cute.jit
     def gates(
         self, raw_g, A: Float32, bias, dt_bias, i_hv: Int32, lower_bound: Float32, pair: Int32, half: Int32,
-        tokens: Int32,
+        tokens: Int32, usual: Int32,
     ):  # fmt: skip
         """The sums of log2 decays from the middle of the chunk to each token, less or, in the second half, more SHIFT;
         and over this half: [2, HALF + 1].
 
-        Tokens after the end do not decay.
+        Tokens after the end do not decay. With fewer than `usual` tokens to come, which are CHUNK, or, where gates are
+        steep, more than there ever are, there is more to do.
         """
         raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
         log2 = cute.make_rmem_tensor((2, HALF), Float32)
@@ -63,10 +64,7 @@ class Preparer:
                     log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
                 else:
                     log2[e, i] = values[e]
-        rare = tokens < CHUNK
-        if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
-            rare = rare or A > STEEP
-        if rare:
+        if tokens < usual:
             if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
                 if A > STEEP:
                     self.steep_gates(log2, raw_g, A, dt_bias, i_hv, pair, half)
