@@ -7,6 +7,7 @@ So memory is bounded and length is not, and a result is judged alike whether its
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -254,11 +255,14 @@ class Reference:
         """Its pieces, none of them kept."""
         self._squares.zero_()
         inputs, layout, carried = self.inputs, self.layout, []
-        params = {name: t.to(self.device) for name in ("A_log", "dt_bias") if (t := getattr(inputs, name)) is not None}
+        given: dict[str, Any] = {name: getattr(inputs, name) for name in ("A_log", "dt_bias")}
+        params = {name: t.to(self.device) for name, t in given.items() if t is not None}
         for group in layout.groups():
             lens = [s.stop - s.start for s in group]
             ends = torch.tensor([0, *lens], dtype=torch.int64).cumsum(0).to(self.device)
-            tokens = {name: layout.stacked(getattr(inputs, name), group).to(self.device)[None] for name in _TOKENS}
+            tokens: dict[str, Any] = {
+                name: layout.stacked(getattr(inputs, name), group).to(self.device)[None] for name in _TOKENS
+            }
             small = Inputs(**tokens, options=inputs.options, cu_seqlens=ends, **params)
             if self.op is Op.GATE:
                 made = oracle.gate_cumsum(small).flatten(0, 1), [_gate_cumsum_fp32(small, lens).flatten(0, 1)]
@@ -318,9 +322,9 @@ class Reference:
 def written_by(inputs: Inputs) -> dict[str, torch.Tensor]:
     """By field of `Outputs`, the tensors of a call that it writes states to."""
     kept = inputs.checkpoints
-    own = kept is not None and kept.states is not inputs.state
+    own = None if kept is None or kept.states is inputs.state else kept.states
     pool = inputs.state if inputs.state_indices is not None else None
-    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": kept.states if own else None}
+    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": own}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -5,6 +5,7 @@ looked at afterwards.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ _SPARE = 2  # rows of a buffer that nobody uses
 
 def any_negative(inputs: Inputs) -> Inputs:
     """Padding rows carry -2, -100 and so on, not -1 alone."""
-    indices, padding = inputs.state_indices.clone(), inputs.state_indices < 0
+    indices = _pool(inputs)[1].clone()
+    padding = indices < 0
     values = torch.tensor(_NEGATIVE, dtype=indices.dtype, device=indices.device)
     indices[padding] = values[1 + torch.arange(int(padding.sum())) % (len(values) - 1)]
     return dataclasses.replace(inputs, state_indices=indices)
@@ -26,10 +28,9 @@ def any_negative(inputs: Inputs) -> Inputs:
 
 def null_slot(inputs: Inputs) -> Inputs:
     """Slot 0, which holds NaN, is padding too: every padding row but the first carries it."""
-    indices = inputs.state_indices.clone()
-    free = next(slot for slot in range(len(inputs.state)) if slot not in indices.tolist())
-    state = inputs.state.clone()
-    state[[0, free]] = inputs.state[[free, 0]]
+    state, indices = (t.clone() for t in _pool(inputs))
+    free = next(slot for slot in range(len(state)) if slot not in indices.tolist())
+    state[[0, free]] = state[[free, 0]]
     padding = (indices < 0).nonzero().squeeze(1)[1:]
     indices[indices == 0] = free
     indices[padding] = 0
@@ -40,7 +41,7 @@ def fresh_states(inputs: Inputs) -> Inputs:
     """Every second sequence has no initial state: what its slot holds is NaN."""
     layout = Layout.of(inputs)
     has = torch.arange(inputs.N, device=inputs.q.device) % 2 == 1
-    state = inputs.state.clone()
+    state = _pool(inputs)[0].clone()
     for n, slot in enumerate(layout.slots):
         if slot >= 0 and not has[n] and layout.lens[n]:
             state[slot] = torch.nan
@@ -50,15 +51,15 @@ def fresh_states(inputs: Inputs) -> Inputs:
 
 def strided_indices(inputs: Inputs) -> Inputs:
     """state_indices as a column of a table, and longer than there are sequences."""
-    indices = inputs.state_indices
-    table = torch.full((len(indices) + 3, 3), len(inputs.state) - 1, dtype=indices.dtype, device=indices.device)
+    state, indices = _pool(inputs)
+    table = torch.full((len(indices) + 3, 3), len(state) - 1, dtype=indices.dtype, device=indices.device)
     table[: len(indices), 1] = indices
     return dataclasses.replace(inputs, state_indices=table[:, 1])
 
 
 def long_indices(inputs: Inputs) -> Inputs:
     """state_indices longer than there are sequences, as buffers of a bucket are."""
-    indices = inputs.state_indices
+    _, indices = _pool(inputs)
     spare = torch.zeros(3, dtype=indices.dtype, device=indices.device)
     return dataclasses.replace(inputs, state_indices=torch.cat([indices, spare]))
 
@@ -69,7 +70,8 @@ def bucket(inputs: Inputs) -> Inputs:
     def longer(t: torch.Tensor) -> torch.Tensor:
         return torch.cat([t, t.new_full((1, 7, *t.shape[2:]), torch.nan)], 1)
 
-    return dataclasses.replace(inputs, **{name: longer(getattr(inputs, name)) for name in ("q", "k", "v", "g", "beta")})
+    tokens: dict[str, Any] = {name: longer(getattr(inputs, name)) for name in ("q", "k", "v", "g", "beta")}
+    return dataclasses.replace(inputs, **tokens)
 
 
 def drafts(inputs: Inputs) -> Inputs:
@@ -81,15 +83,16 @@ def drafts(inputs: Inputs) -> Inputs:
     N, C = len(lens), max(lens) + 1
     order = torch.arange(N * C, device=inputs.q.device).flip(0).view(N, C) + 1
     accepted = torch.arange(N, device=inputs.q.device) % C + 1
-    state = inputs.state.new_full((N * C + 1 + _SPARE, *inputs.state.shape[1:]), torch.nan)
-    for n, slot in enumerate(inputs.state_indices.tolist()):
+    pool, slots = _pool(inputs)
+    state = pool.new_full((N * C + 1 + _SPARE, *pool.shape[1:]), torch.nan)
+    for n, slot in enumerate(slots.tolist()):
         if slot < 0:
             order[n] = -1
         else:
-            state[order[n, accepted[n] - 1]] = inputs.state[slot]
+            state[order[n, accepted[n] - 1]] = pool[slot]
     if N > 1 and accepted[1] != C - 1:
         order[1, C - 2] = -1
-    indices = order.to(inputs.state_indices.dtype)
+    indices = order.to(slots.dtype)
     return dataclasses.replace(
         inputs, state=state, state_indices=indices, num_accepted_tokens=accepted.to(indices.dtype)
     )
@@ -133,11 +136,18 @@ def checkpoints_every(inputs: Inputs) -> Inputs:
 def checkpoints_in_pool(inputs: Inputs) -> Inputs:
     """Checkpoints that go to slots of the pool itself."""
     lens = torch.tensor(Layout.of(inputs).lens, device=inputs.q.device)
-    P, rows = len(inputs.state), torch.arange(inputs.N, dtype=torch.int32, device=inputs.q.device)
-    wider = inputs.state.new_full((P + inputs.N, *inputs.state.shape[1:]), torch.nan)
-    wider[:P] = inputs.state
+    pool, rows = _pool(inputs)[0], torch.arange(inputs.N, dtype=torch.int32, device=inputs.q.device)
+    P = len(pool)
+    wider = pool.new_full((P + inputs.N, *pool.shape[1:]), torch.nan)
+    wider[:P] = pool
     kept = Checkpoints(wider, rows + P, ((lens - 1).clamp(min=0) // CHUNK * CHUNK).to(torch.int32))
     return dataclasses.replace(inputs, state=wider, checkpoints=kept)
+
+
+def _pool(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pool of a call that has one, and its slots."""
+    assert inputs.state is not None and inputs.state_indices is not None
+    return inputs.state, inputs.state_indices
 
 
 def _with_rows(inputs: Inputs, rows: torch.Tensor) -> Inputs:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -116,7 +117,8 @@ def store(
     """
     kept = inputs.checkpoints
     where = {"token_states": inputs.token_states, "checkpoints": None if kept is None else kept.states}
-    made = {name: where[name] if dtype is None else where[name].to(dtype, copy=True) for name in every if name in where}
+    given = {name: t for name in every if (t := where.get(name)) is not None}
+    made: dict[str, Any] = {n: t if dtype is None else t.to(dtype, copy=True) for n, t in given.items()}
     made["final_state"] = _room(inputs, dtype)
     for name, tensor in made.items():
         for target in every[name]:
