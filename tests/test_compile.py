@@ -357,3 +357,30 @@ ptxas info    : Used 32 registers, used 1 barriers, 4232 bytes cumulative stack 
     }
     with pytest.raises(ValueError, match="registers"):
         sass.resources("ptxas info : 0 bytes gmem")
+
+
+def test_a_model_without_lengths_is_what_serving_launches(cache, monkeypatch):
+    """Whatever the number of sequences, a launch finds its function; and there are as few of them as differ."""
+    code = (
+        "import json, os, sys\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import dataclasses\n"
+        "from kda_kernels import registry\n"
+        "from kda_kernels.problem import Op, Problem\n"
+        "from kdacli.compile import arch, recorder, worker\n"
+        "where, kernel = arch.parse('sm_90a'), registry.get('triton-decode')\n"
+        "any_length = Problem(Op.DECODE, (), H=12, HV=12)\n"
+        "served = worker.variants(kernel, any_length, where)\n"
+        "keys = {variant.key('sm_90a') for variant in served}\n"
+        "missing = []\n"
+        "for count in (3, 17, 100, 300):\n"
+        "    for packed in (True, False):\n"
+        "        one = dataclasses.replace(any_length, seq_lens=(1,) * count, packed=packed, pool_slots=900)\n"
+        "        missing += [v.key('sm_90a') for v in recorder.record(kernel, {'': one}, where)]\n"
+        "print(json.dumps([[v.name for v in served], len(set(missing)), len(set(missing) - keys)]))\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    names, launched, missing = json.loads(done.stdout)
+    assert len(names) == len(set(names)) == 12, "two sizes of programs, packed or not, plain, drafts and verify"
+    assert (launched, missing) == (4, 0)

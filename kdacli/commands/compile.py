@@ -1,5 +1,6 @@
 """`kda compile`: what the compilers make of the kernels, for one or several architectures, with no GPU."""
 
+import dataclasses
 from typing import Any
 
 import click
@@ -55,6 +56,9 @@ def command(
     multiprocessors: they are those of this machine's GPU, of a common one of the architecture (JSON says which), or
     --sms.
 
+    With a model and no lengths it is what serving launches, whatever the lengths and batches: on a pool, one or many
+    sequences, packed or not; decode with drafts and verifying them, prefill with checkpoints and first states or not.
+
     Registers and spills (bytes stored plus loaded) are those of a thread, as ptxas counts them; shared memory is that
     of a block in bytes, and red where no block of that architecture has so much. "per SM" is how many blocks are
     resident on a multiprocessor at a time, and what keeps it from being more. s is the time to compile, - where it lay
@@ -78,7 +82,7 @@ def command(
       kda compile                                    every kernel, for the GPU here (without one: sm_90a)
       kda compile --arch sm_80 --arch sm_100a        for two architectures
       kda compile --kernel triton-decode --sass      one kernel, with instruction counts
-      kda compile --model kimi-k3 --tp 8             as Kimi K3's heads on one of 8 GPUs build them
+      kda compile --model kimi-k3 --tp 8             all that serving Kimi K3 on one of 8 GPUs launches
       kda compile --variant 'chain*' --emit out/     some variants, and their PTX, SASS and IR
       kda compile --json before.json                 then change a kernel, and
       kda compile --baseline before.json --strict    see what the change did
@@ -142,8 +146,12 @@ def choose(names: tuple[str, ...], params: options.Params) -> list[tuple[Kernel,
     op = dumped.op if dumped else params["op"]
     ours = [k for k in registry.kernels(op and Op(op)) if k.ours and k.backend != "torch"]
     kernels = [resolve(name, op) for name in names] or ours
-    described = bool(options.given(params)) and not dumped
-    return [(k, options.problem_from(params, default_op=k.op) if described else dumped) for k in kernels]
+    if dumped or not options.given(params):
+        return [(k, dumped) for k in kernels]
+    problems = {k.op: options.problem_from(params, default_op=k.op) for k in kernels}
+    if params["model"] and not any(params[name] for name in ("seqs", "tokens", "lens")):  # as served: any lengths
+        problems = {op: dataclasses.replace(problem, seq_lens=()) for op, problem in problems.items()}
+    return [(k, problems[k.op]) for k in kernels]
 
 
 def _report(rows: list[dict[str, Any]], left_out: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.registry import Kernel
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli.compile import pretend
 from kdacli.compile.arch import Arch
 from kdacli.compile.specialised import Specialised
@@ -82,6 +82,13 @@ def blank(problem: Problem) -> Inputs:
     rows = (V, K) if problem.state_v_first else (K, V)
     slots = problem.N if pool is None else pool
     ends = torch.tensor([0, *problem.seq_lens]).cumsum(0).to(torch.int32)
+    has = problem.features
+    if "num_accepted_tokens" in has:
+        slot_table = torch.full((problem.N, 2), -1, dtype=torch.int32)
+    else:
+        slot_table = None if pool is None else _slots(problem)
+    nowhere = torch.full((problem.N,), -1, dtype=torch.int32)
+    kept = zeros(1, HV, *rows, dtype="float32")
     return Inputs(
         q=zeros(B, T, H, K, dtype=dtype),
         k=zeros(B, T, H, K, dtype=dtype),
@@ -92,10 +99,16 @@ def blank(problem: Problem) -> Inputs:
         A_log=zeros(HV, dtype=problem.param_dtype) if raw else None,
         dt_bias=zeros(HV, K, dtype=problem.param_dtype) if raw else None,
         state=zeros(slots, HV, *rows, dtype=problem.state_dtype) if problem.initial_state or pool is not None else None,
-        state_indices=None if pool is None else _slots(problem),
+        state_indices=slot_table,
         cu_seqlens=ends if problem.packed else None,
         state_v_first=problem.state_v_first,
         output_final_state=problem.final_state,
+        has_initial_state=torch.ones(problem.N, dtype=torch.bool) if "has_initial_state" in has else None,
+        num_accepted_tokens=torch.ones(problem.N, dtype=torch.int32) if "num_accepted_tokens" in has else None,
+        update_state="update_state" not in has,
+        token_states=kept.unsqueeze(1) if "token_states" in has else None,
+        token_state_indices=nowhere if "token_state_indices" in has else None,
+        checkpoints=Checkpoints(kept, nowhere, nowhere) if "checkpoints" in has else None,
     )
 
 

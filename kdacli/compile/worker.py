@@ -4,6 +4,7 @@ Nothing here imports triton at the top: `start` must come first.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import multiprocessing
@@ -147,11 +148,43 @@ def variants(
         except ImportError as error:
             raise UnavailableError(one_line(error)) from error
         usual = getattr(module, "USUAL", {})
-        offered = list(module.variants(problem, arch.gpu)) if hasattr(module, "variants") else []
-    problems = usual or {"": USUAL[kernel.op]} if problem is None else {"": problem}
+        if hasattr(module, "variants"):
+            served = {"": problem} if problem is None or problem.seq_lens else serving(problem)
+            found: dict[str, Variant] = {}  # by label: the same for several of them is one
+            for name, one in served.items():
+                for variant in module.variants(one, arch.gpu):
+                    full_name = f"{variant.name} {name}".strip()
+                    found.setdefault(variant.label(arch.name), dataclasses.replace(variant, name=full_name))
+            offered = list(found.values())
+    if problem is None:
+        problems = usual or {"": USUAL[kernel.op]}
+    else:
+        problems = {"": problem} if problem.seq_lens else serving(problem)
     if offered and kernel.unsupported() is not None:  # `build` says why, of each
         return offered
     return offered + recorder.record(kernel, problems, arch, change)
+
+
+def serving(problem: Problem) -> dict[str, Problem]:
+    """Of a problem without sequences, by name: all that decide what an engine launches for it."""
+    if problem.op is Op.DECODE:
+        counts, tokens, asked = (1, 256), 1, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
+    else:
+        counts, tokens = (1, 2, 4, 8, 32), 512
+        asked = {"resumed": {"has_initial_state"}, "checkpoints": {"has_initial_state", "checkpoints"}}
+    if problem.op is Op.GATE:
+        counts, asked = (1,), {}
+    return {
+        " ".join(filter(None, (f"N={count}", "packed" if packed else "dense", name))): dataclasses.replace(
+            problem, seq_lens=(tokens,) * count, packed=packed, pool_slots=512, features=frozenset(features)
+        )
+        for name, features in {"": set(), **asked}.items()
+        for packed in (True, False)
+        for count in counts
+    }
+
+
+_VERIFY = {"update_state", "token_states", "token_state_indices"}
 
 
 def _users(kernel: UserKernel, problem: Problem | None) -> list[Variant]:
