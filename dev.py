@@ -2,7 +2,7 @@
 """Sets kda up on a fresh machine and runs it: needs Python 3.11 or newer and pip, nothing else.
 
     python3 dev.py verify [ARGS...]   kda verify: every kernel that can run here against the fp64 oracle
-    python3 dev.py test [ARGS...]     lint, formatting and the tests; ARGS go to pytest
+    python3 dev.py test [ARGS...]     lint, formatting, types and the tests; ARGS go to pytest
     python3 dev.py kda ARGS...        any other kda command
     python3 dev.py picture            draw docs/kda.svg from a real run
 
@@ -78,12 +78,16 @@ def fingerprint() -> str:
 
 
 def test(python: str, env: dict[str, str], args: list[str]) -> int:
-    """Runs lint, format check and tests, all of them even if an early one fails. 0 if every one passed."""
+    """Runs lint, format check, type check and tests, all of them even if an early one fails. 0 if every one passed."""
     steps = []
     if has(python, "ruff"):
         steps += [[python, "-m", "ruff", "check", "."], [python, "-m", "ruff", "format", "--check", "."]]
     else:
         print("ruff is not installed here: lint and formatting are not checked", file=sys.stderr)
+    if has(python, "mypy"):
+        steps.append([python, "-m", "mypy"])
+    else:
+        print("mypy is not installed here: types are not checked", file=sys.stderr)
     if not has(python, "pytest"):
         return fail("pytest is not installed here", 3)
     workers = ["-n", "2"] if has(python, "xdist") else []
