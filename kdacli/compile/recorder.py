@@ -83,6 +83,7 @@ def blank(problem: Problem) -> Inputs:
     slots = problem.N if pool is None else pool
     ends = torch.tensor([0, *problem.seq_lens]).cumsum(0).to(torch.int32)
     has = problem.features
+    slot_table: torch.Tensor | None
     if "num_accepted_tokens" in has:
         slot_table = torch.full((problem.N, 2), -1, dtype=torch.int32)
     else:

@@ -167,6 +167,8 @@ def variants(
 
 def serving(problem: Problem) -> dict[str, Problem]:
     """Of a problem without sequences, by name: all that decide what an engine launches for it."""
+    counts: tuple[int, ...]
+    asked: dict[str, set[str]]
     if problem.op is Op.DECODE:
         counts, tokens, asked = (1, 256), 1, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
     else:
