@@ -12,12 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import oracle, plain_chunk, plain_recurrent
 from kda_kernels.tensors import Outputs
 from kdacli.comparison.difference import ULPS, Comparing
 from kdacli.comparison.heat import heat_map
-from kdacli.dumps import load, save
+from kdacli.dumps import Dump, load, save
 from kdacli.judge import Reference, expect, judge, layout, reference
 from kdacli.judge.layout import Place
 from kdacli.main import cli
@@ -258,6 +259,14 @@ class TestOneJudge:
         for one, both in zip(alone["rows"], two["rows"], strict=False):
             for key in ("error", "bound", "worst", "worst_bound", "where", "passed"):
                 assert one[key] == both["a"][key] == both["b"][key], key
+
+    def test_an_output_of_another_shape_is_no_silence(self):
+        from kdacli.comparison.pair import compare_pairs
+
+        inputs, outputs = computed(LONG)
+        cut = Dump(inputs, Outputs(outputs.o[:, 1:], outputs.final_state), Op.PREFILL)
+        with pytest.raises(InputError, match="o cannot be compared: shape is"):
+            list(compare_pairs([(Dump(inputs, outputs, Op.PREFILL), cut)], "cpu", lambda label: None))
 
     def test_digits_count_in_dumps_too(self, written):
         inputs, outputs = computed(LONG)

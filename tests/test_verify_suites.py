@@ -9,6 +9,7 @@ import pytest
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
+from kdacli.judge import Reference
 from kdacli.judge.layout import Layout
 from kdacli.synthetic import make_inputs
 from kdacli.verify import spec
@@ -17,7 +18,7 @@ from kdacli.verify.runner import inputs_of
 from kdacli.verify.suites import NAMES, cases_for, suite
 from kdacli.verify.suites.cover import pairs, pairwise_cover
 from kdacli.verify.suites.pairs import AXES, axes_of
-from kdacli.verify.transforms import LAYOUTS, REGIMES, TRANSFORMS
+from kdacli.verify.transforms import LAYOUTS, REGIMES, SERVING, TRANSFORMS
 
 
 def test_quick_is_part_of_full_and_full_of_stress():
@@ -188,3 +189,16 @@ def test_a_word_that_is_no_case_is_refused_in_one_line(word, fragment):
     with pytest.raises(InputError, match=fragment) as caught:
         spec.parse(word)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("op", [Op.PREFILL, Op.DECODE])
+@pytest.mark.parametrize("name", SERVING)
+def test_what_engines_pass_is_there_or_refused(op, name):
+    """Shrinking, and the command line, ask for calls that cannot be: that is an error of the input, no other."""
+    for word in ("lens=0", "lens=3,0/pool=2", "lens=2/pool=1", "lens=2/pool=2/padding=1", "lens=2", "packed=no/pool=3"):
+        case = spec.parse(f"{op}-any/{word}/transforms={name}")
+        try:
+            reference = Reference(inputs_of(case, 0, "cpu"), op)
+        except InputError:
+            continue
+        assert list(reference)

@@ -145,8 +145,11 @@ def _compare(a: Dump, b: Dump, device: str) -> Pair:
         for one, piece in zip(judges, each, strict=True):
             one.add(piece)
     verdicts = (judge.verdicts(reference.usual) for judge, reference in zip(judges, measured, strict=True))
-    both = list(zip(*verdicts, strict=True))
-    rows = [PairRow(found, x, y) for x, y in both if (found := difference.of([x, y]))]
+    rows = []
+    for x, y in zip(*verdicts, strict=True):
+        if (found := difference.of([x, y])) is None:
+            raise InputError(f"{x.tensor} cannot be compared: {x.note or y.note}")
+        rows.append(PairRow(found, x, y))
     return Pair(name, problem, unequal, options, rows, _notes(a, b))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli.judge.layout import Layout
@@ -29,7 +30,11 @@ def any_negative(inputs: Inputs) -> Inputs:
 def null_slot(inputs: Inputs) -> Inputs:
     """Slot 0, which holds NaN, is padding too: every padding row but the first carries it."""
     state, indices = (t.clone() for t in _pool(inputs))
-    free = next(slot for slot in range(len(state)) if slot not in indices.tolist())
+    free = next((slot for slot in range(len(state)) if slot not in indices.tolist()), None)
+    if free is None:
+        raise InputError(
+            "pool", f"has {len(state)} slots", "it should have one that no sequence uses, to be the null slot"
+        )
     state[[0, free]] = state[[free, 0]]
     padding = (indices < 0).nonzero().squeeze(1)[1:]
     indices[indices == 0] = free
@@ -145,8 +150,9 @@ def checkpoints_in_pool(inputs: Inputs) -> Inputs:
 
 
 def _pool(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pool of a call that has one, and its slots."""
-    assert inputs.state is not None and inputs.state_indices is not None
+    """The pool and state_indices. Raises `InputError` where there are none."""
+    if inputs.state is None or inputs.state_indices is None:
+        raise InputError("pool", "is none", "it should be a number of slots, for what engines do with them")
     return inputs.state, inputs.state_indices
 
 
