@@ -104,7 +104,9 @@ def command_line() -> str:
     """The command as typed, quoted for a shell; absolute paths are cut to their last part."""
     context = click.get_current_context(silent=True)
     words = context.meta.get("kdacli.args") if context else None
-    return shlex.join(["kda", *(_portable(word) for word in (sys.argv[1:] if words is None else words))])
+    is_script = words is None and sys.argv[0].endswith(".py") and not sys.argv[0].endswith("__main__.py")
+    program = ["python3", _portable(sys.argv[0])] if is_script else ["kda"]
+    return shlex.join([*program, *(_portable(word) for word in (sys.argv[1:] if words is None else words))])
 
 
 def _portable(word: str) -> str:

@@ -372,6 +372,11 @@ def test_the_command_line_is_told_without_this_machines_paths(tmp_path):
         assert provenance.command_line() == "kda run --dump 'my dump.pt' --json=x.json -T 8k"
 
 
+def test_a_script_is_told_by_its_own_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/host_time.py", "--no-peers"])
+    assert provenance.command_line() == "python3 benchmarks/host_time.py --no-peers"
+
+
 def test_provenance_holds_versions_and_survives_missing_tools(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = provenance.collect(seed=5)

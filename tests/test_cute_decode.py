@@ -661,7 +661,7 @@ def test_a_pass_that_leaves_the_pool_as_it_is(lens):
 def test_slots_that_are_padding_or_not_there(N, index):
     """Any negative one and the null slot give zeros, one past the pool NaN; none of them is read or written."""
     inputs = usual(N, slots=list(range(1, N + 1)), P=N + 1)
-    slots = inputs.state_indices.to(index)
+    slots = inputs.state_indices.to(index, copy=True)
     slots[0], slots[1], slots[2], slots[3], slots[4] = 0, -5, 0, N + 1, 2**31 - 1
     mine = dataclasses.replace(inputs.fresh(), state_indices=slots, null_slot=0)
     o = decode(mine).o

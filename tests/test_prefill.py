@@ -145,6 +145,8 @@ def test_token_stride_too_large_for_the_kernels_is_refused():
     far = torch.zeros(2**25 + 32, dtype=torch.bfloat16, device=DEVICE).as_strided((1, 2, 1, 32), (1, 2**25, 32, 1))
     with pytest.raises(InputError, match="q has stride 33554432"):
         prefill(dataclasses.replace(inputs, q=far))
+    with pytest.raises(InputError, match="out has stride 33554432"):
+        prefill(inputs, out=far)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -152,7 +152,7 @@ def prefill(
     """
     require_device(inputs.q)
     require_features(inputs, FEATURES, "triton-prefill")
-    require_token_strides(inputs)
+    require_token_strides(inputs, out)
     q, v, dims = inputs.q, inputs.v, inputs.dims
     if config is None:
         chains = dims.HV * (1 if inputs.batch_invariant else dims.N)

@@ -64,10 +64,10 @@ def require_device(tensor: torch.Tensor) -> None:
 _unsupported_gpu = functools.cache(unsupported_here)  # of one GPU, on the way of every call
 
 
-def require_token_strides(inputs: Inputs) -> None:
+def require_token_strides(inputs: Inputs, out: torch.Tensor | None) -> None:
     """Raises `InputError` where 32 bits do not hold the offsets of a chunk's tokens."""
-    for name, t in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("g", inputs.g)):
-        if (stride := t.stride(1)) >= MAX_TOKEN_STRIDE and t.shape[1] > 1:
+    for name, t in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("g", inputs.g), ("out", out)):
+        if t is not None and (stride := t.stride(1)) >= MAX_TOKEN_STRIDE and t.shape[1] > 1:
             raise InputError(name, f"has stride {stride} between tokens", f"it should be under {MAX_TOKEN_STRIDE}")
 
 
