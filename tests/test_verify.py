@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from kda_kernels import registry
-from kda_kernels.problem import Gate, Op, Problem
+from kda_kernels.problem import FEATURES, Gate, Op, Problem
 from kda_kernels.reference import oracle, plain_chunk, plain_recurrent
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
@@ -45,7 +45,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Kernel]:
 
     def add(op: Op, run: Run, unsupported=lambda problem: None, name: str = "mine", ours: bool = True) -> Kernel:
         module = types.ModuleType(f"kernel_of_a_test_{name}")
-        module.run, module.unsupported = run, unsupported
+        module.run, module.unsupported, module.FEATURES = run, unsupported, FEATURES - {"batch_invariant"}
         monkeypatch.setitem(sys.modules, module.__name__, module)
         made = Kernel(name, op, "test", module.__name__, "a kernel of a test", ours)
         monkeypatch.setitem(registry._KERNELS, name, made)
@@ -67,7 +67,10 @@ def test_plain_kernels_pass_every_case(name):
     result = kda("--kernel", name, "--verbose")
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
-    assert {line.split(": ")[-1] for line in result.output.splitlines() if "refused:" in line} == {"there is no GPU"}
+    assert {line.split(": ")[-1] for line in result.output.splitlines() if "refused:" in line} == {
+        "there is no GPU",
+        "it does not support batch_invariant",
+    }
     cases = [case for case in cases_for("cpu") if case.problem.op == registry.get(name).op]
     assert f"{len(cases)} checks: {len(cases)} passed" in result.output
     assert all(case.name in result.output for case in cases)
@@ -382,7 +385,7 @@ def test_the_table_covers_what_kernels_get_wrong():
         assert {p.options.gate for p in problems} == set(Gate)
         assert {case.gates for case in cases} == {"bench", "init", "weak"}
         assert {p.dtype for p in problems} == {"bfloat16", "float16", "float32"}
-        assert {p.state_dtype for p in problems} == {"float32", "bfloat16"}
+        assert {p.state_dtype for p in problems} == {"float32", "bfloat16", "float16"}
         for name in ("packed", "state_v_first", "initial_state", "final_state"):
             assert {getattr(p, name) for p in problems} == {True, False}, name
         for name in ("beta_is_logit", "allow_neg_eigval", "qk_l2norm"):

@@ -146,7 +146,7 @@ class TestShards:
             (["--shard", "1/3", "-T", "5"], "--shard is given with --tokens: it takes a part of a suite"),
             (["--shard", "1/3", "--case", "gate-weak"], "--shard is given with --case: it takes a part of a suite"),
             (["--shard", "1/3", "--list"], "--shard is given with --list, which lists whole suites: leave one out"),
-            (["--shard", "1/900", "--op", "gate"], "--shard 1/900: there are 15 cases to share out"),
+            (["--shard", "1/900", "--op", "gate"], "--shard 1/900: there are 18 cases to share out"),
         ],
     )
     def test_what_is_none(self, words, said):

@@ -45,6 +45,7 @@ FULL = (
         properties=("future",)),
     row("future-activated", _P, (66,), PROPERTIES["future"].reason, options=NONE, g_dtype="float32", dim=32,
         properties=("future",)),
+    row("alone-chunks", _P, (130, 9, 5), PROPERTIES["alone"].reason, options=SOFTPLUS, dim=32, properties=("alone",)),
     row("checkpoints-of-chunks", _P, (130, 70, 5), "several checkpoints a sequence, some nowhere, as SGLang keeps them",
         options=SOFTPLUS, dim=32, pool_slots=4, transforms=("checkpoints-of-chunks",)),
     row("checkpoints-every", _P, (130, 64), "a checkpoint every 64 tokens in bf16, as FlashInfer keeps them", dim=32,

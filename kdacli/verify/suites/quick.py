@@ -15,7 +15,7 @@ _P, _D, _G = Op.PREFILL, Op.DECODE, Op.GATE
 QUICK = (
     # prefill
     row("lengths", _P, LENGTHS, "partial last chunks and empty sequences; padded rows are not zero after a gate"),
-    row("kimi-k3", _P, (70,), "a head of Kimi K3: safe gate, K = V = 128", dim=128, heads=2),
+    row("kimi-k3", _P, (70,), "a head of Kimi K3: safe gate, K = V = 128", dim=128),
     row("kimi-linear", _P, (40, 40), "softplus gate as initialised, dense batch", options=SOFTPLUS, dim=128,
         gates="init", packed=False),
     row("weak-gates", _P, (150,), "long memory: the state carries most of the output", dim=128, gates="weak"),
@@ -95,7 +95,7 @@ QUICK = (
         pool_slots=4, transforms=("checkpoint-of-each",)),
     row("checkpoints-in-pool", _P, (65, 64), "checkpoints that go to slots of the pool", dim=32, pool_slots=4,
         state_dtype="float16", transforms=("checkpoints-in-pool",)),
-    row("alone", _P, (70, 9, 5), PROPERTIES["alone"].reason, dim=32, pool_slots=5, properties=("alone",)),
+    row("alone", _P, (20, 5), PROPERTIES["alone"].reason, dim=32, pool_slots=5, properties=("alone",)),
     row("neighbours", _P, (17, 0, 3), PROPERTIES["neighbours"].reason, dim=32,
         properties=("neighbours",)),
     row("future", _P, (10, 70), PROPERTIES["future"].reason, dim=32, properties=("future",)),
