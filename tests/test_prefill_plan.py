@@ -153,6 +153,12 @@ def test_lengths_that_the_host_knows():
     assert sum(ratios) / len(ratios) < 1.02
 
 
+@pytest.mark.parametrize("lengths", [(33, 40), (0, 1), (1, 2, 3), (0, 0, 5), (64, 63, 0)])
+def test_lengths_that_take_as_many_chunks(lengths):
+    """Their mean is that of the longest, or nothing is."""
+    assert plan_of(lengths, 12, SMS).cost <= cost_of(lengths, 12, None)
+
+
 def test_equal_lengths_are_planned_as_such():
     assert plan_of((2048,) * 3, 12, SMS) == plan(3, 3 * 2048, 12, SMS)
 

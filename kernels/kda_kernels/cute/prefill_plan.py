@@ -136,7 +136,7 @@ def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
     best = Plan(None, _finish(sms, [(HV, n + START) for n in chunks]))
     total, limit = sum(chunks), -(-sum(lengths) // CHUNK) * CHUNK  # one round
     several = sum(n * len(chunks) > total for n in chunks)
-    for cut, weight in itertools.product(sorted({1, several, len(chunks)}), (1, 2, math.inf)):
+    for cut, weight in itertools.product(sorted({1, max(1, several), len(chunks)}), (1, 2, math.inf)):
         # as if alone, on the workers that are left for them: what is cut runs once, or twice; or the rest hardly counts
         longest = sum(chunks[:cut])
         others = (total - longest + (len(chunks) - cut) * START) / weight
