@@ -9,7 +9,7 @@ device ("auto"), shrink (seconds for the smallest case of a failure, 2) and limi
 A refusal is a skipped test with its reason.
 
 Kernels are imported and checked in a process apart: the run of the tests keeps its own Triton, interpreted or not, and
-outlives a crash. Where no test asks for `kda_check`, nothing of kda is imported.
+outlives a crash. Where no test asks for `kda_check`, neither torch nor Triton is imported.
 """
 
 from collections.abc import Callable

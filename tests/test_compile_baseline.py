@@ -126,7 +126,7 @@ MAIN = {
     },
     "nvidia-cutlass-dsl": {
         "cute-decode": ("softplus", "softplus few", "softplus bf16-state"),
-        "cute-prefill": ("safe dense", "safe split"),
+        "cute-prefill": ("safe dense", "safe split", "softplus"),
     },
 }
 

@@ -436,7 +436,7 @@ function = cache.CACHE.make("key", sys.argv[1], build)
 try:
     function()
 except TypeError as error:
-    assert "__call__(q: Tensor([n0, 1, 1, 32], bfloat16)" in str(error), error
+    assert "__call__(q: Tensor([n0, 1, n1, 32], bfloat16)" in str(error), error
 else:
     raise AssertionError("ran without arguments")
 assert [entry.origin for entry in cache.CACHE.entries()] == ["disk"]
