@@ -3,16 +3,14 @@ KDA_ENGINE_SOURCES names. Without it the tests are skipped, and say how to fetch
 """
 
 import ast
-import os
 import re
-from pathlib import Path
 
 import pytest
 
 from kdacli.capture.sites import ENGINES, Site
+from tests import engine_sources
 
-SOURCES = os.environ.get("KDA_ENGINE_SOURCES", "")
-RELEASES = {"sglang": "0.5.23", "vllm": "0.33.0"}
+ENGINES_HELD = ("sglang", "vllm")
 
 # The layers that call KDA on a GPU of NVIDIA's, and what they call there beside it.
 LAYERS = {
@@ -47,18 +45,10 @@ INNER = {
 }
 
 
-def sources(engine: str) -> Path:
-    if not (Path(SOURCES or "/nonexistent") / engine).is_dir():
-        release = f"{engine}=={RELEASES[engine]}"
-        fetch = f"pip download --no-deps --only-binary :all: {release} && unzip -q {engine}-*.whl -d FOLDER"
-        pytest.skip(f"KDA_ENGINE_SOURCES names no folder with {release}: {fetch}")
-    return Path(SOURCES) / engine
-
-
 def definition(engine: str, site: Site) -> ast.FunctionDef | ast.ClassDef | ast.Assign | None:
     """What the target is in the sources, also where its package only imports it."""
     module, _, function = site.target.partition(":")
-    path = sources(engine).parent.joinpath(*module.split("."))
+    path = engine_sources.folder(engine).parent.joinpath(*module.split("."))
     files = list(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     for file in files:
         body = ast.parse(file.read_text()).body if file.is_file() else []
@@ -77,7 +67,7 @@ def names(node: ast.AST) -> set[str]:
     return {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
 
 
-@pytest.mark.parametrize("engine", RELEASES)
+@pytest.mark.parametrize("engine", ENGINES_HELD)
 def test_every_site_is_where_it_should_be(engine):
     for site in ENGINES[engine]:
         found = definition(engine, site)
@@ -91,12 +81,14 @@ def test_every_site_is_where_it_should_be(engine):
             assert told <= arguments, f"{site.target} has no {told - arguments}"
 
 
-@pytest.mark.parametrize("engine", RELEASES)
+@pytest.mark.parametrize("engine", ENGINES_HELD)
 def test_every_call_of_the_layers_is_in_the_table(engine):
     known = {site.target.rpartition(":")[2].rpartition(".")[2] for site in ENGINES[engine] if not site.until}
     for layer in LAYERS[engine]:
         calls = [
-            node for node in ast.walk(ast.parse((sources(engine) / layer).read_text())) if isinstance(node, ast.Call)
+            node
+            for node in ast.walk(ast.parse((engine_sources.folder(engine) / layer).read_text()))
+            if isinstance(node, ast.Call)
         ]
         called = {ast.unparse(call.func) for call in calls}
         reached = set()

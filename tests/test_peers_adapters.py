@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
 
@@ -19,8 +20,9 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.peers import flashkda_prefill, given, here
+from kdacli.peers import flashkda_prefill, given, here, sglang_packed_decode
 from kdacli.synthetic import make_inputs
+from tests import engine_sources
 
 SAFE, SOFTPLUS, NONE = Options(Gate.SAFE, -5.0), Options(Gate.SOFTPLUS), Options(Gate.NONE)
 PREFILL = Problem(Op.PREFILL, (5, 0, 3), 2, 2, options=SAFE)
@@ -30,6 +32,8 @@ ADAPTERS = (
     "flashkda_prefill",
     "cudnn_prefill",
     "sglang_decode",
+    "sglang_packed_decode",
+    "sglang_prefill",
     "cula_decode",
     "flashinfer_decode",
     "flashinfer_prefill",
@@ -49,6 +53,8 @@ TAKES = {
     "flashkda_prefill": {},
     "cudnn_prefill": {},
     "sglang_decode": BF16_PARAMS,
+    "sglang_packed_decode": {},
+    "sglang_prefill": {},
     "cula_decode": {},
     "flashinfer_decode": BF16_STATE,
     "flashinfer_prefill": BF16_STATE,
@@ -93,6 +99,12 @@ REFUSALS = [
     ("sglang_decode", {"seq_lens": (1, 0, 1), "packed": True}, "exactly one token"),
     ("sglang_decode", {"V": 64}, "multiples of 128"),
     ("sglang_decode", {"state_v_first": False}, "V-first"),
+    ("sglang_packed_decode", {"options": NONE}, "the gate is none: it has softplus or safe only"),
+    ("sglang_packed_decode", {"pool_slots": None}, "a state pool in place"),
+    ("sglang_packed_decode", {"seq_lens": (1, 2, 1), "packed": True}, "exactly one token"),
+    ("sglang_prefill", {"HV": 4}, "no grouped heads"),
+    ("sglang_prefill", {"options": Options(Gate.SAFE, -7.0)}, "lower_bound is -7.0: it takes -5.0 or more"),
+    ("sglang_prefill", {"pool_slots": 5, "padding": 1}, "the output of a zero state"),
     ("cula_decode", {"options": SAFE}, "the gate is safe"),
     ("cula_decode", {"V": 96}, "multiples of 64"),
     ("cula_decode", {"padding": 1}, "leaves the output of padding rows"),
@@ -119,6 +131,8 @@ def test_what_a_contract_refuses(name, change, reason):
         ("flashkda_prefill", "vllm is not installed: pip install vllm, or set KDA_FLASHKDA_LIB"),
         ("cudnn_prefill", "cudnn is not installed: pip install 'nvidia-cudnn-frontend>=1.32'"),
         ("sglang_decode", "sglang is not installed: pip install sglang"),
+        ("sglang_packed_decode", "sglang is not installed: pip install sglang"),
+        ("sglang_prefill", "sglang is not installed: pip install sglang"),
         ("cula_decode", "cula is not installed: pip install git+https://github.com/inclusionAI/cuLA"),
         ("flashinfer_decode", "flashinfer is not installed: pip install flashinfer-python"),
         ("flashinfer_prefill", "flashinfer is not installed: pip install flashinfer-python"),
@@ -262,6 +276,47 @@ def sglang_update(
     return _decode_in_place(q, k, v, a, b, SOFTPLUS, A_log, dt_bias, initial_state_source, initial_state_indices)
 
 
+def sglang_packed(
+    mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel=False,
+    lower_bound=None,
+):  # fmt: skip
+    """With its checks."""
+    N, (HV, V, K) = len(mixed_qkv), initial_state.shape[1:]
+    assert a.shape == (N, HV * K)
+    assert b.shape == (N, HV)
+    assert all(x.stride(-1) == 1 for x in (mixed_qkv, a, b, A_log, dt_bias, initial_state))
+    assert A_log.shape == (HV,)
+    assert dt_bias.shape == (HV * K,)
+    assert out.is_contiguous()
+    assert out.shape == (N, 1, HV, V)
+    options = Options(
+        Gate.SOFTPLUS if lower_bound is None else Gate.SAFE, lower_bound, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale
+    )
+    q, k, v = mixed_qkv.split(((mixed_qkv.shape[1] - HV * V) // 2,) * 2 + (HV * V,), dim=1)
+    heads = (q.view(N, 1, -1, K), k.view(N, 1, -1, K), v.view(N, 1, HV, V), a.view(N, 1, HV, K), b.view(N, 1, HV))
+    out.copy_(_decode_in_place(*heads, options, A_log, dt_bias, initial_state, ssm_state_indices))
+    return out, initial_state
+
+
+def sglang_chunk(
+    q, k, v, g, beta, scale=None, initial_state=None, initial_state_indices=None, use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None, A_log=None, dt_bias=None, lower_bound=None, output_intermediate_states=False, track_state=None,
+    track_chunk_idx=None, beta_is_raw=False, chunk_indices=None, chunk_offsets=None, **kwargs,
+):  # fmt: skip
+    """With what its kernels take for granted; like them, it writes the output over a contiguous v."""
+    assert q.shape[0] == 1
+    assert dt_bias is None or dt_bias.ndim == 1
+    assert initial_state.stride()[1:] == initial_state[:1].contiguous().stride()[1:]
+    gate = Gate.NONE if A_log is None else Gate.SOFTPLUS if lower_bound is None else Gate.SAFE
+    options = Options(gate, lower_bound, beta_is_raw, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale)
+    got = Bits(
+        q, k, v, g, beta, options=options, A_log=A_log, dt_bias=dt_bias, state=initial_state,
+        state_indices=initial_state_indices, cu_seqlens=cu_seqlens,
+    ).run()  # fmt: skip
+    initial_state.copy_(got.final_state)
+    return v.contiguous().copy_(got.o)
+
+
 def cula_decode(
     A_log, dt_bias, q, k, v, a, b, initial_state_source, initial_state_indices, cu_seqlens=None, scale=None,
     use_qk_l2norm_in_kernel=True, softplus_beta=1.0, softplus_threshold=20.0, out=None, state_layout="vk",
@@ -319,6 +374,8 @@ def _decode_in_place(q, k, v, g, beta, options, A_log, dt_bias, pool, indices, v
 STAND_INS = {
     "cudnn_prefill": {"kimi_delta_attention": cudnn_op},
     "sglang_decode": {"cutedsl_fused_sigmoid_gating_kda_update": sglang_update},
+    "sglang_packed_decode": {"fused_recurrent_kda_packed_decode": sglang_packed},
+    "sglang_prefill": {"chunk_kda": sglang_chunk},
     "cula_decode": {"kda_decode": cula_decode},
     "flashinfer_decode": {"recurrent_kda": flashinfer_kda},
     "flashinfer_prefill": {"recurrent_kda": flashinfer_kda},
@@ -340,6 +397,12 @@ HANDED_OVER = [
     ("cudnn_prefill", {"options": dataclasses.replace(NONE, beta_is_logit=False, qk_l2norm=False, scale=0.5)}),
     ("sglang_decode", {}),
     ("sglang_decode", {"packed": True, "HV": 4}),
+    ("sglang_packed_decode", {}),
+    ("sglang_packed_decode", {"packed": True, "HV": 4, "options": dataclasses.replace(SAFE, scale=0.5), "padding": 1}),
+    ("sglang_prefill", {}),
+    ("sglang_prefill", {"seq_lens": (4, 4), "packed": False, "initial_state": False}),
+    ("sglang_prefill", {"pool_slots": 5, "state_dtype": "bfloat16", "options": SOFTPLUS}),
+    ("sglang_prefill", {"options": dataclasses.replace(NONE, beta_is_logit=False, qk_l2norm=False, scale=0.5)}),
     ("cula_decode", {}),
     ("cula_decode", {"packed": True, "param_dtype": "bfloat16"}),
     ("cula_decode", {"state_v_first": False, "options": dataclasses.replace(SOFTPLUS, qk_l2norm=False, scale=0.5)}),
@@ -392,6 +455,30 @@ def test_a_raw_gate_without_bias_is_refused(name, stand_ins):
     inputs = make_inputs(problem_for(name, **TAKES[name]))
     with pytest.raises(InputError, match="dt_bias is missing"):
         adapter(name).run(dataclasses.replace(inputs, dt_bias=None))
+
+
+def test_sglang_takes_slices_of_one_row_as_they_are():
+    mixed = torch.arange(60.0).view(2, 30)[:, :28]
+    q, k, v = mixed.split((8, 8, 12), dim=1)
+    assert sglang_packed_decode.side_by_side(q, k, v).data_ptr() == mixed.data_ptr()
+    for parts in ((q, k, v), (k, q, v), (q.clone(), k, v)):
+        assert torch.equal(sglang_packed_decode.side_by_side(*parts), torch.cat(parts, dim=1))
+
+
+RELEASED = [
+    (sglang_update, "sglang/kernels/ops/attention/cutedsl_kda.py", "cutedsl_fused_sigmoid_gating_kda_update"),
+    (sglang_packed, "sglang/kernels/ops/attention/fla/fused_recurrent.py", "fused_recurrent_kda_packed_decode"),
+    (sglang_chunk, "sglang/kernels/ops/attention/fla/kda.py", "chunk_kda"),
+    (flashinfer_kda, "flashinfer/kda_decode.py", "recurrent_kda"),
+    (flashinfer_kda, "flashinfer/kda.py", "recurrent_kda"),
+]
+
+
+@pytest.mark.parametrize(("stand_in", "path", "name"), RELEASED)
+def test_stand_ins_have_the_signatures_of_the_released_functions(stand_in, path, name):
+    """Or the first parameters of them: an adapter passes no other."""
+    released = engine_sources.parameters(engine_sources.folder(path.partition("/")[0]).parent / path, name)
+    assert (mine := list(inspect.signature(stand_in).parameters)) == released[: len(mine)]
 
 
 def test_cula_refuses_a_pool_with_gaps(stand_ins):

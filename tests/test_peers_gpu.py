@@ -50,6 +50,20 @@ CASES = {
         {"param_dtype": "bfloat16", "seq_lens": (1,) * 40, "pool_slots": 50},
         {"param_dtype": "bfloat16", "seq_lens": (1,)},
     ],
+    "sglang-packed-decode": [
+        {},
+        {"packed": True, "H": 2, "HV": 4},
+        {"options": SAFE, "padding": 2, "state_dtype": "bfloat16"},
+        {"seq_lens": (1,) * 40, "pool_slots": 50, "options": dataclasses.replace(SAFE, scale=0.5)},
+    ],
+    "sglang-prefill": [
+        {"seq_lens": (70, 130)},
+        {"seq_lens": (64, 64), "packed": False},
+        {"seq_lens": (70, 130), "initial_state": False, "options": SOFTPLUS},
+        {"seq_lens": (70, 130), "pool_slots": 7, "state_dtype": "bfloat16"},
+        {"seq_lens": (70, 130), "g_dtype": "float32", "options": dataclasses.replace(SAFE, beta_is_logit=False)},
+        {"seq_lens": (70, 130), "options": Options(Gate.NONE)},
+    ],
     "cula-decode": [
         {},
         {"packed": True},

@@ -8,10 +8,9 @@ import importlib.util
 import re
 from typing import Any
 
-import torch
-
 from kda_kernels.problem import SAFE_BOUND, Gate
 from kda_kernels.tensors import Inputs
+from kdacli.peers import here
 
 OLDEST = (0, 6)  # the first with state_v_first, grouped value heads and beta logits in all of its KDA functions
 
@@ -24,9 +23,7 @@ def unsupported_here() -> str | None:
     if version is not None and version < OLDEST:
         have, need = (".".join(map(str, v)) for v in (version, OLDEST))
         return f"fla is {have}: {need} or newer is needed, pip install -U flash-linear-attention"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU: FLA's kernels need one"
-    return None
+    return here.no_gpu("FLA's kernels")
 
 
 def _version() -> tuple[int, int] | None:

@@ -37,6 +37,11 @@ def wrong_gpu(who: str, majors: Collection[int], needs: str) -> str | None:
     return None if major in majors else f"the GPU is sm_{major}{minor}: {who} needs {needs}"
 
 
+def no_gpu(who: str) -> str | None:
+    """Why `who` cannot run for want of a GPU; None if there is one."""
+    return None if torch.cuda.is_available() else f"no CUDA GPU: {who} need one"
+
+
 def load(modules: Sequence[str]) -> ModuleType:
     """Imports the first of `modules` that there is. What it prints goes to stderr: stdout may be JSON.
 

@@ -1,0 +1,86 @@
+"""SGLang's default decode, `fused_recurrent_kda_packed_decode` of `sglang.kernels.ops.attention.fla.fused_recurrent`.
+
+Written against SGLang 0.5.23: a Triton kernel, or a CUDA kernel from 8 sequences on and with the types that it has.
+"""
+
+import torch
+
+from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
+from kda_kernels.problem import Gate, Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import gate_parameters
+
+MODULES = ("sglang.kernels.ops.attention.fla.fused_recurrent",)
+
+# From its docstring and checks, and what `TritonKDAKernel.packed_decode` calls it with.
+CONTRACT = Contract(
+    g_dtypes=("bfloat16", "float32"),
+    beta_dtypes=("bfloat16", "float32"),
+    K=(64, 128),
+    V_multiple=32,
+    gates=(Gate.SOFTPLUS, Gate.SAFE),
+    l2norm=(True, False),
+    one_token=True,
+    plain_state=False,
+    padding=True,
+)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    return (
+        (CONTRACT.refusal(problem) if problem is not None else None)
+        or here.missing_package(("sglang",), "pip install sglang")
+        or here.no_gpu("SGLang's kernels")
+        or here.not_loadable(MODULES)
+    )
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Runs the kernel on checked inputs; the pool is updated in place.
+
+    It takes q, k and v of a token side by side in one row, as a layer's convolution leaves them. Tensors that lie
+    elsewhere are put together first, which is part of what is timed.
+
+    Raises:
+        InputError: a raw gate comes without its parameters.
+    """
+    packed_decode = here.load(MODULES).fused_recurrent_kda_packed_decode
+    check_inputs(inputs)
+    pool, indices = inputs.pool
+    N, (HV, V) = len(indices), inputs.v.shape[2:]
+    A_log, dt_bias = gate_parameters(inputs)
+    with torch.no_grad(), torch.cuda.device_of(inputs.q):
+        o = torch.empty(N, 1, HV, V, dtype=inputs.v.dtype, device=inputs.v.device)
+        packed_decode(
+            side_by_side(*(_rows(x) for x in (inputs.q, inputs.k, inputs.v))),
+            a=_rows(inputs.g),
+            b=inputs.beta.reshape(N, HV),
+            A_log=A_log,
+            dt_bias=dt_bias.flatten(),
+            scale=inputs.scale,
+            initial_state=pool,
+            out=o,
+            ssm_state_indices=indices.to(torch.int32),
+            use_qk_l2norm_in_kernel=inputs.options.qk_l2norm,
+            lower_bound=inputs.options.lower_bound,
+        )
+    return Outputs(o.view(inputs.v.shape), inputs.state if inputs.output_final_state else None)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[N, heads * size] of [N, 1, heads, size] or [1, N, heads, size]; a view where there can be one."""
+    return tensor.flatten(0, 1).flatten(1)
+
+
+def side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The rows of q, k and v as one [N, ..]: the tensor they are slices of, or a new one."""
+    width, size = sum(x.shape[1] for x in (q, k, v)), q.element_size()
+    row, starts = q.stride(0), (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    expected = (starts[0], starts[0] + q.shape[1] * size, starts[0] + (q.shape[1] + k.shape[1]) * size)
+    shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    if shared and starts == expected and all(x.stride() == (row, 1) for x in (q, k, v)) and row >= width:
+        return q.as_strided((q.shape[0], width), (row, 1))
+    return torch.cat((q, k, v), dim=1)
