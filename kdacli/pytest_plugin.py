@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from kdacli.verify.isolated import IsolatedChecker
+    from kdacli.verify.processes.isolated import IsolatedChecker
 
 _DEFAULTS = {"suite": "quick", "op": None, "cases": (), "seed": 0, "device": "auto", "shrink": 2.0, "limit": 300.0}
 _CHECKERS = pytest.StashKey[dict[tuple[str, int, float], "IsolatedChecker"]]()
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kernel, chosen = _read(metafunc.definition.get_closest_marker("kda"))
     from kda_kernels.errors import KdaError
     from kdacli.device import choose_device
-    from kdacli.verify.isolated import IsolatedChecker, NoStartError
+    from kdacli.verify.processes.isolated import IsolatedChecker, NoStartError
 
     checkers = metafunc.config.stash[_CHECKERS]
     try:
@@ -62,7 +62,8 @@ def kda_check(request: pytest.FixtureRequest) -> Callable[[], None]:
 
     def check() -> None:
         __tracebackhide__ = True
-        from kdacli.verify import report, verdict
+        from kdacli.verify.failures import explanation
+        from kdacli.verify.reports import tables
 
         (result,) = checker.check_case(case, [kernel])
         if result.status == "refused":
@@ -70,8 +71,8 @@ def kda_check(request: pytest.FixtureRequest) -> Callable[[], None]:
         if result.ok:
             return
         found, _ = checker.explain(kernel, case, result, chosen["shrink"], None, False)
-        lines = [f"{kernel.name} failed {case.name}: {case.why}", *report.failure_lines(result, found)]
-        again = verdict.command_for(found.smallest or case.name, kernel.name, chosen["seed"], checker.device)
+        lines = [f"{kernel.name} failed {case.name}: {case.why}", *tables.failure_lines(result, found)]
+        again = explanation.command_for(found.smallest or case.name, kernel.name, chosen["seed"], checker.device)
         pytest.fail("\n".join([*lines, f"again: {again}"]), pytrace=False)
 
     return check

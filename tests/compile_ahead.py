@@ -11,13 +11,13 @@ import sys
 from kda_kernels import registry
 from kda_kernels.errors import InputError
 from kdacli.compile import arch, pretend, recorder
-from kdacli.verify import ahead
-from kdacli.verify.call import call
-from kdacli.verify.case import Case
-from kdacli.verify.continuity import PrefillThenDecode
+from kdacli.verify.cases.case import Case
+from kdacli.verify.cases.suites import cases_for
+from kdacli.verify.checks.call import call
+from kdacli.verify.checks.check import inputs_of, pairs
+from kdacli.verify.checks.continuity import PrefillThenDecode
+from kdacli.verify.processes import ahead
 from kdacli.verify.properties import PROPERTIES, NotApplicableError, Subject, subject
-from kdacli.verify.runner import inputs_of, pairs
-from kdacli.verify.suites import cases_for
 
 
 def launched(kernel: registry.Kernel, case: Case, where: arch.Arch) -> set[str | None]:

@@ -9,7 +9,7 @@ from decode_inputs import DEVICE, GIVEN, SAFE, make, with_pool, with_state
 from kda_kernels.cute.decode_config import DecodeConfig
 from kda_kernels.problem import Gate, Options
 from kda_kernels.tensors import Inputs
-from kdacli.verify.suites.cover import Row, pairwise_cover
+from kdacli.verify.cases.cover import Row, pairwise_cover
 
 OPTIONS = {
     "softplus": Options(),

@@ -17,7 +17,7 @@ from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import oracle, plain_chunk, plain_recurrent
 from kda_kernels.tensors import Outputs
 from kdacli.comparison.difference import ULPS, Comparing
-from kdacli.comparison.heat import heat_map
+from kdacli.comparison.difference_map import difference_map
 from kdacli.dumps import Dump, load, save
 from kdacli.judge import Reference, expect, judge, layout, reference
 from kdacli.judge.layout import Place
@@ -327,13 +327,13 @@ class TestDifference:
         a = b.clone()
         a[64 * 2 : 64 * 3, 1] = 1.5
         d = self.difference(a, b, [64 * 4, 64 * 2 + 10])
-        title, *lines = heat_map(d, 0.1, 80)
+        title, *lines = difference_map(d, 0.1, 80)
         assert "chunks of 64 tokens" in title
         assert lines == ["head 0     |", "head 1   * |", "head 2     |"]
-        narrow = heat_map(d, 0.1, 11)
+        narrow = difference_map(d, 0.1, 11)
         assert "2 a character" in narrow[0] and narrow[2].startswith("head 1  *")
         many = self.difference(torch.ones(10, 96, 1), torch.zeros(10, 96, 1), [10])
-        assert len(heat_map(many, 0.1, 80)) == 13 and heat_map(many, 0.1, 80)[-1] == "head 88-95 #"
+        assert len(difference_map(many, 0.1, 80)) == 13 and difference_map(many, 0.1, 80)[-1] == "head 88-95 #"
 
 
 class TestScreens:

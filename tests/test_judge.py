@@ -15,8 +15,8 @@ from kdacli.judge import Reference, Verdict, expect
 from kdacli.judge import judge as judge_by
 from kdacli.judge.reference import DRAWS, LONG, operand_dtype, plains
 from kdacli.synthetic import make_inputs
-from kdacli.verify import spec
-from kdacli.verify.runner import Bench
+from kdacli.verify.cases import spec
+from kdacli.verify.checks.check import Bench
 
 LENS = (3, 70, 0, 64, 17)
 

@@ -5,8 +5,8 @@ import collections
 import pytest
 
 from kda_kernels.problem import Op
-from kdacli.verify.runner import Bench, check
-from kdacli.verify.suites import cases_for
+from kdacli.verify.cases.suites import cases_for
+from kdacli.verify.checks.check import Bench, check
 from tests.mutants.score import MUTANTS, Death, hunt, mutants, score
 from tests.mutants.victim import Chunked, GateStage, Recurrent, VictimKernel
 

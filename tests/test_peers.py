@@ -15,7 +15,7 @@ from kda_kernels.reference.oracle import gate_cumsum, recurrence
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import fla, fla_prefill
 from kdacli.synthetic import make_inputs
-from kdacli.verify.layouts import pool_with_gaps
+from kdacli.verify.transforms.layouts import pool_with_gaps
 
 PEERS = ("fla-decode", "fla-prefill", "fla-gate")
 

@@ -20,14 +20,14 @@ from kdacli import dumps
 from kdacli.judge import expect
 from kdacli.main import cli
 from kdacli.synthetic import make_inputs
-from kdacli.verify.continuity import PrefillThenDecode
-from kdacli.verify.guards import ZONE
-from kdacli.verify.layouts import far_pool
-from kdacli.verify.memory import modified, own_memory, poisoned_memory
+from kdacli.verify.cases.suites import cases_for, suite
+from kdacli.verify.checks.check import Bench, check
+from kdacli.verify.checks.continuity import PrefillThenDecode
+from kdacli.verify.checks.guards import ZONE
+from kdacli.verify.checks.memory import modified, own_memory, poisoned_memory
 from kdacli.verify.properties import PROPERTIES
-from kdacli.verify.runner import Bench, check
-from kdacli.verify.suites import cases_for, suite
 from kdacli.verify.transforms import TRANSFORMS
+from kdacli.verify.transforms.layouts import far_pool
 
 Run = Callable[[Inputs], Outputs]
 CASES = suite("quick")

@@ -15,9 +15,10 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kdacli.compile import arch, pool
 from kdacli.main import cli
-from kdacli.verify import ahead, run
-from kdacli.verify.runner import pairs
-from kdacli.verify.suites import cases_for
+from kdacli.verify import verification
+from kdacli.verify.cases.suites import cases_for
+from kdacli.verify.checks.check import pairs
+from kdacli.verify.processes import ahead
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,11 +66,11 @@ def test_what_is_wrong_is_left_to_the_run(monkeypatch):
 
 def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "compile_ahead", lambda *given: asked.append(given))
+    monkeypatch.setattr(verification, "compile_ahead", lambda *given: asked.append(given))
     words = ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", "--json", "-"]
     assert CliRunner().invoke(cli, [*words, "--device", "cpu"]).exit_code == 0
     assert asked == []
-    one = object.__new__(run.Run)
+    one = object.__new__(verification.Verification)
     kernel, case = registry.get("torch-decode"), cases_for("cpu", op=Op.DECODE)[0]
     one.wanted, one.table = types.SimpleNamespace(device="cuda"), [(case, [kernel])]
     one.compile(3)
@@ -79,7 +80,7 @@ def test_the_command_compiles_ahead_on_a_gpu_only(monkeypatch):
 @pytest.mark.parametrize(("words", "asked"), [([], [None]), (["--jobs", "2"], [2]), (["--jobs", "0"], [])])
 def test_jobs(monkeypatch, words, asked):
     given = []
-    monkeypatch.setattr(run.Run, "compile", lambda self, jobs: given.append(jobs))
+    monkeypatch.setattr(verification.Verification, "compile", lambda self, jobs: given.append(jobs))
     done = CliRunner().invoke(cli, ["verify", "--kernel", "torch-decode", "--case", "decode-fp16", *words])
     assert done.exit_code == 0, done.output
     assert given == asked

@@ -19,9 +19,10 @@ from kda_kernels.problem import Op
 from kdacli.commands import verify
 from kdacli.main import cli
 from kdacli.userkernels import resolve
-from kdacli.verify import spec, workers
-from kdacli.verify.checker import Checker, ContextLostError
-from kdacli.verify.isolated import InnerError, IsolatedChecker, NoStartError
+from kdacli.verify.cases import spec
+from kdacli.verify.processes import workers
+from kdacli.verify.processes.checker import Checker, ContextLostError
+from kdacli.verify.processes.isolated import InnerError, IsolatedChecker, NoStartError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +35,7 @@ BAD = """
     from kda_kernels.problem import Options
     from kda_kernels.reference.oracle import recurrence
     from kda_kernels.tensors import Inputs
-    from kdacli.verify.checker import Checker
+    from kdacli.verify.processes.checker import Checker
 
     def decode(q, k, v, g, beta, A_log, dt_bias, initial_state=None, cu_seqlens=None, lower_bound=None):
         tokens = q.shape[1]

@@ -4,10 +4,10 @@ import pytest
 
 from kda_kernels import registry
 from kda_kernels.problem import Op
-from kdacli.verify import spec
+from kdacli.verify.cases import spec
+from kdacli.verify.checks.check import Bench, Result, check
 from kdacli.verify.properties import PROPERTIES
-from kdacli.verify.report import refusals
-from kdacli.verify.runner import Bench, Result, check
+from kdacli.verify.reports.tables import refusals
 from tests.mutants.score import MUTANTS
 from tests.mutants.victim import VictimKernel
 

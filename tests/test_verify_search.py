@@ -11,9 +11,9 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.main import cli
-from kdacli.verify import spec, suites
-from kdacli.verify.checker import Checker
-from kdacli.verify.runner import pairs
+from kdacli.verify.cases import spec, suites
+from kdacli.verify.checks.check import pairs
+from kdacli.verify.processes.checker import Checker
 from kdacli.verify.search import search
 from tests.mutants.score import MUTANTS
 
@@ -44,8 +44,8 @@ def test_the_time_is_kept():
 
 
 def test_suite_stress_searches_and_reports(monkeypatch):
-    monkeypatch.setattr("kdacli.verify.suites._STRESS_SEEDS", ())
-    from kdacli.verify.suites import suite
+    monkeypatch.setattr("kdacli.verify.cases.suites._STRESS_SEEDS", ())
+    from kdacli.verify.cases.suites import suite
 
     suite.cache_clear()
     monkeypatch.setitem(registry._KERNELS, "always", MUTANTS["gate-chunk-of32"].kernel())
@@ -72,7 +72,7 @@ def test_an_interrupted_search_says_who_was_not_searched(monkeypatch):
 
     monkeypatch.setattr(Checker, "search", until_ctrl_c)
     cases = [spec.parse("decode-fp16"), spec.parse("prefill-any")]
-    monkeypatch.setattr("kdacli.verify.run.select_table", lambda names, kernels, *more: pairs(kernels, cases))
+    monkeypatch.setattr("kdacli.verify.verification.select_table", lambda names, kernels, *more: pairs(kernels, cases))
     words = ["--kernel", "torch-decode", "--kernel", "torch-prefill", "--suite", "stress", "--seconds", "0.2"]
     result = CliRunner().invoke(cli, ["verify", "--device", "cpu", *words])
     assert result.exit_code == 130

@@ -12,12 +12,12 @@ from kda_kernels.problem import Op, Problem
 from kdacli.judge import Reference
 from kdacli.judge.layout import Layout
 from kdacli.synthetic import make_inputs
-from kdacli.verify import spec
+from kdacli.verify.cases import spec
+from kdacli.verify.cases.cover import pairs, pairwise_cover
+from kdacli.verify.cases.pairs import AXES, axes_of
+from kdacli.verify.cases.suites import NAMES, cases_for, suite
+from kdacli.verify.checks.check import inputs_of
 from kdacli.verify.properties import PROPERTIES
-from kdacli.verify.runner import inputs_of
-from kdacli.verify.suites import NAMES, cases_for, suite
-from kdacli.verify.suites.cover import pairs, pairwise_cover
-from kdacli.verify.suites.pairs import AXES, axes_of
 from kdacli.verify.transforms import LAYOUTS, REGIMES, SERVING, TRANSFORMS
 
 
@@ -97,9 +97,8 @@ def test_the_cover_of_full_holds_every_option_and_says_why(op):
 
 def test_the_cover_is_the_same_in_another_process():
     """Hashes of strings differ from process to process; cases must not."""
-    code = (
-        "from kdacli.verify.suites import suite; print(hash(repr([(c.name, str(c.problem)) for c in suite('full')])))"
-    )
+    names = "[(c.name, str(c.problem)) for c in suite('full')]"
+    code = f"from kdacli.verify.cases.suites import suite; print(hash(repr({names})))"
     runs = {
         subprocess.run(
             [sys.executable, "-c", code.replace("hash(", "__import__('zlib').crc32(").replace("]))", "]).encode())")],

@@ -13,11 +13,11 @@ from kda_kernels.tensors import Outputs
 from kdacli import dumps
 from kdacli.judge import Reference, expect, judge
 from kdacli.main import cli
-from kdacli.verify import spec
-from kdacli.verify.diagnose import diagnose
-from kdacli.verify.heat import heat_map
-from kdacli.verify.runner import Bench, check
-from kdacli.verify.shrink import shrink, steps
+from kdacli.verify.cases import spec
+from kdacli.verify.checks.check import Bench, check
+from kdacli.verify.failures.diagnose import diagnose
+from kdacli.verify.failures.error_map import error_map
+from kdacli.verify.failures.shrink import shrink, steps
 from tests.mutants.score import MUTANTS
 
 
@@ -107,7 +107,7 @@ def test_the_map_shows_the_place():
     o[0, 5 + 66, 1, 7] = torch.nan
     o[0, 5 + 2, 0] += 100
     verdict, _ = judge(bench.reference, Outputs(o, exact.final_state))
-    title, first, second = heat_map(bench.inputs, "o", o, exact.o, verdict)
+    title, first, second = error_map(bench.inputs, "o", o, exact.o, verdict)
     assert title == "o, sequence 1: 2 heads down, 70 tokens across"
     line = first.split()[-1]
     assert line.count("|") == 1 and line[1] == "#" and line.replace("|", "")[2:].strip(".") == ""
@@ -120,7 +120,7 @@ def test_the_map_of_a_state_shows_its_worst_head():
     state = exact.final_state.clone()
     state[0, 1, 3, 12] += 1
     _, verdict = judge(bench.reference, Outputs(exact.o, state))
-    title, *rows = heat_map(bench.inputs, "final_state", state, exact.final_state, verdict)
+    title, *rows = error_map(bench.inputs, "final_state", state, exact.final_state, verdict)
     assert title == "final_state, sequence 0, head 1: 8 v down, 16 k across"
     assert [row.split()[-1] for row in rows] == ["." * 12 + "#..." if v == 3 else "." * 16 for v in range(8)]
 

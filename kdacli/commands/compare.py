@@ -230,7 +230,7 @@ def _plot(found: list, path: str) -> None:
 
 def _print_pairs(a: str, b: str, results: "list[Pair]", alone: list[str]) -> None:
     from kdacli.comparison import report
-    from kdacli.comparison.heat import KEY
+    from kdacli.comparison.difference_map import KEY
     from kdacli.output import bad, console, dim, good, say, table
 
     out = console()
@@ -299,7 +299,7 @@ def _print(dump: str, device: str, results: "list[Comparison]", detail: bool) ->
 
 def _print_detail(row: "Row", d: "Difference") -> None:
     from kdacli.comparison import report
-    from kdacli.comparison.heat import KEY
+    from kdacli.comparison.difference_map import KEY
     from kdacli.output import console
 
     out = console()

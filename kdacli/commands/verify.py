@@ -12,8 +12,8 @@ from kdacli.values import Part
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from kdacli.verify.checker import Checker
-    from kdacli.verify.isolated import IsolatedChecker
+    from kdacli.verify.processes.checker import Checker
+    from kdacli.verify.processes.isolated import IsolatedChecker
 
 STRESS_SECONDS = 60.0
 HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune themselves meanwhile
@@ -157,13 +157,13 @@ def command(
         _list(params, suite_name or "quick", case_names, json_dest, force)
         return
     if junit:
-        from kdacli.verify.junit import require
+        from kdacli.verify.reports.junit import require
 
         require()
     folder = _folder(save_dir)
     from kdacli.device import pick_device
-    from kdacli.verify.run import Run, Wanted
-    from kdacli.verify.summary import conclude, report
+    from kdacli.verify.reports.summary import conclude, report
+    from kdacli.verify.verification import Verification, Wanted
 
     device = pick_device(device)
     wanted = Wanted(
@@ -180,7 +180,7 @@ def command(
         limit=limit,
     )
     with _checker(device, wanted.seed, isolate, limit, triton_config) as checker:
-        run = Run(wanted, checker)
+        run = Verification(wanted, checker)
         run.go(jobs, fail_fast, shrink, folder, force)
     report(run.outcome, json_dest, junit, verbose, force)
     conclude(run.outcome)
@@ -191,13 +191,13 @@ def _checker(
 ) -> "AbstractContextManager[Checker | IsolatedChecker]":
     """What does the checks: here, or, on a GPU by default, in a process that may crash."""
     if isolate or (isolate is None and device == "cuda"):
-        from kdacli.verify.isolated import IsolatedChecker
+        from kdacli.verify.processes.isolated import IsolatedChecker
 
         return IsolatedChecker(device, seed, limit, config)
     from contextlib import nullcontext
 
     from kdacli import autotuning
-    from kdacli.verify.checker import Checker
+    from kdacli.verify.processes.checker import Checker
 
     if config is not None:
         autotuning.take(config)
@@ -249,9 +249,9 @@ def _list(params: options.Params, suite_name: str, names: tuple[str, ...], json_
     """The cases of a suite, those of one op with --op, or those named."""
     from kdacli.output import write_json
     from kdacli.provenance import collect
-    from kdacli.verify import spec
-    from kdacli.verify.report import json_case, print_cases
-    from kdacli.verify.suites import suite
+    from kdacli.verify.cases import spec
+    from kdacli.verify.cases.suites import suite
+    from kdacli.verify.reports.tables import json_case, print_cases
 
     cases = [spec.parse(name) for name in names] if names else suite(suite_name)
     cases = [case for case in cases if params["op"] in (None, case.problem.op)]

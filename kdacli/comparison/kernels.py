@@ -16,9 +16,9 @@ from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict, judge
 from kdacli.userkernels import resolve
-from kdacli.verify.call import pool_as_final_state
-from kdacli.verify.memory import poisoned_memory
-from kdacli.verify.runner import one_line
+from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.verify.checks.check import one_line
+from kdacli.verify.checks.memory import poisoned_memory
 
 DUMP = "the dump"  # stands where a kernel's name would, for what the dump recorded
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kdacli.comparison.difference import ULPS, Difference
-from kdacli.comparison.heat import shrink
+from kdacli.comparison.difference_map import shrink
 
 _COLUMNS = 512
 _SMALLEST = 1e-12

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from kdacli.comparison.difference import ULPS, Difference
-from kdacli.comparison.heat import heat_map
+from kdacli.comparison.difference_map import difference_map
 from kdacli.comparison.pair import Pair, PairRow
 from kdacli.comparison.plot import bins
 
@@ -44,7 +44,7 @@ def lines(difference: Difference, bound: float, width: int) -> list[str]:
     if d.growth:
         g = d.growth
         found.append(f"{g.word} (power {g.power:+.2f} +- {2 * g.error:.2f}, {g.chunks} chunks)")
-    return [*found, *heat_map(d, bound, width)]
+    return [*found, *difference_map(d, bound, width)]
 
 
 def inputs_line(pair: Pair) -> str:

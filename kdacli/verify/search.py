@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
-from kdacli.verify import spec
-from kdacli.verify.case import Case
-from kdacli.verify.fit import fit
-from kdacli.verify.runner import NO_ROOM, Bench, Result, check
-from kdacli.verify.suites.pairs import axes_of, case_of
+from kdacli.verify.adapt import adapt
+from kdacli.verify.cases import spec
+from kdacli.verify.cases.case import Case
+from kdacli.verify.cases.pairs import axes_of, case_of
+from kdacli.verify.checks.check import NO_ROOM, Bench, Result, check
 from kdacli.verify.transforms import LAYOUTS
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def search(
 ) -> Found:
     """Checks `kernel` on random cases of its op for `seconds`, or `examples` of them, or until one fails.
 
-    Each is changed to what the kernel supports, as the cases of a suite are (`kdacli.verify.fit`). The same seed and
+    Each is changed to what the kernel supports, as the cases of a suite are (`kdacli.verify.adapt`). The same seed and
     part draw the same cases; how many there is time for depends on the machine. `before` is called with each.
     """
     import hypothesis
@@ -87,7 +87,7 @@ def search(
         nonlocal tried, refused
         if failure or time.monotonic() - began > seconds:
             raise _StopError
-        for case in _fitted(kernel, drawn):
+        for case in _adapted(kernel, drawn):
             before(case)
             result = _check(kernel, case, seed, device, possible=case == drawn)
             if result is not None and result.status != "refused":
@@ -105,16 +105,16 @@ def search(
     return Found(kernel.name, tried, refused, failure[0] if failure else None, time.monotonic() - began)
 
 
-def _fitted(kernel: Kernel, case: Case) -> Iterator[Case]:
+def _adapted(kernel: Kernel, case: Case) -> Iterator[Case]:
     """The case changed to what the kernel supports; and, should it be refused, with its tensors laid out as usual."""
-    fitting = fit(kernel, case)
-    plain = dataclasses.replace(fitting, transforms=tuple(t for t in fitting.transforms if t not in LAYOUTS))
-    for one in dict.fromkeys((fitting, plain)):
+    adapted_case = adapt(kernel, case)
+    plain = dataclasses.replace(adapted_case, transforms=tuple(t for t in adapted_case.transforms if t not in LAYOUTS))
+    for one in dict.fromkeys((adapted_case, plain)):
         yield one if one == case else dataclasses.replace(one, name=spec.write(one))
 
 
 def _check(kernel: Kernel, case: Case, seed: int, device: str, *, possible: bool) -> Result | None:
-    """None: there is no such case, since a regime needs what the fitting took away; never if it is `possible`."""
+    """None: there is no such case, since a regime needs what the adapted_case took away; never if it is `possible`."""
     try:
         bench = Bench.where_it_fits(case, seed, device)
     except (InputError, RuntimeError, IndexError):

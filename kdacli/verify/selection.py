@@ -7,11 +7,11 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.userkernels import resolve
-from kdacli.verify import spec
-from kdacli.verify.case import Case
-from kdacli.verify.fit import fitted
-from kdacli.verify.runner import pairs
-from kdacli.verify.suites import cases_for
+from kdacli.verify.adapt import adapted
+from kdacli.verify.cases import spec
+from kdacli.verify.cases.case import Case
+from kdacli.verify.cases.suites import cases_for
+from kdacli.verify.checks.check import pairs
 
 
 def get_kernel(name: str, op: Op | None = None) -> Kernel:
@@ -60,7 +60,7 @@ def select_cases(names: Sequence[str], kernels: Sequence[Kernel], device: str, s
     """The cases named, or those of a suite that suit `device`, of the ops of `kernels`.
 
     Args:
-        names: of cases in any suite, or with changes: see `kdacli.verify.spec`.
+        names: of cases in any suite, or with changes: see `kdacli.verify.cases.spec`.
 
     Raises:
         InputError: a name is unknown, or of an op that none of `kernels` serves.
@@ -80,4 +80,4 @@ def select_table(
 ) -> list[tuple[Case, list[Kernel]]]:
     """The cases of `select_cases`, each with its kernels; those of a suite are fitted to what each kernel supports."""
     cases = select_cases(names, kernels, device, suite_name)
-    return pairs(kernels, cases) if names else fitted(kernels, cases)
+    return pairs(kernels, cases) if names else adapted(kernels, cases)

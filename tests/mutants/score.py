@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from kda_kernels.problem import Op
-from kdacli.verify.case import Case
-from kdacli.verify.runner import Bench, check
-from kdacli.verify.suites import cases_for
-from kdacli.verify.verdict import wrong_lines
+from kdacli.verify.cases.case import Case
+from kdacli.verify.cases.suites import cases_for
+from kdacli.verify.checks.check import Bench, check
+from kdacli.verify.failures.explanation import wrong_lines
 from tests.mutants import activations, memory, ranges, recurrence, serving  # noqa: F401  they fill the table
 from tests.mutants.table import MUTANTS, Mutant
 

@@ -2,8 +2,8 @@
 
 A property is a function of a `Subject` that yields what is wrong, in words, or a `Remark`, and raises
 `NotApplicableError` where it cannot be checked: that is reported, and is no failure. Every case checks a few more that
-cost little (see `runner`): inputs unmodified, guard zones untouched, no NaN left where nothing was written, the same
-bits from a second call.
+cost little (see `kdacli.verify.checks`): inputs unmodified, guard zones untouched, no NaN left where nothing was
+written, the same bits from a second call.
 """
 
 import dataclasses

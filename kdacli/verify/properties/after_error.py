@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from kdacli.verify.memory import modified, own_memory
+from kdacli.verify.checks.memory import modified, own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 
 REASON = "a server goes on after a bad request: a call that raised must leave no lock, no state and no half-made cache"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import Subject, differing
 
 REASON = "a workspace kept between calls, or read before it is written, carries one call's numbers into the next"

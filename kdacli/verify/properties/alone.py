@@ -9,7 +9,7 @@ from kda_kernels.checks import check_inputs, seq_lens
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge.bits import same_bits
-from kdacli.verify.continuity import tokens_of
+from kdacli.verify.checks.continuity import tokens_of
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
 REASON = "who asks for batch_invariant gets the same bits for the same prompt, whatever else is in the batch"

@@ -9,9 +9,9 @@ from kda_kernels.problem import Gate
 from kda_kernels.tensors import Inputs
 from kdacli.judge.bits import bits
 from kdacli.judge.layout import Place
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Remark, Subject
-from kdacli.verify.regimes import FORGET, KEEP
+from kdacli.verify.transforms.regimes import FORGET, KEEP
 
 REASON = "a token must not show in what was said before it: decays measured from a later token leave rounding there"
 

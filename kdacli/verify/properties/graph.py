@@ -7,8 +7,8 @@ import torch
 
 from kda_kernels.errors import one_line
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.call import pool_as_final_state
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 from kdacli.verify.properties.threads import half
 

@@ -7,7 +7,7 @@ import torch
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge.bits import same_bits
 from kdacli.judge.layout import Place
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
 REASON = "one request's numbers, or its NaN, must not reach another's: tiles cross sequence ends, tails go unmasked"

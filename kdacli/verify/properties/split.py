@@ -8,8 +8,8 @@ import torch
 from kda_kernels.checks import check_inputs, seq_lens
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.continuity import tokens_of
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.continuity import tokens_of
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
 REASON = "engines cut long prompts wherever a batch is full: the state between must be what the tokens before made it"

@@ -7,7 +7,7 @@ from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Reference, judge
 from kdacli.judge.bits import same_bits
-from kdacli.verify.call import Runner, call
+from kdacli.verify.checks.call import Runner, call
 
 
 class NotApplicableError(Exception):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.call import pool_as_final_state
-from kdacli.verify.memory import own_memory
+from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 
 REASON = "servers call from many threads: caches without a lock and buffers kept between calls mix requests up"

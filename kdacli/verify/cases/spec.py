@@ -1,0 +1,166 @@
+"""Cases as one word on the command line: a case's name, and what to change in it.
+
+    prefill-lengths/lens=0,17/HV=2/transforms=offset+open-gates
+
+Changes are fields of the case, of its problem, or of its options, by the names of `FIELDS`. `OP-any` is a plain small
+case of each op to start from, so that every case can be written down.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Op
+from kdacli.synthetic import GATES, KEYS
+from kdacli.verify.cases.case import Case, row
+from kdacli.verify.cases.suites import NAMES, suite
+from kdacli.verify.properties import PROPERTIES
+from kdacli.verify.transforms import TRANSFORMS
+
+_MAX = 1 << 20
+
+
+class Field(NamedTuple):
+    """One thing that a case says: where it is kept (case, problem or options), under which name, and how it is read."""
+
+    part: str
+    name: str
+    read: Callable[[str], Any]
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= _MAX):
+        raise ValueError(f"it should be a whole number up to {_MAX}")
+    return int(text)
+
+
+def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
+
+
+def _flag(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError("it should be yes or no")
+    return text == "yes"
+
+
+def _lens(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
+def _names(known: Any) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        found = tuple(filter(None, text.split("+"))) if text != "none" else ()
+        for name in found:
+            _one_of(known)(name)
+        return found
+
+    return read
+
+
+def _one_of(known: Any) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"it should be one of {', '.join(known)}")
+        return text
+
+    return read
+
+
+FIELDS = {
+    "lens": Field("problem", "seq_lens", _lens),
+    **{name: Field("problem", name, _count) for name in ("H", "HV", "K", "V", "padding")},
+    "pool": Field("problem", "pool_slots", _optional(_count)),
+    "packed": Field("problem", "packed", _flag),
+    "v_first": Field("problem", "state_v_first", _flag),
+    "initial_state": Field("problem", "initial_state", _flag),
+    "final_state": Field("problem", "final_state", _flag),
+    **{name: Field("problem", name, str) for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype")},
+    "gate": Field("options", "gate", Gate),
+    "lower_bound": Field("options", "lower_bound", _optional(float)),
+    "logit": Field("options", "beta_is_logit", _flag),
+    "neg_eigval": Field("options", "allow_neg_eigval", _flag),
+    "l2norm": Field("options", "qk_l2norm", _flag),
+    "scale": Field("options", "scale", _optional(float)),
+    "gates": Field("case", "gates", _one_of(GATES)),
+    "keys": Field("case", "keys", _one_of(KEYS)),
+    "transforms": Field("case", "transforms", _names(TRANSFORMS)),
+    "properties": Field("case", "properties", _names(PROPERTIES)),
+    "steps": Field("case", "decode_steps", _count),
+    "seed": Field("case", "seed", _count),
+}
+
+
+def any_case(op: Op) -> Case:
+    """The plain case that others are written down from."""
+    return row("any", op, (1,) if op is Op.DECODE else (64,), "a case written down on the command line", dim=32)
+
+
+def table() -> dict[str, Case]:
+    """Every case that has a name of its own."""
+    return {case.name: case for case in (*suite(NAMES[1]), *map(any_case, Op))}
+
+
+def parse(text: str) -> Case:
+    """The case that a word describes; its name is that word.
+
+    Raises:
+        InputError: the name or a field is unknown, or the changes do not fit together.
+    """
+    name, *changes = text.split("/")
+    cases = table()
+    if name not in cases:
+        raise InputError(f"case {name} is unknown: kda verify --list --suite full shows them")
+    case = cases[name]
+    by_part: dict[str, dict[str, Any]] = {"case": {}, "problem": {}, "options": {}}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in FIELDS:
+            raise InputError(f"{key} is no field of a case: there are {', '.join(FIELDS)}")
+        field = FIELDS[key]
+        try:
+            by_part[field.part][field.name] = field.read(value)
+        except ValueError as error:
+            raise InputError(f"{key} is {value!r} in {text}: {error}") from error
+    options = dataclasses.replace(case.problem.options, **by_part["options"])
+    problem = dataclasses.replace(case.problem, options=options, **by_part["problem"])
+    return dataclasses.replace(case, name=text, problem=problem, **by_part["case"])
+
+
+def write(case: Case) -> str:
+    """The shortest word that `parse` turns back into this case: changes of the case it is named after, or of `any`."""
+    cases = table()
+    bases = [cases[name] for name in (case.name.split("/")[0], f"{case.problem.op}-any") if name in cases]
+    return min((_changes(base, case) for base in bases), key=len)
+
+
+def renamed(case: Case) -> str:
+    """As `write`, but always as changes of the case it is named after."""
+    return _changes(table()[case.name.split("/")[0]], case)
+
+
+def changed(old: Case, new: Case) -> list[str]:
+    """The fields in which two cases differ, by their names here."""
+    return [
+        key for key, f in FIELDS.items() if getattr(_part(old, f.part), f.name) != getattr(_part(new, f.part), f.name)
+    ]
+
+
+def _changes(base: Case, case: Case) -> str:
+    fields = ((key, FIELDS[key]) for key in changed(base, case))
+    return "/".join([base.name, *(f"{key}={_text(getattr(_part(case, f.part), f.name))}" for key, f in fields)])
+
+
+def _part(case: Case, part: str) -> Any:
+    return {"case": case, "problem": case.problem, "options": case.problem.options}[part]
+
+
+def _text(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ("," if isinstance(value[0], int) else "+").join(map(str, value))
+    return str(value)
