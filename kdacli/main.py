@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": Entry("Work", "kdacli.commands.compare", "Run kernels on a dump, or compare two dumps."),
     "profile": Entry("Work", "kdacli.commands.profile", "Time kernels on a GPU: us, GB/s, share of the ceiling."),
     "compile": Entry("Work", "kdacli.commands.compile", "Compile kernels, with no GPU too: registers, spills, sizes."),
+    "report": Entry("Look", "kdacli.commands.report", "Make one HTML page from records."),
     "kernels": Entry("Look", "kdacli.commands.kernels", "List the kernels, and say which can run here and why not."),
 }
 

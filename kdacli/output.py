@@ -188,7 +188,15 @@ def write_json(obj: Any, dest: str | os.PathLike[str], force: bool = False) -> N
     Raises:
         InputError: the file exists and `force` is not set, or it cannot be written.
     """
-    text = json.dumps(_plain(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text(json.dumps(_plain(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n", dest, force)
+
+
+def write_text(text: str, dest: str | os.PathLike[str], force: bool = False) -> None:
+    """Writes a text to a path, or to stdout for "-". A file appears whole or not at all.
+
+    Raises:
+        InputError: the file exists and `force` is not set, or it cannot be written.
+    """
     if str(dest) == "-":
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -189,7 +189,7 @@ def test_curves_and_the_floor_are_in_the_picture():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     found = series([point(k, n, n + 3.0) for k in ("ours", "peer") for n in (1, 2, 4)])
     panel = figure.subplots()
-    plot._against(panel, found)
+    plot.against(panel, found)
     assert [line.get_label() for line in panel.lines] == ["ours", "peer", "floor: bytes at the ceiling"]
     assert list(panel.lines[1].get_xdata()) == [1, 2, 4]
     assert list(panel.lines[1].get_ydata()) == [4.0, 5.0, 7.0]

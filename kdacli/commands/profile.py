@@ -42,7 +42,7 @@ class Axis(click.ParamType):
 @click.option("--stages", is_flag=True, help="Also list the CUDA kernels inside each call.")
 @click.option("--baseline", metavar="FILE", help="Compare with a recording (of --json); exit 1 on a regression.")
 @click.option("--from", "source", metavar="FILE", help="Show a recording instead of timing; needs no GPU.")
-@click.option("--plot", metavar="FILE", help="Draw a sweep's times, or the roofline: .png, .svg or .pdf.")
+@click.option("--plot", metavar="FILE", help="Draw the times, of a sweep against its axis: .png, .svg or .pdf.")
 @click.option("--trace", metavar="FILE", help="Write a timeline of some calls for Perfetto.")
 @click.option("--nsys", is_flag=True, help="Run under Nsight Systems; print its kernels and NVTX ranges.")
 @click.option("--nsys-path", metavar="FILE", help="The program nsys, where it is not found by itself.")
@@ -77,7 +77,7 @@ def command(ctx: click.Context, /, **params: Any) -> None:
       kda profile --layer kimi-k3 --tp 8 -T 32k -N 64          ms of all KDA layers, for a prefill and a decode step
       kda profile --dump dump.pt --stages                      a live engine's tensors, CUDA kernel by CUDA kernel
       kda profile --ncu --kernel triton-prefill                DRAM, L2, tensor cores, stalls, spills of each launch
-      kda profile --from prefill.json --plot roofline.svg      a recording, on a machine with no GPU
+      kda profile --from prefill.json --plot times.svg         a recording, on a machine with no GPU
     """
     from kdacli.output import check_dest
 

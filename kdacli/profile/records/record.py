@@ -107,6 +107,11 @@ def read(path: str) -> Record:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no recording of kda profile: it is no JSON ({error})") from error
+    return parse(data, path)
+
+
+def parse(data: Any, path: str) -> Record:
+    """A recording from its JSON. Raises `InputError`, which names `path`, where it is none that can be read."""
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path} is no recording that can be read: its schema is {schema}, not {SCHEMA}")

@@ -1,6 +1,7 @@
-"""`--plot`: times against T or N, or a roofline, from a record. matplotlib is an extra."""
+"""`--plot`: times against T or N, or beside each other, from a record. matplotlib is an extra."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kda_kernels.errors import InputError
@@ -17,24 +18,28 @@ _MARKERS = "osD^vP*X<>"
 
 
 def draw(record: Record, path: str) -> None:
-    """Writes the picture: of a sweep, time against its first axis with a panel for each group; else the roofline."""
+    """Writes the picture: of a sweep, time against its first axis with a panel for each group; else the kernels' times
+    beside each other, with a panel for each gate regime.
+    """
     import matplotlib.figure
 
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "kda"}):
-        found = series(record.rows)
-        groups = list(dict.fromkeys((one.op, one.label) for one in found))
-        if found:
-            columns = min(2, len(groups))
-            rows = -(-len(groups) // columns)
-            figure = matplotlib.figure.Figure((_SIZE[0] * columns, _SIZE[1] * rows), layout="constrained")
-            panels = figure.subplots(rows, columns, squeeze=False).flatten()
-            for panel, group in zip(panels, groups, strict=False):
-                _against(panel, [one for one in found if (one.op, one.label) == group])
-            for panel in panels[len(groups) :]:
-                panel.set_visible(False)
-        else:
-            figure = matplotlib.figure.Figure(_SIZE, layout="constrained")
-            roofline(figure.subplots(), timed(record.rows), record.ceilings)
+        found, rows = series(record.rows), timed(record.rows)
+        panels: list[tuple[float, Callable[[Axes], None]]] = []  # height, what draws it
+        for group in dict.fromkeys((one.op, one.label) for one in found):
+            panels.append((_SIZE[1], functools.partial(against, group=[o for o in found if (o.op, o.label) == group])))
+        for gates in [] if found else dict.fromkeys(row.gates for row in rows):
+            mine = [row for row in rows if row.gates == gates]
+            panels.append((1.6 + 0.35 * len({row.case for row in mine}), functools.partial(beside, rows=mine)))
+        columns = min(2, len(panels))
+        high = -(-len(panels) // columns)
+        size = (_SIZE[0] * columns, max(height for height, _ in panels) * high)
+        figure = matplotlib.figure.Figure(size, layout="constrained")
+        axes = figure.subplots(high, columns, squeeze=False).flatten()
+        for axis, (_, draw_panel) in zip(axes, panels, strict=False):
+            draw_panel(axis)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
         figure.suptitle(_machine(record), fontsize=9)
         metadata = {"Date": None} if path.lower().endswith((".svg", ".pdf")) else None
         figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.lower().endswith(".pdf") else metadata)
@@ -44,7 +49,7 @@ def _machine(record: Record) -> str:
     return f"{record.gpu.get('name', 'unknown GPU')}, commit {record.commit}, {str(record.provenance.get('date'))[:10]}"
 
 
-def _against(panel: "Axes", group: Sequence[Series]) -> None:
+def against(panel: "Axes", group: Sequence[Series]) -> None:
     """Median time against the axis, one curve a kernel, with the floor under all of them."""
     for i, one in enumerate(group):
         panel.plot(one.x, one.y, label=one.kernel, marker=_marker(i, len(one.x)), markersize=4, linewidth=1.2)
@@ -61,6 +66,28 @@ def _against(panel: "Axes", group: Sequence[Series]) -> None:
 
 def _marker(i: int, points: int) -> str:
     return _MARKERS[i % len(_MARKERS)] if points <= 40 else ""
+
+
+def beside(panel: "Axes", rows: Sequence[TimedRow]) -> None:
+    """Times of one gate regime: cases down, one mark a kernel with the 95% interval of its median, and the floor."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    for i, kernel in enumerate(dict.fromkeys(row.kernel for row in rows)):
+        mine = [row for row in rows if row.kernel == kernel]
+        x = [row.median_us for row in mine]
+        off = [[row.median_us - row.low_us for row in mine], [row.high_us - row.median_us for row in mine]]
+        y = [cases.index(row.case) for row in mine]
+        panel.errorbar(x, y, xerr=off, fmt=_MARKERS[i % len(_MARKERS)], markersize=5, linewidth=1, label=kernel)
+    floors = {row.case: row.floor_us for row in rows}
+    panel.scatter(
+        list(floors.values()), range(len(cases)), marker="|", s=120, color="grey", label="floor: bytes at the ceiling"
+    )
+    panel.set_yticks(range(len(cases)), cases)
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.set_xlabel("us a call, median with its 95% interval")
+    panel.set_title(f"{rows[0].op}, {rows[0].gates} gates")
+    panel.grid(True, axis="x", which="both", alpha=0.25)
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.6 / len(cases)), ncols=2)
 
 
 def roofline(panel: "Axes", rows: Sequence[TimedRow], ceilings: Ceilings) -> None:

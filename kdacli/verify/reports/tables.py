@@ -177,6 +177,7 @@ def json_row(result: Result, found: Explanation | None, reproduce: str | None, s
         "crashed": result.crashed,
         "smallest": found.smallest if found else None,
         "looks_like": found.looks_like if found else (),
+        "maps": found.maps if found else (),
         "reproduce": reproduce,
         "saved": None if saved is None else str(saved),
     }
