@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 Params = Mapping[str, Any]
-_LARGE_SHAPE = {Op.PREFILL: (1, 8192), Op.GATE: (1, 8192), Op.DECODE: (32, 1)}  # N, T each
-_SMALL_SHAPE = {Op.PREFILL: (1, 256), Op.GATE: (1, 256), Op.DECODE: (4, 1)}  # for a CPU
+_LARGE_SHAPE = {Op.PREFILL: (1, 8192), Op.GATE: (1, 8192), Op.DECODE: (32, 1), Op.STEP: (32, 1)}  # N, T each
+_SMALL_SHAPE = {Op.PREFILL: (1, 256), Op.GATE: (1, 256), Op.DECODE: (4, 1), Op.STEP: (4, 1)}  # for a CPU
 _LARGE_HEADS, _SMALL_HEADS = 96, 2
 
 
@@ -65,7 +65,7 @@ def problem_from(params: Params, device: str = "cuda", default_op: Op | str = Op
     seq_lens = _seq_lens(params, op, device)
     dtype = _or(params, "dtype", "bfloat16")
     pool, padding = _pool(params, op, len(seq_lens))
-    dense = _or(params, "dense", op is Op.DECODE and len(set(seq_lens)) == 1)
+    dense = _or(params, "dense", op.decodes and len(set(seq_lens)) == 1)
     if dense and len(set(seq_lens)) > 1:
         raise InputError("--dense is given with --lens of different lengths: a dense batch needs equal ones")
     return Problem(
@@ -192,7 +192,7 @@ def _pool(params: Params, op: Op, N: int) -> tuple[int | None, int]:
     """Slots of the pool (None: a plain state) and padding rows."""
     padding = _or(params, "padding", 0)
     wanted = params.get("pool")
-    if wanted is None and (op is Op.DECODE or padding):
+    if wanted is None and (op.decodes or padding):
         wanted = 2 * N
     if padding and not wanted:
         raise InputError("--padding is given with --pool 0: padding rows need a pool")

@@ -22,8 +22,8 @@ import torch
 
 from kda_kernels.dtypes import torch_dtype
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Options, Problem
-from kda_kernels.tensors import Inputs
+from kda_kernels.problem import Gate, Options, Parts, Problem
+from kda_kernels.tensors import Convolution, GatedNorm, Inputs
 
 LARGE = 1 << 24  # elements
 STATE_STD = 0.1  # between the ~0.05 of one delta update of a random key and the ~1 that a long memory grows to
@@ -67,7 +67,8 @@ def make_inputs(
     are N(0,1), values their sigmoids. With `Gate.NONE`, g is the log decay that the regime gives through the softplus
     gate, or through the safe gate when a lower_bound is promised. The state is 0.1 N(0,1), in a pool zero without
     `initial_state`. The slots of a pool are permuted, those that no sequence uses are NaN, and the padding rows are
-    scattered over the batch.
+    scattered over the batch. A convolution's weight and states and the output gate are normal, q, k and v then views of
+    one projection.
 
     Raises:
         InputError: `gates` or `keys` is no known name.
@@ -76,23 +77,28 @@ def make_inputs(
         raise InputError("gates", f"is {gates}", f"it should be one of {', '.join(GATES)}")
     if keys not in KEYS:
         raise InputError("keys", f"is {keys}", f"it should be one of {', '.join(KEYS)}")
-    if problem.features:
-        raise InputError("features", f"are {', '.join(sorted(problem.features))}", "synthetic inputs have none of them")
+    parts = problem.parts or Parts(width=0, norm=False)
+    if others := problem.features - parts.features:
+        raise InputError("features", f"are {', '.join(sorted(others))}", "synthetic inputs have none of them")
     draw = _Draw(seed, device, on_device=elements(problem) >= LARGE)
     B, T = (1, problem.T) if problem.packed else (problem.N, problem.T // max(problem.N, 1))
     options, dtype = problem.options, torch_dtype(problem.dtype)
     q = draw.normal("q", (B, T, problem.H, problem.K))
     k = _keys(draw, keys, (B, T, problem.H, problem.K))
-    if not options.qk_l2norm:
+    if not options.qk_l2norm and not parts.width:
         q, k = _normalise(q), _normalise(k)
+    v = draw.normal("v", (B, T, problem.HV, problem.V))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    if parts.width:
+        q, k, v = _projection(q, k, v)
     beta = draw.normal("beta", (B, T, problem.HV)).add_(4.0 if keys == "near-collinear" else 0.0)
     g, A_log, dt_bias = _gate(draw, GATES[gates], options, (B, T, problem.HV, problem.K))
     param_dtype = torch_dtype(problem.param_dtype)
     state, state_indices = _state(draw, problem)
     return Inputs(
-        q=q.to(dtype),
-        k=k.to(dtype),
-        v=draw.normal("v", (B, T, problem.HV, problem.V)).to(dtype),
+        q=q,
+        k=k,
+        v=v,
         g=g.to(torch_dtype(problem.g_dtype)),
         beta=(beta if options.beta_is_logit else beta.sigmoid()).to(torch_dtype(problem.beta_dtype)),
         options=options,
@@ -103,6 +109,8 @@ def make_inputs(
         cu_seqlens=_cu_seqlens(problem.seq_lens, device) if problem.packed else None,
         state_v_first=problem.state_v_first,
         output_final_state=problem.final_state,
+        conv=_convolution(draw, problem, parts, state_indices) if parts.width else None,
+        norm=_norm(draw, parts, v) if parts.norm else None,
     )
 
 
@@ -177,6 +185,35 @@ def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Te
     live = draw.permutation("padding", problem.N)[problem.padding :].sort().values
     state_indices[live] = indices.to(torch.int32)
     return pool, state_indices
+
+
+def _projection(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Views of one tensor [B, T, D] with the same values."""
+    sizes = [x.shape[2] * x.shape[3] for x in tensors]
+    parts = torch.cat([x.flatten(2) for x in tensors], 2).split(sizes, 2)
+    return [part.unflatten(2, x.shape[2:]) for part, x in zip(parts, tensors, strict=True)]
+
+
+def _convolution(draw: _Draw, problem: Problem, parts: Parts, state_indices: torch.Tensor | None) -> Convolution:
+    D, kept = 2 * problem.H * problem.K + problem.HV * problem.V, parts.width - 1
+    weight = draw.normal("conv.weight", (D, parts.width)) * parts.width**-0.5
+    if not problem.options.qk_l2norm:
+        weight[: 2 * problem.H * problem.K] *= problem.K**-0.5  # keys of norm 1 or so, with which a state stays bounded
+    weight_dtype, state_dtype = torch_dtype(parts.weight_dtype), torch_dtype(parts.state_dtype)
+    bias = draw.normal("conv.bias", (D,)).to(weight_dtype) if parts.bias else None
+    slots = problem.N if problem.pool_slots is None else problem.pool_slots
+    used = (
+        torch.arange(slots, device=draw.device) if state_indices is None else state_indices[state_indices >= 0].long()
+    )
+    shape = (kept, D) if parts.tokens_first else (D, kept)
+    states = torch.full((slots, *shape), torch.nan, dtype=state_dtype, device=draw.device)
+    states[used] = draw.normal("conv.states", (len(used), *shape)).to(state_dtype)
+    return Convolution(weight.to(weight_dtype), bias, states, tokens_first=parts.tokens_first)
+
+
+def _norm(draw: _Draw, parts: Parts, v: torch.Tensor) -> GatedNorm:
+    weight = draw.normal("norm.weight", v.shape[3:]) * 0.1 + 1.0
+    return GatedNorm(draw.normal("norm.gate", v.shape).to(v.dtype), weight.to(torch_dtype(parts.norm_dtype)))
 
 
 def _cu_seqlens(seq_lens: Sequence[int], device: str) -> torch.Tensor:

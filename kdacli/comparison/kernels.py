@@ -24,7 +24,7 @@ DUMP = "the dump"  # stands where a kernel's name would, for what the dump recor
 
 # Seconds for one token and value head at K = V = 128 on one CPU core: plain torch, and Triton's interpreter.
 _TORCH_S = 1e-4
-_INTERPRETER_S = {Op.PREFILL: 5e-3, Op.DECODE: 0.15, Op.GATE: 3e-3}
+_INTERPRETER_S = {Op.PREFILL: 5e-3, Op.DECODE: 0.15, Op.STEP: 0.15, Op.GATE: 3e-3}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,7 +169,7 @@ def serving(problem: Problem) -> dict[str, Problem]:
     """Of a problem without sequences, by name: all that decide what an engine launches for it."""
     counts: tuple[int, ...]
     asked: dict[str, set[str]]
-    if problem.op is Op.DECODE:
+    if problem.op.decodes:
         counts, tokens, asked = (1, 256), 1, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
     else:
         counts, tokens = (1, 2, 4, 8, 32), 512
@@ -200,6 +200,7 @@ def _users(kernel: UserKernel, problem: Problem | None) -> list[Variant]:
 # What a kernel that names no usual problems of its own is recorded on where no flag says anything.
 USUAL = {
     Op.DECODE: Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64),
+    Op.STEP: Problem(Op.STEP, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64),
     Op.PREFILL: Problem(Op.PREFILL, (8192,), H=32, HV=32),
     Op.GATE: Problem(Op.GATE, (8192,), H=32, HV=32),
 }

@@ -48,6 +48,8 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         null_slot=said.null_slot,
         batch_invariant=bool(said.batch_invariant),
         checkpoints=None if states is None or rows is None else Checkpoints(states, rows, offsets, every),
+        conv=None,
+        norm=None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op, Problem
+from kda_kernels.problem import Gate, Problem
 from kda_kernels.registry import Kernel
 from kdacli.verify.cases import spec
 from kdacli.verify.cases.case import Case
@@ -111,7 +111,7 @@ def _lengths(problem: Problem) -> Iterator[Change]:
     """Other sequences, each time less like what they were."""
     lens = problem.seq_lens
     others = [tuple(n for n in lens if n)]
-    if problem.op is Op.DECODE:
+    if problem.op.decodes:
         others += [tuple(min(n, 1) for n in lens)] * (0 in lens) + [(1,) * min(problem.T, _MANY)]
     return ({"seq_lens": other} for other in others if other)
 

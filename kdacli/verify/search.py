@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MAX_SEQUENCES = 5
 # Tokens of a sequence at most: where a case should take milliseconds, and seconds on an interpreter.
 MAX_TOKENS = {
-    "cpu": {Op.PREFILL: 140, Op.DECODE: 6, Op.GATE: 140},
-    "cuda": {Op.PREFILL: 700, Op.DECODE: 40, Op.GATE: 700},
+    "cpu": {Op.PREFILL: 140, Op.DECODE: 6, Op.STEP: 6, Op.GATE: 140},
+    "cuda": {Op.PREFILL: 700, Op.DECODE: 40, Op.STEP: 40, Op.GATE: 700},
 }
 
 

@@ -7,13 +7,14 @@ there they run on request.
 
 import os
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError
 from kda_kernels.feature_checks import check_features, check_offsets, check_values, loaded_slots, seq_lens
-from kda_kernels.problem import MAX_HEAD, Gate, Op, Problem
+from kda_kernels.problem import MAX_HEAD, Gate, Op, Parts, Problem
 from kda_kernels.tensor_checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
@@ -174,7 +175,27 @@ def problem_of(inputs: Inputs, op: Op) -> Problem:
         state_v_first=inputs.state_v_first,
         options=inputs.options,
         features=inputs.features() | ({"tail"} if sum(lens) < dims.B * dims.T else set()),
+        parts=_parts_of(inputs),
     )
+
+
+def _parts_of(inputs: Inputs) -> Parts | None:
+    """Of checked inputs."""
+    conv, norm = inputs.conv, inputs.norm
+    if conv is None and norm is None:
+        return None
+    convolved: dict[str, Any] = (
+        {}
+        if conv is None
+        else {
+            "bias": conv.bias is not None,
+            "weight_dtype": name_of(conv.weight.dtype),
+            "state_dtype": name_of(conv.states.dtype),
+            "tokens_first": conv.tokens_first,
+        }
+    )
+    normed: dict[str, Any] = {} if norm is None else {"norm_dtype": name_of(norm.weight.dtype)}
+    return Parts(width=0 if conv is None else conv.width, norm=norm is not None, **convolved, **normed)
 
 
 def _check_tokens(inputs: Inputs) -> Dims:

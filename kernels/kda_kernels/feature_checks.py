@@ -5,16 +5,17 @@ from itertools import pairwise
 import torch
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK
+from kda_kernels.problem import CHUNK, CONV_WIDTHS
 from kda_kernels.tensor_checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
     check_contiguous,
+    check_last_stride,
     check_states,
     check_tensor,
     shape_error,
 )
-from kda_kernels.tensors import Checkpoints, Dims, Inputs
+from kda_kernels.tensors import Checkpoints, Convolution, Dims, GatedNorm, Inputs
 
 _BOOL = frozenset((torch.bool,))
 _BYTES = frozenset((torch.uint8,))
@@ -47,6 +48,55 @@ def check_features(inputs: Inputs, dims: Dims) -> None:
     if inputs.workspace is not None:
         check_tensor("workspace", inputs.workspace, _BYTES, inputs.q, "q")
         check_contiguous("workspace", inputs.workspace)
+    if inputs.conv is not None:
+        _check_conv(inputs.conv, inputs, dims)
+    if inputs.norm is not None:
+        _check_norm(inputs.norm, inputs, dims)
+
+
+def _check_conv(conv: Convolution, inputs: Inputs, dims: Dims) -> None:
+    D = 2 * dims.H * dims.K + dims.HV * dims.V
+    check_tensor("conv.weight", conv.weight, FLOAT_DTYPES, inputs.q, "q")
+    if conv.weight.ndim != 2 or conv.weight.shape[0] != D or conv.weight.shape[1] not in CONV_WIDTHS:
+        raise shape_error("conv.weight", conv.weight, f"[2 * H * K + HV * V, W] = [{D}, W] with W of {CONV_WIDTHS}")
+    check_contiguous("conv.weight", conv.weight)
+    if conv.bias is not None:
+        check_tensor("conv.bias", conv.bias, FLOAT_DTYPES, inputs.q, "q")
+        if conv.bias.shape != (D,):
+            raise shape_error("conv.bias", conv.bias, f"[2 * H * K + HV * V] = [{D}]")
+        check_contiguous("conv.bias", conv.bias)
+    states, named = conv.states, f"[P, L, {D}]" if conv.tokens_first else f"[P, {D}, L]"
+    check_tensor("conv.states", states, FLOAT_DTYPES, inputs.q, "q")
+    if states.ndim != 3 or conv.by_channel.shape[1] != D:
+        raise shape_error("conv.states", states, named)
+    # as many tokens as a sequence may have: all of a dense batch, a column each with accepted ones
+    accepted = inputs.num_accepted_tokens is not None
+    least = conv.width - 1 + (max(dims.T - 1, 0) if accepted and inputs.cu_seqlens is None else 0)
+    if conv.by_channel.shape[2] < least:
+        raise shape_error("conv.states", states, f"{named} with L = {least} or more")
+    if not states[:1].is_contiguous():
+        wanted = "each slot should be contiguous; only the stride between slots is free"
+        raise InputError("conv.states", f"has strides {list(states.stride())}", wanted)
+    if states.shape[0] > 1 and states.stride(0) < states[0].numel():
+        wanted = f"it should be at least D * L = {states[0].numel()}, so that no two slots share memory"
+        raise InputError("conv.states", f"has stride {states.stride(0)} between slots", wanted)
+    if conv.indices is not None:
+        check_tensor("conv.indices", conv.indices, INDEX_DTYPES, inputs.q, "q")
+        if conv.indices.ndim != 1 or conv.indices.shape[0] < dims.N:
+            raise shape_error("conv.indices", conv.indices, f"[N] = [{dims.N}], one slot for each sequence")
+
+
+def _check_norm(norm: GatedNorm, inputs: Inputs, dims: Dims) -> None:
+    check_tensor("norm.gate", norm.gate, FLOAT_DTYPES, inputs.q, "q")
+    if norm.gate.shape != inputs.v.shape:
+        raise shape_error("norm.gate", norm.gate, f"[B, T, HV, V] = {list(inputs.v.shape)}, as v")
+    check_last_stride("norm.gate", norm.gate)
+    check_tensor("norm.weight", norm.weight, FLOAT_DTYPES, inputs.q, "q")
+    if norm.weight.shape != (dims.V,):
+        raise shape_error("norm.weight", norm.weight, f"[V] = [{dims.V}]")
+    check_contiguous("norm.weight", norm.weight)
+    if not norm.eps > 0:
+        raise InputError("norm.eps", f"is {norm.eps}", "it should be over 0")
 
 
 def _check_token_states(inputs: Inputs, dims: Dims) -> None:
@@ -97,6 +147,8 @@ def check_values(inputs: Inputs, dims: Dims) -> None:
         if inputs.num_accepted_tokens is not None:
             _check_accepted(inputs, lens)
         _check_slots(inputs, lens)
+    if inputs.conv is not None:
+        _check_conv_values(inputs.conv, inputs, lens)
     if inputs.token_states is not None and inputs.token_state_indices is not None:
         room = inputs.token_states.shape[1]
         if max(lens, default=0) > room:
@@ -136,7 +188,29 @@ def loaded_slots(inputs: Inputs) -> list[int]:
     slots = inputs.pool[1][: inputs.N].tolist()
     if inputs.num_accepted_tokens is not None:
         slots = [row[n - 1] for row, n in zip(slots, inputs.num_accepted_tokens.tolist(), strict=True)]
-    return [-1 if slot < 0 or slot == inputs.null_slot else slot for slot in slots]
+    conv = slots if inputs.conv is None else _conv_indices(inputs.conv, inputs)
+    nobody = {inputs.null_slot}
+    return [
+        -1 if slot < 0 or slot in nobody or other < 0 or other in nobody else slot
+        for slot, other in zip(slots, conv, strict=True)
+    ]
+
+
+def conv_slots(inputs: Inputs) -> list[int]:
+    """The slot of the convolution's state of each sequence, -1 for padding (synchronises a GPU)."""
+    assert inputs.conv is not None
+    slots = _conv_indices(inputs.conv, inputs)
+    if inputs.state_indices is None:
+        return [-1 if slot < 0 or slot == inputs.null_slot else slot for slot in slots]
+    return [-1 if loaded < 0 else slot for slot, loaded in zip(slots, loaded_slots(inputs), strict=True)]
+
+
+def _conv_indices(conv: Convolution, inputs: Inputs) -> list[int]:
+    """What is written there as the slots of its states."""
+    indices = inputs.state_indices if conv.indices is None else conv.indices
+    if indices is None:
+        return list(range(inputs.N))
+    return (indices if indices.ndim == 1 else indices[:, 0])[: inputs.N].tolist()
 
 
 def stored_slots(inputs: Inputs, lens: list[int]) -> list[list[int]]:
@@ -177,6 +251,24 @@ def _check_slots(inputs: Inputs, lens: list[int]) -> None:
             if slot >= 0 and owner.setdefault(slot, position) != position:
                 found = f"holds {slot} twice (at positions {owner[slot]} and {position})"
                 raise InputError("state_indices", found, "each slot should belong to one sequence")
+
+
+def _check_conv_values(conv: Convolution, inputs: Inputs, lens: list[int]) -> None:
+    """Slots of the convolution's states, each of one sequence, and room for what goes there."""
+    owner = dict[int, int]()
+    for position, slot in enumerate(conv_slots(inputs)):
+        if slot >= conv.states.shape[0]:
+            found = f"holds {slot} (at position {position})"
+            wanted = f"it should be negative or a slot of conv.states, of which there are {conv.states.shape[0]}"
+            raise InputError("state_indices" if conv.indices is None else "conv.indices", found, wanted)
+        if slot >= 0 and owner.setdefault(slot, position) != position:
+            found = f"holds {slot} twice (at positions {owner[slot]} and {position})"
+            raise InputError("conv.indices", found, "each slot should belong to one sequence")
+    least = conv.width - 2 + max(lens, default=1)
+    if inputs.num_accepted_tokens is not None:
+        least = max(least, conv.width - 2 + max(inputs.num_accepted_tokens.tolist(), default=1))
+        if (have := conv.by_channel.shape[2]) < least:
+            raise InputError("conv.states", f"has L = {have}", f"it should be {least} or more")
 
 
 def _check_rows(name: str, rows: torch.Tensor, count: int) -> None:

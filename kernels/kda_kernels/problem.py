@@ -23,20 +23,27 @@ SAFE_BOUND = -5.0  # lower_bound of Kimi K3, and what FLA's safe_gate promises o
 FEATURES = frozenset(
     (
         *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
-        *("token_state_indices", "checkpoints", "batch_invariant", "workspace"),
+        *("token_state_indices", "checkpoints", "batch_invariant", "workspace", "conv", "norm"),
         "strided_indices",  # state_indices that are not contiguous
         "tail",  # tokens behind the last sequence of a packed batch
     )
 )
 LAYOUTS = frozenset(("strided_indices", "tail"))
+CONV_WIDTHS = (2, 3, 4)  # tokens that a convolution looks at
 
 
 class Op(enum.StrEnum):
     """The operations a kernel can serve."""
 
     DECODE = "decode"  # fused recurrent update, meant for one or a few tokens a sequence
+    STEP = "step"  # the same with the convolution of q, k and v before it and the gated norm of o behind it, or one
     PREFILL = "prefill"  # chunked form over whole prompts
     GATE = "gate"  # kda_gate_chunk_cumsum: activation + bias + chunk-local cumsum, the first stage of prefill
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on from a state by one or a few tokens a sequence."""
+        return self in (Op.DECODE, Op.STEP)
 
 
 class Gate(enum.StrEnum):
@@ -114,6 +121,41 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a step does beside the recurrence: see `kda_kernels.tensors.Convolution` and `GatedNorm`.
+
+    Attributes:
+        width: tokens that the convolution looks at, 2 to 4; 0: there is none.
+        bias: whether it has one. weight_dtype: of its weight and bias. state_dtype: of the states of the convolution.
+        tokens_first: how they lie, [.., L, D] or [.., D, L].
+        norm: whether o is normalised and gated. norm_dtype: of its weight; the gate is in the dtype of v.
+    """
+
+    width: int = 4
+    bias: bool = False
+    weight_dtype: str = "bfloat16"
+    state_dtype: str = "bfloat16"
+    tokens_first: bool = True
+    norm: bool = True
+    norm_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.width not in (0, *CONV_WIDTHS):
+            raise InputError("width", f"is {self.width}", f"it should be one of {CONV_WIDTHS}, or 0 for none")
+        for name in ("weight_dtype", "state_dtype", "norm_dtype"):
+            if getattr(self, name) not in FLOATS:
+                raise InputError(name, f"is {getattr(self, name)}", f"it should be one of {', '.join(FLOATS)}")
+        absent = () if self.width else ("bias", "weight_dtype", "state_dtype", "tokens_first")
+        for name in (*absent, *(() if self.norm else ("norm_dtype",))):  # what is not there differs in nothing
+            object.__setattr__(self, name, type(self).__dataclass_fields__[name].default)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Of `FEATURES`, those that it is."""
+        return frozenset((*(["conv"] if self.width else []), *(["norm"] if self.norm else [])))
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """One call: what a kernel is asked whether it supports.
 
@@ -130,7 +172,8 @@ class Problem:
         padding: how many of the sequences are padding: their state index is negative, or the null slot.
         state_v_first: [.., V, K] (ours) or [.., K, V].
         options: see `Options`.
-        features: what the call uses of `FEATURES`.
+        features: what the call uses of `FEATURES`; those that `parts` are need not be named.
+        parts: of a step (all of them if not given) or a decode: what it does beside the recurrence.
     """
 
     op: Op
@@ -152,6 +195,7 @@ class Problem:
     state_v_first: bool = True
     options: Options = dataclasses.field(default_factory=Options)
     features: frozenset[str] = frozenset()
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", Op(self.op))
@@ -174,6 +218,12 @@ class Problem:
             raise InputError("pool_slots", f"is {self.pool_slots}", needed)
         if unknown := self.features - FEATURES:
             raise InputError("features", f"holds {min(unknown)}", f"there are {', '.join(sorted(FEATURES))}")
+        if self.parts is not None and self.op not in (Op.STEP, Op.DECODE):
+            raise InputError("parts", f"are given with the op {self.op}", "only a step has them")
+        if self.parts is None and self.op is Op.STEP:
+            object.__setattr__(self, "parts", Parts())
+        own = frozenset() if self.parts is None else self.parts.features
+        object.__setattr__(self, "features", (self.features - {"conv", "norm"}) | own)
 
     @property
     def N(self) -> int:
@@ -211,8 +261,9 @@ class Problem:
         out["op"], out["seq_lens"] = str(self.op), list(self.seq_lens)
         out["options"]["gate"] = str(self.options.gate)
         out["features"] = sorted(self.features)
-        if not self.features:
-            del out["features"]
+        for name in ("features", "parts"):
+            if not out[name]:
+                del out[name]
         return out
 
     @classmethod
@@ -220,6 +271,7 @@ class Problem:
         """Raises `InputError` for unknown or missing fields."""
         try:
             data = dict(data)
-            return cls(**{**data, "options": Options(**data.get("options", {}))})
+            parts = Parts(**data["parts"]) if data.get("parts") else None
+            return cls(**{**data, "options": Options(**data.get("options", {})), "parts": parts})
         except (TypeError, ValueError) as error:
             raise InputError(f"not a problem description: {one_line(str(error))}") from error

@@ -49,6 +49,73 @@ class Checkpoints:
         return Checkpoints(fn(self.states), fn(self.rows), offsets, self.every)
 
 
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """The causal convolution of q, k and v over tokens, each channel by itself, then SiLU: x -> x sigmoid(x).
+
+    Channels are D = 2 H K + HV V: those of q, of k, then of v, head by head. A channel's token t becomes
+    silu(bias + sum_j weight[j] x[t - W + 1 + j]), as in causal-conv1d, with x what q, k or v hold: the window is of raw
+    numbers. The tokens before the call's first come from the sequence's state: its entries 0 .. W - 2, the oldest
+    first, and zeros where has_initial_state is false. After the call the state holds the newest W - 1 raw tokens; of L
+    entries those behind it are neither read nor written.
+
+    With num_accepted_tokens it is as in vLLM's causal_conv1d_update: of a sequence with a accepted tokens the window
+    begins at entry a - 1, and after S tokens the state holds the W - 2 entries from a on, and behind them all S tokens,
+    so that L is W - 2 + S at least.
+
+    Attributes:
+        weight: [D, W], W = 2, 3 or 4, contiguous; the last column is for the token itself.
+        bias: [D] or None.
+        states: [P, D, L], or [P, L, D] with tokens_first, updated in place unless update_state is False; a slot is
+            contiguous, slots may lie apart.
+        indices: int32 or int64 [N], any stride: the slots of the sequences. None: as state_indices, of which those
+            [N, C] mean their first column (vLLM); without them sequence n has slot n. A sequence is padding where
+            either of its slots is negative or the null slot, and touches nothing where either is none of its pool.
+        tokens_first: how states lie.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    states: torch.Tensor
+    indices: torch.Tensor | None = None
+    tokens_first: bool = False
+
+    @property
+    def width(self) -> int:
+        """Tokens that it looks at."""
+        return self.weight.shape[1]
+
+    @property
+    def by_channel(self) -> torch.Tensor:
+        """The states as a view [P, D, L]."""
+        return self.states.mT if self.tokens_first else self.states
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Convolution":
+        """A copy with `fn` applied to each tensor."""
+        bias, indices = (None if t is None else fn(t) for t in (self.bias, self.indices))
+        return Convolution(fn(self.weight), bias, fn(self.states), indices, self.tokens_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedNorm:
+    """The norm of o over the channels of each value head, and its gate, in fp32 before o is rounded, as FLA's
+    FusedRMSNormGated with activation="sigmoid": o -> o / sqrt(mean(o^2) + eps) * weight * sigmoid(gate).
+
+    Attributes:
+        gate: [B, T, HV, V], any strides with a contiguous last dimension.
+        weight: [V].
+        eps: what keeps the norm of zeros from dividing by zero.
+    """
+
+    gate: torch.Tensor
+    weight: torch.Tensor
+    eps: float = 1e-5
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "GatedNorm":
+        """A copy with `fn` applied to each tensor."""
+        return GatedNorm(fn(self.gate), fn(self.weight), self.eps)
+
+
 @dataclasses.dataclass
 class Inputs:
     """Tensors of one KDA call.
@@ -78,6 +145,8 @@ class Inputs:
         checkpoints: of a prefill, see `Checkpoints`.
         batch_invariant: the bits of a sequence depend on itself alone, not on its batch.
         workspace: uint8, `kda_kernels.api.prefill_workspace_bytes()` of it: the call allocates no other scratch memory.
+        conv: q, k and v are what the projection wrote: see `Convolution`. They are normalised after it.
+        norm: see `GatedNorm`.
 
     And what a kernel may use or not:
         cu_seqlens_cpu: cu_seqlens on the host.
@@ -106,6 +175,8 @@ class Inputs:
     batch_invariant: bool = False
     workspace: torch.Tensor | None = None
     cu_seqlens_cpu: torch.Tensor | None = None
+    conv: Convolution | None = None
+    norm: GatedNorm | None = None
 
     @property
     def N(self) -> int:
@@ -149,12 +220,14 @@ class Inputs:
             not strided
             and (self.null_slot is None and self.has_initial_state is None and self.num_accepted_tokens is None)
             and (self.token_states is None and self.token_state_indices is None and self.checkpoints is None)
-            and (self.workspace is None and self.update_state)
+            and (self.workspace is None and self.update_state and self.conv is None and self.norm is None)
             and not self.batch_invariant
         ):  # nearly every call, and on the way of each
             return _NO_FEATURES
         given = ("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices")
-        used = {name for name in (*given, "checkpoints", "workspace") if getattr(self, name) is not None}
+        used = {
+            name for name in (*given, "checkpoints", "workspace", "conv", "norm") if getattr(self, name) is not None
+        }
         used |= {"update_state"} if not self.update_state else set()
         used |= {"batch_invariant"} if self.batch_invariant else set()
         used |= {"strided_indices"} if strided else set()
@@ -171,7 +244,7 @@ class Inputs:
         return dataclasses.replace(self, state_indices=indices[: self.N])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are present, by name; those of `checkpoints` not."""
+        """The tensors that are present, by name; those of `checkpoints`, `conv` and `norm` not."""
         return {
             f.name: value for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
@@ -180,22 +253,24 @@ class Inputs:
         """A copy with `fn` applied to each tensor, but cu_seqlens_cpu, which stays on the host."""
         fn = _once(fn)
         changed: dict[str, Any] = {name: fn(t) for name, t in self.tensors().items() if name != "cu_seqlens_cpu"}
-        checkpoints = None if self.checkpoints is None else self.checkpoints.map(fn)
-        return dataclasses.replace(self, **changed, checkpoints=checkpoints)
+        for name in ("checkpoints", "conv", "norm"):
+            changed[name] = None if (part := getattr(self, name)) is None else part.map(fn)
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str) -> "Inputs":
         return self.map(lambda t: t.to(device))
 
     def fresh(self) -> "Inputs":
-        """A copy whose state, token_states and checkpoints may be written without touching this one's.
+        """A copy whose state, token_states, checkpoints and conv may be written without touching this one's.
 
         Strides and gaps of each are kept, and checkpoints that go to the pool go to the copy of the pool.
         """
 
         copy = _once(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t))
-        kept = self.checkpoints
+        kept, conv = self.checkpoints, self.conv
         return dataclasses.replace(
             self,
+            conv=None if conv is None else dataclasses.replace(conv, states=copy(conv.states)),
             state=None if self.state is None else copy(self.state),
             token_states=None if self.token_states is None else copy(self.token_states),
             checkpoints=None if kept is None else dataclasses.replace(kept, states=copy(kept.states)),
@@ -215,13 +290,14 @@ class Outputs:
     o: [B, T, HV, V] in the dtype of v. For the op `gate`: the chunk-local cumsum, float32 [B, T, HV, K].
     final_state: [N, HV, V, K] ([N, HV, K, V] unless state_v_first) in the dtype of the incoming state, fp32 if there
         was none; the pool itself when there is one; None if not asked for.
-    token_states, checkpoints: where those of `Inputs` were written. Kernels may leave them out.
+    token_states, checkpoints, conv_states: where those of `Inputs` were written. Kernels may leave them out.
     """
 
     o: torch.Tensor
     final_state: torch.Tensor | None = None
     token_states: torch.Tensor | None = None
     checkpoints: torch.Tensor | None = None
+    conv_states: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by name."""

@@ -35,7 +35,7 @@ class Call:
 def _without(inputs: Inputs, fewer: int, op: Op) -> Inputs | None:
     """With so many tokens less, and the sequences that are then empty; None where too little is left."""
     B, T = inputs.q.shape[:2]
-    if inputs.cu_seqlens is None and op is not Op.DECODE:
+    if inputs.cu_seqlens is None and not op.decodes:
         return _cut(inputs, B, T - fewer) if fewer < T else None
     if inputs.cu_seqlens is None:
         return _rows(_cut(inputs, B - fewer, T), B - fewer) if fewer < B else None

@@ -32,7 +32,7 @@ class Ceilings:
 
     def of(self, op: Op) -> float:
         """The one that fits an op: decode updates a state in place, prefill and the gate read here and write there."""
-        return self.inplace_gbps if op is Op.DECODE else self.copy_gbps
+        return self.inplace_gbps if op.decodes else self.copy_gbps
 
 
 def measure(

@@ -57,7 +57,7 @@ def flops(problem: Problem) -> int:
     p = problem
     if p.op is Op.GATE:
         return 0
-    if p.op is Op.DECODE:
+    if p.op.decodes:
         return _live_tokens(p) * p.HV * 7 * p.K * p.V
     per_token = 6 * CHUNK * p.K + 4 * CHUNK * p.V + 6 * p.K * p.V + CHUNK * CHUNK // 3
     return _live_tokens(p) * p.HV * per_token

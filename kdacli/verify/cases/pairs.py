@@ -51,6 +51,7 @@ _GATE_VALUES = (None, "cut-off-gates", "open-gates", "mixed-gates", "sudden-gate
 LENGTHS = {
     Op.PREFILL: {"one": (65,), "edges": (1, 0, 17), "even": (20, 20)},
     Op.DECODE: {"one": (5,), "edges": (1, 0, 3, 2), "even": (1, 1)},
+    Op.STEP: {"one": (5,), "edges": (1, 0, 3, 2), "even": (1, 1)},
     Op.GATE: {"one": (65,), "edges": (1, 0, 17), "even": (20, 20)},
 }
 # What an axis sets, by the names in `kdacli.verify.cases.spec`, where that is not its own name alone.

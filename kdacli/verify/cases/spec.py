@@ -94,7 +94,7 @@ FIELDS = {
 
 def any_case(op: Op) -> Case:
     """The plain case that others are written down from."""
-    return row("any", op, (1,) if op is Op.DECODE else (64,), "a case written down on the command line", dim=32)
+    return row("any", op, (1,) if op.decodes else (64,), "a case written down on the command line", dim=32)
 
 
 def table() -> dict[str, Case]:

@@ -28,7 +28,7 @@ from kdacli.verify.properties.subject import NotApplicableError, Remark, Subject
 
 __all__ = ["PROPERTIES", "NotApplicableError", "Property", "Remark", "Subject"]
 
-_RECURRENT = (Op.PREFILL, Op.DECODE)
+_RECURRENT = (Op.PREFILL, Op.DECODE, Op.STEP)
 
 
 @dataclasses.dataclass(frozen=True)

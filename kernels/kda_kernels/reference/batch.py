@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
+from kda_kernels.reference.fused import convolved
 from kda_kernels.reference.gate import beta_values, l2norm, log_decay
 from kda_kernels.tensors import Dims, Inputs
 
@@ -29,8 +30,8 @@ class Batch:
     """The call with every activation applied, in one dtype; R = B * T rows, of which sequences are consecutive pieces.
 
     Attributes:
-        q, k: [R, HV, K], normalised if asked, q scaled, heads repeated for grouped value heads.
-        v: [R, HV, V]. g: log decays [R, HV, K]. beta: [R, HV].
+        q, k: [R, HV, K], convolved and normalised if asked, q scaled, heads repeated for grouped value heads.
+        v: [R, HV, V], convolved if asked. g: log decays [R, HV, K]. beta: [R, HV].
         sequences: those that have tokens and are not padding, the longest first.
     """
 
@@ -52,15 +53,16 @@ def prepare(inputs: Inputs, dtype: torch.dtype) -> Batch:
     dims = check_inputs(inputs, values=True)
     options, rows, group = inputs.options, dims.B * dims.T, dims.HV // dims.H
     norm = l2norm if options.qk_l2norm else torch.Tensor.to
+    q, k, v = convolved(inputs, dims, dtype)
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(rows, dims.H, dims.K).repeat_interleave(group, dim=1)
 
     return Batch(
         dims=dims,
-        q=heads(norm(inputs.q, dtype) * inputs.scale),
-        k=heads(norm(inputs.k, dtype)),
-        v=inputs.v.to(dtype).reshape(rows, dims.HV, dims.V),
+        q=heads(norm(q, dtype) * inputs.scale),
+        k=heads(norm(k, dtype)),
+        v=v.to(dtype).reshape(rows, dims.HV, dims.V),
         g=log_decay(inputs.g, inputs.A_log, inputs.dt_bias, options, dtype).reshape(rows, dims.HV, dims.K),
         beta=beta_values(inputs.beta, options, dtype).reshape(rows, dims.HV),
         sequences=_sequences(inputs, dims),

@@ -25,6 +25,7 @@ def recurrence(inputs: Inputs) -> Outputs:
         final_state: float64; [N, HV, V, K] ([N, HV, K, V] unless state_v_first), or the whole pool as it is after the
             update, in the shape of the pool. A sequence with no tokens keeps its state. None if not asked for.
         token_states, checkpoints: float64 copies of those of `inputs`, after the call.
+        conv_states: a copy of those of `inputs.conv` after the call, in their own dtype: they are no sums.
 
     Raises:
         InputError: see `check_inputs`.

@@ -9,6 +9,7 @@ import torch
 from kda_kernels.checks import loaded_slots, seq_lens
 from kda_kernels.feature_checks import stored_slots
 from kda_kernels.reference.batch import Batch, load_states, prepare
+from kda_kernels.reference.fused import gated_norm, shifted_states
 from kda_kernels.reference.recurrent import After
 from kda_kernels.tensors import Inputs, Outputs
 
@@ -146,8 +147,8 @@ def run_batch(inputs: Inputs, dtype: torch.dtype, run: Recurrence, *, exact: boo
     """All of a call, in `dtype`, by the token recurrence or the chunk form.
 
     Args:
-        exact: o and states stay in `dtype`, and nothing of `inputs` is written; else o is rounded to the dtype of v, a
-            state once, to its own, and pools are updated in place.
+        exact: o and states (but those of a convolution) stay in `dtype`, and nothing of `inputs` is written; else o is
+            rounded to the dtype of v, a state once, to its own, and pools are updated in place.
 
     Raises:
         InputError: see `check_inputs`.
@@ -156,6 +157,13 @@ def run_batch(inputs: Inputs, dtype: torch.dtype, run: Recurrence, *, exact: boo
     batch = prepare(inputs, dtype)
     every, states = targets(inputs, seq_lens(inputs, batch.dims)), load_states(inputs, batch)
     snapshots = Snapshots(batch, {(t.sequence, t.tokens) for one in every.values() for t in one})
-    o = run(batch, states, snapshots.after).view(inputs.v.shape)
-    found = snapshots.end(states)
-    return store(inputs, every, found, o if exact else o.to(inputs.v.dtype), dtype=dtype if exact else None)
+    o = run(batch, states, snapshots.after)
+    if (norm := inputs.norm) is not None:
+        rows = batch.index([row for s in batch.sequences for row in range(s.start, s.start + s.length)])
+        o[rows] = gated_norm(o[rows], norm, norm.gate.reshape(o.shape)[rows])
+    o, found = o.view(inputs.v.shape), snapshots.end(states)
+    made = store(inputs, every, found, o if exact else o.to(inputs.v.dtype), dtype=dtype if exact else None)
+    if inputs.conv is not None:
+        after = shifted_states(inputs, batch.dims)
+        made.conv_states = after if exact else inputs.conv.states.copy_(after)
+    return made

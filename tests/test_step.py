@@ -1,0 +1,136 @@
+"""The decode step with convolution and gated norm: the oracle against torch's own operations, and the kernels."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kda_kernels import registry
+from kda_kernels.checks import check_inputs, problem_of
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Op, Parts, Problem
+from kda_kernels.reference import oracle
+from kda_kernels.tensors import Convolution, Inputs
+from kdacli.synthetic import make_inputs
+
+
+def make(seq_lens=(1, 2, 0, 1), **given) -> Inputs:
+    """Random inputs of a step on the CPU, with grouped heads and a padding row."""
+    parts = {name: given.pop(name) for name in list(given) if name in Parts.__dataclass_fields__}
+    usual = {"H": 1, "HV": 2, "K": 16, "V": 8, "pool_slots": len(seq_lens) + 2, "padding": 1, "dtype": "float32"}
+    return make_inputs(Problem(Op.STEP, seq_lens, **(usual | given), parts=Parts(**parts)))
+
+
+def by_torch(inputs: Inputs, rows: slice, window: torch.Tensor) -> dict[str, torch.Tensor]:
+    """q, k and v [1, S, ..] of one sequence, by torch's convolution over [D, W - 1 + S] numbers."""
+    conv = inputs.conv
+    bias = None if conv.bias is None else conv.bias.double()
+    y = (
+        functional.silu(
+            functional.conv1d(window[None].double(), conv.weight.double()[:, None], bias, groups=len(window))
+        )[0]
+        .T[None]
+        .contiguous()
+    )
+    shapes = {name: getattr(inputs, name)[:, rows].shape for name in "qkv"}
+    parts = y.split([shape[2] * shape[3] for shape in shapes.values()], 2)
+    return {name: part.reshape(shapes[name]).float() for name, part in zip(shapes, parts, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"width": 4, "bias": True},
+        {"width": 3, "tokens_first": False, "state_dtype": "float32"},
+        {"width": 2, "norm": False},
+    ],
+    ids=str,
+)
+def test_the_oracle_is_torchs_convolution_then_decode_then_norm(parts):
+    inputs = make((1, 5, 0, 2), **parts)
+    found, conv, starts = oracle.recurrence(inputs), inputs.conv, inputs.cu_seqlens.tolist()
+    mixed = torch.cat([x.flatten(2) for x in (inputs.q, inputs.k, inputs.v)], 2)[0].T
+    states = conv.by_channel.clone()
+    for n, slot in enumerate(inputs.state_indices.tolist()):
+        rows = slice(starts[n], starts[n + 1])
+        if slot < 0 or rows.start == rows.stop:
+            assert not found.o[0, rows].any()
+            continue
+        window = torch.cat([conv.by_channel[slot].float(), mixed[:, rows]], 1)
+        one = dataclasses.replace(
+            inputs, conv=None, norm=None, **by_torch(inputs, rows, window), g=inputs.g[:, rows],
+            beta=inputs.beta[:, rows], state_indices=inputs.state_indices[n : n + 1], cu_seqlens=None,
+        )  # fmt: skip
+        o = oracle.recurrence(one).o[0]
+        if (norm := inputs.norm) is not None:
+            o = (
+                functional.rms_norm(o, o.shape[-1:], norm.weight.double(), norm.eps)
+                * norm.gate[0, rows].double().sigmoid()
+            )
+        torch.testing.assert_close(found.o[0, rows], o, rtol=1e-5, atol=1e-6)
+        states[slot] = window[:, 1 - conv.width :].to(states.dtype)
+    after = found.conv_states.mT if conv.tokens_first else found.conv_states
+    assert torch.equal(after.nan_to_num(7), states.nan_to_num(7))
+
+
+def test_after_accepted_drafts_a_step_goes_on_as_if_they_had_come_one_by_one():
+    def speculate(first: Inputs, **others) -> Inputs:
+        columns = torch.arange(4)[None] + 1
+        return dataclasses.replace(first, state_indices=columns, cu_seqlens=None, **others)
+
+    whole = make((6,), padding=0, pool_slots=6, state_dtype="float32")
+    whole = dataclasses.replace(whole, state=whole.state.nan_to_num(), state_indices=torch.tensor([1]))
+    D, W = whole.conv.weight.shape
+    room = torch.full((6, W + 2, D), torch.nan)
+    room[1, : W - 1] = torch.randn(W - 1, D)
+    conv = dataclasses.replace(whole.conv, states=room)
+    expected = oracle.recurrence(dataclasses.replace(whole, conv=conv)).o
+
+    def tokens(rows: list[int]) -> Inputs:
+        cut = {name: getattr(whole, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
+        return dataclasses.replace(whole, **cut, norm=dataclasses.replace(whole.norm, gate=whole.norm.gate[:, rows]))
+
+    drafts = speculate(tokens([0, 1, 5, 5]), conv=conv, num_accepted_tokens=torch.tensor([1]))  # two of four are right
+    first = oracle.recurrence(drafts)
+    torch.testing.assert_close(first.o[:, :2], expected[:, :2])
+    conv = dataclasses.replace(conv, states=first.conv_states)
+    state = {"state": first.final_state.float(), "num_accepted_tokens": torch.tensor([2])}
+    second = oracle.recurrence(speculate(tokens([2, 3, 4]), conv=conv, **state))
+    torch.testing.assert_close(second.o, expected[:, 2:5], rtol=1e-5, atol=1e-6)
+
+
+def test_a_problem_of_a_step_is_told_from_its_tensors_and_kept_in_json():
+    for parts in ({"bias": True}, {"norm": False, "width": 2}, {"width": 0}):
+        inputs = make(**parts)
+        found = problem_of(inputs, Op.STEP)
+        assert found.parts == Parts(**parts) and Problem.from_dict(found.to_dict()) == found
+        assert found.features == found.parts.features
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("conv.weight", lambda c: {"weight": c.weight[:-1]}),
+        ("conv.bias", lambda c: {"bias": c.weight[:, :2]}),
+        ("conv.states", lambda c: {"states": c.states[:, 1:]}),
+        ("conv.states", lambda c: {"states": c.states.mT}),
+        ("conv.indices", lambda c: {"indices": torch.zeros(4, dtype=torch.int32)}),
+    ],
+)
+def test_a_wrong_convolution_is_told_by_its_name(name, change):
+    inputs = make()
+    wrong = Convolution(**(vars(inputs.conv) | change(inputs.conv)))
+    with pytest.raises(InputError, match=name):
+        check_inputs(dataclasses.replace(inputs, conv=wrong), values=True)
+
+
+def test_no_kernel_overlooks_a_part():
+    inputs = make()
+    problem = problem_of(inputs, Op.STEP)
+    for op in (Op.PREFILL, Op.DECODE):
+        for kernel in registry.kernels(op):
+            if kernel.ours and not {"conv", "norm"} <= kernel.features:
+                with pytest.raises(InputError, match="conv"):
+                    kernel.run(inputs)
+    assert registry.get("torch-step").unsupported(problem) is None
