@@ -32,6 +32,7 @@ COMMANDS = {
     "compile": Entry("Work", "kdacli.commands.compile", "Compile kernels, with no GPU too: registers, spills, sizes."),
     "report": Entry("Look", "kdacli.commands.report", "Make one HTML page from records."),
     "kernels": Entry("Look", "kdacli.commands.kernels", "List the kernels, and say which can run here and why not."),
+    "engines": Entry("Look", "kdacli.commands.engines", "List what ours replace in SGLang and vLLM, and why not more."),
 }
 
 EPILOG = """\b

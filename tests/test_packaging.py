@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +89,9 @@ def test_metadata(wheel, metadata):
     assert metadata["Summary"]
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert re.search(r"^kda = kdacli\.main:main$", read(wheel, "entry_points.txt").decode(), re.MULTILINE)
+    for engine, group in (("sglang", "sglang.srt.plugins"), ("vllm", "vllm.general_plugins")):
+        expected = f"[{group}]\nkda = kda_kernels.engines.{engine}:install\n"
+        assert expected in read(wheel, "entry_points.txt").decode()
 
 
 def test_dependencies_are_open_ranges(metadata):
@@ -94,9 +99,21 @@ def test_dependencies_are_open_ranges(metadata):
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     assert {"torch", "triton", "numpy", "click", "rich", "nvtx", "safetensors"} <= {r.name for r in requirements}
     assert {spec.operator for r in requirements for spec in r.specifier} == {">="}
-    beside = {"torch": ["2.14.0", "2.14.1"], "triton": ["3.8.0"], "nvidia-cutlass-dsl": ["4.8.0"], "nvtx": ["0.2.15"]}
-    for requirement in requirements:
-        assert all(requirement.specifier.contains(version) for version in beside.get(requirement.name, []))
+
+
+@pytest.mark.parametrize("engine", ["sglang-0.5.23", "vllm-0.33.0"])
+def test_an_engine_keeps_its_pins(metadata, engine):
+    """Ours ask for nothing that the release's own requirements, of its wheel's metadata, do not admit."""
+    lines = (ROOT / "tests" / "data" / f"requires-{engine}.txt").read_text().splitlines()
+    theirs = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
+    theirs["triton"] = SpecifierSet("==3.8.0")  # what torch 2.14 pins
+    shared = [r for r in map(Requirement, metadata.get_all("Requires-Dist")) if canonicalize_name(r.name) in theirs]
+    assert {"torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "numpy"} <= {r.name for r in shared}
+    for requirement in shared:
+        specifier = theirs[canonicalize_name(requirement.name)]
+        named = {spec.version for spec in (*specifier, *requirement.specifier)}
+        admitted = [version for version in named if specifier.contains(version)]
+        assert not named or any(map(requirement.specifier.contains, admitted)), f"{requirement} beside {specifier}"
 
 
 def test_constraints_pin_every_dependency_within_its_range(metadata):

@@ -1,13 +1,15 @@
 """Starts a capture in this process: `capture` for a program's own code, `start` for the processes of `kda capture`."""
 
 import atexit
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kda_kernels.engines.patches import Patches
 from kda_kernels.errors import InputError
-from kdacli.capture import hooks, journal
+from kdacli.capture import journal
 from kdacli.capture.settings import GIB, Settings
 from kdacli.capture.sites import ENGINES, resolve
 
@@ -61,11 +63,12 @@ def capture(
     prepare(settings.out, force)
     named = [target for target in targets if target not in ENGINES]
     try:
-        hooks.load(named)
+        for target in named:
+            importlib.import_module(target.partition(":")[0])
     except ImportError as error:
         raise InputError(f"a target cannot be imported: {error}") from error
     recorder = Recorder(settings)
-    patches = hooks.Patches(recorder.sites, recorder.wrap, recorder.missing)
+    patches = Patches(recorder.sites, recorder.wrap, recorder.missing)
     patches.install()
     try:
         if absent := [target for target in named if target not in patches.found]:
@@ -111,7 +114,7 @@ class _Lazy:
 
     def install(self) -> None:
         targets = [site.target for site in resolve(self.settings.targets)]
-        hooks.Patches(targets, self._wrap, self._missing).install()
+        Patches(targets, self._wrap, self._missing).install()
 
     def _wrap(self, function: Any, target: str) -> Any:
         try:

@@ -1,9 +1,8 @@
-"""Puts a recorder in the place of functions: of modules that are loaded, and of others as soon as they are.
+"""Puts functions in the place of others: of modules that are loaded, and of others as soon as they are.
 
-Imports no torch: this runs in every Python process of a captured program.
+Imports no torch: this runs in every Python process of an engine, and of a program that `kda capture` looks at.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -13,7 +12,7 @@ Wrap = Callable[[Any, str], Any]  # (function, target) -> what stands in its pla
 
 
 class Patches:
-    """The replaced functions of one capture.
+    """Functions that are replaced together.
 
     Args:
         targets: "module:function" or "module:Class.method".
@@ -89,7 +88,7 @@ class Patches:
     def _replace_references(self, original: Any, replacement: Any) -> None:
         """Modules that ran `from module import function` before hold the function themselves."""
         for module in list(sys.modules.values()):
-            if not isinstance(module, ModuleType) or module.__name__.startswith("kdacli.capture"):
+            if not isinstance(module, ModuleType) or module.__name__.startswith(("kdacli.capture", __package__)):
                 continue
             for name, value in list(vars(module).items()):
                 if value is original:
@@ -103,9 +102,3 @@ class Patches:
 def _find(finder: Any, name: str, path: Any, target: ModuleType | None) -> Any:
     find = getattr(finder, "find_spec", None)
     return None if find is None else find(name, path, target)
-
-
-def load(targets: Iterable[str]) -> None:
-    """Imports the modules of `targets` (for a capture inside one program, which is told what is wrong at once)."""
-    for target in targets:
-        importlib.import_module(target.partition(":")[0])

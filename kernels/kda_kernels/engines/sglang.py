@@ -1,0 +1,64 @@
+"""SGLang, 0.5.23: the entry point of `sglang.srt.plugins`, which adds "kda" to the --linear-attn-...-backend choices.
+
+Without such a choice nothing changes. With one, SGLang's dispatcher of KDA kernels is built with ours for the phases
+that chose it.
+"""
+
+import importlib
+import logging
+from typing import Any
+
+from kda_kernels.engines.patches import Patches
+from kda_kernels.engines.sites import Site, reasons
+
+NAME = "kda"
+
+_CALLS, _ALL = "kda_kernels.engines.sglang_calls", "all with KDA layers"
+_DISPATCHER = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
+_OPS = "sglang.kernels.ops.attention"
+_STEP = "the layer prefers it to every backend for the shapes that it has"
+
+
+def _phase(what: str, method: str) -> Site:
+    return Site(_ALL, what, f"{_DISPATCHER}.{method}", f"{_CALLS}:KdaKernel.{method}", patched=False)
+
+
+SITES = (
+    Site(_ALL, "choice of kernels", f"{_DISPATCHER}.__init__", f"{_CALLS}:build_dispatcher"),
+    _phase("decode", "packed_decode"),
+    _phase("decode", "decode"),
+    _phase("prefill, checkpoints", "extend"),
+    _phase("speculation", "target_verify"),
+    Site("Kimi K3", "fused step", f"{_OPS}.kda_fused_decode:kda_fused_decode", why_not=_STEP),
+)
+
+log = logging.getLogger("sglang.kda")
+_patches: list[Patches] = []
+
+
+def install() -> None:
+    """Adds the choice; called by SGLang in each of its processes. Why it cannot is logged, once a process."""
+    if _patches:
+        return
+    reason = next((reason for site, reason in reasons(SITES).items() if site.patched and site.ours and reason), None)
+    if reason is None:
+        try:
+            choices = importlib.import_module("sglang.srt.arg_groups.choices")
+            choices.add_linear_attn_kernel_backend_choices([NAME])
+        except (ImportError, AttributeError) as error:
+            reason = f"it takes no further choice: {error}"
+    if reason is not None:
+        log.warning("kda: no backend %s: %s", NAME, reason)
+        return
+    _patches.append(Patches([SITES[0].target], _wrap, lambda target: log.warning("kda: %s is no function", target)))
+    _patches[0].install()
+
+
+def _wrap(original: Any, target: str) -> Any:
+    module, _, name = SITES[0].ours.partition(":")
+    build = getattr(importlib.import_module(module), name)
+
+    def init(self: Any, decode_backend: Any, prefill_backend: Any, verify_backend: Any) -> None:
+        build(self, decode_backend, prefill_backend, verify_backend, original=original)
+
+    return init

@@ -1,0 +1,112 @@
+"""A function of an engine's that ours stands in for, and whether it does in the release that is installed.
+
+The engine's sources are read, not imported: that takes milliseconds, and starts nothing.
+"""
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kda_kernels.errors import one_line
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call site.
+
+    Attributes:
+        models: whose layers call it; the sites of a model are replaced together or not at all.
+        what: what it computes, in a word or two.
+        target: "module:function" or "module:Class.method" of the engine.
+        ours: the same of what runs instead; "" where there is nothing.
+        why_not: the reason where `ours` is "".
+        patched: whether the function itself is replaced; else ours is reached through another site that is.
+    """
+
+    models: str
+    what: str
+    target: str
+    ours: str = ""
+    why_not: str = ""
+    patched: bool = True
+
+    def reason(self, root: Path | None = None) -> str | None:
+        """Why ours does not run there; None if it does.
+
+        Args:
+            root: the folder that holds the engine's package; by default where it is installed.
+        """
+        if not self.ours:
+            return self.why_not
+        engine = self.target.partition(".")[0]
+        root = root or _root(engine)
+        if root is None:
+            return f"{engine} is not installed"
+        try:
+            theirs = parameters(root, self.target)
+        except (OSError, SyntaxError, ValueError) as error:
+            return f"{engine}'s source cannot be read: {one_line(error)}"
+        if theirs is None:
+            return f"{engine} {version(engine)} has no {self.target}"
+        if unknown := _not_taken(theirs, parameters(Path(__file__).parents[2], self.ours) or ()):
+            return f"{engine} {version(engine)} passes {', '.join(unknown)}, which ours does not know"
+        return None
+
+
+def reasons(sites: Sequence[Site], root: Path | None = None) -> dict[Site, str | None]:
+    """Of each site why ours does not run there, or None. Where one of a model's fails, so do its others."""
+    found = {site: site.reason(root) for site in sites}
+    for site, reason in list(found.items()):
+        failed = next((x for x in sites if x.ours and x.models == site.models and found[x] is not None), None)
+        if reason is None and failed is not None and failed != site:
+            found[site] = f"not without {failed.target.rpartition(':')[2]}, which cannot be replaced"
+    return found
+
+
+@functools.cache
+def version(package: str) -> str:
+    """As installed; "(of no known version)" for sources alone."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(of no known version)"
+
+
+def _root(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(folders[0]).parent if folders else None
+
+
+def parameters(root: Path, target: str) -> tuple[str, ...] | None:
+    """Names of the parameters of a function in the sources below `root`; None if it is not there.
+
+    A package is searched in its own files: what its __init__ only imports is found beside it.
+    """
+    module, _, name = target.partition(":")
+    path = root.joinpath(*module.split("."))
+    for file in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+        if file.is_file() and (found := _definition(ast.parse(file.read_text()).body, name.split("."))) is not None:
+            every = (*found.args.posonlyargs, *found.args.args, found.args.vararg, *found.args.kwonlyargs)
+            names = tuple(x.arg for x in every if x is not None)
+            return names + (("**",) if found.args.kwarg is not None else ())
+    return None
+
+
+def _definition(body: Iterable[ast.stmt], names: Sequence[str]) -> ast.FunctionDef | None:
+    found = next((x for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef) and x.name == names[0]), None)
+    if isinstance(found, ast.ClassDef):
+        return _definition(found.body, names[1:]) if names[1:] else None
+    return found if found is not None and len(names) == 1 else None
+
+
+def _not_taken(theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """Parameters of theirs that ours lacks, or has in another order."""
+    named = [name for name in theirs if name not in ("self", "**")]
+    return [name for name in named if name not in ours] or (
+        [] if [name for name in ours if name in named] == named else named
+    )

@@ -1,0 +1,385 @@
+"""Our kernels at the engines' call sites: what they compute there, and that only what fits is replaced.
+
+What is called are the functions that engines would call, with tensors as their layers make them; SGLang and vLLM are
+not needed. Names and parameters of the real ones are held against their released sources, where those are there.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from kda_kernels import registry
+from kda_kernels.engines import sglang, sglang_calls, sites, vllm, vllm_calls
+from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.tensors import Checkpoints, Inputs
+from kdacli.commands.engines import command, survey
+from kdacli.synthetic import make_inputs
+from tests import engine_sources
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """Plain torch in place of the kernels: what is looked at is what is handed to them."""
+    monkeypatch.setattr(registry, "kernel_for", lambda op, inputs, out=None: registry.get(f"torch-{op}"))
+
+
+SAFE, SOFTPLUS = Options(Gate.SAFE, -5.0), Options(Gate.SOFTPLUS)
+
+
+def inputs_of(op: Op, lens: tuple[int, ...], options: Options = SAFE) -> Inputs:
+    """Packed tokens over a pool, H = 2 heads of 32."""
+    made = make_inputs(Problem(op, lens, 2, 2, 32, 32, pool_slots=len(lens) + 3, options=options), gates="init")
+    return dataclasses.replace(made, state=made.state.nan_to_num(0.5))
+
+
+def same(have: torch.Tensor, want: torch.Tensor, allowed: float = 1e-2) -> None:
+    assert have.shape == want.shape
+    assert ((have.double() - want).norm() / want.norm()).item() < allowed
+
+
+def mixed(inputs: Inputs) -> torch.Tensor:
+    """q, k and v as rows of a wider projection."""
+    rows = torch.cat([x.flatten(0, 1).flatten(1) for x in (inputs.q, inputs.k, inputs.v)], dim=1)
+    return torch.cat((rows, rows), dim=1)[:, : rows.shape[1]]
+
+
+def gates(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias.flatten()}
+
+
+def drafts() -> tuple[Inputs, torch.Tensor]:
+    """Two sequences of three tokens, and a pool with a slot for each token; the first has two tokens accepted."""
+    made = inputs_of(Op.DECODE, (3, 3))
+    pool = torch.randn(8, *made.state.shape[1:])
+    slots = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
+    accepted = torch.tensor([2, 1], dtype=torch.int32)
+    inputs = Inputs(
+        made.q, made.k, made.v, made.g, made.beta, made.options, made.A_log, made.dt_bias, pool, slots,
+        made.cu_seqlens, num_accepted_tokens=accepted, null_slot=0,
+    )  # fmt: skip
+    return inputs, accepted
+
+
+# --- vLLM
+
+
+@pytest.mark.parametrize("options", [SAFE, SOFTPLUS], ids=["safe", "softplus"])
+def test_vllm_packed_decode_skips_the_null_slot(options):
+    inputs = inputs_of(Op.DECODE, (1, 1, 1), options)
+    inputs.state_indices[:] = torch.tensor([2, 0, 4])
+    want = recurrence(dataclasses.replace(inputs, null_slot=0))
+    o, pool = vllm_calls.k3_packed_decode(
+        mixed(inputs), inputs.g, inputs.beta, **gates(inputs), lower_bound=options.lower_bound,
+        initial_state=inputs.state, state_indices=inputs.state_indices,
+    )  # fmt: skip
+    same(o, want.o)
+    assert not o[0, 1].any()
+    same(pool[[2, 4]], want.final_state[[2, 4]])
+
+
+@pytest.mark.parametrize("model", ["k3", "glm"])
+def test_vllm_speculation_starts_from_the_accepted_token(model):
+    inputs, accepted = drafts()
+    want = recurrence(inputs)
+    call = {"initial_state": inputs.state, "cu_seqlens": inputs.cu_seqlens, "num_accepted_tokens": accepted}
+    if model == "k3":
+        names = {"raw_g": inputs.g, "raw_beta": inputs.beta, "lower_bound": -5.0, **gates(inputs)}
+        function = vllm_calls.k3_fused_recurrent_kda
+    else:
+        names = {"g": inputs.g, "beta": inputs.beta, "a_log": inputs.A_log, "g_bias": inputs.dt_bias}
+        names |= {"sigmoid_beta": True, "compute_gate": True}
+        function = vllm_calls.glm_fused_recurrent_kda
+    more = torch.cat((inputs.state_indices, torch.zeros(2, 3, dtype=torch.int32)))  # the rest of a graph's buffer
+    o, pool = function(inputs.q, inputs.k, inputs.v, **names, ssm_state_indices=more, **call)
+    same(o, want.o)
+    same(pool, want.final_state)
+
+
+def test_vllm_glm_decode_has_one_slot_each():
+    inputs = inputs_of(Op.DECODE, (1, 1))
+    inputs.state_indices[:] = torch.tensor([3, 1])
+    want = recurrence(inputs)
+    o, pool = vllm_calls.glm_fused_recurrent_kda(
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, initial_state=inputs.state, cu_seqlens=inputs.cu_seqlens,
+        ssm_state_indices=inputs.state_indices, sigmoid_beta=True, a_log=inputs.A_log, g_bias=inputs.dt_bias,
+        compute_gate=True,
+    )  # fmt: skip
+    same(o, want.o)
+    same(pool, want.final_state)
+
+
+class Layer:
+    """What GLM's method uses of its layer."""
+
+    kda_lower_bound = -5.0
+
+    def __init__(self, inputs: Inputs, N: int) -> None:
+        self.A_log, self.dt_bias = inputs.A_log, inputs.dt_bias
+        state = inputs.state.new_zeros(N + 1, *inputs.state.shape[1:])
+        self._flashkda_buffer_specs = (state, state.clone(), state.new_empty(0), torch.zeros_like(inputs.v))
+        self._checkpoint_exporter = self
+        self.exported = None
+
+    def get_simultaneous(self, *specs):
+        return specs
+
+    def export(self, checkpoint, *, raw_qkv, conv_state, recurrent_checkpoint, recurrent_state, cu_seqlens):
+        self.exported = recurrent_checkpoint
+
+
+@pytest.mark.parametrize("model", ["k3", "glm"])
+def test_vllm_prefill_writes_final_states_and_checkpoints(model, monkeypatch):
+    inputs = inputs_of(Op.PREFILL, (70, 5))
+    before = inputs.state[inputs.state_indices.long()].clone()
+    offsets = torch.tensor([64, 0], dtype=torch.int32)
+    kept = torch.full_like(before, 7.0)
+    rows = torch.arange(2, dtype=torch.int32)
+    plain = dataclasses.replace(
+        inputs, state=before.clone(), state_indices=rows, checkpoints=Checkpoints(kept.clone(), rows, offsets)
+    )
+    want = recurrence(plain)
+    layer = Layer(inputs, 2)
+    call = {name: getattr(inputs, name) for name in ("q", "k", "v", "g", "beta", "cu_seqlens")}
+    call |= {"initial_state": before, "out": torch.empty_like(inputs.v)}
+    if model == "k3":
+        final = torch.empty_like(before)
+        o, got = vllm_calls.k3_flashkda_prefill(
+            **call, **gates(inputs), lower_bound=-5.0, final_state=final, workspace=torch.empty(0),
+            checkpoint_state=kept, checkpoint_offsets=offsets,
+        )  # fmt: skip
+        assert got is final
+    else:
+        workspace = types.SimpleNamespace(current_workspace_manager=lambda: layer)
+        monkeypatch.setitem(sys.modules, "vllm.v1.worker.workspace", workspace)
+        checkpoint = types.SimpleNamespace(checkpoint_offsets=offsets)
+        o, got = vllm_calls.glm_flashkda_prefill(layer, **call, checkpoint=checkpoint)
+        kept = layer.exported
+    same(o, want.o)
+    same(got, want.final_state)
+    same(kept[:1], want.checkpoints[:1])
+    assert torch.equal(before, inputs.state[inputs.state_indices.long()]), "the layer's gathered states are its own"
+
+
+def test_vllm_prefill_without_flashkda():
+    """Kimi-Linear's gate has no bound; GLM's layer activates beta itself and says which gate it means."""
+    inputs = inputs_of(Op.PREFILL, (9, 3), SOFTPLUS)
+    before = inputs.state[inputs.state_indices.long()]
+    want = recurrence(dataclasses.replace(inputs, state=before, state_indices=None))
+    call = {"initial_state": before, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    call |= {"cu_seqlens": inputs.cu_seqlens, "A_log": inputs.A_log, "g_bias": inputs.dt_bias, "raw_g": inputs.g}
+    tokens = (inputs.q, inputs.k, inputs.v)
+    for o, final in (
+        vllm_calls.k3_chunk_kda_with_fused_gate(*tokens, raw_beta=inputs.beta, **call),
+        vllm_calls.glm_chunk_kda_with_fused_gate(*tokens, beta=inputs.beta.float().sigmoid(), **call),
+    ):
+        same(o, want.o)
+        same(final, want.final_state)
+
+
+# --- SGLang
+
+KERNEL = sglang_calls.KdaKernel()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sglang_decode(packed):
+    inputs = inputs_of(Op.DECODE, (1, 1, 1))
+    inputs.state_indices[:] = torch.tensor([2, -1, 4])
+    want = recurrence(inputs)
+    call = dict(ssm_states=inputs.state, cache_indices=inputs.state_indices, lower_bound=-5.0, **gates(inputs))
+    call["A_log"] = inputs.A_log.view(1, 1, -1, 1)
+    a, b = inputs.g.flatten(2).transpose(0, 1), inputs.beta
+    if packed:
+        o = KERNEL.packed_decode(mixed(inputs), a, b, scale=32**-0.5, num_v_heads=2, head_v_dim=32, **call)
+        with pytest.raises(NotImplementedError, match="replayssm"):
+            KERNEL.packed_decode(mixed(inputs), a, b, scale=1.0, num_v_heads=2, head_v_dim=32, replayssm_d=a, **call)
+    else:
+        tokens = (inputs.q, inputs.k, inputs.v)
+        o = KERNEL.decode(*tokens, a.transpose(0, 1), b, query_start_loc=inputs.cu_seqlens, **call)
+    same(o, want.o)
+    same(inputs.state[[2, 4]], want.final_state[[2, 4]])
+
+
+def test_sglang_extend_snapshots_what_comes_before_a_chunk():
+    inputs = inputs_of(Op.PREFILL, (70, 5, 3))
+    before = inputs.state[inputs.state_indices.long()].clone()
+    rows = torch.arange(3, dtype=torch.int32)
+    kept = Checkpoints(torch.zeros_like(before), rows, torch.tensor([64, 0, -64], dtype=torch.int32))
+    want = recurrence(dataclasses.replace(inputs, checkpoints=kept))
+    track = torch.empty_like(before)
+    o, states = KERNEL.extend(
+        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, ssm_states=inputs.state,
+        cache_indices=inputs.state_indices, query_start_loc=inputs.cu_seqlens, **gates(inputs), lower_bound=-5.0,
+        beta_is_raw=True, return_intermediate_states=True, track_state=track,
+        track_chunk_idx=torch.tensor([1, 0, -1], dtype=torch.int32), layer_id=3, is_spec_decode=False,
+    )  # fmt: skip
+    assert states is None
+    same(o, want.o)
+    same(inputs.state, want.final_state)
+    same(track[:1], want.checkpoints[:1])
+    assert torch.equal(track[1], before[1]), "before chunk 0 is the initial state"
+
+
+def test_sglang_verify_leaves_the_pool():
+    inputs = inputs_of(Op.DECODE, (3, 3))
+    before = inputs.state.clone()
+    buffer = torch.zeros(4, 3, *before.shape[1:])
+    want = recurrence(inputs)
+    call = dict(
+        ssm_states=inputs.state, cache_indices=inputs.state_indices, query_start_loc=inputs.cu_seqlens,
+        intermediate_states_buffer=buffer, intermediate_state_indices=torch.tensor([2, 0, 1], dtype=torch.int32),
+        cache_steps=3, lower_bound=-5.0, q=inputs.q, k=inputs.k, v=inputs.v, a=inputs.g, b=inputs.beta,
+        **gates(inputs),
+    )  # fmt: skip
+    same(KERNEL.target_verify(retrieve_parent_token=None, **call), want.o)
+    assert torch.equal(inputs.state, before)
+    same(buffer[[2, 0], 2], want.final_state[inputs.state_indices.long()])
+    with pytest.raises(NotImplementedError, match="a tree of drafts"):
+        KERNEL.target_verify(retrieve_parent_token=torch.zeros(1), **call)
+
+
+class Backend:
+    """SGLang's enum: what it does not know is "custom"."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name if name in ("triton", "cutedsl") else "custom"
+
+    def is_custom(self) -> bool:
+        return self.name == "custom"
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "verify", "ours"),
+    [
+        ("kda", None, "kda", {"decode_kernel", "extend_kernel", "verify_kernel"}),
+        (None, "kda", None, {"extend_kernel"}),
+        ("theirs", None, None, set()),
+    ],
+)
+def test_sglang_gets_ours_for_the_phases_that_chose_it(decode, prefill, verify, ours, monkeypatch):
+    mamba = types.SimpleNamespace(
+        linear_attn_backend=decode or "triton", linear_attn_decode_backend=None, linear_attn_prefill_backend=prefill,
+        linear_attn_verify_backend=verify,
+    )  # fmt: skip
+    context = types.SimpleNamespace(get_exec=lambda: types.SimpleNamespace(mamba=mamba))
+    base = types.SimpleNamespace(LinearAttnKernelBase=object)
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.attention.linear.kernels.kernel_backend", base)
+    built = types.SimpleNamespace()
+
+    def original(self, decode_backend, prefill_backend, verify_backend):
+        self.given = [x.name for x in (decode_backend, prefill_backend, verify_backend)]
+        self.decode_kernel = self.extend_kernel = self.verify_kernel = "theirs"
+
+    chosen = [Backend(name) for name in (decode or "triton", prefill or decode or "triton", verify or "triton")]
+    sglang_calls.build_dispatcher(built, *chosen, original=original)
+    for name in ("decode_kernel", "extend_kernel", "verify_kernel"):
+        assert isinstance(getattr(built, name), sglang_calls.KdaKernel) == (name in ours)
+    assert ("custom" in built.given) == (decode == "theirs"), "an unknown backend is SGLang's to refuse"
+
+
+# --- what is replaced
+
+
+@pytest.mark.parametrize("engine", [sglang, vllm], ids=["sglang", "vllm"])
+def test_every_site_is_in_the_released_sources_and_ours_takes_its_arguments(engine):
+    root = engine_sources.folder(engine.__name__.rpartition(".")[2]).parent
+    for site, reason in sites.reasons(engine.SITES, root).items():
+        assert reason == (site.why_not or None), site.target
+        module, _, name = site.target.partition(":")
+        assert site.ours or name.partition(".")[0] in root.joinpath(*module.split(".")).with_suffix(".py").read_text()
+
+
+def fake_vllm(folder: Path, functions: str) -> None:
+    """A package with one module of vLLM's table, which a layer imports from."""
+    path = folder / "vllm" / "models" / "kimi_k3" / "nvidia" / "ops" / "third_party"
+    path.mkdir(parents=True)
+    for parent in (path, *path.parents[:5]):
+        (parent / "__init__.py").touch()
+    (path / "kda.py").write_text(functions)
+
+
+OLD = "def fused_recurrent_kda(q, k, v, raw_g, raw_beta): return 'theirs'\n"
+NEW = "def fused_recurrent_kda(q, k, v, raw_g, raw_beta, plan): return 'theirs'\n"
+
+
+@pytest.mark.parametrize(
+    ("functions", "asked", "said"),
+    [(OLD, "1", None), (OLD, "0", None), (NEW, "1", "passes plan, which ours does not know"), ("", "1", "has no")],
+    ids=["replaced", "not asked", "another signature", "not there"],
+)
+def test_vllm_functions_are_replaced_where_they_fit_and_are_asked_for(
+    functions, asked, said, tmp_path, monkeypatch, caplog
+):
+    module = "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
+    fake_vllm(tmp_path, functions)
+    table = (
+        sites.Site(
+            "K3", "speculation", f"{module}:fused_recurrent_kda", f"{vllm_calls.__name__}:k3_fused_recurrent_kda"
+        ),
+        sites.Site("K3", "records", f"{module}:other", why_not="nothing of ours does that"),
+    )
+    monkeypatch.setattr(vllm, "SITES", table)
+    monkeypatch.setattr(vllm, "_patches", [])
+    monkeypatch.setenv(vllm.VARIABLE, asked)
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.INFO, logger="vllm.kda"):
+        vllm.install()
+        vllm.install()
+        loaded = importlib.import_module(module)
+    try:
+        replaced = getattr(loaded, "fused_recurrent_kda", None) is vllm_calls.k3_fused_recurrent_kda
+        assert replaced == (asked == "1" and said is None)
+        expected = [] if asked == "0" else [said or "is replaced"]
+        assert [message.count(text) for message, text in zip(caplog.messages, expected, strict=True)] == [1] * len(
+            expected
+        )
+    finally:
+        for patches in vllm._patches:
+            patches.remove()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+            del sys.modules[name]
+
+
+def test_a_model_is_not_replaced_by_halves(tmp_path):
+    fake_vllm(tmp_path, OLD)
+    module = "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
+    ours = f"{vllm_calls.__name__}:k3_fused_recurrent_kda"
+    there = sites.Site("K3", "speculation", f"{module}:fused_recurrent_kda", ours)
+    gone = sites.Site("K3", "decode", f"{module}:packed", ours)
+    other = sites.Site("GLM", "speculation", f"{module}:fused_recurrent_kda", ours)
+    found = sites.reasons((there, gone, other), tmp_path)
+    assert found[there] == "not without packed, which cannot be replaced"
+    assert "has no" in found[gone]
+    assert found[other] is None
+
+
+def test_entry_points_import_no_torch():
+    code = "import sys, kda_kernels.engines.vllm as v, kda_kernels.engines.sglang as s; v.install(); s.install()"
+    code += "; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("sglang is not installed")) == (0, 1), done.stderr
+
+
+def test_kda_engines_lists_each_call_with_its_reason(tmp_path):
+    result = CliRunner().invoke(command, ["--json", "-"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["rows"]
+    assert len(rows) == len(sglang.SITES) + len(vllm.SITES)
+    assert all(row["note"] for row in rows if not row["replaced"])
+    fake_vllm(tmp_path, OLD)
+    note = next(
+        row["note"] for row in survey(tmp_path) if row["target"].endswith("third_party.kda:fused_recurrent_kda")
+    )
+    assert note.startswith("not without")
+    assert "vllm, with KDA_VLLM=1" in CliRunner().invoke(command, ["--sources", str(tmp_path)]).output
