@@ -463,9 +463,9 @@ def test_rows_behind_the_last_sequence_are_zero(slots):
 @pytest.mark.parametrize("A_log", [-100.0, 20.0, 89.0, 200.0])
 @pytest.mark.parametrize("options", [SAFE, Options()], ids=["safe", "softplus"])
 def test_no_rate_makes_nan(A_log, options):
-    """exp(A_log) may be more than fp32 holds, and a gate of 0 a bias away."""
+    """exp(A_log) may be more than fp32 holds, a gate of 0 a bias away, and one that makes their product 1 as well."""
     inputs = with_state(make(N=1, T=1, options=options, dtype=torch.float32))
-    g = torch.tensor([-3.0, -1e-3, 0.0, 1e-3, 3.0, 0.0, -1.0, 1.0], device=DEVICE).repeat(2).expand_as(inputs.g)
+    g = torch.tensor([-abs(A_log), -1e-3, 0.0, 1e-3, 3.0, 0.0, -1.0, 1.0], device=DEVICE).repeat(2).expand_as(inputs.g)
     bias = torch.tensor([-2.0, 0.7, 0.0, 100.3], device=DEVICE).repeat_interleave(4).expand(2, 16)
     A_log = torch.full((2,), A_log, device=DEVICE)
     check(dataclasses.replace(inputs, g=g - bias, dt_bias=bias.contiguous(), A_log=A_log))

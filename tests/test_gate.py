@@ -48,6 +48,17 @@ def test_softplus_keeps_relative_precision_and_never_overflows(value):
     torch.testing.assert_close(got, expected, rtol=60 * 2**-24 + 1e-6, atol=0)
 
 
+@pytest.mark.parametrize("A_log", [59.0, 61.0, 90.0, 150.0])
+def test_a_softplus_that_fp32_does_not_hold_counts_where_its_rate_is_large(A_log):
+    inputs = make(Options(), lens=[9], HV=1, K=16)
+    low = torch.linspace(-5.0, 3.0, 16, device=DEVICE) - A_log  # exp(A_log) * softplus: from e^-5 to e^3
+    bias = inputs.dt_bias.reshape(1, 16)
+    inputs = dataclasses.replace(
+        inputs, g=(low - bias).expand_as(inputs.g), A_log=torch.full((1,), A_log, device=DEVICE)
+    )
+    torch.testing.assert_close(gate.run(inputs).o.double(), gate_cumsum(inputs), rtol=1e-4, atol=0)
+
+
 def test_scale_chunk_size_and_row_strides():
     g = torch.randn(2, 70, 3, 40, device=DEVICE)[..., :32]  # rows of 40, of which 32 are ours
     got = gate.chunk_local_cumsum(g, scale=2.0, chunk_size=32)

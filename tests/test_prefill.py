@@ -361,10 +361,11 @@ def test_a_sequence_gives_the_same_bits_in_any_batch(options):
 @pytest.mark.parametrize("A_log", [20.0, 89.0, 200.0])
 @pytest.mark.parametrize("options", [SAFE, Options(), Options(Gate.SAFE, -20.0)], ids=str)
 def test_no_rate_makes_nan(A_log, options):
-    """exp(A_log) may be more than fp32 holds, and a gate of 0 a bias away."""
+    """exp(A_log) may be more than fp32 holds, a gate of 0 a bias away, and one that makes their product 1 as well."""
     inputs = make([20], options=options, dtype=torch.float32)
     bias = torch.tensor([-2.0, 0.7, 0.0, 100.3], device=DEVICE).repeat_interleave(8)
-    g = (torch.randint(-1, 2, inputs.g.shape, generator=torch.Generator().manual_seed(1)) / 8).to(DEVICE) - bias
+    g = torch.tensor([-8 * A_log, -1.0, 0.0, 1.0]) / 8
+    g = g[torch.randint(4, inputs.g.shape, generator=torch.Generator().manual_seed(1))].to(DEVICE) - bias
     check(dataclasses.replace(inputs, g=g, dt_bias=bias, A_log=torch.full((1,), A_log, device=DEVICE)))
 
 

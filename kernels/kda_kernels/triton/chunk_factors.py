@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.problem import CHUNK
-from kda_kernels.triton.common import beta_value, dot, exp2, gate_rate, log2_decay, operand, place_of_chunk, split
+from kda_kernels.triton.common import beta_value, dot, exp2, gate_parameters, log2_decay, operand, place_of_chunk, split
 
 # What differs from call to call in number only, and compiles nothing new: lengths, the strides that follow from them,
 # and where tables and rows of single numbers begin.
@@ -155,9 +155,6 @@ def chunk_factors_kernel(
     rate += tile * C
     row = tl.arange(0, C)
     here = row < length - i_t * C
-    A = 1.0
-    if A_log is not None:
-        A = gate_rate(tl.load(A_log + i_hv))
     below = row[:, None] - row[None, :]
     k_norm = tl.zeros([C], tl.float32) + 1.0
     q_norm = tl.zeros([C], tl.float32) + scale
@@ -173,6 +170,9 @@ def chunk_factors_kernel(
         bias = tl.zeros([KB], tl.float32)
         if dt_bias is not None:
             bias = tl.load(dt_bias + i_hv * K + col, mask=col < K, other=0.0).to(tl.float32)
+        A = 1.0
+        if A_log is not None:
+            A, bias = gate_parameters(tl.load(A_log + i_hv), bias, GATE)
         raw = load_tile(g, g_t, col, here, K)
         step = tl.maximum(log2_decay(raw, A, bias[None, :], lower_bound, GATE), FORGET_ALL)
         # masked after the activation: the gate of a row that is not there is 0, whatever the bias

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.triton.chunk_factors import NUMBERS, inverse_norm, load_tile
-from kda_kernels.triton.common import beta_value, dot, exp2, gate_rate, log2_decay, operand, place_of_chunk
+from kda_kernels.triton.common import beta_value, dot, exp2, gate_parameters, log2_decay, operand, place_of_chunk
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def scan_gates(
     STEPS: tl.constexpr = C // 4
     quarter = tl.arange(0, 4)[:, None]
     col = tl.arange(0, BK)[None, :]
-    A = 1.0
-    if A_log is not None:
-        A = gate_rate(tl.load(A_log + i_hv))
     bias = tl.zeros([1, BK], tl.float32)
     if dt_bias is not None:
         bias = tl.load(dt_bias + i_hv * K + col, mask=col < K, other=0.0).to(tl.float32)
+    A = 1.0
+    if A_log is not None:
+        A, bias = gate_parameters(tl.load(A_log + i_hv), bias, GATE)
     total = tl.zeros([4, BK], tl.float32)
     sums = ()
     for t in tl.static_range(STEPS):

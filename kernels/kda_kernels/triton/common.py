@@ -96,14 +96,22 @@ def softplus(x):
 
 
 @triton.jit
-def gate_rate(A_log):
-    """exp(A_log), fp32, at most 2**120: not inf, which makes NaN of a gate of 0."""
-    return tl.minimum(tl.exp(A_log.to(tl.float32)), 1.329227995784916e36)
+def gate_parameters(A_log, bias, GATE: tl.constexpr):
+    """exp(A_log) and the bias for `log2_decay`, fp32. The first is at most 2**120: inf makes NaN of a gate of 0.
+
+    Without a bound it is at most exp(60), and the rest of A_log goes to the bias: where the decay is not 0 anyway,
+    softplus is exp, and exp(A_log) * exp(x) is exp(60) * exp(x + A_log - 60), of which no factor rounds to 0.
+    """
+    A_log = A_log.to(tl.float32)
+    if GATE == 1:
+        low = tl.minimum(A_log, 60.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.exp(low), bias + (A_log - low)
+    return tl.minimum(tl.exp(A_log), 1.329227995784916e36, propagate_nan=tl.PropagateNan.ALL), bias
 
 
 @triton.jit
 def log2_decay(raw, A, bias, lower_bound, GATE: tl.constexpr):
-    """log2 of the decay, fp32, <= 0. `A` is `gate_rate`, a scalar or a row like `bias`; all arguments broadcast."""
+    """log2 of the decay, fp32, <= 0. `A` and `bias` are those of `gate_parameters`; all arguments broadcast."""
     if GATE == 1:
         g = (A * -1.4426950408889634) * softplus(raw + bias)
     elif GATE == 2:

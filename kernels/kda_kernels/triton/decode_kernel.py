@@ -11,7 +11,7 @@ Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp)
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import beta_value, cast, exp2, gate_rate, load_slot, log2_decay
+from kda_kernels.triton.common import beta_value, cast, exp2, gate_parameters, load_slot, log2_decay
 
 
 @triton.jit
@@ -187,12 +187,12 @@ def decode_kernel(
     p_g = g + first * stride_g_s + i_hv * stride_g_h + o_k
     p_beta = beta + first * stride_beta_s + i_hv * stride_beta_h
     next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, n_tokens > 0)
-    A = 1.0
-    if A_log is not None:
-        A = gate_rate(tl.load(A_log + i_hv))
     b_bias = tl.zeros([BK], dtype=tl.float32)
     if dt_bias is not None:
         b_bias = tl.load(dt_bias + i_hv * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    A = 1.0
+    if A_log is not None:
+        A, b_bias = gate_parameters(tl.load(A_log + i_hv), b_bias, GATE)
 
     # A loop even for a single token: ptxas reorders freely within a block of straight code, and there it put the loads
     # of the state behind the norms, which wait for q and k: two trips to memory, one after the other.

@@ -16,7 +16,7 @@ from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.chunk_indices import prepare_chunk_indices
-from kda_kernels.triton.common import GATE_CODES, gate_rate, log_decay
+from kda_kernels.triton.common import GATE_CODES, gate_parameters, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
 
 BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
@@ -74,12 +74,12 @@ def gate_cumsum_kernel(
     head = channel // K
     p_g = base + head.to(tl.int64) * stride_h + channel % K
     p_o = out + (first + start) * (HV * K) + channel
-    A = 1.0
-    if A_log is not None:
-        A = gate_rate(tl.load(A_log + head, mask=live, other=0.0))
-    bias = 0.0
+    bias = tl.zeros([BLOCK], tl.float32)
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, mask=live, other=0.0).to(tl.float32)
+    A = 1.0
+    if A_log is not None:
+        A, bias = gate_parameters(tl.load(A_log + head, mask=live, other=0.0), bias, GATE)
     total = tl.zeros([BLOCK], tl.float32)
     for t0 in range(0, rows, UNROLL):
         for j in tl.static_range(UNROLL):
