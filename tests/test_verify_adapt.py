@@ -10,10 +10,12 @@ from kda_kernels.problem import Gate, Op
 from kda_kernels.reference import plain_recurrent
 from kdacli.main import cli
 from kdacli.peers import fla, here
+from kdacli.userkernels import resolve
 from kdacli.verify.adapt import adapt, adapted
 from kdacli.verify.cases import spec
 from kdacli.verify.cases.suites import cases_for
 from kdacli.verify.selection import select_table
+from kdacli.verify.transforms import possible
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +139,12 @@ def test_the_command_shows_what_was_changed(monkeypatch):
     assert "decode-kimi-k3/gate=softplus/lower_bound=none" in result.stdout
     refused = [line for line in result.stdout.splitlines() if line.startswith("refused:") and "safe" in line]
     assert refused == ["refused: torch-decode, decode-other-bound: no safe gate"]
+
+
+def test_what_a_case_changes_keeps_what_it_needs(tmp_path):
+    """A kernel without pools is refused a case about what slots hold; it is not given the case without its pool."""
+    path = tmp_path / "mine.py"
+    path.write_text("def decode(q, k, v, g, beta, A_log, dt_bias, scale, initial_state):\n    raise AssertionError\n")
+    kernel = resolve(f"{path}:decode")
+    for case in cases_for("cpu", "full", Op.DECODE):
+        assert possible(adapt(kernel, case).problem, case.transforms), case.name

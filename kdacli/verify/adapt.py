@@ -19,6 +19,7 @@ from kdacli.verify.cases import spec
 from kdacli.verify.cases.case import Case
 from kdacli.verify.checks.call import Runner
 from kdacli.verify.checks.check import Table, pairs, runner_of
+from kdacli.verify.transforms import possible
 
 _MANY = 64  # sequences that take the place of one with as many tokens
 _SPARE = 2  # slots of a pool that nobody uses
@@ -57,7 +58,7 @@ def _one_change(case: Case, fitting: Case) -> Iterator[Case]:
     """`fitting` with one more change each, where that leaves something that `case` is about."""
     for change in _changes(fitting.problem):
         problem = _changed(fitting.problem, change)
-        if problem is not None and problem != fitting.problem:
+        if problem is not None and problem != fitting.problem and possible(problem, case.transforms):
             found = dataclasses.replace(fitting, problem=problem)
             changed = set(spec.changed(case, found))
             if not case.about or any(changed.isdisjoint(fields) for fields in case.about):

@@ -4,6 +4,7 @@ and `serving` what is computed.
 
 from collections.abc import Callable
 
+from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs
 from kdacli.verify.transforms import layouts, regimes, serving
 
@@ -49,8 +50,19 @@ SERVING: dict[str, Callable[[Inputs], Inputs]] = {
     "strided-indices": serving.strided_indices,
     "long-indices": serving.long_indices,
 }
+# What a problem must have for a change of it to mean anything.
+NEED_POOL = frozenset(
+    ("any-negative", "null-slot", "fresh-states", "drafts", "checkpoints-in-pool", "strided-indices", "long-indices")
+)
+NEED_PACKED = frozenset(("bucket",))
 # Values before memory: a regime may make its tensor anew.
 TRANSFORMS = REGIMES | SERVING | LAYOUTS
+
+
+def possible(problem: Problem, names: tuple[str, ...]) -> bool:
+    """Whether a problem has what these changes need."""
+    pooled = problem.pool_slots is not None or NEED_POOL.isdisjoint(names)
+    return pooled and (problem.packed or NEED_PACKED.isdisjoint(names))
 
 
 def transformed(inputs: Inputs, names: tuple[str, ...]) -> Inputs:
