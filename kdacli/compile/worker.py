@@ -147,7 +147,7 @@ def variants(
             module = importlib.import_module(kernel.module)
         except ImportError as error:
             raise UnavailableError(one_line(error)) from error
-        usual = getattr(module, "USUAL", {})
+        usual = {name: one for name, one in getattr(module, "USUAL", {}).items() if one.op is kernel.op}
         if hasattr(module, "variants"):
             served = {"": problem} if problem is None or problem.seq_lens else serving(problem)
             found: dict[str, Variant] = {}  # by label: the same for several of them is one

@@ -9,7 +9,13 @@ there; None if it is there, or if nothing is kept. `kda verify` builds beforehan
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kda_kernels.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,37 @@ class Built:
     compile_s: float | None = None
     cached: bool = False
     tensor_memory: int = 0
+
+
+def step_arguments(problem: Problem, tensor: "Callable[..., torch.Tensor]") -> dict[str, Any]:
+    """Of a problem with parts: q, k and v as views of one projection, `conv` and `norm`, as arguments of `Inputs`.
+
+    Args:
+        tensor: makes one, of a shape and `dtype`, a name.
+    """
+    from kda_kernels.tensors import Convolution, GatedNorm
+
+    parts, p = problem.parts, problem
+    if parts is None:
+        return {}
+    longest = max(p.seq_lens, default=1)
+    tokens = (1, p.T) if p.packed else (p.N, longest)
+    found: dict[str, Any] = {}
+    if parts.width:
+        sizes = [p.H * p.K, p.H * p.K, p.HV * p.V]
+        kept = parts.width - 1 + (max(longest, 2) - 1 if "num_accepted_tokens" in p.features else 0)
+        shape = (kept, sum(sizes)) if parts.tokens_first else (sum(sizes), kept)
+        q, k, v = tensor(*tokens, sum(sizes), dtype=p.dtype).split(sizes, 2)
+        found = {"q": q.unflatten(2, (p.H, p.K)), "k": k.unflatten(2, (p.H, p.K)), "v": v.unflatten(2, (p.HV, p.V))}
+        found["conv"] = Convolution(
+            weight=tensor(sum(sizes), parts.width, dtype=parts.weight_dtype),
+            bias=tensor(sum(sizes), dtype=parts.weight_dtype) if parts.bias else None,
+            states=tensor(p.N if p.pool_slots is None else p.pool_slots, *shape, dtype=parts.state_dtype),
+            tokens_first=parts.tokens_first,
+        )
+    if parts.norm:
+        found["norm"] = GatedNorm(tensor(*tokens, p.HV, p.V, dtype=p.dtype), tensor(p.V, dtype=parts.norm_dtype))
+    return found
 
 
 class Variant(Protocol):

@@ -15,7 +15,7 @@ from kda_kernels.dtypes import name_of, torch_dtype
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Checkpoints, Inputs
-from kda_kernels.variant import Built
+from kda_kernels.variant import Built, step_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def pretended(problem: Problem) -> Inputs:
     has_state = pool is not None or problem.initial_state
     features = _features(problem, tensor)
     features.setdefault("state_indices", tensor(N, dtype="int32") if pool is not None else None)
-    return Inputs(
+    inputs = Inputs(
         q=tensor(*tokens, H, K, dtype=problem.dtype),
         k=tensor(*tokens, H, K, dtype=problem.dtype),
         v=tensor(*tokens, HV, V, dtype=problem.dtype),
@@ -103,6 +103,7 @@ def pretended(problem: Problem) -> Inputs:
         output_final_state=problem.final_state,
         **features,
     )
+    return dataclasses.replace(inputs, **step_arguments(problem, tensor))
 
 
 def _features(problem: Problem, tensor: Callable[..., torch.Tensor]) -> dict[str, Any]:

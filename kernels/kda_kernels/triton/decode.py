@@ -6,6 +6,7 @@ at 3.0 TB/s. The activations are under 2% of that.
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from kda_kernels.triton.runtime import multiprocessors, on_device, require_devic
 FEATURES = frozenset(
     (
         *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
-        *("token_state_indices", "batch_invariant", "strided_indices", "tail"),
+        *("token_state_indices", "batch_invariant", "strided_indices", "tail", "conv", "norm"),
     )
 )
 # What `kda compile` builds where nothing is said: a pool in place, one token a sequence.
@@ -32,6 +33,9 @@ USUAL = {
     "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus bf16-state": dataclasses.replace(_POOL, state_dtype="bfloat16"),
     "softplus packed": dataclasses.replace(_POOL, packed=True),
+    "step softplus": (_STEP := dataclasses.replace(_POOL, op=Op.STEP)),
+    "step safe": dataclasses.replace(_STEP, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
+    "step softplus bf16-state": dataclasses.replace(_STEP, state_dtype="bfloat16"),
 }
 
 
@@ -42,6 +46,7 @@ class DecodeConfig:
     Attributes:
         BV: rows (value channels) of the state a program owns: a power of 2. Few rows make many small programs, whose
             loads are all in flight together; many rows read q, k and g, which each program needs in full, less often.
+            With a convolution or a norm it is all of them.
         num_warps: of a program. With one warp every reduction over K and every change of layout stays inside it: no
             barrier, no shared memory.
     """
@@ -59,6 +64,13 @@ class DecodeConfig:
         # Half the rows a program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         return cls(BV=min(BV * 128 // max(128, next_power_of_2(K)), rows))
+
+    @classmethod
+    @functools.cache
+    def whole(cls, K: int, V: int) -> "DecodeConfig":
+        """For programs that have all of a head: 64 numbers of its state a thread."""
+        rows = next_power_of_2(V)
+        return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (64 * 32), 1), 16))
 
 
 def decode(
@@ -97,7 +109,11 @@ def decode(
         ht = final_state
     else:
         ht = inputs.new_final_state()
-    if config is None:
+    conv, norm = inputs.conv, inputs.norm
+    whole = conv is not None or norm is not None
+    if config is None and whole:
+        config = DecodeConfig.whole(K, V)
+    elif config is None:
         sequences = 1 if inputs.batch_invariant else N
         config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
     if not N:
@@ -114,25 +130,52 @@ def decode(
         constants = (
             H, HV, K, V, next_power_of_2(K), config.BV, inputs.state_v_first, GATE_CODES[options.gate],
             options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+            1 if conv is None else HV // H, 0 if conv is None else conv.width, conv is not None and conv.tokens_first,
+            inputs.update_state,
         )  # fmt: skip
+        heads = constants[-4]
+        parts = _parts(inputs, packed) if whole else _NO_PARTS
         kind = None
-        if usual((q, k, v, g, *params, o, h0, ht, kept), (*steps, *slots), others):
-            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables)
+        if usual(
+            (q, k, v, g, *params, o, h0, ht, kept, *parts[:3], *parts[4:6]),
+            (*steps, *slots, *(parts[-4:] if whole else ())),
+            others,
+        ):
+            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6])
             kind = (q.device, config.num_warps, constants, tuple(map(dtype_of, typed)))
         with stage("decode"), on_device(q):
             launch(
-                decode_kernel, (cdiv(V, config.BV) * HV * N,), kind,
+                decode_kernel, (cdiv(V, config.BV) * (HV // heads) * N,), kind,
                 (
                     q, k, v, g, beta, *params, o, h0, ht, kept, indices, *tables,
                     float(options.scale_for(K)), float(options.lower_bound or 0),
                     N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
                     *((1, 0, 0) if indices is None else _index_layout(indices)),
-                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *constants,
+                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts, *constants,
                 ),
                 num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
     final = h0 if indices is not None else ht
     return Outputs(o, final if inputs.output_final_state else None)
+
+
+_NO_PARTS = (None,) * 14
+
+
+def _parts(inputs: Inputs, packed: bool) -> tuple[Any, ...]:
+    """The arguments of the kernel that a convolution and a norm are, from conv_weight to stride_gate_h."""
+    conv, norm, indices = inputs.conv, inputs.norm, None
+    if conv is not None:
+        indices = conv.indices
+        if indices is None and inputs.state_indices is not None and inputs.state_indices.ndim == 2:
+            indices = inputs.state_indices[:, 0]
+    return (
+        *((None,) * 3 if conv is None else (conv.weight, conv.bias, conv.states)), indices,
+        *((None,) * 3 if norm is None else (norm.gate, norm.weight, norm.eps)),
+        1 if indices is None else indices.stride(0),
+        *((0, 0, 0) if conv is None else (conv.states.shape[0], conv.by_channel.shape[2], conv.states.stride(0))),
+        *((0, 0, 0) if norm is None else _strides(norm.gate, packed)),
+    )  # fmt: skip
 
 
 def _strides(x: torch.Tensor, packed: bool) -> tuple[int, int, int]:

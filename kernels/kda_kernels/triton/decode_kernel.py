@@ -1,5 +1,8 @@
 """Device half of the decode kernel: one V-slice of one head's state, through every token of its sequence.
 
+With a convolution one program has all the value heads of a query/key head, and with a norm all of V: whoever shifts a
+channel's state is the only one that reads it, and whoever scales o has all of it.
+
 Memory is all that counts: a state tile is read once, kept in fp32 registers over all tokens, and written once. All
 loads of the state and of the first token are issued before anything waits for one of them, and the tokens after it are
 fetched one ahead.
@@ -11,7 +14,7 @@ Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp)
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import beta_value, cast, exp2, gate_parameters, load_slot, log2_decay
+from kda_kernels.triton.common import beta_value, cast, exp2, gate_parameters, load_slot, log2_decay, sigmoid
 
 
 @triton.jit
@@ -33,6 +36,68 @@ def _normalised(x, L2NORM: tl.constexpr):
     if L2NORM:
         x = x * tl.rsqrt(tl.sum(x * x) + 1e-6)
     return x
+
+
+@triton.jit
+def _taps(conv_weight, conv_bias, channels, mask, W: tl.constexpr):
+    """Of each channel, fp32: its weights for the token itself and the three before it, and its bias."""
+    p = conv_weight + channels * W + (W - 1)
+    w0 = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+    w1 = tl.load(p - 1, mask=mask, other=0.0).to(tl.float32)
+    w2 = tl.zeros_like(w0)
+    w3 = tl.zeros_like(w0)
+    if W > 2:
+        w2 = tl.load(p - 2, mask=mask, other=0.0).to(tl.float32)
+    if W > 3:
+        w3 = tl.load(p - 3, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.zeros_like(w0)
+    if conv_bias is not None:
+        bias = tl.load(conv_bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, bias
+
+
+@triton.jit
+def _entries(p_states, channels, entry, length, D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """Where an entry of a state of the convolution lies, for these channels."""
+    return p_states + (entry * D + channels if TOKENS_FIRST else channels * length + entry)
+
+
+@triton.jit
+def _window(p_states, channels, mask, first, length, W: tl.constexpr, D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """The raw tokens before the first, fp32, the newest first; zeros for those that the convolution does not see."""
+    entry = first + (W - 2)
+    x1 = tl.load(
+        _entries(p_states, channels, entry, length, D, TOKENS_FIRST), mask=mask & (entry < length), other=0.0
+    ).to(tl.float32)
+    x2 = tl.zeros_like(x1)
+    x3 = tl.zeros_like(x1)
+    if W > 2:
+        x2 = tl.load(
+            _entries(p_states, channels, entry - 1, length, D, TOKENS_FIRST),
+            mask=mask & (entry - 1 < length),
+            other=0.0,
+        ).to(tl.float32)
+    if W > 3:
+        x3 = tl.load(
+            _entries(p_states, channels, entry - 2, length, D, TOKENS_FIRST),
+            mask=mask & (entry - 2 < length),
+            other=0.0,
+        ).to(tl.float32)
+    return x1, x2, x3
+
+
+@triton.jit
+def _keep(p_states, channels, mask, x, entry, length, D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """An entry of a state becomes `x`, if there is such an entry."""
+    p = _entries(p_states, channels, entry, length, D, TOKENS_FIRST)
+    tl.store(p, cast(x, p.dtype.element_ty), mask=mask & (entry >= 0) & (entry < length))
+
+
+@triton.jit
+def _convolved(x0, x1, x2, x3, w0, w1, w2, w3, bias):
+    """A channel's token, convolved and activated."""
+    y = bias + w3 * x3 + w2 * x2 + w1 * x1 + w0 * x0
+    return y * sigmoid(y)
 
 
 @triton.jit
@@ -58,6 +123,7 @@ NUMBERS = (
     *("sequences", "T", "pool", "null_slot", "columns", "kept_rows", "kept_tokens"),
     *("stride_indices_n", "stride_indices_c", "stride_beta_s", "stride_beta_t", "stride_beta_h"),
     *("stride_o_s", "stride_o_t", "stride_o_h"),
+    *("conv_indices", "stride_conv_indices", "conv_slots", "conv_length"),
 )
 
 
@@ -112,6 +178,20 @@ def decode_kernel(
     stride_ht_n: tl.int64,
     stride_ts_s: tl.int64,
     stride_ts_t: tl.int64,
+    conv_weight,  # [D, W], D = 2 H K + HV V; None: no convolution
+    conv_bias,  # [D] or None
+    conv_states,  # [conv_slots, conv_length, D] or [.., D, conv_length]
+    conv_indices,  # [N]; None: as the state
+    gate,  # [B, T, HV, V]; None: no norm
+    norm_weight,  # [V]
+    norm_eps,
+    stride_conv_indices,
+    conv_slots,
+    conv_length,
+    stride_conv_n: tl.int64,
+    stride_gate_s: tl.int64,
+    stride_gate_t,
+    stride_gate_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -123,15 +203,24 @@ def decode_kernel(
     BETA_LOGIT: tl.constexpr,
     NEG_EIGVAL: tl.constexpr,
     L2NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    W: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
-    """One program: V-slice i_v of value head i_hv of sequence i_n. Grid: (cdiv(V, BV) * HV * N,), V-slices fastest."""
+    """One program: V-slice i_v of HEADS value heads from i_first on, of sequence i_n.
+
+    Grid: (cdiv(V, BV) * HV / HEADS * N,), V-slices fastest. With a convolution HEADS is HV / H, otherwise 1; with
+    either part there is one V-slice.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     FULL: tl.constexpr = BK == K and V % BV == 0
+    D: tl.constexpr = 2 * H * K + HV * V
     pid = tl.program_id(0)
     # Slots times their stride pass 2^31 in large pools, and so do tokens times theirs: offsets are 64-bit throughout.
-    i_n = (pid // (NV * HV)).to(tl.int64)
-    i_hv = ((pid // NV) % HV).to(tl.int64)
-    i_h = i_hv // (HV // H)
+    i_n = (pid // (NV * (HV // HEADS))).to(tl.int64)
+    i_first = ((pid // NV) % (HV // HEADS)).to(tl.int64) * HEADS
+    i_h = i_first // (HV // H)
     o_k = tl.arange(0, BK)
     o_v = (pid % NV) * BV + tl.arange(0, BV)
     m_k = o_k < K
@@ -139,102 +228,170 @@ def decode_kernel(
     m_h = m_v[:, None] & m_k[None, :]
 
     slot = i_n
+    accepted = 1
+    if num_accepted_tokens is not None:
+        accepted = tl.load(num_accepted_tokens + i_n).to(tl.int32)
     if state_indices is not None:
         if num_accepted_tokens is None:
             slot = load_slot(state_indices, i_n, stride_indices_n, null_slot)
         else:  # of its drafts, so many were kept; a column that is not there is no slot either
-            column = tl.load(num_accepted_tokens + i_n).to(tl.int64) - 1
+            column = accepted.to(tl.int64) - 1
             slot += pool
             if (column >= 0) & (column < columns):
                 p_slots = state_indices + i_n * stride_indices_n
                 slot = load_slot(p_slots, column, stride_indices_c, null_slot)
+    conv_slot = slot
+    if conv_indices is not None:
+        conv_slot = load_slot(conv_indices, i_n, stride_conv_indices, null_slot)
+    if conv_weight is not None:
+        slot = tl.where((conv_slot >= conv_slots) & (slot >= 0), slot + pool, slot)
+        slot = tl.where(conv_slot < 0, -1, slot)
     first = i_n
     n_tokens = T
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + i_n).to(tl.int64)
         n_tokens = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first).to(tl.int32)
-    p_o = o + first * stride_o_s + i_hv * stride_o_h + o_v
+    p_first = o + first * stride_o_s + i_first * stride_o_h + o_v
 
     if state_indices is not None:
         # padding, a slot that is not there, or no tokens: the pool is neither read nor written
         if (slot < 0) | (slot >= pool) | (n_tokens == 0):
-            for _ in range(n_tokens):
-                _fill_row(p_o, tl.where(slot < 0, 0.0, float("nan")), m_v)
-                p_o += stride_o_t
-            _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
+            for i_g in range(HEADS):
+                p_o = p_first + i_g * stride_o_h
+                for _ in range(n_tokens):
+                    _fill_row(p_o, tl.where(slot < 0, 0.0, float("nan")), m_v)
+                    p_o += stride_o_t
+                _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
             return
 
-    if STATE_V_FIRST:
-        o_h = i_hv * (K * V) + o_v[:, None] * K + o_k[None, :]
-    else:
-        o_h = i_hv * (K * V) + o_k[None, :] * V + o_v[:, None]
-    b_h = tl.zeros([BV, BK], dtype=tl.float32)
-    if h0 is not None:
-        p_h0 = h0 + slot * stride_h0_n + o_h
+    if conv_weight is not None:
+        p_conv = conv_states + conv_slot * stride_conv_n
+        c_q = i_h * K + o_k
+        c_k = (H + i_h) * K + o_k
+        fresh = False
         if has_initial_state is not None:
-            b_h = tl.load(p_h0, mask=m_h & tl.load(has_initial_state + i_n), other=0.0).to(tl.float32)
+            fresh = tl.load(has_initial_state + i_n) == 0
+
+    for i_g in range(HEADS):
+        i_hv = i_first + i_g
+        p_o = p_first + i_g * stride_o_h
+        if STATE_V_FIRST:
+            o_h = i_hv * (K * V) + o_v[:, None] * K + o_k[None, :]
         else:
-            b_h = (tl.load(p_h0) if FULL else tl.load(p_h0, mask=m_h, other=0.0)).to(tl.float32)
-    if token_states is not None:
-        i_kept = first
-        if token_state_indices is not None:
-            i_kept = tl.load(token_state_indices + i_n).to(tl.int64)
-        p_ts = token_states + i_kept * stride_ts_s + o_h
-
-    p_q = q + first * stride_q_s + i_h * stride_q_h + o_k
-    p_k = k + first * stride_k_s + i_h * stride_k_h + o_k
-    p_v = v + first * stride_v_s + i_hv * stride_v_h + o_v
-    p_g = g + first * stride_g_s + i_hv * stride_g_h + o_k
-    p_beta = beta + first * stride_beta_s + i_hv * stride_beta_h
-    next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, n_tokens > 0)
-    b_bias = tl.zeros([BK], dtype=tl.float32)
-    if dt_bias is not None:
-        b_bias = tl.load(dt_bias + i_hv * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    A = 1.0
-    if A_log is not None:
-        A, b_bias = gate_parameters(tl.load(A_log + i_hv), b_bias, GATE)
-
-    # A loop even for a single token: ptxas reorders freely within a block of straight code, and there it put the loads
-    # of the state behind the norms, which wait for q and k: two trips to memory, one after the other.
-    for t in range(n_tokens):
-        b_q, b_k = _normalised(next_q, L2NORM) * scale, _normalised(next_k, L2NORM)
-        b_g, b_v = next_g.to(tl.float32), next_v.to(tl.float32)
-        b_beta = beta_value(next_beta, BETA_LOGIT, NEG_EIGVAL)
-        p_q += stride_q_t
-        p_k += stride_k_t
-        p_v += stride_v_t
-        p_g += stride_g_t
-        p_beta += stride_beta_t
-        next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, t + 1 < n_tokens)
-
-        # Channels past K: their gate is not zero, but the state, q and k are, so nothing of it is seen.
-        b_h *= exp2(log2_decay(b_g, A, b_bias, lower_bound, GATE))[None, :]
-        # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so that they
-        # run at the same time, and o does not wait for the update.
-        hk = tl.sum(b_h * b_k[None, :], 1)
-        hq = tl.sum(b_h * b_q[None, :], 1)
-        b_u = b_beta * (b_v - hk)
-        b_o = hq + tl.sum(b_k * b_q) * b_u
-        tl.store(p_o, cast(b_o, p_o.dtype.element_ty), mask=m_v)
-        p_o += stride_o_t
-        b_h += b_u[:, None] * b_k[None, :]
+            o_h = i_hv * (K * V) + o_k[None, :] * V + o_v[:, None]
+        b_h = tl.zeros([BV, BK], dtype=tl.float32)
+        if h0 is not None:
+            p_h0 = h0 + slot * stride_h0_n + o_h
+            if has_initial_state is not None:
+                b_h = tl.load(p_h0, mask=m_h & tl.load(has_initial_state + i_n), other=0.0).to(tl.float32)
+            else:
+                b_h = (tl.load(p_h0) if FULL else tl.load(p_h0, mask=m_h, other=0.0)).to(tl.float32)
         if token_states is not None:
-            kept = m_h
+            i_kept = first
             if token_state_indices is not None:
-                kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
-            tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=kept)
-            p_ts += stride_ts_t
-        if (ht is not None) & (num_accepted_tokens is not None):
-            if t < columns:
-                slot = load_slot(state_indices + i_n * stride_indices_n, t, stride_indices_c, null_slot)
-                live = m_h & (slot >= 0) & (slot < pool)
-                tl.store(ht + slot * stride_ht_n + o_h, cast(b_h, ht.dtype.element_ty), mask=live)
+                i_kept = tl.load(token_state_indices + i_n).to(tl.int64)
+            p_ts = token_states + i_kept * stride_ts_s + o_h
 
-    if (ht is not None) & (num_accepted_tokens is None):
-        p_ht = ht + slot * stride_ht_n + o_h
-        b_ht = cast(b_h, p_ht.dtype.element_ty)
-        if FULL:
-            tl.store(p_ht, b_ht)
-        else:
-            tl.store(p_ht, b_ht, mask=m_h)
-    _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
+        p_q = q + first * stride_q_s + i_h * stride_q_h + o_k
+        p_k = k + first * stride_k_s + i_h * stride_k_h + o_k
+        p_v = v + first * stride_v_s + i_hv * stride_v_h + o_v
+        p_g = g + first * stride_g_s + i_hv * stride_g_h + o_k
+        p_beta = beta + first * stride_beta_s + i_hv * stride_beta_h
+        next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, n_tokens > 0)
+        if conv_weight is not None:
+            c_v = 2 * H * K + i_hv * V + o_v
+            m_window = m_k & (fresh == 0)
+            q1, q2, q3 = _window(p_conv, c_q, m_window, accepted - 1, conv_length, W, D, TOKENS_FIRST)
+            k1, k2, k3 = _window(p_conv, c_k, m_window, accepted - 1, conv_length, W, D, TOKENS_FIRST)
+            v1, v2, v3 = _window(p_conv, c_v, m_v & (fresh == 0), accepted - 1, conv_length, W, D, TOKENS_FIRST)
+            wq0, wq1, wq2, wq3, wqb = _taps(conv_weight, conv_bias, c_q, m_k, W)
+            wk0, wk1, wk2, wk3, wkb = _taps(conv_weight, conv_bias, c_k, m_k, W)
+            wv0, wv1, wv2, wv3, wvb = _taps(conv_weight, conv_bias, c_v, m_v, W)
+            # The last of the heads shifts what all of them read.
+            m_last = m_k & (i_g == HEADS - 1)
+            if SHIFT & (num_accepted_tokens is not None):
+                tl.debug_barrier()
+                for i in tl.static_range(1, W - 1):
+                    _keep(p_conv, c_q, m_last, q1 if i == 1 else q2, W - 2 - i, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_k, m_last, k1 if i == 1 else k2, W - 2 - i, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_v, m_v, v1 if i == 1 else v2, W - 2 - i, conv_length, D, TOKENS_FIRST)
+        if gate is not None:
+            p_gate = gate + first * stride_gate_s + i_hv * stride_gate_h + o_v
+            b_scale = tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
+            next_gate = tl.load(p_gate, mask=(m_v & (n_tokens > 0)) != 0, other=0.0)
+        b_bias = tl.zeros([BK], dtype=tl.float32)
+        if dt_bias is not None:
+            b_bias = tl.load(dt_bias + i_hv * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        A = 1.0
+        if A_log is not None:
+            A, b_bias = gate_parameters(tl.load(A_log + i_hv), b_bias, GATE)
+
+        # A loop even for a single token: ptxas reorders freely within a block of straight code, and there it put the
+        # loads of the state behind the norms, which wait for q and k: two trips to memory, one after the other.
+        for t in range(n_tokens):
+            b_q, b_k, b_v = next_q, next_k, next_v
+            if conv_weight is not None:
+                q0, k0, v0 = next_q.to(tl.float32), next_k.to(tl.float32), next_v.to(tl.float32)
+                b_q = _convolved(q0, q1, q2, q3, wq0, wq1, wq2, wq3, wqb)
+                b_k = _convolved(k0, k1, k2, k3, wk0, wk1, wk2, wk3, wkb)
+                b_v = _convolved(v0, v1, v2, v3, wv0, wv1, wv2, wv3, wvb)
+                q1, q2, q3, k1, k2, k3, v1, v2, v3 = q0, q1, q2, k0, k1, k2, v0, v1, v2
+                if SHIFT & (num_accepted_tokens is not None):
+                    _keep(p_conv, c_q, m_last, q0, W - 2 + t, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_k, m_last, k0, W - 2 + t, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_v, m_v, v0, W - 2 + t, conv_length, D, TOKENS_FIRST)
+            b_q, b_k = _normalised(b_q, L2NORM) * scale, _normalised(b_k, L2NORM)
+            b_g, b_v = next_g.to(tl.float32), b_v.to(tl.float32)
+            b_beta = beta_value(next_beta, BETA_LOGIT, NEG_EIGVAL)
+            p_q += stride_q_t
+            p_k += stride_k_t
+            p_v += stride_v_t
+            p_g += stride_g_t
+            p_beta += stride_beta_t
+            next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, t + 1 < n_tokens)
+
+            # Channels past K: their gate is not zero, but the state, q and k are, so nothing of it is seen.
+            b_h *= exp2(log2_decay(b_g, A, b_bias, lower_bound, GATE))[None, :]
+            # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so that
+            # they run at the same time, and o does not wait for the update.
+            hk = tl.sum(b_h * b_k[None, :], 1)
+            hq = tl.sum(b_h * b_q[None, :], 1)
+            b_u = b_beta * (b_v - hk)
+            b_o = hq + tl.sum(b_k * b_q) * b_u
+            if gate is not None:
+                b_gate = sigmoid(next_gate.to(tl.float32))
+                p_gate += stride_gate_t
+                next_gate = tl.load(p_gate, mask=(m_v & (t + 1 < n_tokens)) != 0, other=0.0)
+                b_o = b_o * tl.rsqrt(tl.sum(b_o * b_o) * (1.0 / V) + norm_eps) * b_scale * b_gate
+            tl.store(p_o, cast(b_o, p_o.dtype.element_ty), mask=m_v)
+            p_o += stride_o_t
+            b_h += b_u[:, None] * b_k[None, :]
+            if token_states is not None:
+                kept = m_h
+                if token_state_indices is not None:
+                    kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
+                tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=kept)
+                p_ts += stride_ts_t
+            if (ht is not None) & (num_accepted_tokens is not None):
+                if t < columns:
+                    to = load_slot(state_indices + i_n * stride_indices_n, t, stride_indices_c, null_slot)
+                    live = m_h & (to >= 0) & (to < pool)
+                    tl.store(ht + to * stride_ht_n + o_h, cast(b_h, ht.dtype.element_ty), mask=live)
+
+        if (ht is not None) & (num_accepted_tokens is None):
+            p_ht = ht + slot * stride_ht_n + o_h
+            b_ht = cast(b_h, p_ht.dtype.element_ty)
+            if FULL:
+                tl.store(p_ht, b_ht)
+            else:
+                tl.store(p_ht, b_ht, mask=m_h)
+        if conv_weight is not None:
+            if SHIFT & (num_accepted_tokens is None):
+                tl.debug_barrier()  # every warp has read what is shifted now
+                m_q, m_new = m_last & (n_tokens > 0), m_v & (n_tokens > 0)
+                for i in tl.static_range(1, W):
+                    b_q, b_k, b_v = (q1, k1, v1) if i == 1 else ((q2, k2, v2) if i == 2 else (q3, k3, v3))
+                    _keep(p_conv, c_q, m_q, b_q, W - 1 - i, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_k, m_q, b_k, W - 1 - i, conv_length, D, TOKENS_FIRST)
+                    _keep(p_conv, c_v, m_new, b_v, W - 1 - i, conv_length, D, TOKENS_FIRST)
+        _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
