@@ -134,3 +134,62 @@ def test_no_kernel_overlooks_a_part():
                 with pytest.raises(InputError, match="conv"):
                     kernel.run(inputs)
     assert registry.get("torch-step").unsupported(problem) is None
+
+
+def speculating(inputs: Inputs) -> Inputs:
+    """The same tokens as drafts after accepted ones; one sequence is padding, each token has a slot."""
+    lens = (inputs.cu_seqlens[1:] - inputs.cu_seqlens[:-1]).tolist()
+    N, C = len(lens), max(lens) + 1
+    table = torch.arange(N * C, dtype=torch.int32).view(N, C).flip(0)
+    table[1] = -1
+    conv, room = inputs.conv, inputs.conv.width - 2 + C
+    size = conv.by_channel.shape[1]
+    states = torch.randn(N * C, room, size).to(conv.states.dtype)
+    if not conv.tokens_first:
+        states = states.mT.contiguous()
+    return dataclasses.replace(
+        inputs,
+        state=torch.randn(N * C, *inputs.state.shape[1:]),
+        state_indices=table,
+        num_accepted_tokens=torch.tensor([1, 2, 2, 3][:N], dtype=torch.int32),
+        conv=dataclasses.replace(conv, states=states),
+    )
+
+
+FORMS = {
+    "grouped heads": ({}, None),
+    "bias, no norm, one head each": ({"bias": True, "norm": False, "width": 2, "HV": 1}, None),
+    "channels first, odd sizes": (
+        {"tokens_first": False, "width": 3, "K": 20, "V": 24, "state_dtype": "float32"},
+        None,
+    ),
+    "norm alone": ({"width": 0, "HV": 4, "H": 2}, None),
+    "drafts": ({"bias": True}, speculating),
+    "drafts, channels first": ({"width": 3, "tokens_first": False}, speculating),
+    "fresh": ({}, lambda i: dataclasses.replace(i, has_initial_state=torch.tensor([True, False, True, False]))),
+    "slots of its own": (
+        {},
+        lambda i: dataclasses.replace(
+            i, conv=dataclasses.replace(i.conv, indices=torch.tensor([[0, 9], [5, 9], [2, 9], [1, 9]])[:, 0])
+        ),
+    ),
+    "read only": ({}, lambda i: dataclasses.replace(i, update_state=False)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("kernel", ["triton-step", "torch-step"])
+def test_a_kernel_is_as_the_oracle(kernel, name):
+    given, change = FORMS[name]
+    inputs = make((1, 3, 0, 2), **given)
+    conv = inputs.conv
+    if conv is not None:  # what is nobody's may not be read, and shows where it is
+        conv = dataclasses.replace(conv, states=conv.states.nan_to_num(0.5) if change else conv.states)
+    inputs = dataclasses.replace(inputs, conv=conv)
+    inputs = inputs if change is None else change(inputs)
+    expected, written = oracle.recurrence(inputs), inputs.fresh()
+    o = registry.get(kernel).run(written).o
+    torch.testing.assert_close(o.double(), expected.o, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(written.state.double(), expected.final_state, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if conv is not None:
+        assert torch.equal(written.conv.states.nan_to_num(7), expected.conv_states.nan_to_num(7))

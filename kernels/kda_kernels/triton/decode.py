@@ -68,9 +68,9 @@ class DecodeConfig:
     @classmethod
     @functools.cache
     def whole(cls, K: int, V: int) -> "DecodeConfig":
-        """For programs that have all of a head: 64 numbers of its state a thread."""
+        """For programs that have all of a head: 128 numbers of its state a thread, as few threads as channels."""
         rows = next_power_of_2(V)
-        return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (64 * 32), 1), 16))
+        return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (128 * 32), 1), 16))
 
 
 def decode(
