@@ -473,7 +473,7 @@ def test_calls_of_other_lengths_take_the_short_way(made):
     """Whole and split ones, each from its second on; wrong ones never."""
     for T, short in ((40, False), (70, True), (4000, False), (5000, True), (33, True), (4500, True)):
         inputs = pooled([T], slots=[1])
-        assert module.again(on_gpu(inputs.fresh()), torch.empty_like(inputs.v)) == short, T
+        assert module.again(on_gpu(inputs.fresh()).fields(), torch.empty_like(inputs.v)) == short, T
         if not short:
             prefill(on_gpu(inputs))
     wrong = [
@@ -483,7 +483,7 @@ def test_calls_of_other_lengths_take_the_short_way(made):
     ]  # fmt: skip
     for change in wrong:
         bad = dataclasses.replace(inputs, **change)
-        assert not module.again(on_gpu(bad), torch.empty_like(inputs.v)), change
+        assert not module.again(on_gpu(bad).fields(), torch.empty_like(inputs.v)), change
 
 
 def test_a_workspace_of_the_caller(made, monkeypatch):

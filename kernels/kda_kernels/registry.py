@@ -215,19 +215,22 @@ def decode(
     return found.code.decode(inputs, out, final_state=final_state)
 
 
-def decode_again(inputs: "Inputs", out: "torch.Tensor") -> bool:
+def decode_again(call: tuple, out: "torch.Tensor") -> bool:
     """`decode` in place, if this call is like the one before: an engine's every step. False: nothing was done.
 
     Features are not looked at: cute-decode has all that `kda_decode` can ask for.
+
+    Args:
+        call: the fields of `Inputs` in their order.
     """
     cute = sys.modules.get("kda_kernels.cute.decode")
-    return cute is not None and cute.again(inputs, out)
+    return cute is not None and cute.again(call, out)
 
 
-def prefill_again(inputs: "Inputs", out: "torch.Tensor") -> bool:
-    """`prefill` in place, if this call is like the one before but for its lengths. False: nothing was done."""
+def prefill_again(call: tuple, out: "torch.Tensor") -> bool:
+    """`prefill` in place, if this call is like the one before but for its lengths; as `decode_again`."""
     cute = sys.modules.get("kda_kernels.cute.prefill")
-    return cute is not None and cute.again(inputs, out)
+    return cute is not None and cute.again(call, out)
 
 
 def prefill(

@@ -89,14 +89,16 @@ def kda_decode(
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    inputs = Inputs(
+    call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
-        has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices,
+        has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, None, False, None,
+        None,
     )  # fmt: skip
-    _require_pool(inputs)
+    _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    if plain and out is not None and registry.decode_again(inputs, out):
+    if plain and out is not None and registry.decode_again(call, out):
         return out
+    inputs = Inputs(*call)
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
 
@@ -178,15 +180,15 @@ def kda_prefill(
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
-    inputs = Inputs(
+    call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
-        has_initial_state, checkpoints=checkpoints, batch_invariant=batch_invariant, workspace=workspace,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu,
     )  # fmt: skip
-    _require_pool(inputs)
+    _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    if plain and out is not None and chunk_indices is None and registry.prefill_again(inputs, out):
+    if plain and out is not None and chunk_indices is None and registry.prefill_again(call, out):
         return out
+    inputs = Inputs(*call)
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
 
@@ -333,7 +335,7 @@ def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return g.unflatten(2, (v.shape[2], -1))
 
 
-def _require_pool(inputs: Inputs) -> None:
-    if inputs.state is None or inputs.state_indices is None:
-        name = "state" if inputs.state is None else "state_indices"
+def _require_pool(state: torch.Tensor | None, state_indices: torch.Tensor | None) -> None:
+    if state is None or state_indices is None:
+        name = "state" if state is None else "state_indices"
         raise InputError(name, "is missing", "it should be a tensor")

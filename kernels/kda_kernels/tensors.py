@@ -1,6 +1,7 @@
 """The tensors of one call, and what comes out of it: the one shape in which kernels, the oracle and dumps meet."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -178,6 +179,10 @@ class Inputs:
     conv: Convolution | None = None
     norm: GatedNorm | None = None
 
+    def fields(self) -> tuple:
+        """All of them, in order: `Inputs(*fields)`."""
+        return _FIELDS(self)
+
     @property
     def N(self) -> int:
         """Number of sequences."""
@@ -275,6 +280,9 @@ class Inputs:
             token_states=None if self.token_states is None else copy(self.token_states),
             checkpoints=None if kept is None else dataclasses.replace(kept, states=copy(kept.states)),
         )
+
+
+_FIELDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Inputs)))
 
 
 def _once(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,7 +10,7 @@ only when it refuses are the tensors looked at in Python, to say in our words wh
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -37,8 +37,8 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_Sizes`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: last arguments of functions.
-        functions: by config.
+        key: see `_sizes`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: last arguments of functions.
+        functions: by config. for_count: the same by the number of sequences, as far as there were such calls.
     """
 
     key: tuple | None = None
@@ -47,29 +47,23 @@ class _Last:
     scale: float = 0.0
     bound: float = 0.0
     functions: dict[DecodeConfig, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    for_count: dict[int, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
-class _Sizes(NamedTuple):
-    """Of a call, read once. `key`: what a compiled function cannot see of its tensors, or is not compiled for."""
+def _sizes(call: tuple) -> tuple[tuple, int]:
+    """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
+    whether the pool is written, one token a sequence, H, K, HV, V, device); and the number of sequences."""
+    q, offsets = call[0], call[10]
+    B, T, H, K = q.shape
+    _, _, HV, V = call[2].shape
+    if offsets is None:
+        return (call[5], call[16], T == 1, H, K, HV, V, q.device), B
+    return (call[5], call[16], False, H, K, HV, V, q.device), offsets.shape[0] - 1
 
-    key: tuple
-    N: int
-    HV: int
-    V: int
-    K: int
-    one_token: bool
 
-    @classmethod
-    def of(cls, inputs: Inputs) -> "_Sizes":
-        q, offsets = inputs.q, inputs.cu_seqlens
-        B, T, H, K = q.shape
-        _, _, HV, V = inputs.v.shape
-        one_token = T == 1 and offsets is None
-        key = inputs.options, one_token, inputs.update_state, H, K, HV, V, q.device
-        return cls(key, B if offsets is None else offsets.shape[0] - 1, HV, V, K, one_token)
-
-    def config(self, narrow: bool, sms: int) -> DecodeConfig:
-        return DecodeConfig.choose(self.N * self.HV, self.K, self.V, narrow, self.one_token, sms)
+def _config(key: tuple, N: int, narrow: bool, sms: int) -> DecodeConfig:
+    _, _, one_token, _, K, HV, V, _ = key
+    return DecodeConfig.choose(N * HV, K, V, narrow, one_token, sms)
 
 
 _last = _Last()
@@ -122,17 +116,18 @@ def launch(
     """`decode` into tensors that are there already: `o`, and `ht` where there is no pool. Allocates nothing."""
     global _last
     try:
-        if config is None and again(inputs, o, ht):
+        call = inputs.fields()
+        if config is None and again(call, o, ht):
             return
         q, options = inputs.q, inputs.options
         if not q.shape[0] * q.shape[1] or not inputs.N:
             check_inputs(inputs)
             return _hand_on(inputs, o, ht)
-        sms, sizes, narrow = multiprocessors(q.device), _Sizes.of(inputs), _narrow(inputs, ht)
-        chosen = sizes.config(narrow, sms) if config is None else config
+        sms, (key, N), narrow = multiprocessors(q.device), _sizes(call), _narrow(inputs, ht)
+        chosen = _config(key, N, narrow, sms) if config is None else config
         function = _function(inputs, o, ht, chosen)
         scale, bound = options.scale_for(q.shape[-1]), options.lower_bound or 0.0
-        _call(function, sizes, inputs, o, ht, scale, bound)
+        _call(function, key, N, call, o, ht, scale, bound)
     except KdaError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
@@ -140,23 +135,29 @@ def launch(
         if isinstance(error, (TypeError, ValueError)):
             raise InputError(f"cute-decode: {one_line(str(error))}") from None
         raise
-    if config is None and inputs.N <= MOST_BLOCKS:
+    if config is None and N <= MOST_BLOCKS:
         before = _last
-        same = (before.key, before.narrow) == (sizes.key, narrow)
-        _last = _Last(sizes.key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
+        same = (before.key, before.narrow) == (key, narrow)
+        _last = _Last(key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
 
 
-def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
+def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
     """`launch`, if this call is like the last one: as many sequences as it likes. False: it is not; nothing was done.
 
     Options, heads and device are compared; what is not compared the function checks itself.
+
+    Args:
+        call: the fields of `Inputs` in their order; an object of them would take a tenth of this function's time.
     """
     last = _last
     try:
-        sizes = _Sizes.of(inputs)
-        if last.key != sizes.key or sizes.N > MOST_BLOCKS:
+        key, N = _sizes(call)
+        if last.key != key or N > MOST_BLOCKS:
             return False
-        _call(last.functions[sizes.config(last.narrow, last.sms)], sizes, inputs, o, ht, last.scale, last.bound)
+        function = last.for_count.get(N)
+        if function is None:
+            function = last.for_count[N] = last.functions[_config(key, N, last.narrow, last.sms)]
+        _call(function, key, N, call, o, ht, last.scale, last.bound)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # other dtypes, say; or wrong: see `launch`
         return False
     return True
@@ -170,8 +171,9 @@ def _narrow(inputs: Inputs, ht: torch.Tensor | None) -> bool:
 
 def _call(
     function: Callable[..., Any],
-    sizes: _Sizes,
-    inputs: Inputs,
+    key: tuple,
+    N: int,
+    call: tuple,
     o: torch.Tensor,
     ht: torch.Tensor | None,
     scale: float,
@@ -182,13 +184,12 @@ def _call(
     Raises:
         Exception: it does not take these tensors; nothing was launched.
     """
-    A_log, bias, h0, indices, offsets = (
-        inputs.A_log, inputs.dt_bias, inputs.state, inputs.state_indices, inputs.cu_seqlens
-    )  # fmt: skip
+    (q, k, v, g, beta, _, A_log, bias, h0, indices, offsets, v_first, _, null_slot, started, accepted, _, kept,
+     kept_rows, *_) = call  # fmt: skip
+    _, _, _, _, K, HV, V, _ = key
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
-    if not inputs.state_v_first and (h0 is not None or ht is not None):
+    if not v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
-    _, N, HV, V, K, _ = sizes
     if N < 1:
         raise ValueError("no sequence")
     if indices is not None:
@@ -199,21 +200,19 @@ def _call(
         if indices.shape[0] < N:
             raise ValueError("not one for each sequence")
     if offsets is not None:
-        one_each = (inputs.num_accepted_tokens, inputs.token_state_indices, inputs.has_initial_state, ht)
-        for x in (h0, *one_each) if indices is None else one_each:
+        for x in (accepted, kept_rows, started, ht, h0 if indices is None else None):
             if x is not None and x.shape[0] != N:
                 raise ValueError("not one for each sequence")
     if A_log is not None and A_log.ndim != 1:
         A_log = _flat(A_log, A_log.numel())
     if bias is not None:
         if bias.ndim != 1:
-            bias = _flat(bias, inputs.g.shape[3])
+            bias = _flat(bias, K)
         if bias.shape[0] != HV * K:
             raise ValueError("dt_bias is not one for each channel")
     arguments = (
-        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, A_log, bias, o, h0, ht, indices, offsets,
-        inputs.token_states, inputs.num_accepted_tokens, inputs.token_state_indices, inputs.has_initial_state,
-        -1 if inputs.null_slot is None else inputs.null_slot, scale, bound,
+        q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started,
+        -1 if null_slot is None else null_slot, scale, bound,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
@@ -377,4 +376,4 @@ def _variant(name: str, problem: Problem, gpu: Gpu) -> CuteVariant:
 def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
     inputs = pretended(problem)
     ht = inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
-    return spec_of(inputs, ht, _Sizes.of(inputs).config(_narrow(inputs, ht), gpu.sms))
+    return spec_of(inputs, ht, _config(*_sizes(inputs.fields()), _narrow(inputs, ht), gpu.sms))

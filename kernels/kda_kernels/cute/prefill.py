@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +67,7 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_key`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
+        key: see `_sizes`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
     """
 
     key: tuple | None = None
@@ -75,6 +75,25 @@ class _Last:
     bound: float = 0.0
     sms: int = 1
     functions: dict[Part, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+
+class _Sizes(NamedTuple):
+    """Batch rows, tokens of each, sequences, value heads."""
+
+    B: int
+    T: int
+    N: int
+    HV: int
+
+
+def _sizes(call: tuple) -> tuple[tuple, _Sizes]:
+    """Of the fields of `Inputs`: what compiled functions cannot see of their tensors, or are not compiled for (options,
+    batch_invariant, H, K, HV, V, device); and its sizes."""
+    q, offsets = call[0], call[10]
+    B, T, H, K = q.shape
+    _, _, HV, V = call[2].shape
+    N = B if offsets is None else offsets.shape[0] - 1
+    return (call[5], call[20], H, K, HV, V, q.device), _Sizes(B, T, N, HV)
 
 
 _last = _Last()
@@ -153,23 +172,22 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     Allocates `workspace_bytes` unless the call brings a workspace: nothing where sequences are not split.
     """
     global _last
-    if again(inputs, o, ht):
+    call = inputs.fields()
+    if again(call, o, ht):
         return
     if (reason := unsupported_tensors(inputs, o)) is not None:
         raise InputError(f"cute-prefill: {reason}")
     if not o.shape[0] * o.shape[1] or not inputs.N:  # no token of any sequence
         _hand_on(inputs, o, ht)
         return
-    device, options = inputs.q.device, inputs.options
-    kept = inputs.checkpoints is not None
-    last = _Last(
-        _key(inputs), options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, multiprocessors(device)
-    )
-    split = _split_of(inputs, last.sms)
+    options, (key, sizes), kept = inputs.options, _sizes(call), inputs.checkpoints is not None
+    sms = multiprocessors(inputs.q.device)
+    last = _Last(key, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
+    split = _split_of(call, sizes, sms)
     for part in (Part.WHOLE,) if split is None else (Part.SPLIT, Part.KEPT) if kept else (Part.SPLIT,):
         last.functions[part] = _function(part, inputs, None if part is Part.KEPT else ht)
     try:
-        _launch(last, split, inputs, o, ht)
+        _launch(last, split, sizes, call, o, ht)
     except _RefusedError as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
     if _last.key == last.key:
@@ -177,16 +195,20 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     _last = last
 
 
-def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
+def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
     """`launch`, if this call is like the last one: lengths and batches may differ. False: it is not; nothing was done.
 
     Options, heads and device are compared; what is not compared the functions check themselves.
+
+    Args:
+        call: the fields of `Inputs` in their order, which are quicker to pass on than an object of them is to make.
     """
     last = _last
     try:
-        if last.key != _key(inputs) or inputs.N < 1 or not inputs.q.shape[1]:
+        key, sizes = _sizes(call)
+        if last.key != key or sizes.N < 1 or not sizes.T:
             return False
-        _launch(last, _split_of(inputs, last.sms), inputs, o, ht)
+        _launch(last, _split_of(call, sizes, last.sms), sizes, call, o, ht)
     except (_RefusedError, AttributeError, IndexError, KeyError):  # nothing was launched: see `launch`
         return False
     return True
@@ -194,12 +216,6 @@ def again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> bo
 
 class _RefusedError(Exception):
     """A function does not take these tensors; nothing was launched."""
-
-
-def _key(inputs: Inputs) -> tuple:
-    """What compiled functions cannot see of their tensors, or are not compiled for."""
-    q = inputs.q
-    return inputs.options, inputs.batch_invariant, q.shape[2:], inputs.v.shape[2:], q.device
 
 
 def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
@@ -215,10 +231,12 @@ def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
         ht.copy_(inputs.state.where(inputs.has_initial_state[:, None, None, None], 0))
 
 
-def _launch(last: _Last, split: Split | None, inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+def _launch(
+    last: _Last, split: Split | None, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None
+) -> None:
     """Raises `_RefusedError`, or what wrong tensors lead to, before anything was launched."""
-    _check_unseen(inputs, o, ht)
-    tensors = _arguments(inputs, o)
+    _check_unseen(last, sizes, call, o, ht)
+    tensors = _arguments(call, o)
     numbers = (last.scale, last.bound)
     if split is None:
         with stage("prefill"):
@@ -227,73 +245,72 @@ def _launch(last: _Last, split: Split | None, inputs: Inputs, o: torch.Tensor, h
     from kda_kernels.triton.segment_outputs import add_segment_outputs
     from kda_kernels.triton.segment_scan import Segments, scan_segments
 
-    function, T, N, packed = last.functions[Part.SPLIT], o.shape[1], inputs.N, inputs.cu_seqlens is not None
-    to_kept = last.functions[Part.KEPT] if inputs.checkpoints is not None else None
-    tokens = o.shape[0] * T
+    pool, indices, offsets, null_slot, kept = call[8], call[9], call[10], call[13], call[19]
+    function = last.functions[Part.SPLIT]
+    to_kept = last.functions[Part.KEPT] if kept is not None else None
+    N, tokens, packed = sizes.N, sizes.B * sizes.T, offsets is not None
     units = split.units(N, tokens, packed)
-    workspace = _workspace(inputs, split, units)
-    final = ht if inputs.state_indices is None else inputs.state
+    workspace = _workspace(call, sizes, split, units)
+    final = ht if indices is None else pool
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
         with stage("segments"):
             _call(function, tensors, ht, workspace, units, *numbers, *here)
-        segments = Segments(
-            workspace, final, inputs.state_indices, inputs.cu_seqlens, N, units, inputs.null_slot, *here
-        )
-        with stage("scan"), on_device(o):
-            scan_segments(segments, T, o.shape[2])
-        with stage("outputs"), on_device(o):
-            add_segment_outputs(segments, o)
+        segments = Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
+        with on_device(o):
+            with stage("scan"):
+                scan_segments(segments, sizes.T, sizes.HV)
+            with stage("outputs"):
+                add_segment_outputs(segments, o)
         if to_kept is not None:
             with stage("checkpoints"):
                 _call(to_kept, tensors, None, workspace, units, *numbers, *here)
 
 
-def _check_unseen(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
     """What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
     rows that lie on each other. Raises `_RefusedError`."""
-    N, h0, indices, offsets = inputs.N, inputs.state, inputs.state_indices, inputs.cu_seqlens
-    if not inputs.state_v_first and (h0 is not None or ht is not None):
+    (q, k, v, g, _, _, _, bias, h0, indices, offsets, v_first, _, _, started, _, _, _, _, kept, _, given,
+     _) = call  # fmt: skip
+    assert last.key is not None
+    N, (_, _, _, K, HV, V, device) = sizes.N, last.key
+    if not v_first and (h0 is not None or ht is not None):
         raise _RefusedError("the state is K-first")
     if indices is not None:
         if h0 is None:
             raise _RefusedError("no pool")
-        P, HV, V, K = h0.shape
-        if indices.shape[0] < N or (h0.stride(0) < HV * V * K and P > 1):
+        if indices.shape[0] < N or (h0.stride(0) < HV * V * K and h0.shape[0] > 1):
             raise _RefusedError("not one for each sequence, or slots overlap")
-    kept = inputs.checkpoints
     if offsets is not None:
-        plain, rows = None if indices is not None else h0, None if kept is None else kept.rows
-        for x in (plain, ht, inputs.has_initial_state, rows):
+        for x in (started, ht, None if kept is None else kept.rows, h0 if indices is None else None):
             if x is not None and x.shape[0] != N:
                 raise _RefusedError("not one for each sequence")
-    if inputs.dt_bias is not None and inputs.dt_bias.numel() != inputs.v.shape[2] * inputs.q.shape[3]:
+    if bias is not None and bias.numel() != HV * K:
         raise _RefusedError("dt_bias is not one for each channel")
-    given = inputs.workspace
-    if given is not None and (given.dtype, given.ndim, given.device) != (torch.uint8, 1, inputs.q.device):
+    if given is not None and (given.dtype, given.ndim, given.device) != (torch.uint8, 1, device):
         raise _RefusedError("workspace is not bytes on the device")
-    every = ALIGNMENT if kept is None or kept.every is None else kept.every
-    if kept is not None and ((kept.every is None) == (kept.offsets is None) or every < 1 or every % ALIGNMENT):
-        raise _RefusedError("checkpoints have offsets, or a distance that is a multiple of 64")
-    for x in (inputs.q, inputs.k, inputs.v, inputs.g, o):
+    if kept is not None:
+        every = ALIGNMENT if kept.every is None else kept.every
+        if (kept.every is None) == (kept.offsets is None) or every < 1 or every % ALIGNMENT:
+            raise _RefusedError("checkpoints have offsets, or a distance that is a multiple of 64")
+    for x in (q, k, v, g, o):
         if 0 in x.stride():
             raise _RefusedError("rows lie on each other")
 
 
-def _arguments(inputs: Inputs, o: torch.Tensor) -> tuple:
+def _arguments(call: tuple, o: torch.Tensor) -> tuple:
     """Those of `PrefillKernel.__call__` that all launches share: before `ht`, between it and workspace, behind it."""
-    kept = inputs.checkpoints
+    (q, k, v, g, beta, _, A_log, bias, h0, indices, cu_seqlens, _, _, null_slot, started, _, _, _, _, kept,
+     *_) = call  # fmt: skip
     rows = offsets = states = None
+    every = 0
     if kept is not None:
-        states, rows, offsets = kept.states, kept.rows, kept.offsets
+        states, rows, offsets, every = kept.states, kept.rows, kept.offsets, kept.every or 0
         if rows.ndim == 1:
             rows, offsets = rows[:, None], None if offsets is None else offsets[:, None]
     return (
-        (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, _flat(inputs.A_log), _flat(inputs.dt_bias), o,
-         inputs.state),
-        (inputs.state_indices, inputs.cu_seqlens, inputs.has_initial_state),
-        (states, rows, offsets, -1 if inputs.null_slot is None else inputs.null_slot,
-         0 if kept is None else kept.every or 0),
+        (q, k, v, g, beta, _flat(A_log), _flat(bias), o, h0), (indices, cu_seqlens, started),
+        (states, rows, offsets, -1 if null_slot is None else null_slot, every),
     )  # fmt: skip
 
 
@@ -339,7 +356,7 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0
         with stage("summaries"):
             function = _function(Part.SUMMARY, inputs, None)
-            _call(function, _arguments(inputs, v), None, both.view(-1), 0, *numbers, 0, 0, 0, 0)
+            _call(function, _arguments(inputs.fields(), v), None, both.view(-1), 0, *numbers, 0, 0, 0, 0)
     return both[0::2], both[1::2]
 
 
@@ -369,28 +386,29 @@ def _split_bytes(split: Split, N: int, units: int, HV: int) -> int:
     return HV * (4 * 128 * 128 * (N + 3 * units) + 2 * 128 * units * split.segment)
 
 
-def _workspace(inputs: Inputs, split: Split, units: int) -> torch.Tensor:
+def _workspace(call: tuple, sizes: _Sizes, split: Split, units: int) -> torch.Tensor:
     """fp32, of one dimension: the caller's, if there is one."""
-    size, given = _split_bytes(split, inputs.N, units, inputs.v.shape[2]), inputs.workspace
+    size, given = _split_bytes(split, sizes.N, units, sizes.HV), call[21]
     if given is None:
-        return torch.empty(size // 4, dtype=torch.float32, device=inputs.q.device)
+        return torch.empty(size // 4, dtype=torch.float32, device=call[0].device)
     skipped = -given.data_ptr() % WORKSPACE_ALIGNMENT
     return given[skipped : skipped + size].view(torch.float32)
 
 
-def _split_of(inputs: Inputs, sms: int) -> Split | None:
+def _split_of(call: tuple, sizes: _Sizes, sms: int) -> Split | None:
     """How the sequences of a call are cut. None: they stay whole, as they do where nothing may depend on the batch, or
     where the caller's workspace is too small."""
-    if inputs.batch_invariant:
+    packed, batch_invariant, given, ends = call[10] is not None, call[20], call[21], call[22]
+    if batch_invariant:
         return None
-    (B, T), HV, N, given = inputs.q.shape[:2], inputs.v.shape[2], inputs.N, inputs.workspace
-    if inputs.cu_seqlens_cpu is None:
+    B, T, N, HV = sizes
+    if ends is None:
         split = _split(N, B * T, HV, sms)
     else:
-        ends = inputs.cu_seqlens_cpu.tolist()
+        ends = ends.tolist()
         split = plan_of(tuple(map(int.__sub__, ends[1:], ends)), HV, sms).split
     if split is not None and given is not None:
-        size = _split_bytes(split, N, split.units(N, B * T, inputs.cu_seqlens is not None), HV)
+        size = _split_bytes(split, N, split.units(N, B * T, packed), HV)
         return split if size + WORKSPACE_ALIGNMENT <= given.numel() else None
     return split
 
