@@ -12,9 +12,11 @@ from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kdacli.main import cli
 from kdacli.verify.cases import spec, suites
+from kdacli.verify.cases.case import Case
 from kdacli.verify.checks.check import pairs
 from kdacli.verify.processes.checker import Checker
 from kdacli.verify.search import search
+from kdacli.verify.transforms import LAYOUTS, SERVING
 from tests.mutants.score import MUTANTS
 
 
@@ -37,6 +39,13 @@ def test_a_rare_fault_is_found_and_can_be_written_down():
 def test_the_same_seed_draws_the_same_cases():
     names = [search(MUTANTS["decode-sigmoid-always"].kernel(), "cpu", 60, seed=4, examples=200) for _ in range(2)]
     assert names[0].failure[0] == names[1].failure[0] and names[0].tried == names[1].tried
+
+
+def test_what_engines_pass_is_drawn():
+    cases: list[Case] = []
+    search(registry.get("torch-decode"), "cpu", 60, seed=2, examples=40, before=cases.append)
+    drawn = {name for case in cases for name in case.transforms}
+    assert len(drawn & SERVING.keys()) > 3 and drawn & LAYOUTS.keys()
 
 
 def test_the_time_is_kept():

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import Op
+from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli.verify.adapt import adapt
 from kdacli.verify.cases import spec
 from kdacli.verify.cases.case import Case
 from kdacli.verify.cases.pairs import axes_of, case_of
 from kdacli.verify.checks.check import NO_ROOM, Bench, Result, check
-from kdacli.verify.transforms import LAYOUTS
+from kdacli.verify.transforms import LAYOUTS, SERVING
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -25,6 +25,16 @@ MAX_TOKENS = {
     "cpu": {Op.PREFILL: 140, Op.DECODE: 6, Op.STEP: 6, Op.GATE: 140},
     "cuda": {Op.PREFILL: 700, Op.DECODE: 40, Op.STEP: 40, Op.GATE: 700},
 }
+
+# What engines pass, by op; those that need no pool, and the one that needs a packed batch.
+_ON_POOLS = ("any-negative", "null-slot", "fresh-states", "strided-indices", "long-indices")
+_SERVING: dict[Op, tuple[str, ...]] = {
+    Op.PREFILL: (*_ON_POOLS, "checkpoint-of-each", "checkpoints-of-chunks", "checkpoints-every", "checkpoints-in-pool",
+                 "bucket"),
+    Op.DECODE: (*_ON_POOLS, "drafts", "read-only", "token-rows", "bucket"),
+    Op.GATE: (),
+}  # fmt: skip
+_WITHOUT_POOL = frozenset(("checkpoint-of-each", "checkpoints-of-chunks", "checkpoints-every", "token-rows", "bucket"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +116,12 @@ def search(
 
 
 def _adapted(kernel: Kernel, case: Case) -> Iterator[Case]:
-    """The case changed to what the kernel supports; and, should it be refused, with its tensors laid out as usual."""
+    """The case changed to what the kernel supports; and, should it be refused, with its tensors laid out as usual, and
+    then without what engines pass."""
     adapted_case = adapt(kernel, case)
-    plain = dataclasses.replace(adapted_case, transforms=tuple(t for t in adapted_case.transforms if t not in LAYOUTS))
-    for one in dict.fromkeys((adapted_case, plain)):
+    usual = dataclasses.replace(adapted_case, transforms=tuple(t for t in adapted_case.transforms if t not in LAYOUTS))
+    plain = dataclasses.replace(usual, transforms=tuple(t for t in usual.transforms if t not in SERVING))
+    for one in dict.fromkeys((adapted_case, usual, plain)):
         yield one if one == case else dataclasses.replace(one, name=spec.write(one))
 
 
@@ -134,7 +146,9 @@ def cases(op: Op, device: str) -> "SearchStrategy[Case]":
     lens = st.lists(st.integers(0, most), min_size=1, max_size=MAX_SEQUENCES)
     rows = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in axes_of(op).items()})
 
-    def build(row: dict, lens: list[int], seed: int) -> Case:
+    serving = st.sampled_from((None, *_SERVING[op]))
+
+    def build(row: dict, lens: list[int], serving: str | None, seed: int) -> Case:
         case = case_of("", op, row, "a random case")
         if case.problem.packed:
             problem = case.problem
@@ -142,7 +156,13 @@ def cases(op: Op, device: str) -> "SearchStrategy[Case]":
             pool = None if problem.pool_slots is None else len(lens) + 2
             problem = dataclasses.replace(problem, seq_lens=tuple(lens), padding=padding, pool_slots=pool)
             case = dataclasses.replace(case, problem=problem)
+        if serving is not None and _possible(serving, case.problem):
+            case = dataclasses.replace(case, transforms=(*case.transforms, serving))
         case = dataclasses.replace(case, seed=seed)
         return dataclasses.replace(case, name=spec.write(case))
 
-    return st.builds(build, rows, lens, st.integers(0, 1000))
+    return st.builds(build, rows, lens, serving, st.integers(0, 1000))
+
+
+def _possible(serving: str, problem: Problem) -> bool:
+    return (problem.pool_slots is not None or serving in _WITHOUT_POOL) and (problem.packed or serving != "bucket")
