@@ -181,6 +181,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
         i_n, i_hv = divmod(pid, heads)
+        i_n, i_hv = cute.arch.make_warp_uniform(i_n), cute.arch.make_warp_uniform(i_hv)
         # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
         kind, index, unit, last = Int32(0), Int32(0), Int32(0), True
         if cutlass.const_expr(spec.part is Part.SUMMARY):

@@ -4,14 +4,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, reciprocal
+from kda_kernels.cute.math import LOG2_E, rate, reciprocal
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, SHIFT, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import arrive, swizzled, vector
-from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_pairs, rest
+from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_add, multiply_pairs, rest
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
-STEEP = 64 * LOG2_E  # a bias of 16 times it is rounded to 2^-14, which no bf16 shows
+MOST_RATE = 2.0**24  # of exp(A_log) log2(e): what is open and what is closed differs by less than any gate's rounding
 
 
 class Preparer:
@@ -45,15 +45,35 @@ class Preparer:
             return raw[0, i].to(Float32), raw[1, i].to(Float32)
 
     @cute.jit
+    def gate_parameters(self, A_log, dt_bias, i_hv: Int32, pair: Int32):
+        """exp(A_log) log2(e), that times the bias of two channels, and 2^-x of what its rounding took off.
+
+        The last as a factor: added to the exponent of each gate it would cost an instruction, and where exp(A_log) is
+        200 and a bias 16, the rounding would show.
+        """
+        A = Float32(LOG2_E)
+        bias, rest_of_bias = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+        bias.fill(0.0)
+        rest_of_bias.fill(1.0)
+        if cutlass.const_expr(A_log is not None):
+            A = cute.arch.fmin(rate(A_log[i_hv].to(Float32), False) * LOG2_E, Float32(MOST_RATE), nan=True)
+        if cutlass.const_expr(dt_bias is not None):
+            for e in cutlass.range_constexpr(2):
+                given = dt_bias[i_hv * self.spec.K + 2 * pair + e].to(Float32)
+                bias[e] = multiply_add(given, A, Float32(0.0))
+                rounded_off = multiply_add(given, A, -bias[e])
+                rounded_off = cute.arch.fmax(cute.arch.fmin(rounded_off, Float32(64.0)), Float32(-64.0))
+                rest_of_bias[e] = exp2_approx(-rounded_off)
+        return A, bias, rest_of_bias
+
+    @cute.jit
     def gates(
-        self, raw_g, A: Float32, bias, dt_bias, i_hv: Int32, lower_bound: Float32, pair: Int32, half: Int32,
-        tokens: Int32, usual: Int32,
+        self, raw_g, A: Float32, bias, rest_of_bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32
     ):  # fmt: skip
         """The sums of log2 decays from the middle of the chunk to each token, less or, in the second half, more SHIFT;
-        and over this half: [2, HALF + 1].
+        and over this half: [2, HALF + 1]. `A`, `bias`, `rest_of_bias`: see `gate_parameters`.
 
-        Tokens after the end do not decay. With fewer than `usual` tokens to come, which are CHUNK, or, where gates are
-        steep, more than there ever are, there is more to do.
+        Tokens after the end do not decay.
         """
         raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
         log2 = cute.make_rmem_tensor((2, HALF), Float32)
@@ -61,13 +81,10 @@ class Preparer:
             values = self.pair_of(raw, i)
             for e in cutlass.range_constexpr(2):
                 if cutlass.const_expr(self.spec.gate is Gate.SAFE):
-                    log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]))
+                    log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]) * rest_of_bias[e])
                 else:
                     log2[e, i] = values[e]
-        if tokens < usual:
-            if cutlass.const_expr(self.spec.A_log is not None and self.spec.gate is Gate.SAFE):
-                if A > STEEP:
-                    self.steep_gates(log2, raw_g, A, dt_bias, i_hv, pair, half)
+        if tokens < CHUNK:
             last = fresh(tokens)  # a branch, where the compiler would select for every chunk
             for i in cutlass.range_constexpr(HALF):
                 if half * HALF + i >= last:
@@ -92,20 +109,6 @@ class Preparer:
                     G[e, i] = total
                 G[e, HALF] = total - SHIFT
         return G
-
-    @cute.jit
-    def steep_gates(self, log2, raw_g, A: Float32, dt_bias, i_hv: Int32, pair: Int32, half: Int32):
-        """Where exp(A_log) is so large that the rounding of its product with the bias would show: the sum first."""
-        raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
-        bias = cute.make_rmem_tensor(2, Float32)
-        bias.fill(0.0)
-        if cutlass.const_expr(dt_bias is not None):
-            for e in cutlass.range_constexpr(2):
-                bias[e] = dt_bias[i_hv * self.spec.K + 2 * pair + e].to(Float32)
-        for i in cutlass.range_constexpr(HALF):
-            values = self.pair_of(raw, i)
-            for e in cutlass.range_constexpr(2):
-                log2[e, i] = reciprocal(1.0 + exp2_approx((values[e] + bias[e]) * -A))
 
     @cute.jit
     def decays(self, shared, G, chunk: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32):

@@ -5,9 +5,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.math import LOG2_E, rate, sigmoid
+from kda_kernels.cute.math import sigmoid
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES
-from kda_kernels.cute.prefill_prepare import STEEP, Preparer
+from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
 from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
 from kda_kernels.cute.ptx import fresh
@@ -58,18 +58,7 @@ class Producer(Preparer, Relater):
                     self.prefetch(atoms, q, k, g, group + 2)
 
         # after the loads are on their way: these wait for memory too
-        A = Float32(LOG2_E)
-        bias = cute.make_rmem_tensor(2, Float32)
-        bias.fill(0.0)
-        if cutlass.const_expr(A_log is not None):
-            A = rate(A_log[i_hv].to(Float32), False) * LOG2_E
-        if cutlass.const_expr(dt_bias is not None):
-            for e in cutlass.range_constexpr(2):
-                bias[e] = dt_bias[i_hv * spec.K + 2 * pair + e].to(Float32) * A
-        usual = Int32(CHUNK)
-        if cutlass.const_expr(A_log is not None):
-            if A > STEEP:
-                usual = Int32(0x7FFFFFFF)
+        A, bias, rest_of_bias = self.gate_parameters(A_log, dt_bias, i_hv, pair)
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
@@ -84,7 +73,7 @@ class Producer(Preparer, Relater):
                     self.clear(raw_q, tokens, p)
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
-            G = self.gates(raw_g, A, bias, dt_bias, i_hv, lower_bound, pair, half, tokens, usual)
+            G = self.gates(raw_g, A, bias, rest_of_bias, lower_bound, pair, half, tokens)
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage

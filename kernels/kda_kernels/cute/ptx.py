@@ -72,6 +72,13 @@ def multiply_pairs(a: Int32, b: Int32, *, loc=None, ip=None) -> Int32:
     return Int32(_asm(T.i32(), operands, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip, effects=False))
 
 
+@dsl_user_op
+def multiply_add(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    """a b + c, rounded once."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc, ip, effects=False))
+
+
 @cute.jit
 def rest(exact, rounded):
     """exact - rounded, fp32 [..] and bf16 of an even number of elements, into `exact`.
