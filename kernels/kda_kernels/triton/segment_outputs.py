@@ -10,10 +10,11 @@ us instead of 26 for 12 heads and 6560 tokens, by hand).
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from kda_kernels.ints import cdiv
 from kda_kernels.triton.common import cast, dot
-from kda_kernels.triton.launch import launch
+from kda_kernels.triton.launch import launch, starts_early
 from kda_kernels.triton.segment_scan import SHARED, Segments, slot_of, units_of
 
 BT, SPAN = 64, 256  # tokens a step, and a program
@@ -47,6 +48,7 @@ def segment_outputs_kernel(
     K: tl.constexpr,
     BT: tl.constexpr,
     SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # last tokens first: they were written last, and are in the cache still
     i_hv, unit, i_s = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
@@ -64,6 +66,8 @@ def segment_outputs_kernel(
         count = tl.maximum(units_of(T, lead, segment, begin, limit), 1)
         i_n, index = unit // count, unit % count
         o += i_n.to(tl.int64) * stride_b * 8
+    if EARLY:
+        gdc_wait()
     if i_n < 0 or i_n >= N:  # there is room for more units than there are
         return
     if slot_of(state_indices, stride_index, slots, null_slot, i_n) < 0:
@@ -91,9 +95,10 @@ def segment_outputs_kernel(
 def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
     """Completes `o` [B, T, HV, V] by what `segments.reads` [units * segment, HV, K] read of the states before units."""
     _, T, HV, V = o.shape
-    arguments = (o, T, *(stride // 8 for stride in o.stride()[:3]), HV, V, K, BT, SPAN)
+    early = starts_early(o.device)
+    arguments = (o, T, *(stride // 8 for stride in o.stride()[:3]), HV, V, K, BT, SPAN, early)
     launch(
         segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, SPAN)), (segments.kind()[0],
         segments.kind()[2:], o.dtype, V, K), segments.arguments() + arguments, num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=NUM_STAGES, launch_pdl=early,
     )  # fmt: skip
