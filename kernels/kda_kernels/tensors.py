@@ -180,7 +180,7 @@ class Inputs:
     norm: GatedNorm | None = None
 
     def fields(self) -> tuple:
-        """All of them, in order: `Inputs(*fields)`."""
+        """All of them, in order: `Inputs(*fields)`. Repeated calls are passed on so; new fields come last."""
         return _FIELDS(self)
 
     @property

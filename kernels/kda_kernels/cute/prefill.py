@@ -271,7 +271,7 @@ def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: 
     """What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
     rows that lie on each other. Raises `_RefusedError`."""
     (q, k, v, g, _, _, _, bias, h0, indices, offsets, v_first, _, _, started, _, _, _, _, kept, _, given,
-     _) = call  # fmt: skip
+     *_) = call  # fmt: skip
     assert last.key is not None
     N, (_, _, _, K, HV, V, device) = sizes.N, last.key
     if not v_first and (h0 is not None or ht is not None):
