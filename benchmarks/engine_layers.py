@@ -1,0 +1,92 @@
+"""GPU time of the KDA part of SGLang's and vLLM's own layers, with their kernels and with ours.
+
+    python -m benchmarks.engine_layers SOURCES [FILE]
+
+SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
+from behind the projections to behind (vLLM) or before (SGLang) the gated norm, Kimi K3's 12 heads on one of 8 GPUs. A
+decode is the replay of a CUDA graph, a prefill an eager call; the L2 cache is emptied before each. Medians in us.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests import engine_layers
+from tests.engine_layers import Batch, Run
+
+CASES = {
+    "decode N=8": Batch((1,) * 8, decode=True),
+    "decode N=64": Batch((1,) * 64, decode=True),
+    "verify N=16, 4 tokens": Batch(drafts=4, accepted=(2,) * 16),
+    "prefill T=8192": Batch((8192,)),
+    "prefill 16 x 512": Batch((512,) * 16),
+}
+
+
+def median_us(call: Callable[[], object], rounds: int = 30) -> float:
+    """Of `call`, with the L2 cache emptied before it."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def timed(run: Run, graph: bool) -> float:
+    for _ in range(3):
+        run.go()
+    torch.cuda.synchronize()
+    if not graph:
+        return median_us(run.go)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run.go()
+    return median_us(captured.replay)
+
+
+def main(root: Path, file: str | None) -> None:
+    rows = []
+    for engine in ("vllm", "sglang"):
+        with engine_layers.load(engine, root):
+            for name, batch in CASES.items():
+                for bound in (-5.0, None):
+                    found = {}
+                    for whose in ("theirs", "ours"):
+                        torch.manual_seed(0)
+                        found[whose] = measured(engine, whose == "ours", batch, bound)
+                    row = {"engine": engine, "case": name, "gate": "softplus" if bound is None else "safe", **found}
+                    rows.append(row)
+                    print(row, flush=True)
+    if file:
+        Path(file).write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+
+
+def measured(engine: str, ours: bool, batch: Batch, bound: float | None) -> float | str:
+    graph = batch.decode or bool(batch.drafts)
+    with contextlib.ExitStack() as stack:
+        if engine == "sglang":
+            stack.enter_context(engine_layers.ours_in_sglang())
+            run = engine_layers.sglang_layer(batch, ours, bound, slots=128)
+        else:
+            if ours:
+                stack.enter_context(engine_layers.ours_in_vllm())
+            run = engine_layers.k3(batch, bound, slots=128)
+        try:
+            return round(timed(run, graph), 1)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:200]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
