@@ -1,9 +1,9 @@
 """The KDA layers of SGLang 0.5.23 and vLLM 0.33.0 themselves, from their released sources, without the engines.
 
 `load` imports a layer's module and the kernels that it calls as they are; everything else that they import is a
-stand-in which does nothing. A layer is then an object with the attributes that its forward method reads, and metadata as the
-engine's scheduler makes it. So the convolutions, the order of tokens, the pools and the kernels are the engine's own;
-projections, the scheduler and CUDA graphs of the whole model are not run.
+stand-in which does nothing. A layer is then an object with the attributes that its forward method reads, and metadata
+as the engine's scheduler makes it. So the convolutions, the order of tokens, the pools and the kernels are the engine's
+own; projections, the scheduler and CUDA graphs of the whole model are not run.
 """
 
 import contextlib
@@ -198,7 +198,7 @@ def _of_vllm() -> dict[str, dict[str, Any]]:
         return 1 << max(n - 1, 0).bit_length()
 
     def to_device(values: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.as_tensor(values, dtype=dtype, device=device)
 
     workspace = Workspace()
     mamba = "vllm.model_executor.layers.mamba"

@@ -12,6 +12,7 @@ from kdacli.values import Part
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from kdacli.dumps import Dump
     from kdacli.verify.processes.checker import Checker
     from kdacli.verify.processes.isolated import IsolatedChecker
 
@@ -78,6 +79,9 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
 )
 @click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
 @click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
+@click.option(
+    "--plot", metavar="FILE", help="Draw how errors grow along the decode traces of a dump: .png, .svg, .pdf."
+)
 @options.problem_options
 @options.device_option
 @options.json_option
@@ -99,6 +103,7 @@ def command(
     triton_config: int | None,
     save_dir: str | None,
     junit: str | None,
+    plot: str | None,
     device: str,
     json_dest: str | None,
     force: bool,
@@ -131,6 +136,10 @@ def command(
     A kernel that tunes itself is checked in the configuration that was fastest, and no other: --triton-config checks it
     in another, and saves the time of tuning for every new shape.
 
+    A dump of several calls, such as a folder of kda capture, is replayed: each call from its recorded states, by every
+    kernel that can run it, peers too. Decode calls of a layer that carry on one where the other ended are also run as a
+    whole, each kernel from the first recorded states on its own, beside the fp64 recurrence; --plot draws the drift.
+
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
     \b
@@ -142,6 +151,7 @@ def command(
       kda verify --kernel triton-prefill --lens 65,0,130 -H 2 --gates weak --seed 7
       kda verify --suite stress --seconds 3600 --save failures
       kda verify --dump dump.pt
+      kda verify --dump dumps/ --plot drift.png
     """
     from kdacli.output import check_dest
 
@@ -151,6 +161,17 @@ def command(
         raise InputError("--junit is -: it should be a file")
     _check_flags(params, suite_name, case_names, seconds, shard)
     _check_workers(params, workers, isolate)
+    if plot or params["dump"]:
+        several = _several(params)
+        if several and (refused := _not_for_several(junit, save_dir, isolate, fail_fast, params)):
+            raise InputError(
+                f"{refused} is given with a dump of several calls: name one of them (--call) or leave it out"
+            )
+        if several:
+            _replay(params["dump"], several, kernels, device, plot, json_dest, force)
+            return
+        if plot:
+            raise InputError("--plot is given without --dump of several calls: it draws decode traces")
     if list_only:
         if shard:
             raise InputError("--shard is given with --list, which lists whole suites: leave one out")
@@ -184,6 +205,47 @@ def command(
         run.go(jobs, fail_fast, shrink, folder, force)
     report(run.outcome, json_dest, junit, verbose, force)
     conclude(run.outcome)
+
+
+def _several(params: options.Params) -> "tuple[list[Dump], list[str]] | None":
+    """The calls of a dump that holds more than one, where none is named, and what is wrong with others."""
+    if not params["dump"] or params.get("call"):
+        return None
+    from kdacli.dumps import load_all
+
+    broken: list[str] = []
+    dumps = load_all(params["dump"], broken=broken)
+    return (dumps, broken) if len(dumps) + len(broken) > 1 else None
+
+
+def _not_for_several(
+    junit: str | None, save_dir: str | None, isolate: bool | None, fail_fast: bool, params: options.Params
+) -> str | None:
+    given = {"--junit": junit, "--save": save_dir, "--isolate": isolate, "--fail-fast": fail_fast, "--op": params["op"]}
+    return next((flag for flag, value in given.items() if value), None)
+
+
+def _replay(
+    dump: str,
+    found: "tuple[list[Dump], list[str]]",
+    kernels: tuple[str, ...],
+    device: str,
+    plot: str | None,
+    json_dest: str | None,
+    force: bool,
+) -> None:
+    from kdacli.device import pick_device
+
+    if plot:
+        from kdacli.output import check_dest
+        from kdacli.plots import require
+
+        check_dest(plot, force)
+        require(plot)
+    device = pick_device(device)
+    from kdacli.verify.reports.replay import Wanted, run
+
+    run(Wanted(dump, kernels, device, json_dest, plot, force), *found)
 
 
 def _checker(

@@ -76,8 +76,11 @@ class Plan:
     asked: bool = False  # the kernels were named: that one of them does not run is an error
 
 
-def plan(dumps: Sequence[Dump], names: Sequence[str] = ()) -> list[Plan]:
+def plan(dumps: Sequence[Dump], names: Sequence[str] = (), *, peers: bool = False) -> list[Plan]:
     """Chooses kernels for each call: those named that serve its op, or else all of ours that can run it here.
+
+    Args:
+        peers: other people's kernels, too.
 
     Raises:
         InputError: a kernel is unknown.
@@ -92,16 +95,16 @@ def plan(dumps: Sequence[Dump], names: Sequence[str] = ()) -> list[Plan]:
             raise UnavailableError(
                 f"{kernel.name} serves the op {kernel.op}: the dump holds {', '.join(sorted(there))}"
             )
-    return [_plan(dump, problem_of(dump.inputs, dump.op), asked) for dump in dumps]
+    return [_plan(dump, problem_of(dump.inputs, dump.op), asked, peers) for dump in dumps]
 
 
-def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel]) -> Plan:
+def _plan(dump: Dump, problem: Problem, asked: Sequence[Kernel], peers: bool) -> Plan:
     chosen, not_run = [], []
     for kernel in [kernel for kernel in asked if kernel.op is dump.op] if asked else registry.kernels(dump.op):
         reason = kernel.unsupported(problem)
         if reason and kernel in asked:
             raise UnavailableError(f"{kernel.name} cannot run {_title(dump, problem)} here: {reason}")
-        if not reason and not kernel.ours and kernel not in asked:
+        if not reason and not (kernel.ours or peers or kernel in asked):
             reason = f"a peer: --kernel {kernel.name} runs it"
         if reason:
             not_run.append(NotRun(dump.call, kernel.name, reason))
