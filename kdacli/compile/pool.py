@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Problem
 from kda_kernels.registry import Kernel
+from kdacli import forked
 from kdacli.compile import worker
 from kdacli.compile.arch import Arch
 
@@ -45,9 +45,9 @@ class Workers:
         if arch not in self._pools:
             pool = ProcessPoolExecutor(
                 self._jobs,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=worker.start,
-                initargs=(self._cache, arch),
+                mp_context=forked.context(),
+                initializer=forked.begin,
+                initargs=(forked.Start.of(worker.start, self._cache, arch),),
             )
             self._pools[arch] = self._stack.enter_context(pool)
         return self._pools[arch]

@@ -8,7 +8,6 @@ that did is a failure, and the next one gets a fresh process.
 import contextlib
 import dataclasses
 import inspect
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from kda_kernels.errors import KdaError
 from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
+from kdacli import forked
 from kdacli.verify.cases.case import Case
 from kdacli.verify.checks.check import Result
 from kdacli.verify.failures.explanation import Explanation
@@ -83,10 +83,11 @@ class IsolatedChecker:
 
     def _start(self) -> None:
         self._ready = False
-        # Spawned, since CUDA does not survive a fork; no daemon, since a kernel may start processes of its own.
-        context = multiprocessing.get_context("spawn")
+        # Not forked from here: CUDA does not survive it. No daemon: a kernel may start processes of its own.
+        context = forked.context()
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, *self._made_with), name="kda-verify-checks")
+        serve = forked.Start.of(_serve, *self._made_with)
+        process = context.Process(target=forked.begin, args=(serve, theirs), name="kda-verify-checks")
         with _without_ctrl_c():
             process.start()
         self._process = process  # now that it can be ended
@@ -258,7 +259,7 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(pipe: Connection, device: str, seed: int, config: int | None) -> None:
+def _serve(device: str, seed: int, config: int | None, pipe: Connection) -> None:
     """The other process: answers until nobody asks any more, or its GPU context is broken."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(sys.stderr.fileno(), 1)  # stdout may be JSON
