@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from kda_kernels import registry
+from kda_kernels import checks, registry
+from kda_kernels.api import kda_step
 from kda_kernels.checks import check_inputs, problem_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
@@ -193,3 +195,53 @@ def test_a_kernel_is_as_the_oracle(kernel, name):
     torch.testing.assert_close(written.state.double(), expected.final_state, rtol=1e-5, atol=1e-5, equal_nan=True)
     if conv is not None:
         assert torch.equal(written.conv.states.nan_to_num(7), expected.conv_states.nan_to_num(7))
+
+
+# --- the public function -------------------------------------------------------------------------------------------
+
+
+def arguments(inputs: Inputs) -> tuple[torch.Tensor, dict]:
+    """mixed_qkv and the others of a call of `kda_step` with these inputs, one token each, rows longer than they are."""
+    rows = [x[:, 0].flatten(1) for x in (inputs.q, inputs.k, inputs.v)]
+    wide = torch.cat([*rows, torch.full((len(rows[0]), 3), torch.nan)], 1)
+    given = {name: getattr(inputs, name) for name in ("state", "state_indices", "A_log", "dt_bias")}
+    given |= {"g": inputs.g[:, 0].flatten(1), "beta": inputs.beta[:, 0], "conv": inputs.conv}
+    norm = inputs.norm
+    given["norm"] = None if norm is None else dataclasses.replace(norm, gate=norm.gate[:, 0].flatten(1))
+    return wide[:, :-3], given
+
+
+@pytest.mark.parametrize("parts", [{}, {"width": 0}, {"norm": False}, {"width": 0, "norm": False}], ids=str)
+def test_kda_step_splits_the_projection_and_runs_what_is_asked_for(parts):
+    inputs = make((1, 1, 1), packed=False, **parts)
+    expected, copy = oracle.recurrence(inputs), inputs.fresh()
+    mixed, given = arguments(copy)
+    out = torch.empty(3, 2, 8)
+    assert kda_step(mixed, **given, out=out) is out
+    torch.testing.assert_close(out.double(), expected.o[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy.state.double(), expected.final_state, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if copy.conv is not None:
+        assert torch.equal(copy.conv.states.nan_to_num(7), expected.conv_states.nan_to_num(7))
+
+
+def test_a_traced_step_is_the_operator(monkeypatch):
+    inputs = make((1, 1, 1), packed=False)
+    (mixed, given), (_, again) = arguments(inputs.fresh()), arguments(inputs.fresh())
+    eager = kda_step(mixed, **given, kernel="torch-step")
+    answers = iter((True,))  # to the public function, not to the operator that it calls
+    monkeypatch.setattr(checks, "is_traced", lambda t: next(answers, False))
+    with torch.no_grad():
+        assert torch.equal(kda_step(mixed, **again, kernel="torch-step"), eager)
+    assert torch.equal(given["state"].nan_to_num(7), again["state"].nan_to_num(7))
+    assert torch.equal(given["conv"].states.nan_to_num(7), again["conv"].states.nan_to_num(7))
+    monkeypatch.undo()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert kda_step(fake.from_tensor(mixed), **again).shape == eager.shape
+
+
+def test_a_projection_that_is_no_step_is_refused_by_its_name():
+    mixed, given = arguments(make((1, 1, 1), packed=False))
+    with pytest.raises(InputError, match="mixed_qkv"):
+        kda_step(mixed[:, :-1], **given)
+    with pytest.raises(InputError, match=r"norm\.gate"):
+        kda_step(mixed, **(given | {"norm": dataclasses.replace(given["norm"], gate=mixed)}))

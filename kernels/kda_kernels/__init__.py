@@ -4,6 +4,8 @@ import importlib
 
 _EXPORTS = {
     "Checkpoints": "kda_kernels.api",
+    "Convolution": "kda_kernels.api",
+    "GatedNorm": "kda_kernels.api",
     "checkpoint_alignment": "kda_kernels.api",
     "prefill_workspace_bytes": "kda_kernels.api",
     "chunk_kda": "kda_kernels.api",
@@ -12,6 +14,7 @@ _EXPORTS = {
     "fused_recurrent_kda_fwd": "kda_kernels.api",
     "kda_decode": "kda_kernels.api",
     "kda_prefill": "kda_kernels.api",
+    "kda_step": "kda_kernels.api",
     "kda_segment_summary": "kda_kernels.segments",
     "kda_gate_chunk_cumsum": "kda_kernels.triton.gate",
     "chunk_local_cumsum": "kda_kernels.triton.gate",

@@ -31,10 +31,13 @@ from kda_kernels.serving import (
     run_prefill,
     traced,
 )
-from kda_kernels.tensors import Checkpoints, Inputs
+from kda_kernels.step import kda_step
+from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 
 __all__ = [
     "Checkpoints",
+    "Convolution",
+    "GatedNorm",
     "checkpoint_alignment",
     "chunk_kda",
     "chunk_kda_fwd",
@@ -42,6 +45,7 @@ __all__ = [
     "fused_recurrent_kda_fwd",
     "kda_decode",
     "kda_prefill",
+    "kda_step",
     "prefill_workspace_bytes",
 ]
 

@@ -5,6 +5,8 @@ Which of ours runs a call of the public functions, and all there is to the rule:
 Decode: `cute-decode` on a GPU of sm_90a or newer with the DSL installed, when K is a multiple of 32, V of 16, the state
 is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
 
+Step: `triton-step` where there is a convolution or a norm; without either it is decode.
+
 Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128,
 V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured; `triton-prefill` runs
 everything else.
@@ -199,8 +201,9 @@ def decode(
     *,
     final_state: "torch.Tensor | None" = None,
     kernel: str | None = None,
+    op: Op = Op.DECODE,
 ) -> "Outputs":
-    """Runs a checked problem with `kernel`, or the one that `kernel_for` gives.
+    """Runs a checked problem of `op`, decode or step, with `kernel`, or the one that `kernel_for` gives.
 
     Args, Returns: as `kda_kernels.triton.decode.decode`.
 
@@ -208,7 +211,7 @@ def decode(
         InputError: there is no such decode kernel of ours, or it does not take these tensors.
         UnavailableError: it cannot run on this machine.
     """
-    found = kernel_for(Op.DECODE, inputs) if kernel is None else ours(Op.DECODE, kernel, inputs)
+    found = kernel_for(op, inputs) if kernel is None else ours(op, kernel, inputs)
     inputs = inputs.without_spare_slots()
     if found.backend == "torch":
         return _plain(found, inputs, out, final_state)
@@ -289,5 +292,6 @@ for _kernel in (
     register(_kernel)
 _FASTEST = {
     Op.DECODE: (get("cute-decode"), get("triton-decode")),
+    Op.STEP: (get("cute-decode"), get("triton-step")),
     Op.PREFILL: (get("cute-prefill"), get("triton-prefill")),
 }

@@ -108,18 +108,19 @@ def run_decode(
     final_state: torch.Tensor | None = None,
     kernel: str | None = None,
     names: Mapping[str, str] | None = None,
+    op: Op = Op.DECODE,
 ) -> Outputs:
     """Checks a call, with the caller's names for its arguments, and runs it; see `registry.decode`."""
     try:
         if kernel is None:
-            kernel = registry.kernel_for(Op.DECODE, inputs).name
+            kernel = registry.kernel_for(op, inputs).name
     except (AttributeError, IndexError, TypeError):  # these are no such tensors
         check(inputs, names)
         raise
     if kernel != "cute-decode" or checks.CHECK_VALUES == "1":  # whose function checks shapes, strides and dtypes itself
         check(inputs, names)
         check_out(out, inputs.v)
-    return registry.decode(inputs, out, final_state=final_state, kernel=kernel)
+    return registry.decode(inputs, out, final_state=final_state, kernel=kernel, op=op)
 
 
 def kda_prefill(
