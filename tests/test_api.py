@@ -21,7 +21,7 @@ from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, H, HV, K, V = 2, 2, 4, 16, 16
+N, H, HV, K, V = 2, 1, 2, 16, 16
 
 # Parameters in order, as in FLA 0.6.0.
 SIGNATURES = {

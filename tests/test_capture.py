@@ -571,11 +571,16 @@ class TestPrograms:
             ("light:nothing", "light:nothing is not there, or is no function"),
         ],
     )
-    def test_nothing_recorded_is_a_failure_that_says_why(self, tmp_path, target, words):
+    def test_nothing_recorded_is_a_failure_that_says_why(self, tmp_path, monkeypatch, target, words):
+        """The program is a process, the command itself is not."""
+        from kdacli.main import cli
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         (tmp_path / "light.py").write_text("def decode():\n    pass\n")
         (tmp_path / "serve.py").write_text("" if target == "fla" else "import light\n")
-        result = run(tmp_path, ["serve.py"], "--target", target)
-        assert result.returncode == 1
+        result = CliRunner().invoke(cli, ["capture", "--target", target, "--out", "d", "--", "serve.py"])
+        assert result.exit_code == 1
         assert result.stderr == f"Error: nothing was recorded: {words}\n"
 
     def test_wrong_use(self, tmp_path):

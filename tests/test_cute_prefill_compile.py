@@ -26,11 +26,12 @@ here = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_pac
 
 
 @here
-@pytest.mark.parametrize("name", ["activated", "safe split"])
-def test_usual_variants(monkeypatch, tmp_path, name):
-    """Tiles come by TMA, products are wgmma's, nothing spills; and a launch finds the file."""
+def test_a_usual_variant(monkeypatch, tmp_path):
+    """Tiles come by TMA, products are wgmma's, nothing spills; and a launch finds the file. Of the others
+    `test_compile_baseline` says so.
+    """
     monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
-    (variant,) = (v for v in module.variants() if v.name == name)
+    (variant,) = (v for v in module.variants() if v.name == "activated")
     assert variant.missing("sm_90a") is not None
     built = variant.build("sm_90a")
     found = sass.count(sass.disassemble(built.cubin, toolchain.tool("nvdisasm")))
