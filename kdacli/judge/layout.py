@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
+from kda_kernels.feature_checks import conv_slots
 from kda_kernels.problem import CHUNK
 from kda_kernels.reference.targets import Target, targets
 from kda_kernels.tensors import Dims, Inputs
@@ -34,6 +35,7 @@ class Layout:
         dims: sizes. lens: tokens of each sequence. slots: of each, its place in the state or the pool, -1 for padding.
         packed: all tokens lie in one row. pooled: states lie in a pool. v_first: how they are stored.
         targets: by output tensor, where states go, in the order of sequences and tokens.
+        conv_slots: of each sequence, the slot of its convolution's state, -1 for padding; none without a convolution.
     """
 
     dims: Dims
@@ -43,6 +45,7 @@ class Layout:
     pooled: bool
     v_first: bool
     targets: dict[str, list[Target]]
+    conv_slots: list[int]
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Layout":
@@ -50,7 +53,8 @@ class Layout:
         lens = seq_lens(inputs, dims)
         packed, pooled = inputs.cu_seqlens is not None, inputs.state_indices is not None
         slots = loaded_slots(inputs) if pooled else list(range(dims.N))
-        return cls(dims, lens, slots, packed, pooled, inputs.state_v_first, targets(inputs, lens))
+        conv = [] if inputs.conv is None else conv_slots(inputs)
+        return cls(dims, lens, slots, packed, pooled, inputs.state_v_first, targets(inputs, lens), conv)
 
     def tokens(self, tensor: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """View [t, ...] of a tensor [B, T, ...]."""

@@ -15,11 +15,12 @@ from kda_kernels.problem import CHUNK, Gate, Op
 from kda_kernels.reference import oracle
 from kda_kernels.reference.batch import Batch, prepare
 from kda_kernels.reference.chunked import chunk_recurrence
-from kda_kernels.reference.gate import L2NORM_EPS, gate_rate, log_decay
+from kda_kernels.reference.fused import gated_norm
+from kda_kernels.reference.gate import gate_rate, log_decay
 from kda_kernels.reference.recurrent import After, token_recurrence
 from kda_kernels.reference.rounding import OperandDtype, operand_rounding
 from kda_kernels.reference.targets import Recurrence, Snapshots, Target
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.judge.layout import Layout, Place, Stretch
 
 DRAWS = 8
@@ -181,7 +182,8 @@ class Reference:
             q at a right angle to them the sum cancels: o is then far smaller than its terms, and a rounding error,
             which goes with the terms, far larger beside it. What one implementation makes of such a block is chance; so
             it is granted what a block that does not cancel would be: ||scale q|| ||S|| / sqrt(K), the norm of the
-            terms. S is the larger of the states before and after. None for the op `gate`.
+            terms, times what the norm of o, if there is one, makes of it. S is the larger of the states before and
+            after. None for the op `gate`.
 
     Raises:
         InputError: see `check_inputs`.
@@ -195,7 +197,9 @@ class Reference:
         self.layout = Layout.of(inputs)
         step_dtype = stored_dtype(inputs, "final_state") if stepwise else None
         self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0), step_dtype)
-        self._squares, self._states = (torch.zeros(self.layout.dims.N, self.layout.dims.HV).double() for _ in range(2))
+        shape = self.layout.dims.N, self.layout.dims.HV
+        self._squares, self._states = torch.zeros(2, *shape).double()
+        self._normed = torch.zeros(2, *shape).double()  # the sums of squares of o before its norm, and after it
         d = self.layout.dims
         states = sum(map(len, self.layout.targets.values())) * d.HV * d.V * d.K
         self._small = sum(self.layout.lens) * d.HV * max(d.K, d.V) + states <= KEPT
@@ -212,7 +216,7 @@ class Reference:
         """The same for a call that means the same, with its tensors in other dtypes or memory."""
         other = Reference(inputs, self.op, self.device)
         other._kept = [piece.placed(other.layout) for piece in self]
-        other._squares, other._states = self._squares, self._states
+        other._squares, other._states, other._normed = self._squares, self._states, self._normed
         return other
 
     def name(self, field: str) -> str:
@@ -248,12 +252,17 @@ class Reference:
     def usual(self) -> torch.Tensor | None:
         if self.op is Op.GATE:
             return None
-        return abs(self.inputs.scale) * self._squares.sqrt() * self._states / self.layout.dims.K**0.5
+        usual = self._squares.sqrt() * self._states / self.layout.dims.K**0.5
+        if self.inputs.norm is None:
+            return usual
+        before, after = self._normed
+        return usual * torch.where(before > 0, after / before, 0.0).sqrt()
 
     @torch.no_grad()
     def walk(self) -> Iterator[Piece]:
         """Its pieces, none of them kept."""
         self._squares.zero_()
+        self._normed.zero_()
         inputs, layout, carried = self.inputs, self.layout, []
         given: dict[str, Any] = {name: getattr(inputs, name) for name in ("A_log", "dt_bias")}
         params = {name: t.to(self.device) for name, t in given.items() if t is not None}
@@ -263,16 +272,45 @@ class Reference:
             tokens: dict[str, Any] = {
                 name: layout.stacked(getattr(inputs, name), group).to(self.device)[None] for name in _TOKENS
             }
-            small = Inputs(**tokens, options=inputs.options, cu_seqlens=ends, **params)
+            small = Inputs(**tokens, options=inputs.options, cu_seqlens=ends, **params, **self._parts(group))
             if self.op is Op.GATE:
                 made = oracle.gate_cumsum(small).flatten(0, 1), [_gate_cumsum_fp32(small, lens).flatten(0, 1)]
                 yield Piece(group, {"o": Rows.of(Place.of_tokens(layout, group), *made)})
                 continue
             if group[0].start == 0:
                 carried = self._initial(group)
-            piece = self._piece(group, small, carried)
-            self._measure(group, carried[0])
+            exact = prepare(small, torch.float64)
+            piece = self._piece(group, small, exact, carried)
+            self._measure(group, exact.q, carried[0])
             yield piece
+
+    def _parts(self, group: list[Stretch]) -> dict[str, Any]:
+        """`conv` and `norm` of a group, as arguments of `Inputs`."""
+        inputs, layout = self.inputs, self.layout
+        conv = norm = None
+        if inputs.conv is not None:
+            windows = torch.stack([self._window(inputs.conv, s) for s in group])
+            conv = dataclasses.replace(inputs.conv, states=windows, indices=None, tokens_first=True)
+            conv = conv.map(lambda t: t.to(self.device))
+        if inputs.norm is not None:
+            gate = layout.stacked(inputs.norm.gate, group)[None]
+            norm = dataclasses.replace(inputs.norm, gate=gate).map(lambda t: t.to(self.device))
+        return {"conv": conv, "norm": norm}
+
+    def _window(self, conv: Convolution, stretch: Stretch) -> torch.Tensor:
+        """float32 [W - 1, D]: the raw tokens before a stretch."""
+        inputs, kept, d = self.inputs, conv.width - 1, self.layout.dims
+        slot, has, accepted = self.layout.conv_slots[stretch.sequence], inputs.has_initial_state, 1
+        if inputs.num_accepted_tokens is not None:
+            accepted = int(inputs.num_accepted_tokens[stretch.sequence])
+        window = torch.zeros(kept, 2 * d.H * d.K + d.HV * d.V)
+        if slot >= 0 and (has is None or bool(has[stretch.sequence])):
+            window = conv.by_channel[slot, :, accepted - 1 : accepted - 1 + kept].T.float().cpu()
+        if before := min(kept, stretch.start):
+            last = Stretch(stretch.sequence, stretch.start - before, stretch.start)
+            rows = [self.layout.tokens(x, last).flatten(1).float().cpu() for x in (inputs.q, inputs.k, inputs.v)]
+            window = torch.cat([window, torch.cat(rows, 1)])[-kept:]
+        return window
 
     def _initial(self, group: list[Stretch]) -> list[torch.Tensor]:
         """Initial states [n, HV, V, K] of a group, in fp64, and for each plain implementation in fp32."""
@@ -283,13 +321,19 @@ class Reference:
                 states[i] = held.to(self.device)
         return [states, *(states.float() for _ in self.plains)]
 
-    def _piece(self, group: list[Stretch], small: Inputs, carried: list[torch.Tensor]) -> Piece:
-        """`carried` moves on in place."""
+    def _piece(self, group: list[Stretch], small: Inputs, exact: Batch, carried: list[torch.Tensor]) -> Piece:
+        """`exact`: of `small`. `carried` moves on in place."""
         targets = {name: _within(every, group) for name, every in self.layout.targets.items()}
         asked = {(t.sequence, t.tokens) for every in targets.values() for t in every}
-        exact, rounded = prepare(small, torch.float64), _by_a_gpu(small, prepare(small, torch.float32))
+        rounded = _by_a_gpu(small, prepare(small, torch.float32))
         o, states = _run(token_recurrence, exact, carried[0], group, asked)
         made = [_run(one.run, rounded, c, group, asked) for one, c in zip(self.plains, carried[1:], strict=True)]
+        if (norm := small.norm) is not None:
+            owner, before = Place.of_tokens(self.layout, group).owner, o
+            o, *normed = (gated_norm(one, norm, norm.gate[0]) for one in (o, *(one for one, _ in made)))
+            made = [(one, held) for one, (_, held) in zip(normed, made, strict=True)]
+            for sums, one in zip(self._normed, (before, o), strict=True):
+                sums.index_add_(0, owner, one.square().sum(-1).cpu())
         live = torch.cat([torch.full((s.stop - s.start,), self.layout.slots[s.sequence] >= 0) for s in group])
         live = live.to(self.device).view(-1, 1, 1)
         plain_o = [torch.where(live, one.to(self.inputs.v.dtype), 0.0) for one, _ in made]
@@ -305,13 +349,10 @@ class Reference:
                 rows[name] = Rows.of(place, one, [other.to(dtype) for other in others])
         return Piece(group, rows)
 
-    def _measure(self, group: list[Stretch], states: torch.Tensor) -> None:
-        """What `usual` is made of."""
-        q = self.layout.stacked(self.inputs.q, group).to(self.device).double().square().sum(-1)
-        if self.inputs.options.qk_l2norm:
-            q = q / (q + L2NORM_EPS)
+    def _measure(self, group: list[Stretch], q: torch.Tensor, states: torch.Tensor) -> None:
+        """What `usual` is made of; `q` as the recurrence has it, [R, HV, K]."""
         owner = torch.cat([torch.full((s.stop - s.start,), s.sequence) for s in group])
-        self._squares.index_add_(0, owner, q.repeat_interleave(self.layout.dims.HV // q.shape[1], dim=1).cpu())
+        self._squares.index_add_(0, owner, q.square().sum(-1).cpu())
         for i, s in enumerate(group):
             norm = states[i].flatten(1).norm(dim=-1).cpu()
             if (held := self.layout.initial(self.inputs, s.sequence)) is not None:
@@ -324,7 +365,8 @@ def written_by(inputs: Inputs) -> dict[str, torch.Tensor]:
     kept = inputs.checkpoints
     own = None if kept is None or kept.states is inputs.state else kept.states
     pool = inputs.state if inputs.state_indices is not None else None
-    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": own}
+    conv = None if inputs.conv is None else inputs.conv.states
+    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": own, "conv_states": conv}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -18,10 +18,11 @@ rounded to less on its way fails too, unless the kernel says that it carries sta
 import torch
 
 from kda_kernels.problem import CHUNK, Op
-from kda_kernels.tensors import Outputs
+from kda_kernels.reference.fused import shifted_states
+from kda_kernels.tensors import Convolution, Outputs
 from kdacli.judge.bits import bits
 from kdacli.judge.reference import Piece, Reference, stored_dtype, written_by
-from kdacli.judge.tensor import TensorJudge, Verdict
+from kdacli.judge.tensor import TensorJudge, Verdict, said
 
 
 def judge(
@@ -49,7 +50,7 @@ class CallJudge:
     def __init__(
         self, reference: Reference, outputs: Outputs, *, carried_state: str | None = None, partial: bool = False
     ) -> None:
-        self.reference, self.outputs, self.layout = reference, outputs, reference.layout
+        self.reference, self.outputs, self.layout, self.partial = reference, outputs, reference.layout, partial
         self.found: dict[str, Verdict] = {}  # by the field of `Outputs`: what can be said without its numbers
         self.judges: dict[str, TensorJudge] = {}
         d, gate = self.layout.dims, reference.op is Op.GATE
@@ -82,7 +83,28 @@ class CallJudge:
             if field in (written := written_by(self.reference.inputs)):
                 verdict = verdict.with_fault(self._touched(field, written[field]))
             found[field] = verdict.with_fault(self._behind()) if field == "o" else verdict
-        return [found[field] for field in ("o", *self.layout.targets) if field in found]
+        if (conv := self.reference.inputs.conv) is not None and not (self.partial and self.outputs.conv_states is None):
+            found["conv_states"] = self._shifted(conv)
+        return [found[field] for field in ("o", *self.layout.targets, "conv_states") if field in found]
+
+    def _shifted(self, conv: Convolution) -> Verdict:
+        """The states of the convolution, which are copies: every bit of all slots."""
+        name, made = "conv_states", self.outputs.conv_states
+        if made is None:
+            return Verdict.failed(name, "missing: the kernel returned none")
+        expected = shifted_states(self.reference.inputs, self.layout.dims)
+        if made.shape != expected.shape or made.dtype is not expected.dtype:
+            found = f"{list(made.shape)} {made.dtype}"
+            return Verdict.failed(name, f"is {found}: it should be {list(expected.shape)} {expected.dtype}")
+        off = bits(made).to(expected.device) != bits(expected)
+        if not bool(off.any()):
+            return Verdict(name, 0.0, 0.0, 0.0, 0.0, {}, True)
+        slot, *inner = (int(x) for x in torch.unravel_index(off.flatten().byte().argmax(), off.shape))
+        entry, channel = inner if conv.tokens_first else reversed(inner)
+        where = {"slot": str(slot), "channel": str(channel), "entry": str(entry)}
+        have, want = (x[slot, *inner].item() for x in (made, expected))
+        note = f"{int(off.sum())} of {off.numel()} entries are not the raw tokens that they should be"
+        return Verdict.failed(name, f"{note}, first {said(where)}: {have:.4g}, it should be {want:.4g}", where)
 
     def _behind(self) -> str:
         """Rows of o behind the last sequence that are not zero, in words; "" if there are none."""

@@ -32,6 +32,7 @@ _SERVING: dict[Op, tuple[str, ...]] = {
     Op.PREFILL: (*_ON_POOLS, "checkpoint-of-each", "checkpoints-of-chunks", "checkpoints-every", "checkpoints-in-pool",
                  "bucket"),
     Op.DECODE: (*_ON_POOLS, "drafts", "read-only", "token-rows", "bucket"),
+    Op.STEP: (*_ON_POOLS, "drafts", "read-only", "token-rows", "bucket", "own-conv-slots"),
     Op.GATE: (),
 }  # fmt: skip
 _WITHOUT_POOL = frozenset(("checkpoint-of-each", "checkpoints-of-chunks", "checkpoints-every", "token-rows", "bucket"))

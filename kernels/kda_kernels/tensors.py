@@ -262,6 +262,12 @@ class Inputs:
             changed[name] = None if (part := getattr(self, name)) is None else part.map(fn)
         return dataclasses.replace(self, **changed)
 
+    def map_tokens(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Inputs":
+        """A copy with `fn` applied to what has a row for each token: q, k, v, g, beta, and the gate of a norm."""
+        norm = None if self.norm is None else dataclasses.replace(self.norm, gate=fn(self.norm.gate))
+        changed: dict[str, Any] = {name: fn(getattr(self, name)) for name in ("q", "k", "v", "g", "beta")}
+        return dataclasses.replace(self, **changed, norm=norm)
+
     def to(self, device: torch.device | str) -> "Inputs":
         return self.map(lambda t: t.to(device))
 

@@ -134,8 +134,8 @@ def narrowing(cases: Sequence[TimedCase], load: Load) -> Load:
         if key not in kept:
             kept.clear()  # before the next are made: both may not fit
             kept[key] = load(largest[key])
-        cut = {name: getattr(kept[key], name)[: p.N] for name in ("q", "k", "v", "g", "beta", "state_indices")}
-        return dataclasses.replace(kept[key], **cut)
+        cut = kept[key].map_tokens(lambda t: t[: p.N])
+        return dataclasses.replace(cut, state_indices=kept[key].pool[1][: p.N])
 
     return narrowed
 

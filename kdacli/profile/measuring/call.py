@@ -8,8 +8,6 @@ from kda_kernels.problem import Op
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 
-TOKENS = ("q", "k", "v", "g", "beta")
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -47,7 +45,7 @@ def _without(inputs: Inputs, fewer: int, op: Op) -> Inputs | None:
 
 
 def _cut(inputs: Inputs, rows: int, tokens: int) -> Inputs:
-    return dataclasses.replace(inputs, **{name: getattr(inputs, name)[:rows, :tokens] for name in TOKENS})
+    return inputs.map_tokens(lambda t: t[:rows, :tokens])
 
 
 def _rows(inputs: Inputs, sequences: int) -> Inputs:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Parts, Problem
 
 SOFTPLUS = Options()  # Kimi-Linear
 SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)  # Kimi K3
@@ -95,6 +95,11 @@ def _unusual(problem: Problem) -> tuple[tuple[str, ...], ...]:
         name: name for name in ("gate", "lower_bound", "scale")
     }
     found += [key for key, name in options.items() if getattr(problem.options, name) != getattr(SAFE, name)]
+    parts = {"conv": "width", "conv_bias": "bias", "conv_dtype": "weight_dtype", "conv_state_dtype": "state_dtype"} | {
+        name: name for name in ("tokens_first", "norm", "norm_dtype")
+    }
+    if problem.parts is not None:
+        found += [key for key, name in parts.items() if getattr(problem.parts, name) != getattr(Parts(), name)]
     return tuple((key,) for key in found)
 
 

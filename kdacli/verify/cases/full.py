@@ -10,7 +10,7 @@ from kdacli.verify.properties import PROPERTIES
 EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 79, 80, 81, 95, 96, 97, 127, 128, 129)
 FEW_EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 LONG_EDGES = (0, 193, 0, 257, 191)
-_P, _D, _G = Op.PREFILL, Op.DECODE, Op.GATE
+_P, _D, _S, _G = Op.PREFILL, Op.DECODE, Op.STEP, Op.GATE
 
 FULL = (
     *QUICK,
@@ -96,6 +96,15 @@ FULL = (
     row("mixed-at-once", _D, (1, 1), "threads, streams, graphs with every dtype mixed", dim=32, packed=False,
         pool_slots=4, padding=1, properties=("threads", "streams", "graph", "after-nan", "after-error"), **MIXED),
     *pair_cases(_D),
+    # step
+    row("softplus", _S, (1, 3), "the gate without a bound", options=SOFTPLUS, dim=32, gates="init", pool_slots=3),
+    row("k-first", _S, (1, 2), "a pool stored K-first", dim=32, pool_slots=3, state_v_first=False),
+    row("alone", _S, (2, 1, 1), PROPERTIES["alone"].reason, dim=32, pool_slots=5, properties=("alone",)),
+    row("negatives", _S, (1, 1, 1), "padding by any negative index", dim=32, pool_slots=4, padding=2,
+        transforms=("any-negative",)),
+    row("long", _S, (40,), "many tokens: the window slides", dim=32, pool_slots=2),
+    row("wide-heads", _S, (2,), "heads of 192", dim=192, pool_slots=2, about="K"),
+    *pair_cases(_S),
     # gate
     row("edges", _G, EDGES, "one more or one less than a tile", dim=16),
     row("long-edges", _G, LONG_EDGES, "sums restart at every 64 tokens, whatever the length", options=SOFTPLUS,

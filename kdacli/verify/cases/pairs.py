@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import Gate, Op, Options, Parts, Problem
 from kdacli.verify.cases.case import Case
 from kdacli.verify.cases.cover import Pair, Row, pairwise_cover
 
@@ -46,6 +46,14 @@ AXES: dict[str, tuple] = {
                "extreme-betas", "large-state"),
     "lengths": ("one", "edges", "even"),
 }  # fmt: skip
+# What a step has beside those of decode: width and bias; dtypes of weights, of states and of the norm's weight.
+STEP_AXES: dict[str, tuple] = {
+    "conv": ((4, False), (3, True), (2, False), (0, False)),
+    "part_dtypes": (("bfloat16", "bfloat16", "bfloat16"), ("float32", "float32", "float32"),
+                    ("float16", "bfloat16", "float32")),
+    "tokens_first": (True, False),
+    "norm": (True, False),
+}  # fmt: skip
 _GATE_AXES = ("gate", "g_dtype", "param_dtype", "packed", "heads", "sizes", "gates", "layout", "values", "lengths")
 _GATE_VALUES = (None, "cut-off-gates", "open-gates", "mixed-gates", "sudden-gates", "strong-gates")
 LENGTHS = {
@@ -64,6 +72,8 @@ _FIELDS = {
     "layout": ("transforms",),
     "values": ("transforms",),
     "lengths": ("lens",),
+    "conv": ("conv", "conv_bias"),
+    "part_dtypes": ("conv_dtype", "conv_state_dtype", "norm_dtype"),
 }
 _SHOWN = 4  # pairs told of a case
 
@@ -80,6 +90,8 @@ def pair_cases(op: Op) -> list[Case]:
 
 def axes_of(op: Op) -> dict[str, tuple]:
     """The options of an op, each with its values."""
+    if op is Op.STEP:
+        return AXES | STEP_AXES
     return AXES if op is not Op.GATE else {name: AXES[name] for name in _GATE_AXES} | {"values": _GATE_VALUES}
 
 
@@ -108,7 +120,7 @@ def _mend(row: Row) -> Row:
 def case_of(name: str, op: Op, row: Row, why: str) -> Case:
     """The case that a row of options describes, mended where they do not fit together."""
     row = _mend(row)
-    row = {axis: values[0] for axis, values in AXES.items()} | row
+    row = {axis: values[0] for axis, values in (AXES | STEP_AXES).items()} | row
     gate, lower_bound = GATES[row["gate"]]
     initial, final, pool, padding = STATES[row["state"]]
     if op is Op.GATE:
@@ -141,9 +153,15 @@ def case_of(name: str, op: Op, row: Row, why: str) -> Case:
         padding=padding,
         state_v_first=row["v_first"],
         options=options,
+        parts=_parts(row) if op is Op.STEP else None,
     )
     transforms = tuple(t for t in (row["values"], row["layout"]) if t)
     return Case(name, why, problem, row["gates"], row["keys"], transforms)
+
+
+def _parts(row: Row) -> Parts:
+    (width, bias), (weight, states, norm) = row["conv"], row["part_dtypes"]
+    return Parts(width, bias, weight, states, row["tokens_first"], row["norm"], norm)
 
 
 def _why(new: list[Pair]) -> str:

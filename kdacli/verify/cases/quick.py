@@ -4,13 +4,13 @@ One call each, with the reason why it is there; to add one, add an entry. All bu
 Triton's interpreter; the large ones need a GPU.
 """
 
-from kda_kernels.problem import Op
+from kda_kernels.problem import Op, Parts
 from kdacli.verify.cases.case import FP16, FP32, MIXED, NO_STATE, NONE, SAFE, SOFTPLUS, change, row
 from kdacli.verify.properties import PROPERTIES
 
 # Around 16 (a sub-chunk) and 64 (a chunk), with an empty sequence.
 LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65)
-_P, _D, _G = Op.PREFILL, Op.DECODE, Op.GATE
+_P, _D, _S, _G = Op.PREFILL, Op.DECODE, Op.STEP, Op.GATE
 
 QUICK = (
     # prefill
@@ -205,6 +205,51 @@ QUICK = (
         dim=32, pool_slots=3, properties=("after-nan", "after-error")),
     row("at-once", _D, (1, 2), "16 threads, two streams, a graph's replay: each as if alone", dim=32, heads=2,
         pool_slots=3, properties=("threads", "streams", "graph")),
+    # step
+    row("kimi-k3", _S, (1, 1, 1), "one token each, as Kimi K3 decodes", dim=128, packed=False, pool_slots=5, padding=1),
+    row("windows", _S, (1, 2, 3, 4, 5, 0), "as many tokens as the convolution sees, one more, one less", dim=32,
+        pool_slots=8),
+    row("width-3", _S, (1, 4), "three taps, their states channel by channel, in fp32", dim=32, pool_slots=3,
+        parts=Parts(width=3, tokens_first=False, state_dtype="float32")),
+    row("width-2", _S, (2, 1), "two taps and a bias in fp32, states in fp16", dim=32, pool_slots=3, options=SOFTPLUS,
+        parts=Parts(width=2, bias=True, weight_dtype="float32", state_dtype="float16")),
+    row("grouped-heads", _S, (1, 3), "value heads that share q and k: who shifts their states?", dim=32, heads=2,
+        v_heads=6, pool_slots=3),
+    row("no-norm", _S, (1, 2), "packed decode, as SGLang calls it", dim=32, pool_slots=3, parts=Parts(norm=False)),
+    row("no-convolution", _S, (1, 2), "q, k and v come convolved", dim=32, v_heads=2, pool_slots=3,
+        parts=Parts(width=0, norm_dtype="float32")),
+    row("fp32", _S, (2, 3), "fp32 activations: nothing hides in their rounding", dim=32, pool_slots=3,
+        parts=Parts(weight_dtype="float32", state_dtype="float32", norm_dtype="float32"), **FP32),
+    row("bf16-state", _S, (1, 2), "a bf16 pool", dim=32, pool_slots=4, state_dtype="bfloat16"),
+    row("odd-sizes", _S, (1, 2), "heads of 40 and 24 channels: tiles overhang", pool_slots=3, K=40, V=24, dim=32),
+    row("zero-output", _S, (1, 1), "o is zero: the norm's epsilon", dim=32, options=change(SAFE), pool_slots=2,
+        initial_state=False, transforms=("zero-keys", "forget-everything"), parts=Parts(width=0)),
+    row("fresh-states", _S, (1, 4, 2, 1), "new sequences in slots that hold NaN: windows of zeros", dim=32,
+        pool_slots=5, transforms=("fresh-states",)),
+    row("null-slot", _S, (1,) * 5, "padding by -1 and by a slot", dim=32, packed=False, pool_slots=4, padding=3,
+        transforms=("null-slot", "strided-indices")),
+    row("own-slots", _S, (1, 2, 1), "the convolution's states in a pool of their own", dim=32, pool_slots=5, padding=1,
+        transforms=("own-conv-slots", "pool-with-gaps")),
+    row("drafts", _S, (3, 2, 1), "speculative decoding: windows behind accepted tokens, states with room for drafts",
+        dim=32, pool_slots=4, padding=1, transforms=("drafts",)),
+    row("drafts-channels-first", _S, (4, 1), "the same in the other layout", dim=32, pool_slots=2,
+        parts=Parts(width=3, tokens_first=False), transforms=("drafts",)),
+    row("read-only", _S, (3, 2, 1), "an engine's verify: both pools stay as they were", dim=32, pool_slots=4,
+        transforms=("read-only",)),
+    row("bucket", _S, (1, 1), "tokens behind the last sequence, indices behind the last slot", dim=32, pool_slots=4,
+        transforms=("bucket", "long-indices")),
+    row("offset", _S, (1, 2), "pointers aligned to one element only, int64 indices", dim=32, pool_slots=3,
+        transforms=("offset", "int64-indices")),
+    row("row-strided", _S, (2, 2), "slices of wider rows, slots further apart", dim=32, packed=False, pool_slots=3,
+        transforms=("packed-projection", "pool-with-gaps")),
+    row("neighbours", _S, (1, 0, 3, 1), PROPERTIES["neighbours"].reason, dim=32, heads=2, pool_slots=5,
+        properties=("neighbours",)),
+    row("split", _S, (5, 1, 4), PROPERTIES["split"].reason, dim=32, pool_slots=4, properties=("split",), about="lens"),
+    row("stray", _S, (1, 1), PROPERTIES["stray"].reason, dim=32, pool_slots=3, properties=("stray",)),
+    row("at-once", _S, (1, 2), "16 threads, two streams, a graph's replay: each as if alone", dim=32, heads=2,
+        pool_slots=3, properties=("threads", "streams", "graph", "after-nan", "after-error")),
+    row("serving", _S, (1,) * 128, "128 sequences, 12 heads", dim=128, heads=12, packed=False, pool_slots=160,
+        padding=5, gpu_only=True),
     # gate
     row("lengths", _G, LENGTHS, "sums restart at every chunk and every sequence"),
     row("softplus", _G, (65, 65), "dense batch, as initialised", options=SOFTPLUS, gates="init", packed=False,

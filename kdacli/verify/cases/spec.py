@@ -22,7 +22,7 @@ _MAX = 1 << 20
 
 
 class Field(NamedTuple):
-    """One thing that a case says: where it is kept (case, problem or options), under which name, and how it is read."""
+    """One thing that a case says: where it is kept (case, problem, options or parts), as what, and how it is read."""
 
     part: str
     name: str
@@ -77,6 +77,13 @@ FIELDS = {
     "initial_state": Field("problem", "initial_state", _flag),
     "final_state": Field("problem", "final_state", _flag),
     **{name: Field("problem", name, str) for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype")},
+    "conv": Field("parts", "width", _count),
+    "conv_bias": Field("parts", "bias", _flag),
+    "conv_dtype": Field("parts", "weight_dtype", str),
+    "conv_state_dtype": Field("parts", "state_dtype", str),
+    "tokens_first": Field("parts", "tokens_first", _flag),
+    "norm": Field("parts", "norm", _flag),
+    "norm_dtype": Field("parts", "norm_dtype", str),
     "gate": Field("options", "gate", Gate),
     "lower_bound": Field("options", "lower_bound", _optional(float)),
     "logit": Field("options", "beta_is_logit", _flag),
@@ -113,7 +120,7 @@ def parse(text: str) -> Case:
     if name not in cases:
         raise InputError(f"case {name} is unknown: kda verify --list --suite full shows them")
     case = cases[name]
-    by_part: dict[str, dict[str, Any]] = {"case": {}, "problem": {}, "options": {}}
+    by_part: dict[str, dict[str, Any]] = {"case": {}, "problem": {}, "options": {}, "parts": {}}
     for change in changes:
         key, _, value = change.partition("=")
         if key not in FIELDS:
@@ -123,8 +130,12 @@ def parse(text: str) -> Case:
             by_part[field.part][field.name] = field.read(value)
         except ValueError as error:
             raise InputError(f"{key} is {value!r} in {text}: {error}") from error
-    options = dataclasses.replace(case.problem.options, **by_part["options"])
-    problem = dataclasses.replace(case.problem, options=options, **by_part["problem"])
+    options, parts = dataclasses.replace(case.problem.options, **by_part["options"]), case.problem.parts
+    if by_part["parts"]:
+        if parts is None:
+            raise InputError(f"{text} says of a convolution or a norm, which the op {case.problem.op} has not")
+        parts = dataclasses.replace(parts, **by_part["parts"])
+    problem = dataclasses.replace(case.problem, options=options, parts=parts, **by_part["problem"])
     return dataclasses.replace(case, name=text, problem=problem, **by_part["case"])
 
 
@@ -143,7 +154,9 @@ def renamed(case: Case) -> str:
 def changed(old: Case, new: Case) -> list[str]:
     """The fields in which two cases differ, by their names here."""
     return [
-        key for key, f in FIELDS.items() if getattr(_part(old, f.part), f.name) != getattr(_part(new, f.part), f.name)
+        key
+        for key, f in FIELDS.items()
+        if getattr(_part(old, f.part), f.name, None) != getattr(_part(new, f.part), f.name, None)
     ]
 
 
@@ -153,7 +166,8 @@ def _changes(base: Case, case: Case) -> str:
 
 
 def _part(case: Case, part: str) -> Any:
-    return {"case": case, "problem": case.problem, "options": case.problem.options}[part]
+    problem = case.problem
+    return {"case": case, "problem": problem, "options": problem.options, "parts": problem.parts}[part]
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Prefill, then decode from the same pool, run as if it were one kernel: together they are one long recurrence."""
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -96,5 +95,4 @@ def tokens_of(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
     """The call for some tokens of a packed batch only; the pool is the same memory."""
     assert inputs.cu_seqlens is not None
     cu_seqlens = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(inputs.cu_seqlens.dtype)
-    parts: dict[str, Any] = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
-    return dataclasses.replace(inputs, **parts, cu_seqlens=cu_seqlens)
+    return dataclasses.replace(inputs.map_tokens(lambda t: t[:, rows]), cu_seqlens=cu_seqlens)

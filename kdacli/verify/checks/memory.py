@@ -74,11 +74,14 @@ def modified(before: Inputs, after: Inputs) -> list[str]:
 
 
 def every_tensor(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Those of a call by name, the ones of its checkpoints too, but what is on the host beside a GPU."""
+    """Those of a call by name, those of its checkpoints and parts too, but what is on the host beside a GPU."""
     found = {name: t for name, t in inputs.tensors().items() if name != "cu_seqlens_cpu"}
     if (kept := inputs.checkpoints) is not None:
         parts = {"checkpoints": kept.states, "checkpoints.rows": kept.rows, "checkpoints.offsets": kept.offsets}
         found |= {name: t for name, t in parts.items() if t is not None and t is not inputs.state}
+    for part in ("conv", "norm"):
+        fields = {} if (one := getattr(inputs, part)) is None else vars(one)
+        found |= {f"{part}.{name}": t for name, t in fields.items() if isinstance(t, torch.Tensor)}
     return found
 
 

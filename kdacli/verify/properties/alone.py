@@ -43,6 +43,8 @@ def check(subject: Subject) -> Iterator[str]:
 
 def _only(inputs: Inputs, n: int, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:
     part = tokens_of(inputs, rows, lens)
+    if (conv := inputs.conv) is not None and conv.indices is not None:
+        part = dataclasses.replace(part, conv=dataclasses.replace(conv, indices=conv.indices[n : n + 1].clone()))
     if inputs.state_indices is not None:
         return dataclasses.replace(part, state_indices=inputs.state_indices[n : n + 1].clone())
     return part if inputs.state is None else dataclasses.replace(part, state=inputs.state[n : n + 1].clone())

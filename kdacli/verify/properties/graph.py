@@ -8,7 +8,7 @@ import torch
 from kda_kernels.errors import one_line
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.verify.checks.call import pool_as_final_state
-from kdacli.verify.checks.memory import own_memory
+from kdacli.verify.checks.memory import every_tensor, own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 from kdacli.verify.properties.threads import half
 
@@ -37,8 +37,9 @@ def check(subject: Subject) -> Iterator[str]:
         ("the numbers of its capture", subject.inputs, subject.outputs),
         ("other numbers in the same memory", other, subject.run(other)),
     ):
-        for name, tensor in static.tensors().items():
-            tensor.copy_(getattr(inputs, name))
+        numbers = every_tensor(inputs)
+        for name, tensor in every_tensor(static).items():
+            tensor.copy_(numbers[name])
         graph.replay()
         torch.cuda.synchronize()
         for name in differing(expected, pool_as_final_state(outputs, static)):

@@ -41,10 +41,13 @@ def _changed(inputs: Inputs, rows: torch.Tensor, slots: list[int], value: float 
     copy = own_memory(inputs)
     B, T = inputs.q.shape[:2]
     where = rows.view(B, T)
-    for name in ("q", "k", "v", "g", "beta"):
-        t = getattr(copy, name)
+
+    def change(t: torch.Tensor) -> torch.Tensor:
         old = t[where]
         t[where] = old.flip(-1) * 0.5 if value is None else torch.full_like(old, value)
+        return t
+
+    copy.map_tokens(change)
     if copy.state is not None:
         old = copy.state[slots]
         copy.state[slots] = old.flip(-1) * 0.5 if value is None else torch.full_like(old, value)

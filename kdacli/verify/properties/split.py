@@ -26,6 +26,8 @@ def check(subject: Subject) -> Iterator[str]:
         raise NotApplicableError("sequences are cut in packed batches only")
     if inputs.state is not None and inputs.state.dtype is not torch.float32:
         raise NotApplicableError("a state of less than fp32 is rounded at each cut")
+    if inputs.conv is not None and inputs.conv.states.dtype not in (torch.float32, inputs.q.dtype):
+        raise NotApplicableError("the tokens that a convolution keeps are rounded at each cut")
     lens = torch.tensor(seq_lens(inputs, check_inputs(inputs, values=True)), device=inputs.q.device)
     edge = torch.where(lens > CHUNK, (lens - 1) // CHUNK * CHUNK, lens - 1)
     for where, cut in (("at 2/5 of it", lens * 2 // 5), ("at its last chunk's edge", edge.clamp(min=0))):
@@ -36,11 +38,14 @@ def check(subject: Subject) -> Iterator[str]:
 def _in_two(subject: Subject, inputs: Inputs, lens: torch.Tensor, cut: torch.Tensor) -> Outputs:
     """The first `cut` tokens of each sequence in one call, the rest in a second that starts from its states."""
     ends = lens.cumsum(0)
-    o, state = torch.full_like(inputs.v, torch.nan), own_memory(inputs).state
+    start = own_memory(inputs)
+    o, state, conv = torch.full_like(inputs.v, torch.nan), start.state, start.conv
     for first, last in ((torch.zeros_like(cut), cut), (cut, lens)):
         spans = zip((ends - lens + first).tolist(), (ends - lens + last).tolist(), strict=True)
         rows = torch.cat([torch.arange(start, end) for start, end in spans]).to(lens.device)
-        part = dataclasses.replace(tokens_of(inputs, rows, last - first), state=state, output_final_state=True)
-        outputs = subject.run(part)
+        part = tokens_of(inputs, rows, last - first)
+        outputs = subject.run(dataclasses.replace(part, state=state, output_final_state=True, conv=conv))
         o[:, rows], state = outputs.o, outputs.final_state
-    return Outputs(o, state)
+        if conv is not None and outputs.conv_states is not None:
+            conv = dataclasses.replace(conv, states=outputs.conv_states)
+    return Outputs(o, state, conv_states=None if conv is None else conv.states)

@@ -29,7 +29,10 @@ def check(subject: Subject) -> Iterator[str]:
         raise NotApplicableError("no sequence has both tokens and a slot")
     assert state is not None and final_state is not None
     state = state.nan_to_num(nan=0.25)  # what is read there must show
-    inputs = dataclasses.replace(inputs, state=state)
+    conv = inputs.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, states=conv.states.nan_to_num(nan=0.25))
+    inputs = dataclasses.replace(inputs, state=state, conv=conv)
     theirs = (place.owner == live[0]).to(inputs.q.device)
     for slot in (len(state), len(state) + 100_000, 2**31 - 1):
         try:
@@ -45,6 +48,10 @@ def check(subject: Subject) -> Iterator[str]:
         expected[slots[live[0]]] = state[slots[live[0]]]
         if pool is None or not same_bits(pool.contiguous(), expected.contiguous()):
             yield f"slot {slot} of a pool of {len(state)}: the pool is not as if the sequence were not there"
+        if conv is not None and after.conv_states is not None:
+            mine, kept = place.layout.conv_slots[live[0]], after.conv_states
+            if not same_bits(kept[mine].contiguous(), conv.states[mine].contiguous()):
+                yield f"slot {slot} of a pool of {len(state)}: the state of the sequence's convolution was shifted"
 
 
 def _with_slot(inputs: Inputs, sequence: int, slot: int) -> Inputs:

@@ -49,6 +49,7 @@ SERVING: dict[str, Callable[[Inputs], Inputs]] = {
     "bucket": serving.bucket,
     "strided-indices": serving.strided_indices,
     "long-indices": serving.long_indices,
+    "own-conv-slots": serving.own_conv_slots,
 }
 # What a problem must have for a change of it to mean anything.
 NEED_POOL = frozenset(

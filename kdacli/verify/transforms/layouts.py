@@ -12,7 +12,6 @@ import torch
 from kda_kernels.tensors import Inputs
 
 FAR = 1 << 29  # elements between slots: from the fifth on, an offset is over 2^31
-TOKENS = ("q", "k", "v", "g", "beta")
 
 
 def packed_projection(inputs: Inputs) -> Inputs:
@@ -34,8 +33,7 @@ def padded_heads(inputs: Inputs) -> Inputs:
 
 def heads_first(inputs: Inputs) -> Inputs:
     """All token tensors stored [B, heads, T, ...] and seen through a transpose, as attention layers keep them."""
-    views = {name: getattr(inputs, name).transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
-    return dataclasses.replace(inputs, **views)
+    return inputs.map_tokens(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def every_second_token(inputs: Inputs) -> Inputs:
@@ -45,8 +43,7 @@ def every_second_token(inputs: Inputs) -> Inputs:
         wide = t.new_full((t.shape[0], 2 * t.shape[1], *t.shape[2:]), torch.nan)
         return wide[:, ::2].copy_(t)
 
-    spread_out: dict[str, Any] = {name: spread(getattr(inputs, name)) for name in TOKENS}
-    return dataclasses.replace(inputs, **spread_out)
+    return inputs.map_tokens(spread)
 
 
 def offset(inputs: Inputs) -> Inputs:
@@ -67,9 +64,12 @@ def int64_indices(inputs: Inputs) -> Inputs:
 
 def pool_with_gaps(inputs: Inputs) -> Inputs:
     """A state whose slots lie further apart than they are long, as where a slot holds the convolution's state too."""
+    conv = inputs.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, states=_spaced(conv.states, conv.states[0].numel() + 24))
     if inputs.state is None:
-        return inputs
-    return dataclasses.replace(inputs, state=_spaced(inputs.state, inputs.state[0].numel() + 64))
+        return dataclasses.replace(inputs, conv=conv)
+    return dataclasses.replace(inputs, state=_spaced(inputs.state, inputs.state[0].numel() + 64), conv=conv)
 
 
 def far_pool(inputs: Inputs) -> Inputs:

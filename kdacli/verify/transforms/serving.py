@@ -5,13 +5,12 @@ looked at afterwards.
 """
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
-from kda_kernels.tensors import Checkpoints, Inputs
+from kda_kernels.tensors import Checkpoints, Convolution, Inputs
 from kdacli.judge.layout import Layout
 
 _NEGATIVE = (-1, -2, -100, -(2**31))
@@ -36,22 +35,43 @@ def null_slot(inputs: Inputs) -> Inputs:
             "pool", f"has {len(state)} slots", "it should have one that no sequence uses, to be the null slot"
         )
     state[[0, free]] = state[[free, 0]]
+    conv = inputs.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, states=conv.states.clone())
+        conv.states[[0, free]] = conv.states[[free, 0]]
     padding = (indices < 0).nonzero().squeeze(1)[1:]
     indices[indices == 0] = free
     indices[padding] = 0
-    return dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=0)
+    return dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=0, conv=conv)
 
 
 def fresh_states(inputs: Inputs) -> Inputs:
     """Every second sequence has no initial state: what its slot holds is NaN."""
     layout = Layout.of(inputs)
     has = torch.arange(inputs.N, device=inputs.q.device) % 2 == 1
-    state = _pool(inputs)[0].clone()
+    state, conv = _pool(inputs)[0].clone(), inputs.conv
+    if conv is not None:
+        conv = dataclasses.replace(conv, states=conv.states.clone())
     for n, slot in enumerate(layout.slots):
         if slot >= 0 and not has[n] and layout.lens[n]:
             state[slot] = torch.nan
+            if conv is not None:
+                conv.states[layout.conv_slots[n]] = torch.nan
         has[n] |= layout.lens[n] == 0
-    return dataclasses.replace(inputs, state=state, has_initial_state=has)
+    return dataclasses.replace(inputs, state=state, has_initial_state=has, conv=conv)
+
+
+def own_conv_slots(inputs: Inputs) -> Inputs:
+    """States of the convolution in a pool of their own, in other slots than those of the recurrence."""
+    conv, layout = inputs.conv, Layout.of(inputs)
+    if conv is None:
+        return inputs
+    slots = torch.arange(inputs.N, dtype=torch.int32, device=inputs.q.device).flip(0) + 1
+    states = conv.states.new_full((inputs.N + 2, *conv.states.shape[1:]), torch.nan)
+    for n, slot in enumerate(layout.conv_slots):
+        if slot >= 0:
+            states[slots[n]] = conv.states[slot]
+    return dataclasses.replace(inputs, conv=dataclasses.replace(conv, states=states, indices=slots))
 
 
 def strided_indices(inputs: Inputs) -> Inputs:
@@ -75,8 +95,7 @@ def bucket(inputs: Inputs) -> Inputs:
     def longer(t: torch.Tensor) -> torch.Tensor:
         return torch.cat([t, t.new_full((1, 7, *t.shape[2:]), torch.nan)], 1)
 
-    tokens: dict[str, Any] = {name: longer(getattr(inputs, name)) for name in ("q", "k", "v", "g", "beta")}
-    return dataclasses.replace(inputs, **tokens)
+    return inputs.map_tokens(longer)
 
 
 def drafts(inputs: Inputs) -> Inputs:
@@ -95,12 +114,28 @@ def drafts(inputs: Inputs) -> Inputs:
             order[n] = -1
         else:
             state[order[n, accepted[n] - 1]] = pool[slot]
-    if N > 1 and accepted[1] != C - 1:
+    if N > 1 and accepted[1] != C - 1 and C > 2:  # the first column may name the slot of a convolution
         order[1, C - 2] = -1
     indices = order.to(slots.dtype)
     return dataclasses.replace(
-        inputs, state=state, state_indices=indices, num_accepted_tokens=accepted.to(indices.dtype)
+        inputs,
+        state=state,
+        state_indices=indices,
+        num_accepted_tokens=accepted.to(indices.dtype),
+        conv=None if inputs.conv is None else _drafted(inputs.conv, inputs, order, accepted, len(state)),
     )
+
+
+def _drafted(conv: Convolution, inputs: Inputs, order: torch.Tensor, accepted: torch.Tensor, slots: int) -> Convolution:
+    """Its states in the slots of the first column, with room for drafts, each window behind the accepted ones."""
+    kept, layout = conv.width - 1, Layout.of(inputs)
+    L = kept - 1 + order.shape[1] + 1  # one entry more than anybody needs
+    states = conv.by_channel.new_full((slots, conv.by_channel.shape[1], L), torch.nan)
+    for n, slot in enumerate(layout.conv_slots):
+        if slot >= 0:
+            first = int(accepted[n]) - 1
+            states[order[n, 0], :, first : first + kept] = conv.by_channel[slot, :, :kept]
+    return dataclasses.replace(conv, states=states.mT.contiguous() if conv.tokens_first else states)
 
 
 def read_only(inputs: Inputs) -> Inputs:

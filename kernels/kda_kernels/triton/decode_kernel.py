@@ -228,14 +228,11 @@ def decode_kernel(
     m_h = m_v[:, None] & m_k[None, :]
 
     slot = i_n
-    accepted = 1
-    if num_accepted_tokens is not None:
-        accepted = tl.load(num_accepted_tokens + i_n).to(tl.int32)
     if state_indices is not None:
         if num_accepted_tokens is None:
             slot = load_slot(state_indices, i_n, stride_indices_n, null_slot)
         else:  # of its drafts, so many were kept; a column that is not there is no slot either
-            column = accepted.to(tl.int64) - 1
+            column = tl.load(num_accepted_tokens + i_n).to(tl.int64) - 1
             slot += pool
             if (column >= 0) & (column < columns):
                 p_slots = state_indices + i_n * stride_indices_n
@@ -268,6 +265,9 @@ def decode_kernel(
         p_conv = conv_states + conv_slot * stride_conv_n
         c_q = i_h * K + o_k
         c_k = (H + i_h) * K + o_k
+        oldest = 0
+        if num_accepted_tokens is not None:
+            oldest = tl.load(num_accepted_tokens + i_n).to(tl.int32) - 1
         fresh = False
         if has_initial_state is not None:
             fresh = tl.load(has_initial_state + i_n) == 0
@@ -301,9 +301,9 @@ def decode_kernel(
         if conv_weight is not None:
             c_v = 2 * H * K + i_hv * V + o_v
             m_window = m_k & (fresh == 0)
-            q1, q2, q3 = _window(p_conv, c_q, m_window, accepted - 1, conv_length, W, D, TOKENS_FIRST)
-            k1, k2, k3 = _window(p_conv, c_k, m_window, accepted - 1, conv_length, W, D, TOKENS_FIRST)
-            v1, v2, v3 = _window(p_conv, c_v, m_v & (fresh == 0), accepted - 1, conv_length, W, D, TOKENS_FIRST)
+            q1, q2, q3 = _window(p_conv, c_q, m_window, oldest, conv_length, W, D, TOKENS_FIRST)
+            k1, k2, k3 = _window(p_conv, c_k, m_window, oldest, conv_length, W, D, TOKENS_FIRST)
+            v1, v2, v3 = _window(p_conv, c_v, m_v & (fresh == 0), oldest, conv_length, W, D, TOKENS_FIRST)
             wq0, wq1, wq2, wq3, wqb = _taps(conv_weight, conv_bias, c_q, m_k, W)
             wk0, wk1, wk2, wk3, wkb = _taps(conv_weight, conv_bias, c_k, m_k, W)
             wv0, wv1, wv2, wv3, wvb = _taps(conv_weight, conv_bias, c_v, m_v, W)
