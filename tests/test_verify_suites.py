@@ -36,12 +36,13 @@ _CHECKPOINTS = {name for name in TRANSFORMS if name.startswith("checkpoint")}
 
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_every_regime_layout_and_property_is_in_every_op_it_is_about(name):
-    for op in (Op.PREFILL, Op.DECODE):
+    for op in (Op.PREFILL, Op.DECODE, *((Op.STEP,) if name == "full" else ())):
         cases = cases_for("cpu", name, op)
         held = {p for case in cases for p in case.properties}
         assert held == {p for p, found in PROPERTIES.items() if op in found.ops}
         used = {t for case in cases for t in case.transforms}
         elsewhere = {"drafts", "read-only", "token-rows"} if op is Op.PREFILL else _CHECKPOINTS
+        elsewhere = elsewhere if op is Op.STEP else {*elsewhere, "own-conv-slots"}
         missing = TRANSFORMS.keys() - used - elsewhere - {"far-pool"}  # for a GPU
         later = {"every-second-token", "huge-keys", "token-rows", "strided-indices"} | _CHECKPOINTS
         assert missing <= (later if name == "quick" else set())
@@ -97,7 +98,7 @@ def test_the_cover_of_full_holds_every_option_and_says_why(op):
 
 def test_the_cover_is_the_same_in_another_process():
     """Hashes of strings differ from process to process; cases must not."""
-    names = "[(c.name, str(c.problem)) for c in suite('full')]"
+    names = "[(c.name, str(c.problem.to_dict())) for c in suite('full')]"
     code = f"from kdacli.verify.cases.suites import suite; print(hash(repr({names})))"
     runs = {
         subprocess.run(
