@@ -159,7 +159,7 @@ def decode(
     return Outputs(o, final if inputs.output_final_state else None)
 
 
-_NO_PARTS = (None,) * 14
+_NO_PARTS = (*((None,) * 7), *((0,) * 7))  # a number that is declared int64 cannot be None
 
 
 def _parts(inputs: Inputs, packed: bool) -> tuple[Any, ...]:
