@@ -22,14 +22,12 @@ from kdacli.judge import CallJudge, Reference, Verdict
 from kdacli.verify.checks.call import pool_as_final_state
 from kdacli.verify.checks.check import one_line
 
-_TOKENS = ("q", "k", "v", "g", "beta")
-
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """Calls of one layer in their order, each from the states that the one before left.
 
-    `name` says of what; `gaps` are the places where the calls before and after it do not meet, in words.
+    `name` says of what.
     """
 
     name: str
@@ -40,10 +38,12 @@ class Trace:
         """All steps as one dense call, on the CPU: [N, steps, ..]; a sequence starts from its first recorded state."""
         first = self.dumps[0].inputs
         N, steps = first.N, [dump.inputs for dump in self.dumps]
-        tokens = {
-            name: torch.cat([_dense(getattr(step, name), N) for step in steps], dim=1).contiguous() for name in _TOKENS
-        }
-        return dataclasses.replace(first, **tokens, cu_seqlens=None, cu_seqlens_cpu=None)
+
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([_dense(getattr(step, name), N) for step in steps], dim=1).contiguous()
+
+        q, k, v, g, beta = map(joined, ("q", "k", "v", "g", "beta"))
+        return dataclasses.replace(first, q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=None, cu_seqlens_cpu=None)
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ def _layer(dump: Dump) -> str:
 
 
 def _order(dump: Dump) -> tuple[int, int]:
-    return tuple(int(dump.meta.get(name) or 0) for name in ("replay", "call_number"))
+    return int(dump.meta.get("replay") or 0), int(dump.meta.get("call_number") or 0)
 
 
 def _gap(before: Dump, after: Dump) -> str | None:
@@ -109,14 +109,13 @@ def _gap(before: Dump, after: Dump) -> str | None:
     a, b = before.inputs, after.inputs
     if problem_of(a, before.op) != problem_of(b, after.op) or before.meta.get("slots") != after.meta.get("slots"):
         return "the batch changes"
-    if not torch.equal(a.state_indices, b.state_indices):
+    if not torch.equal(a.pool[1], b.pool[1]):
         return "the slots change"
-    used = loaded_slots(a)
     left = before.outputs.final_state if before.outputs is not None else None
     if left is None:
         return "no states were recorded"
-    slots = [slot for slot in used if slot >= 0]
-    ours, theirs = (x[slots].contiguous().view(torch.uint8) for x in (left, b.state))
+    slots = [slot for slot in loaded_slots(a) if slot >= 0]
+    ours, theirs = (x[slots].contiguous().view(torch.uint8) for x in (left, b.pool[0]))
     return None if torch.equal(ours, theirs) else "the states change, by calls that were not recorded,"
 
 
