@@ -1,5 +1,6 @@
 """`kda capture`: the calls of other programs as dumps, whose results it must not change."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -14,15 +15,19 @@ import torch
 from click.testing import CliRunner
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import Op
-from kda_kernels.reference import oracle
+from kda_kernels.problem import Op, Options, Parts, Problem
+from kda_kernels.reference import oracle, plain_recurrent
+from kda_kernels.tensors import Checkpoints
 from kdacli import dumps
 from kdacli.capture import capture, journal, sites
 from kdacli.capture.launch import BOOTSTRAP, environment
 from kdacli.capture.settings import Settings
+from kdacli.judge import Reference, judge
 from kdacli.output import write_json
+from kdacli.synthetic import make_inputs
 
 ROOT = Path(__file__).parents[1]
+SAFE = Options("safe", -5.0)
 
 # An engine: a kernel over a pool in place, one with FLA's signature, a layer that imported the function by name, and
 # one that calls it under another.
@@ -437,7 +442,7 @@ class TestSites:
         assert torch.equal(dump.inputs.state.nan_to_num(9.0), before.nan_to_num(9.0))
         assert (dump.outputs.final_state[2] == 70).all() and dump.op is Op.DECODE
 
-    def test_checkpoints_of_vllm_are_told_as_not_dumped(self, tmp_path):
+    def test_checkpoints_of_vllm(self, tmp_path):
         x, call = prefill()
         source = """
         def _flashkda_prefill(q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, out,
@@ -446,11 +451,92 @@ class TestSites:
         """
         target = "vllm.models.kimi_k3.nvidia.kda:_flashkda_prefill"
         names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound", "initial_state", "cu_seqlens")
-        more = {"out": x.v, "final_state": x.state, "workspace": torch.zeros(3), "checkpoint_state": x.state}
-        more["checkpoint_offsets"] = torch.tensor([64, 0])
+        more = {"out": x.v, "final_state": x.state, "workspace": torch.zeros(3), "checkpoint_state": x.state + 3}
+        more["checkpoint_offsets"] = torch.tensor([64, 16])  # of FlashKDA's, 16 is no position that ours have
         dump = self.recorded(tmp_path, target, source, **{name: call[name] for name in names}, **more)
-        assert_same(x, dump)
-        assert dump.inputs.checkpoints is None and dump.meta["not_dumped"] == "checkpoint_state, checkpoint_offsets"
+        assert torch.equal(dump.inputs.q, x.q)
+        kept = dump.inputs.checkpoints
+        assert (kept.rows.tolist(), kept.offsets.tolist()) == ([0, -1], [64, 0])
+        assert torch.equal(dump.outputs.checkpoints, x.state + 3) and "not_dumped" not in dump.meta
+
+    def test_snapshots_of_sglang_are_judged(self, tmp_path):
+        """Row 0 is what the oracle says after its first chunk, row 1 before any is no checkpoint of ours."""
+        x = make_inputs(Problem("prefill", (70, 3), 1, 1, 16, 16, pool_slots=4, options=SAFE), gates="init")
+        x = dataclasses.replace(x, state=x.state.nan_to_num(0.5))
+        rows, offsets = torch.arange(2), torch.tensor([64, 0])
+        at = Checkpoints(torch.zeros(2, 1, 16, 16), rows, offsets)
+        want = oracle.recurrence(dataclasses.replace(x, checkpoints=at)).checkpoints.float()
+        source = """
+        class KDAKernelDispatcher:
+            def extend(self, q, k, v, g, beta, *, ssm_states, cache_indices, query_start_loc, **kwargs):
+                kwargs["track_state"].copy_(kwargs["made"])
+                return v
+        """
+        target = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher.extend"
+        call = {"A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": -5.0, "beta_is_raw": True, "ssm_states": x.state}
+        call |= {"cache_indices": x.state_indices, "query_start_loc": x.cu_seqlens, "made": want}
+        call |= {"track_state": torch.empty_like(want), "track_chunk_idx": torch.tensor([1, 0], dtype=torch.int32)}
+        dump = self.recorded(tmp_path, target, source, None, x.q, x.k, x.v, x.g, x.beta, **call)
+        verdicts = {v.tensor: v for v in judge(Reference(dump.inputs, dump.op), dump.outputs, partial=True)}
+        assert verdicts["checkpoints"].passed, verdicts["checkpoints"]
+        dump.outputs.checkpoints[0] += 0.1
+        verdicts = {v.tensor: v for v in judge(Reference(dump.inputs, dump.op), dump.outputs, partial=True)}
+        assert not verdicts["checkpoints"].passed
+
+    @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+    def test_fused_steps(self, tmp_path, engine):
+        """Recorded as the op step: with the convolution and the norm, what it left is what the oracle makes."""
+        x = make_inputs(
+            Problem("step", (1, 1, 1), 2, 2, 16, 16, pool_slots=5, options=SAFE, parts=Parts(bias=True)), gates="init"
+        )
+        conv = dataclasses.replace(x.conv, states=x.conv.states.nan_to_num(0.5))
+        x = dataclasses.replace(x, state=x.state.nan_to_num(0.5), conv=conv)
+        x.state_indices.copy_(torch.tensor([3, 4, 1]))  # not 0, which is padding to vLLM
+        call = x.fresh()
+        made = plain_recurrent.run(call)
+        mixed = torch.cat([t.flatten(0, 1).flatten(1) for t in (x.q, x.k, x.v)], dim=1)
+        after = {"after": call.state, "conv_after": call.conv.states, "made": made.o.view(1, 3, 2, 16)}
+        gate = x.norm.gate.reshape(3, 2, 16)
+        g, beta = x.g.reshape(1, 3, 2, 16), x.beta.reshape(1, 3, 2)
+        if engine == "vllm":
+            target = "vllm._custom_ops:fused_kda_decode"
+            shared = (
+                "state_indices, state, out=None, lower_bound=None, output_gate=None, norm_weight=None, norm_eps=0.1"
+            )
+            source = f"""
+            def fused_kda_decode(x, weight, bias, conv_state, raw_g, raw_beta, A_log, dt_bias, {shared}, after=None,
+                                 conv_after=None, made=None):
+                state.copy_(after)
+                conv_state.copy_(conv_after if conv_state.shape == conv_after.shape else conv_after.mT)
+                return made
+            """
+            weight = x.conv.weight.view(3, 32, -1).mT.contiguous()
+            states = x.conv.by_channel
+            named = {"x": mixed, "weight": weight, "bias": x.conv.bias, "conv_state": states, "raw_g": g}
+            named |= {"raw_beta": beta, "state_indices": x.state_indices + 0, "state": x.state, "output_gate": gate}
+            named |= {"norm_weight": x.norm.weight, "norm_eps": x.norm.eps}
+        else:
+            target = "sglang.kernels.ops.attention.kda_fused_decode:kda_fused_decode"
+            source = """
+            def kda_fused_decode(mixed_qkv, a, b, conv_states, w_q_t, w_k_t, w_v_t, conv_bias, A_log, dt_bias, onorm_g,
+                                 onorm_weight, ssm_states, cache_indices, scale, onorm_eps, lower_bound=None,
+                                 after=None, conv_after=None, made=None):
+                ssm_states.copy_(after)
+                conv_states.copy_(conv_after if conv_states.shape == conv_after.shape else conv_after.mT)
+                return made
+            """
+            w_q, w_k, w_v = (part.mT.contiguous() for part in x.conv.weight.split(32))
+            named = {"mixed_qkv": mixed, "a": g.reshape(3, -1), "b": beta[0], "w_q_t": w_q, "w_k_t": w_k, "w_v_t": w_v}
+            named |= {"conv_states": x.conv.by_channel.mT, "conv_bias": x.conv.bias, "onorm_g": gate.flatten(1)}
+            named |= {"onorm_weight": x.norm.weight, "onorm_eps": x.norm.eps, "ssm_states": x.state}
+            named |= {"cache_indices": x.state_indices, "scale": x.scale}
+        named |= {"A_log": x.A_log, "dt_bias": x.dt_bias.flatten(), "lower_bound": -5.0}
+        dump = self.recorded(tmp_path, target, source, **named, **after)
+        assert dump.op is Op.STEP and "not_dumped" not in dump.meta, dump.meta
+        want = oracle.recurrence(dump.inputs)
+        torch.testing.assert_close(dump.outputs.o.double(), want.o, rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(dump.outputs.final_state.double(), want.final_state, rtol=1e-4, atol=1e-5)
+        assert torch.equal(dump.outputs.conv_states, want.conv_states)
 
     def test_a_method_keeps_parameters_of_its_own(self, tmp_path):
         x, call = prefill()
@@ -480,7 +566,8 @@ class TestSites:
         assert self.recorded(tmp_path, f"sglang.kernels.ops.attention.{update}", source, **call) is None
         assert capsys.readouterr().err == ""  # no KDA, so nothing to tell
         (tmp_path / "d" / journal.NAME).unlink()
-        target, source = "vllm._custom_ops:fused_kda_decode", "def fused_kda_decode(x):\n    return x"
+        name = "flashinfer_fused_kda_decode"
+        target, source = f"vllm.utils.flashinfer:{name}", f"def {name}(x):\n    return x"
         assert self.recorded(tmp_path, target, source, torch.zeros(1)) is None
         assert capsys.readouterr().err.startswith(
             f"kda capture: calls of {target} are counted and not recorded: a fused"

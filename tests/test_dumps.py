@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import Gate, Op, Options, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kdacli.dumps import load, load_all, names, save
@@ -156,6 +156,26 @@ def speculative() -> Inputs:
     )
 
 
+def step() -> Inputs:
+    """A decode with a convolution and a norm."""
+    inputs = make_inputs(problem(op="step", seq_lens=(1, 1), pool_slots=7, parts=Parts(bias=True)))
+    return dataclasses.replace(inputs, conv=dataclasses.replace(inputs.conv, indices=inputs.state_indices + 1))
+
+
+def test_a_step_is_kept(tmp_path):
+    inputs = step()
+    outputs = Outputs(inputs.v, inputs.state + 1, conv_states=inputs.conv.states + 1)
+    save(tmp_path / "d.pt", inputs, outputs)
+    back = load(tmp_path / "d.pt")
+    assert back.op == "step"
+    assert (back.inputs.conv.tokens_first, back.inputs.norm.eps) == (inputs.conv.tokens_first, inputs.norm.eps)
+    for part, names_ in (("conv", ("weight", "bias", "states", "indices")), ("norm", ("gate", "weight"))):
+        for name in names_:
+            have, want = getattr(getattr(back.inputs, part), name), getattr(getattr(inputs, part), name)
+            assert torch.equal(have.nan_to_num(9.0), want.nan_to_num(9.0)), name
+    assert torch.equal(back.outputs.conv_states.nan_to_num(9.0), outputs.conv_states.nan_to_num(9.0))
+
+
 def test_what_engines_ask_for_is_kept(tmp_path):
     inputs = speculative()
     save(tmp_path / "d.pt", inputs, op="decode")
@@ -175,7 +195,12 @@ def test_what_engines_ask_for_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("ours", "alias"),
-    [(k, alias) for k, aliases in names.INPUTS.items() if "checkpoint" not in k for alias in aliases],
+    [
+        (k, alias)
+        for k, aliases in names.INPUTS.items()
+        if k.split("_")[0] not in ("checkpoint", "conv", "norm")
+        for alias in aliases
+    ],
     ids=lambda x: x,
 )
 def test_every_alias_of_an_input(tmp_path, ours, alias):
@@ -322,9 +347,10 @@ class TestInferred:
 
 
 def test_unknown_names_are_told(tmp_path):
-    tree = flat(make_inputs(problem())) | {"conv_state": torch.zeros(3), "layer": 7}
+    tree = flat(make_inputs(problem())) | {"conv_state": torch.zeros(3), "conv_states": torch.zeros(3), "layer": 7}
     dump = load(write(tmp_path / "d.pt", tree))
-    assert dump.notes == ["not used: conv_state"]
+    assert dump.notes[0] == "not used: conv_state"
+    assert dump.notes[1].startswith("conv_states not used")
     assert dump.meta == {"layer": 7}
 
 
@@ -446,7 +472,9 @@ class TestRefused:
         refused(tmp_path, tangled, "final_state is the same memory as state")
         refused(tmp_path, tree | {"scale": "wide"}, "scale is 'wide': it should be a finite number")
         refused(tmp_path, tree | {"allow_neg_eigval": 3}, "allow_neg_eigval is 3: it should be true or false")
-        refused(tmp_path, tree | {"op": "attention"}, "op is 'attention': it should be one of decode, prefill, gate")
+        refused(
+            tmp_path, tree | {"op": "attention"}, "op is 'attention': it should be one of decode, step, prefill, gate"
+        )
         refused(tmp_path, {"inputs": tree, "options": {"use_l2norm": True}}, "option use_l2norm is unknown")
         refused(tmp_path, [1, 2], "call call_0 is a int")
         refused(tmp_path, {0: q}, "a key of the dump is a int")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kda_kernels.problem import CHUNK
+from kdacli.capture import steps
 from kdacli.capture.sites import Site
 from kdacli.dumps import names
 
@@ -25,7 +27,8 @@ class Call:
     """One call, before it ran.
 
     Attributes:
-        tensors: inputs by our names; `state` is the pool where there is one, and `token_states` an output.
+        tensors: inputs by our names; `state` is the pool where there is one, `token_states` and `checkpoint_states` are
+            outputs, and `conv_states` is both.
         options: by FLA's names.
         out: the tensor that the call was given for its result, if any.
         left_out: tensor arguments that no table knows.
@@ -76,7 +79,7 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
     for name, value in sorted(
         arguments.items(), key=lambda item: item[0] in given
     ):  # what was given goes last and wins
-        if value is None or name == site.packed_qkv or name in site.ignored:
+        if value is None or name == site.packed_qkv or name in site.ignored or name in (site.checkpoints or ()):
             continue
         known = renamed.get(name, name)
         if isinstance(value, torch.Tensor):
@@ -88,6 +91,11 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
                 call.left_out.append(name)
         elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
             call.options[key] = value
+    if site.step:
+        tensors, options = steps.ARRANGEMENTS[site.step](arguments)
+        call.tensors |= tensors
+        call.options |= options
+        call.left_out.clear()  # every argument has its place
     _apply(site, call, arguments)
     if site.packed_qkv:
         _unpack(call, arguments[site.packed_qkv])
@@ -96,9 +104,8 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
     if ("token_states" in call.tensors) != ("token_state_indices" in call.tensors):
         both = ("token_states", "token_state_indices")
         call.left_out += [name for name in both if call.tensors.pop(name, None) is not None]
-    for name in [name for name in call.tensors if name.startswith("checkpoint_")]:
-        del call.tensors[name]
-        call.left_out.append(name)
+    if site.checkpoints:
+        _keep_checkpoints(call, *site.checkpoints, arguments)
     if not call.pooled:
         call.tensors.pop("state_indices", None)
     elif call.tensors["state_indices"].ndim != 1 + ("num_accepted_tokens" in call.tensors):
@@ -123,6 +130,17 @@ def _apply(site: Site, call: Call, arguments: Mapping[str, Any]) -> None:
         options["op"] = site.op
     if not call.writes_state:
         options |= {"output_final_state": False, "update_state": False}
+
+
+def _keep_checkpoints(call: Call, states: str, positions: str, tokens: int, arguments: Mapping[str, Any]) -> None:
+    """States inside the prompts, as far as a dump can name their positions: multiples of 64 tokens, not the start."""
+    room, at = arguments.get(states), arguments.get(positions)
+    if room is None or at is None:
+        return
+    offsets = at.detach() * tokens
+    offsets = torch.where(offsets % CHUNK == 0, offsets, 0)
+    rows = torch.where(offsets > 0, torch.arange(len(offsets), device=offsets.device), -1)
+    call.tensors |= {"checkpoint_states": room.detach(), "checkpoint_rows": rows, "checkpoint_offsets": offsets}
 
 
 def _present(value: Any) -> bool:

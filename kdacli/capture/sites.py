@@ -27,6 +27,8 @@ class Site:
         packed_qkv: the argument that holds q, k and v of one token a row, side by side.
         own: {argument's name: attribute of self} of what a method does not receive.
         ignored: arguments that are no part of the call, whatever they are called.
+        checkpoints: (where states inside the prompts go, at which position of each sequence, tokens a position).
+        step: which of the arrangements of a fused step's arguments it has, see `kdacli.capture.steps`; "" for none.
         seen_only: why its calls are counted and not recorded; "" if they are recorded.
         since, until: the first release known to have it, and the first known to have it no more; "" where not known.
     """
@@ -43,6 +45,8 @@ class Site:
     packed_qkv: str = ""
     own: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    checkpoints: tuple[str, str, int] | None = None
+    step: str = ""
     seen_only: str = ""
     since: str = ""
     until: str = ""
@@ -53,7 +57,7 @@ _RAW = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_
 _READY = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 _FUSED_GATE = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 
-_STEP = "a fused step of convolution, KDA and norm, which a dump does not hold"
+_STEP = "a fused step whose arrangement of drafts or parameters a dump does not hold"
 _RECORDS = "its states are kept as records that a later call folds in, which a dump does not hold"
 _TREE = {"retrieve_parent_token": "a tree of drafts"}
 _FUSED_ACCEPT = {"fused_accept_state_indices": "its states come from the drafts' own buffer"}
@@ -79,18 +83,19 @@ def _sglang() -> tuple[Site, ...]:
     gating: dict[str, Any] = {"options": _RAW, "only_if": "is_kda", "not_if": _TREE}
     cutedsl = "cutedsl_fused_sigmoid_gating_kda_update"
     verify = {**_RAW, "update_state": False}
+    kept: dict[str, Any] = {"checkpoints": ("track_state", "track_chunk_idx", 64)}
     return (
-        Site(f"{dispatcher}.extend", "prefill", normed, gate_if="A_log", logit_if="beta_is_raw", **now),
+        Site(f"{dispatcher}.extend", "prefill", normed, gate_if="A_log", logit_if="beta_is_raw", **kept, **now),
         Site(f"{dispatcher}.decode", "decode", _RAW, **now),
         Site(f"{dispatcher}.packed_decode", **packed, not_if={"replayssm_d": _RECORDS}, **now),
         Site(f"{dispatcher}.target_verify", "decode", verify, not_if={**_TREE, **_FUSED_ACCEPT}, **now),
-        Site(f"{ops}.fla.kda:chunk_kda", "prefill", _V_FIRST, gate_if="A_log", logit_if="beta_is_raw", **now),
+        Site(f"{ops}.fla.kda:chunk_kda", "prefill", _V_FIRST, gate_if="A_log", logit_if="beta_is_raw", **kept, **now),
         Site(f"{ops}.fla.fused_recurrent:fused_recurrent_kda_packed_decode", **packed, **now),
         Site(f"{ops}.linear.fused_sigmoid_gating_recurrent:{update}", **gating, **now),
         Site(f"{ops}.fla.fused_sigmoid_gating_recurrent:{update}", **gating, until="0.5.23"),
         Site(f"{ops}.cutedsl_kda:{cutedsl}", "decode", _RAW, **now),
         Site(f"sglang.jit_kernel.cutedsl_kda:{cutedsl}", "decode", _RAW, until="0.5.23"),
-        Site(f"{ops}.kda_fused_decode:kda_fused_decode", seen_only=_STEP, **now),
+        Site(f"{ops}.kda_fused_decode:kda_fused_decode", "step", _RAW, packed_qkv="mixed_qkv", step="sglang", **now),
         Site(f"{ops}.linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify", seen_only=_STEP, **now),
         Site(f"{ops}.kda_decode_mtp:fused_kda_decode_mtp_dspark", seen_only=_STEP, **now),
     )
@@ -102,7 +107,14 @@ def _vllm() -> tuple[Site, ...]:
     now: dict[str, Any] = {"since": "0.33.0"}
     null: dict[str, Any] = {"null_slot": 0}
     sites = [
-        Site(f"{k3}.nvidia.kda:_flashkda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
+        Site(
+            f"{k3}.nvidia.kda:_flashkda_prefill",
+            "prefill",
+            _RAW,
+            ignored=_OUTPUTS,
+            checkpoints=("checkpoint_state", "checkpoint_offsets", 1),
+            **now,
+        ),
         Site(f"{k3}.nvidia.kda:_flashinfer_kda_prefill", "prefill", _RAW, ignored=_OUTPUTS, **now),
         Site(
             f"{glm}.common.kda:Glm5NextLinearAttention._flashkda_prefill",
@@ -112,7 +124,7 @@ def _vllm() -> tuple[Site, ...]:
             ignored=("raw_qkv", "conv_state", "recurrent_state"),
             **now,
         ),
-        Site("vllm._custom_ops:fused_kda_decode", seen_only=_STEP, **now),
+        Site("vllm._custom_ops:fused_kda_decode", "step", _RAW, packed_qkv="x", step="vllm", **null, **now),
         Site("vllm.utils.flashinfer:flashinfer_fused_kda_decode", seen_only=_STEP, **now),
         Site("vllm.utils.flashinfer:flashinfer_packed_fused_kda_decode", seen_only=_STEP, **now),
         Site(f"{k3}.nvidia.ops.recoverssm:kda_recoverssm_verify", seen_only=_RECORDS, **now),

@@ -59,11 +59,11 @@ def size(call: Call, whole_pool: bool) -> int:
     total, tensors = 0, call.tensors
     for name, tensor in tensors.items():
         count, times = layout(tensor)[0], 1
-        if name == "state" and call.pooled and not whole_pool:
+        if name in ("state", "conv_states") and call.pooled and not whole_pool:
             count = tensor[:1].numel() * tensors["state_indices"].numel()
         if name == "token_states":
             count = tensor[:1].numel() * len(tensors["token_state_indices"])
-        if name == "v" or (name == "state" and call.writes_state):
+        if name == "v" or (name in ("state", "conv_states") and call.writes_state):
             times = 2
         total += times * count * tensor.element_size()
     if "state" not in tensors and call.writes_state:
@@ -74,16 +74,18 @@ def size(call: Call, whole_pool: bool) -> int:
 
 
 def before(call: Call, keeper: Keeper[Kept]) -> dict[str, Kept]:
-    """The inputs; token_states are an output."""
-    apart = ("token_states", "state") if call.pooled else ("token_states",)
+    """The inputs; token_states and the states of checkpoints are outputs."""
+    apart = {"token_states", "checkpoint_states"} | ({"state", "conv_states"} if call.pooled else set())
     kept = keeper.whole({name: tensor for name, tensor in call.tensors.items() if name not in apart})
     if call.pooled:
-        kept["state"] = keeper.rows(call.tensors["state"], call.tensors["state_indices"])
+        for name in ("state", "conv_states"):
+            if name in call.tensors:
+                kept[name] = keeper.rows(call.tensors[name], call.tensors["state_indices"])
     return kept
 
 
 def after(call: Call, result: Any, keeper: Keeper[Kept]) -> dict[str, Kept]:
-    """o, final_state and token_states, as far as the call returned them or left them in place."""
+    """What the call returned, and what it left in place."""
     returned = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, torch.Tensor)]
     tensors, whole = call.tensors, {}
     o = returned[0] if returned else call.out
@@ -91,9 +93,13 @@ def after(call: Call, result: Any, keeper: Keeper[Kept]) -> dict[str, Kept]:
         whole["o"] = o.detach()
     if call.writes_state and not call.pooled and len(returned) > 1 and returned[1].ndim == 4:
         whole["final_state"] = returned[1].detach()
+    if "checkpoint_states" in tensors:
+        whole["checkpoints"] = tensors["checkpoint_states"]
     kept = keeper.whole(whole)
     if "token_state_indices" in tensors:
         kept["token_states"] = keeper.rows(tensors["token_states"], tensors["token_state_indices"])
     if call.writes_state and call.pooled:
         kept["final_state"] = keeper.rows(tensors["state"], tensors["state_indices"])
+    if call.writes_state and call.pooled and "conv_states" in tensors:
+        kept["conv_states"] = keeper.rows(tensors["conv_states"], tensors["state_indices"])
     return kept

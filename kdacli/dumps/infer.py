@@ -9,7 +9,7 @@ import torch
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Options
-from kda_kernels.tensors import Checkpoints, Inputs
+from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 from kdacli.dumps.pieces import anywhere
 from kdacli.dumps.said import Said
 from kdacli.dumps.shapes import Tensors
@@ -35,10 +35,7 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         scale=said.scale,
     )
     v_first = _v_first(tensors, said, notes)
-    states, rows, offsets = (tensors.pop(f"checkpoint_{name}", None) for name in ("states", "rows", "offsets"))
-    if (states is None) != (rows is None):
-        raise InputError("checkpoint_states and checkpoint_rows belong together: one of them is missing")
-    every = said.checkpoint_every
+    checkpoints, conv, norm = _checkpoints(tensors, said), _conv(tensors, said, notes), _norm(tensors, said)
     return Inputs(
         **tensors,
         options=options,
@@ -47,10 +44,50 @@ def build_inputs(tensors: Tensors, said: Said, beta_name: str, notes: list[str])
         update_state=said.update_state is not False,
         null_slot=said.null_slot,
         batch_invariant=bool(said.batch_invariant),
-        checkpoints=None if states is None or rows is None else Checkpoints(states, rows, offsets, every),
-        conv=None,
-        norm=None,
+        checkpoints=checkpoints,
+        conv=conv,
+        norm=norm,
     )
+
+
+def _checkpoints(tensors: Tensors, said: Said) -> Checkpoints | None:
+    taken = _taken(tensors, ("checkpoint_states", "checkpoint_rows"), ("checkpoint_offsets",))
+    if taken is None:
+        return None
+    states, rows, offsets = taken
+    assert states is not None and rows is not None
+    return Checkpoints(states, rows, offsets, said.checkpoint_every)
+
+
+def _conv(tensors: Tensors, said: Said, notes: list[str]) -> Convolution | None:
+    if "conv_weight" not in tensors and tensors.pop("conv_states", None) is not None:
+        notes.append("conv_states not used: there is no conv_weight, so q, k and v are convolved already")
+    taken = _taken(tensors, ("conv_weight", "conv_states"), ("conv_bias", "conv_indices"))
+    if taken is None:
+        return None
+    weight, states, bias, indices = taken
+    assert weight is not None and states is not None
+    return Convolution(weight, bias, states, indices, bool(said.conv_tokens_first))
+
+
+def _norm(tensors: Tensors, said: Said) -> GatedNorm | None:
+    taken = _taken(tensors, ("norm_gate", "norm_weight"), ())
+    if taken is None:
+        return None
+    gate, weight = taken
+    assert gate is not None and weight is not None
+    return GatedNorm(gate, weight) if said.norm_eps is None else GatedNorm(gate, weight, said.norm_eps)
+
+
+def _taken(tensors: Tensors, needed: Sequence[str], others: Sequence[str]) -> list[torch.Tensor | None] | None:
+    """Takes these out of `tensors`; None where there is none of them."""
+    found = {name: tensors.pop(name, None) for name in (*needed, *others)}
+    if all(tensor is None for tensor in found.values()):
+        return None
+    if absent := [name for name in needed if found[name] is None]:
+        there = next(name for name, tensor in found.items() if tensor is not None)
+        raise InputError(f"{' and '.join(needed)} belong together: {absent[0]} is missing beside {there}")
+    return list(found.values())
 
 
 def _use_gate(tensors: Tensors, said: Said, notes: list[str]) -> bool:
@@ -133,10 +170,14 @@ def _v_first(tensors: Tensors, said: Said, notes: list[str]) -> bool:
     return True
 
 
-def infer_op(seq_lens: Sequence[int], has_state: bool, said: Said, notes: list[str]) -> Op:
-    """decode if every sequence has 1 to 8 tokens and a state comes in, else prefill, unless the dump says."""
+def infer_op(seq_lens: Sequence[int], has_state: bool, said: Said, notes: list[str], steps: bool = False) -> Op:
+    """What the dump says; else step where there is a convolution or a norm (`steps`), decode if every sequence has 1 to
+    8 tokens and a state comes in, prefill otherwise.
+    """
     if said.op is not None:
         return said.op
+    if steps:
+        return Op.STEP
     short = bool(seq_lens) and all(1 <= n <= DECODE_TOKENS for n in seq_lens)
     op = Op.DECODE if short and has_state else Op.PREFILL
     notes.append(f"op is not said: {op}, by the lengths of the sequences and whether a state comes in")

@@ -40,9 +40,12 @@ def _joined(name: str, ranks: dict[int, Dump]) -> Dump:
     parts = [ranks[rank] for rank in sorted(ranks)]
     first = parts[0]
     for part in parts[1:]:
-        same = ("options", "state_v_first", "output_final_state", "update_state", "null_slot", "checkpoints")
+        same = ("options", "state_v_first", "output_final_state", "update_state", "null_slot")
         if part.op is not first.op or any(getattr(part.inputs, x) != getattr(first.inputs, x) for x in same):
-            raise InputError(f"--join: the ranks of call {name} were called with other options, or with checkpoints")
+            raise InputError(f"--join: the ranks of call {name} were called with other options")
+    for held in ("checkpoints", "conv", "norm"):
+        if any(getattr(part.inputs, held) is not None for part in parts):
+            raise InputError(f"--join: the ranks of call {name} hold {held}, which is not joined")
     inputs = dataclasses.replace(first.inputs, **_side_by_side(name, [part.inputs for part in parts]))
     recorded = [part.outputs for part in parts if part.outputs is not None]
     outputs = Outputs(**_side_by_side(name, recorded)) if len(recorded) == len(parts) else None

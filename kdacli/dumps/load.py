@@ -122,10 +122,14 @@ def _parse(call: Mapping[str, Any], name: str, like: Dump | None) -> Dump:
     for key in names.REQUIRED:
         if key not in found:
             raise names.missing(key, [*(name for name, _ in found.values()), *parts.unused])
+    for output, room in names.ROOM.items():
+        if output in parts.outputs:
+            found.setdefault(room, parts.outputs[output])
     said = parse(parts.options)
     tensors = normalise({key: usable(name, value) for key, (name, value) in found.items()}, notes)
     inputs = build_inputs(tensors, said, found["beta"][0], notes)
     dims = checks.check_inputs(inputs, values=True)
-    op = infer_op(checks.seq_lens(inputs, dims), inputs.state is not None, said, notes)
+    steps = inputs.conv is not None or inputs.norm is not None
+    op = infer_op(checks.seq_lens(inputs, dims), inputs.state is not None, said, notes, steps)
     outputs = build_outputs(parts.outputs, inputs, dims, op, notes)
     return Dump(inputs, outputs, op, parts.meta, notes, name)

@@ -42,6 +42,12 @@ INPUTS: Aliases = {
     "checkpoint_states": ("checkpoint_states",),
     "checkpoint_rows": ("checkpoint_rows",),
     "checkpoint_offsets": ("checkpoint_offsets",),
+    "conv_weight": ("conv_weight",),
+    "conv_bias": ("conv_bias",),
+    "conv_states": ("conv_states",),
+    "conv_indices": ("conv_indices",),
+    "norm_gate": ("norm_gate",),
+    "norm_weight": ("norm_weight",),
 }
 
 OUTPUTS: Aliases = {
@@ -65,7 +71,12 @@ OUTPUTS_ALONE: Aliases = {
     "o": OUTPUTS["o"],
     "final_state": (*OUTPUTS["final_state"], *_STATE, *_SSM),
     "token_states": INPUTS["token_states"],
+    "checkpoints": ("checkpoints",),
+    "conv_states": INPUTS["conv_states"],
 }
+
+# Where a call writes them: an output that stands alone is also the memory that it was written to.
+ROOM = {"token_states": "token_states", "checkpoints": "checkpoint_states"}
 
 OPTIONS: Aliases = {
     "op": ("op",),
@@ -82,6 +93,8 @@ OPTIONS: Aliases = {
     "null_slot": ("null_slot",),
     "batch_invariant": ("batch_invariant",),
     "checkpoint_every": ("checkpoint_every",),
+    "conv_tokens_first": ("conv_tokens_first",),
+    "norm_eps": ("norm_eps",),
 }
 
 REQUIRED = ("q", "k", "v", "g", "beta")

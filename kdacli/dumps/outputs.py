@@ -24,13 +24,23 @@ def build_outputs(
     tensors = {key: _float(name, usable(name, value)) for key, (name, value) in found.items()}
     if "o" not in tensors:
         if tensors:
-            notes.append("final_state is not used, since there is no o beside it")
+            notes.append(f"{' and '.join(tensors)} not used, since there is no o beside them")
         return None
     channels = dims.K if op is Op.GATE else dims.V
     o = _shaped("o", tensors["o"], (dims.B, dims.T, dims.HV, channels), notes)
     if (state := tensors.get("final_state")) is not None:
         state = _final_state(state, inputs, dims, notes)
-    return Outputs(o, state)
+    into = {
+        "token_states": inputs.token_states,
+        "checkpoints": None if inputs.checkpoints is None else inputs.checkpoints.states,
+        "conv_states": None if inputs.conv is None else inputs.conv.states,
+    }
+    written = {
+        name: _shaped(name, tensors[name], tuple(room.shape), notes)
+        for name, room in into.items()
+        if name in tensors and room is not None
+    }
+    return Outputs(o, state, **written)
 
 
 def _float(name: str, tensor: torch.Tensor) -> torch.Tensor:

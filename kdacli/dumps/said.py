@@ -31,6 +31,8 @@ class Said:
     null_slot: int | None = None
     batch_invariant: bool | None = None
     checkpoint_every: int | None = None
+    conv_tokens_first: bool | None = None
+    norm_eps: float | None = None
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -86,7 +88,7 @@ def _short(value: Any) -> str:
 
 _READ: dict[str, Callable[[str, Any], Any]] = {
     "op": _op,
-    **dict.fromkeys(("lower_bound", "scale"), _float),
+    **dict.fromkeys(("lower_bound", "scale", "norm_eps"), _float),
     **dict.fromkeys(("null_slot", "checkpoint_every"), _int),
 }
 

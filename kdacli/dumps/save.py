@@ -77,6 +77,8 @@ def said_options(inputs: Inputs, op: Op | str | None) -> dict[str, Any]:
         "null_slot": inputs.null_slot,
         "batch_invariant": inputs.batch_invariant or None,
         "checkpoint_every": inputs.checkpoints and inputs.checkpoints.every,
+        "conv_tokens_first": inputs.conv and inputs.conv.tokens_first,
+        "norm_eps": inputs.norm and inputs.norm.eps,
     }
     return {name: value for name, value in said.items() if value is not None}
 
@@ -87,6 +89,11 @@ def _inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     if (kept := inputs.checkpoints) is not None:
         found = {"states": kept.states, "rows": kept.rows, "offsets": kept.offsets}
         tensors |= {f"checkpoint_{name}": t for name, t in found.items() if t is not None}
+    if (conv := inputs.conv) is not None:
+        parts = {"weight": conv.weight, "bias": conv.bias, "states": conv.states, "indices": conv.indices}
+        tensors |= {f"conv_{name}": t for name, t in parts.items() if t is not None}
+    if (norm := inputs.norm) is not None:
+        tensors |= {"norm_gate": norm.gate, "norm_weight": norm.weight}
     return tensors
 
 

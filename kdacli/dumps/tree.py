@@ -113,7 +113,8 @@ def _sort(values: Mapping[str, Any], section: Section, parts: Parts) -> dict[str
     check_keys(values)
     rest, known = names.rename({k: v for k, v in values.items() if v is not None}, section)
     for key, (name, value) in known.items():
-        part = parts.options if key in names.OPTIONS else parts.outputs if key in names.OUTPUTS else parts.inputs
+        output = section is Section.OUTPUTS or key in names.OUTPUTS
+        part = parts.options if key in names.OPTIONS else parts.outputs if output else parts.inputs
         if key in part:
             raise InputError(f"{key} is given twice, as {part[key][0]} and as {name}: keep one")
         part[key] = (name, value)
