@@ -5,12 +5,14 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 _compiled: dict[Hashable, Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple, **options: int) -> None:
-    """`kernel[grid](*arguments, **options)`, in 6 us instead of 20 from the second time on.
+    """`kernel[grid](*arguments, **options)`, in a fraction of its host time from the second time on.
 
     Args:
         kind: tells apart what Triton compiles separately: the device, dtypes, which arguments are None, constexprs.
@@ -21,14 +23,20 @@ def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple,
     if kind is None:
         kernel[grid](*arguments, **options)
         return
-    grid = (*grid, 1, 1)[:3]
-    known = _compiled.get((kernel, kind))
-    if known is not None:
+    grid, key = (*grid, 1, 1)[:3], (id(kernel), kind)  # to hash a kernel takes a lock
+    known = _compiled.get(key)
+    if known is None:
+        made = kernel[grid](*arguments, **options)
+        if hasattr(made, "packed_metadata"):  # not in the interpreter, nor where launches are recorded
+            _compiled[key] = made
+        return
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
         known[grid](*arguments)
         return
-    made = kernel[grid](*arguments, **options)
-    if hasattr(made, "packed_metadata"):  # not in the interpreter, nor where launches are recorded
-        _compiled[kernel, kind] = made
+    gpu = driver.active
+    stream = gpu.get_current_stream(gpu.get_current_device())
+    known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *arguments)
 
 
 def usual(tensors: Iterable[torch.Tensor | None], steps: Iterable[int], others: Iterable[int] = ()) -> bool:
