@@ -117,6 +117,13 @@ def test_opcheck(name):
     torch.library.opcheck(op, (*tensors, torch.zeros_like(inputs.v), *last), given)
 
 
+def test_no_argument_has_a_name_that_inductor_takes():
+    """`FallbackKernel.create(kernel, *args, **kwargs)`: seen to fail on a GPU, where `test_serving_gpu` compiles."""
+    for name in ("decode", "prefill", "step"):
+        schema = getattr(torch.ops.kda, name).default._schema
+        assert not {"cls", "kernel"} & {argument.name for argument in schema.arguments}
+
+
 def test_compiled_calls_with_what_engines_pass():
     """A checkpoint into the pool itself: two arguments of the operator are one tensor."""
     inputs = with_pool(make(lens=[70], H=1, HV=1, options=SAFE), [4])

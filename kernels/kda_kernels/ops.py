@@ -3,6 +3,8 @@
 The public functions call their kernels directly; only under torch.compile, torch.export or FakeTensorMode do they go
 through these (`checks.is_traced`). The operators write to buffers that are given, which they declare as mutated, and
 return nothing, so that their fake implementation is nothing at all.
+
+None of their arguments is called `kernel`: Inductor hands them on by keyword to a function of its own that has one.
 """
 
 import torch
@@ -40,7 +42,7 @@ def decode(
     allow_neg_eigval: bool = False,
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
-    kernel: str | None = None,
+    kernel_name: str | None = None,
 ) -> None:
     """`kda_kernels.api.kda_decode` into `out`, and without a pool the final states into `final_state`."""
     from kda_kernels.boundary import options_of
@@ -55,7 +57,7 @@ def decode(
         num_accepted_tokens=num_accepted_tokens, update_state=update_state, token_states=token_states,
         token_state_indices=token_state_indices,
     )  # fmt: skip
-    run_decode(inputs, out, final_state, kernel)
+    run_decode(inputs, out, final_state, kernel_name)
 
 
 @torch.library.custom_op("kda::prefill", mutates_args=("out", "state", "final_state", "checkpoint_states", "workspace"))
@@ -90,7 +92,7 @@ def prefill(
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
     promise: float | None = None,
-    kernel: str | None = None,
+    kernel_name: str | None = None,
 ) -> None:
     """`kda_kernels.api.kda_prefill` into `out`, and without a pool the final states into `final_state`."""
     from kda_kernels.boundary import options_of
@@ -108,7 +110,7 @@ def prefill(
         final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state, checkpoints=kept,
         batch_invariant=batch_invariant, workspace=workspace, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
-    outputs = run_prefill(inputs, out, chunk_indices, kernel)
+    outputs = run_prefill(inputs, out, chunk_indices, kernel_name)
     if final_state is not None and outputs.final_state is not None:
         final_state.copy_(outputs.final_state)
 
@@ -146,7 +148,7 @@ def step(
     allow_neg_eigval: bool = False,
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
-    kernel: str | None = None,
+    kernel_name: str | None = None,
 ) -> None:
     """`kda_kernels.api.kda_step` into `out`, on q, k and v [B, T, ..] that it split."""
     from kda_kernels.boundary import options_of
@@ -165,7 +167,7 @@ def step(
         has_initial_state=has_initial_state, num_accepted_tokens=num_accepted_tokens, update_state=update_state,
         token_states=token_states, token_state_indices=token_state_indices, conv=conv, norm=norm,
     )  # fmt: skip
-    run_decode(inputs, out, None, kernel, op=Op.STEP)
+    run_decode(inputs, out, None, kernel_name, op=Op.STEP)
 
 
 @decode.register_fake

@@ -1,0 +1,107 @@
+"""The serving functions on a GPU as engines run them: compiled by Inductor, in graphs of a bucket, in little memory."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from decode_inputs import make, with_pool
+
+from kda_kernels.api import kda_decode, kda_prefill
+from kda_kernels.cute import prefill as cute_prefill
+from kda_kernels.problem import Gate, Op, Options
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge.bits import same_bits
+from kdacli.judge.reference import Reference
+from kdacli.judge.verdicts import judge
+
+pytestmark = pytest.mark.gpu
+SAFE = Options(Gate.SAFE, -5.0)
+TOKENS = ("q", "k", "v", "g", "beta")
+NAMES = (*TOKENS, "A_log", "dt_bias", "state", "state_indices", "cu_seqlens")
+H = 12
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needed():
+    if (reason := cute_prefill.unsupported()) is not None:
+        pytest.skip(reason)
+
+
+def prompts(lens: list[int], slots: list[int], tokens: int | None = None, seed: int = 0) -> Inputs:
+    """`tokens`: those behind the last sequence are NaN."""
+    tail = 0 if tokens is None else tokens - sum(lens)
+    inputs = with_pool(make(lens=[*lens, tail], H=H, HV=H, K=128, V=128, options=SAFE, seed=seed), slots)
+    inputs.cu_seqlens = inputs.cu_seqlens[:-1].clone()
+    for name in TOKENS:
+        getattr(inputs, name)[:, sum(lens) :] = torch.nan
+    return inputs
+
+
+def steps(N: int = 4, seed: int = 0) -> Inputs:
+    return with_pool(make(N=N, H=H, HV=H, K=128, V=128, options=SAFE, seed=seed), [4, 1, 6, 0][:N])
+
+
+def call(inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:
+    given = {name: getattr(inputs, name) for name in NAMES}
+    function = kda_decode if inputs.cu_seqlens is None else kda_prefill
+    return function(**given, lower_bound=inputs.options.lower_bound, out=out)
+
+
+@pytest.mark.parametrize("inputs", [steps, functools.partial(prompts, [70, 1200], [4, 1])], ids=["decode", "prefill"])
+def test_inductor_compiles_around_the_operators(inputs):
+    """It may reuse a buffer or move a copy; the pool that the operator mutates is the caller's own."""
+    found, expected = inputs(), inputs()
+    pool = found.state
+    compiled = torch.compile(lambda x: call(x) * 2, fullgraph=True)
+    with torch.no_grad():
+        assert same_bits(compiled(found), call(expected) * 2)
+    assert found.state is pool and same_bits(pool, expected.state)
+
+
+def test_a_graph_of_a_bucket_runs_fewer_tokens_and_sequences():
+    """The split that was chosen at the capture is used for other lengths; rows past the end are zero."""
+    static = prompts([1300, 748], [4, 1])
+    o = torch.empty_like(static.v)
+    call(static, o)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(static, o)
+    for seed, (lens, slots) in enumerate([([1300, 748], [4, 1]), ([2000, 0], [6, -1]), ([5, 700], [0, 3])], 1):
+        now = prompts(lens, slots, 2048, seed)
+        for name in NAMES:
+            getattr(static, name).copy_(getattr(now, name))
+        o.fill_(torch.nan)
+        graph.replay()
+        end = sum(lens)
+        assert o[:, end:].eq(0).all()
+        real = dataclasses.replace(now, **{name: getattr(now, name)[:, :end] for name in TOKENS})
+        verdicts = judge(Reference(real, Op.PREFILL), Outputs(o[:, :end], static.state))
+        assert len(verdicts) == 2 and all(verdict.passed for verdict in verdicts), (lens, verdicts)
+
+
+LITTLE = """
+import torch
+from kda_kernels.reference.oracle import recurrence
+from test_serving_gpu import call, prompts, steps
+held = [prompts([2000, 3000], [4, 1]), steps()]
+exact = [recurrence(inputs).o for inputs in held]
+outs = [torch.empty_like(inputs.v) for inputs in held]
+torch.cuda.empty_cache()
+most = torch.cuda.memory_reserved() + (256 << 20)
+torch.cuda.set_per_process_memory_fraction(most / torch.cuda.mem_get_info()[1])
+for inputs, expected, out in zip(held, exact, outs, strict=True):
+    call(inputs, out)
+    torch.cuda.synchronize()
+    assert (out.double() - expected).norm() < 1e-2 * expected.norm()
+"""
+
+
+def test_first_calls_with_256_mb_left():
+    """Of a process that has loaded no kernel of ours yet, and to which torch's allocator gives no more than that."""
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", LITTLE], cwd=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
