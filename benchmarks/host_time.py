@@ -52,12 +52,13 @@ class Row:
 
 
 def lengths(shapes: str, calls: int, tokens: int) -> list[list[int]]:
-    """Of the sequences of each call: none comes twice, but for the shapes "same"."""
+    """Of the sequences of each call: none comes twice, but for the shapes "same". The longest and the shortest come
+    first, while calls warm up: between them they compile what any length takes."""
     draw = random.Random(0)
     if shapes == "same":
         return [[tokens // 2]] * calls
     if shapes == "length":
-        return [[n] for n in draw.sample(range(1, tokens + 1), min(calls, tokens))]
+        return [[n] for n in (tokens, 1, *draw.sample(range(2, tokens), min(calls, tokens) - 2))]
     cuts = [sorted(draw.sample(range(1, tokens + 1), draw.randint(1, SEQUENCES))) for _ in range(calls)]
     return [[end - begin for begin, end in itertools.pairwise([0, *ends])] for ends in cuts]
 
@@ -84,7 +85,7 @@ def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device
     )  # fmt: skip
     most = make_inputs(problem, device=device)
     sizes = [batch // 2] * calls if shapes == "same" else random.Random(0).choices(range(1, batch + 1), k=calls)
-    for n in sizes:
+    for n in sizes if shapes == "same" else [batch, 1, *sizes[2:]]:
         yield dataclasses.replace(most, **{name: getattr(most, name)[:n] for name in (*TOKEN_NAMES, "state_indices")})
 
 
