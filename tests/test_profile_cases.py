@@ -84,11 +84,12 @@ def test_a_kernel_decides_the_op():
 
 def test_the_cases_of_a_layer():
     cases, _ = cases_of(wanted("--layer", "kimi-k3", "--tp", "8", "-T", "32k", "-N", "64"))
-    prefill, decode = (case.problem for case in cases)
+    prefill, decode, step = (case.problem for case in cases)
     assert (prefill.op, prefill.N, prefill.T, prefill.H) == (Op.PREFILL, 1, 32768, 12)
     assert (decode.op, decode.N, decode.T, decode.H) == (Op.DECODE, 64, 64, 12)
-    assert prefill.options == decode.options == Options(gate=Gate.SAFE, lower_bound=-5.0)
-    assert [case.gates for case in cases] == ["init", "init"]
+    assert (step.op, step.N, step.H) == (Op.STEP, 64, 12) and step.features == {"conv", "norm"}
+    assert prefill.options == decode.options == step.options == Options(gate=Gate.SAFE, lower_bound=-5.0)
+    assert [case.gates for case in cases] == ["init"] * 3
     cases, _ = cases_of(wanted("--layer", "kimi-linear", "--op", "decode", "--gates", "weak", "--gates", "bench"))
     assert [(c.problem.H, c.problem.options.gate, c.gates) for c in cases] == [
         (32, Gate.SOFTPLUS, "weak"), (32, Gate.SOFTPLUS, "bench")

@@ -14,6 +14,9 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Convolution, Inputs
+from kdacli.peers import vllm_step
+from kdacli.profile.measuring.outputs import Check
+from kdacli.profile.measuring.traffic import traffic
 from kdacli.synthetic import make_inputs
 
 
@@ -245,3 +248,48 @@ def test_a_projection_that_is_no_step_is_refused_by_its_name():
         kda_step(mixed[:, :-1], **given)
     with pytest.raises(InputError, match=r"norm\.gate"):
         kda_step(mixed, **(given | {"norm": dataclasses.replace(given["norm"], gate=mixed)}))
+
+
+# --- what the profile counts and checks, and a peer's view of the tensors
+
+
+def test_the_bytes_of_a_step_are_those_of_its_tensors():
+    inputs = make((1,) * 4, packed=False, padding=0, initial_state=True)
+    problem, conv, norm = problem_of(inputs, Op.STEP), inputs.conv, inputs.norm
+    found = traffic(problem)
+    tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, norm.gate, inputs.v)  # the last is o
+    assert found.activations == sum(x.nbytes for x in (x.contiguous() for x in tokens))
+    assert found.parameters == sum(x.nbytes for x in (inputs.A_log, inputs.dt_bias, conv.weight, norm.weight))
+    assert found.state == 2 * 4 * (inputs.state[0].nbytes + conv.states[0].nbytes)
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_a_timed_step_is_held_against_the_oracle_with_its_convolutions_states(tokens_first):
+    inputs = make((1,) * 4, packed=False, H=2, HV=4, tokens_first=tokens_first)
+    kernel, check = registry.get("torch-step"), Check(inputs, Op.STEP)
+    assert check.error(lambda: kernel.run(inputs)) < 1e-5
+
+    def forgetful():
+        kept = inputs.conv.states.clone()
+        outputs = kernel.run(inputs)
+        inputs.conv.states.copy_(kept)
+        return outputs
+
+    assert check.error(forgetful) == float("inf")
+
+
+def test_vllms_kernel_is_given_the_projection_itself():
+    inputs = make((1,) * 3, packed=False, HV=1, V=16)
+    rows = vllm_step._projection(inputs)
+    assert rows.data_ptr() == inputs.q.data_ptr() and rows.shape == (3, 48)
+    assert torch.equal(rows, torch.cat([x.flatten(1) for x in (inputs.q, inputs.k, inputs.v)], 1))
+    apart = dataclasses.replace(inputs, k=inputs.k.clone())
+    assert torch.equal(vllm_step._projection(apart), rows)
+    weight = inputs.conv.weight
+    assert torch.equal(vllm_step._by_tap(inputs.conv)[1, 2], weight[16:32, 2])
+    problem = problem_of(inputs, Op.STEP)
+    assert "H is 1" in str(vllm_step._refusal(dataclasses.replace(problem, **_AS_VLLM, H=1, HV=1)))
+    assert vllm_step._refusal(dataclasses.replace(problem, **_AS_VLLM, H=12, HV=12)) is None
+
+
+_AS_VLLM = {"K": 128, "V": 128, "padding": 0} | dict.fromkeys(("dtype", "g_dtype", "beta_dtype"), "bfloat16")

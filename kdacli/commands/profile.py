@@ -74,7 +74,7 @@ def command(ctx: click.Context, /, **params: Any) -> None:
       kda profile --suite prefill --json prefill.json          the named shapes P1 to P7
       kda profile --suite prefill --baseline prefill.json      what has changed since, beyond the noise
       kda profile --op decode --sweep N=1..256:1 --sweep H=12,96 --seconds 0.02 --bump 5
-      kda profile --layer kimi-k3 --tp 8 -T 32k -N 64          ms of all KDA layers, for a prefill and a decode step
+      kda profile --layer kimi-k3 --tp 8 -T 32k -N 64          ms of all KDA layers, for a prefill, decode and step
       kda profile --dump dump.pt --stages                      a live engine's tensors, CUDA kernel by CUDA kernel
       kda profile --ncu --kernel triton-prefill                DRAM, L2, tensor cores, stalls, spills of each launch
       kda profile --from prefill.json --plot times.svg         a recording, on a machine with no GPU

@@ -36,7 +36,7 @@ def cases_of(wanted: Wanted) -> tuple[list[TimedCase], Load]:
     if wanted.suite:
         return _suite_cases(wanted.suite, wanted), load
     if _asks_for_decode(wanted):
-        return suite("decode", regimes), load
+        return suite(str(wanted.op), regimes), load
     if wanted.layer:
         return _layer_cases(wanted.layer, wanted), load
     if wanted.sweep:
@@ -47,9 +47,9 @@ def cases_of(wanted: Wanted) -> tuple[list[TimedCase], Load]:
 
 
 def _asks_for_decode(wanted: Wanted) -> bool:
-    """Whether nothing is said but --op decode: one batch size says little of a decode kernel, so that is its suite."""
+    """Whether nothing is said but --op decode or step: one batch size says little of it, so that is its suite."""
     shaped = any(wanted.shape.get(name) for name in SHAPE_FLAGS if name not in _WITH_SUITE)
-    return wanted.op == Op.DECODE and not shaped and not wanted.sweep and not wanted.layer
+    return wanted.op in (Op.DECODE, Op.STEP) and not shaped and not wanted.sweep and not wanted.layer
 
 
 def _default_op(wanted: Wanted) -> Op:
@@ -70,9 +70,11 @@ def _leave_open(shape: Mapping[str, Any], allowed: set[str], what: str) -> None:
 
 
 def _layer_cases(model: str, wanted: Wanted) -> list[TimedCase]:
-    """A prefill of one sequence of -T tokens, and a decode step of -N sequences, with a model's heads and gate."""
+    """A prefill of one sequence of -T tokens, and decode of -N sequences, with a model's heads and gate: the recurrence
+    alone, and a step with its convolution and gated norm.
+    """
     _leave_open(wanted.shape, _WITH_LAYER, "--layer, which sets the layer")
-    ops = [Op(wanted.op)] if wanted.op else [Op.PREFILL, Op.DECODE]
+    ops = [Op(wanted.op)] if wanted.op else [Op.PREFILL, Op.DECODE, Op.STEP]
     if wanted.kernels and not wanted.op:
         ops = list(dict.fromkeys(resolve(name).op for name in wanted.kernels))
     if Op.GATE in ops:

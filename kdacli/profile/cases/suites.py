@@ -47,6 +47,7 @@ NVIDIA_SHAPES = (
     (8192, 16, 1), (1024, 4, 1), (3072, 10, 1), (8192, 24, 1), (16384, 16, 8),
 )  # fmt: skip
 DECODE_HEADS, DECODE_SEQS = (32, 96), (1, 8, 32, 128)
+STEP_HEADS, STEP_SEQS = (12, 96), (1, 4, 16, 32, 64, 128)
 GATE_HEADS, GATE_TOKENS = (32, 96), 8192
 
 
@@ -87,6 +88,22 @@ def decode_bf16_problems() -> Iterator[tuple[str, Problem]]:
         yield f"{name},bf16", dataclasses.replace(problem, state_dtype="bfloat16")
 
 
+def step_problems() -> Iterator[tuple[str, Problem]]:
+    """One token a sequence with convolution and gated norm, as Kimi K3 decodes on 8 GPUs and on one: a float32 pool."""
+    for heads in STEP_HEADS:
+        for n in STEP_SEQS:
+            yield (
+                f"S:H={heads},N={n}",
+                Problem(Op.STEP, (1,) * n, heads, heads, packed=False, pool_slots=2 * n, options=SAFE),
+            )
+
+
+def step_bf16_problems() -> Iterator[tuple[str, Problem]]:
+    """The same with a bfloat16 pool."""
+    for name, problem in step_problems():
+        yield f"{name},bf16", dataclasses.replace(problem, state_dtype="bfloat16")
+
+
 def gate_problems() -> Iterator[tuple[str, Problem]]:
     """The gate stage alone: a bf16 gate in, float32 chunk-local sums out."""
     for heads in GATE_HEADS:
@@ -102,6 +119,8 @@ SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, 
     "prefill-nvidia": (prefill_nvidia_problems, ("bench", "init")),
     "decode": (decode_problems, ("bench",)),
     "decode-bf16": (decode_bf16_problems, ("bench",)),
+    "step": (step_problems, ("bench",)),
+    "step-bf16": (step_bf16_problems, ("bench",)),
     "gate": (gate_problems, ("bench",)),
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import chunk_form, gate_cumsum
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Convolution, Inputs, Outputs
 
 LIMIT = 0.1  # relative error; near-collinear keys cost bf16 kernels up to 0.05
 TOKENS = 1 << 15  # of each row are looked at
@@ -54,12 +54,31 @@ class Check:
         if self.whole and found.final_state is not None and expected.final_state is not None:
             used = _used(part)
             errors.append(_relative(found.final_state[used][:, self.heads], expected.final_state[used]))
+        if self.inputs.conv is not None and expected.conv_states is not None:
+            kept = self.inputs.conv.by_channel[:, self._channels()].nan_to_num()
+            errors.append(0.0 if torch.equal(kept, expected.conv_states.nan_to_num()) else float("inf"))
         return max(errors)
+
+    def _channels(self) -> torch.Tensor:
+        """Those of the heads, among the ones of the convolution."""
+        (H, K), (HV, V) = self.inputs.q.shape[2:], self.inputs.v.shape[2:]
+        own = [head * H // HV for head in self.heads]
+        starts = [*(h * K for h in own), *((H + h) * K for h in own)]
+        spans = [range(at, at + K) for at in starts]
+        spans += [range(at, at + V) for at in (2 * H * K + head * V for head in self.heads)]
+        return torch.tensor([c for span in spans for c in span], device=self.inputs.q.device)
 
     def _part(self) -> Inputs:
         """The inputs of the heads, and of the first tokens. Copies, so that the call may write to the state."""
         x, HV = self.inputs, self.inputs.v.shape[2]
         own = [head * x.q.shape[2] // HV for head in self.heads]
+        conv, norm = x.conv, x.norm
+        if conv is not None:
+            at = self._channels()
+            bias = None if conv.bias is None else conv.bias[at]
+            conv = Convolution(conv.weight[at], bias, conv.by_channel[:, at].contiguous(), conv.indices)
+        if norm is not None:
+            norm = dataclasses.replace(norm, gate=norm.gate[:, :TOKENS, self.heads])
         tokens = {"q": own, "k": own, "v": self.heads, "g": self.heads, "beta": self.heads}
         return dataclasses.replace(
             x,
@@ -73,6 +92,8 @@ class Check:
             token_state_indices=None,
             checkpoints=None,
             workspace=None,
+            conv=conv,
+            norm=norm,
         )
 
 

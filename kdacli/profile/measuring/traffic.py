@@ -1,9 +1,10 @@
 """What a problem costs at least: the bytes that must move, and the arithmetic of the chunk form.
 
 Bytes: each input is read once and each output written once, nothing else. Counted are the activations (q, k, v, g, beta
-and o; for the op `gate` only g and the float32 sums), A_log and dt_bias, and the state in and out. A padding row reads
-nothing and touches no state; only its zeros are written. cu_seqlens and state_indices (a few bytes a sequence) are left
-out. Divided by a bandwidth this gives the floor under the time of any kernel.
+and o; for the op `gate` only g and the float32 sums), A_log and dt_bias, and the state in and out; of the op `step`
+weights, states and gate of its parts too. A padding row reads nothing and touches no state; only its zeros are written.
+cu_seqlens and state_indices (a few bytes a sequence) are left out. Divided by a bandwidth this gives the floor under
+the time of any kernel.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ class Traffic:
     """Bytes that must move, by what they belong to.
 
     Attributes:
-        activations: q, k, v, g, beta in, o out.
-        parameters: A_log and dt_bias.
-        state: the state in and the state out.
+        activations: q, k, v, g, beta and the gate of a norm in, o out.
+        parameters: A_log and dt_bias; the weights of a convolution and a norm.
+        state: the state in and the state out, and so of a convolution.
     """
 
     activations: int
@@ -44,6 +45,14 @@ def traffic(problem: Problem) -> Traffic:
     written = SIZEOF[p.dtype] * p.HV * p.V
     passes = p.initial_state + (p.final_state or p.pool_slots is not None)  # a pool is always written back
     state = passes * (p.N - p.padding) * p.HV * p.K * p.V * SIZEOF[p.state_dtype]
+    if (parts := p.parts) is not None:
+        channels = 2 * p.H * p.K + p.HV * p.V
+        if parts.width:
+            parameters += channels * (parts.width + parts.bias) * SIZEOF[parts.weight_dtype]
+            state += 2 * (p.N - p.padding) * channels * (parts.width - 1) * SIZEOF[parts.state_dtype]
+        if parts.norm:
+            parameters += p.V * SIZEOF[parts.norm_dtype]
+            read += SIZEOF[p.dtype] * p.HV * p.V
     return Traffic(_live_tokens(p) * read + p.T * written, parameters, state)
 
 

@@ -36,8 +36,8 @@ class LayerCosts:
 def costs(model: str, tp: int, rows: Sequence[Row]) -> LayerCosts:
     """Adds up a record's rows, each of which is one layer's kernel on one of `tp` GPUs.
 
-    Counted is the KDA operation alone, from q, k, v, g and beta to o and the state: no projection, convolution or norm
-    around it, no other kind of layer, and nothing that the GPUs tell each other.
+    Counted is the KDA operation alone, from q, k, v, g and beta to o and the state, in the op `step` with convolution
+    and gated norm: no projection around it, no other kind of layer, and nothing that the GPUs tell each other.
     """
     preset, found = PRESETS[model], []
     for row in timed(rows):

@@ -10,6 +10,7 @@ from kdacli.profile.records.row import Row, TimedRow, timed
 
 BUMP = 0.05  # over the line through the neighbours
 RECHECK = 10  # times the sampling time, for points that stick out
+_DECODES = ("decode", "step")  # T is one token there
 UNITS = {"T": "token", "N": "sequence", "H": "head"}
 
 
@@ -52,8 +53,8 @@ class Series:
     def shape(self) -> str:
         """What all points have in common: H=96, N=1 T=.. where they are not swept, and a state that is not fp32."""
         problem = self.rows[0].problem
-        parts = [] if self.axis == "N" or (self.op != "decode" and problem.N == 1) else [f"N={problem.N}"]
-        parts += [] if self.axis == "T" or self.op == "decode" else [f"T={problem.seq_lens[0]}"]
+        parts = [] if self.axis == "N" or (self.op not in _DECODES and problem.N == 1) else [f"N={problem.N}"]
+        parts += [] if self.axis == "T" or self.op in _DECODES else [f"T={problem.seq_lens[0]}"]
         parts += [] if self.axis == "H" else [f"H={problem.H}"]
         return " ".join([*parts, *(["bf16 state"] if problem.state_dtype == "bfloat16" else [])])
 

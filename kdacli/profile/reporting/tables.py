@@ -227,9 +227,8 @@ def layer_tables(layer: LayerCosts) -> "Iterator[Table]":
     """What KDA costs a model, an op a table."""
     for op in dict.fromkeys(row.op for row in layer.rows):
         rows = [row for row in layer.rows if row.op == op]
-        what = (
-            f"prefill of {rows[0].tokens} tokens" if op == "prefill" else f"decode step of {rows[0].tokens} sequences"
-        )
+        what = f"{op} of {rows[0].tokens} {'tokens' if op == 'prefill' else 'sequences'}"
+        what += " with convolution and norm" if op == "step" else ""
         title = f"{layer.model}, TP {layer.tp}, {layer.kda_layers} KDA layers, {what}"
         lines = [
             [
