@@ -90,7 +90,7 @@ def test(python: str, env: dict[str, str], args: list[str]) -> int:
         print("mypy is not installed here: types are not checked", file=sys.stderr)
     if not has(python, "pytest"):
         return fail("pytest is not installed here", 3)
-    workers = ["-n", "2"] if has(python, "xdist") else []
+    workers = ["-n", "2", "--dist", "worksteal"] if has(python, "xdist") else []
     steps.append([python, "-m", "pytest", "-q", "-rs", *workers, *args])  # -rs: why tests are skipped
     env = {**env, "OMP_NUM_THREADS": "1"}
     return max([run(step, env, cwd=ROOT) for step in steps])
