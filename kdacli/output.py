@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,6 +177,16 @@ def check_dest(dest: str | os.PathLike[str] | None, force: bool = False) -> None
         raise InputError(f"{dest} cannot be written: there is no directory {path.parent}")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise InputError(f"{dest} cannot be written: permission denied")
+
+
+def read_json(path: str, what: str) -> Any:
+    """What a file holds that should be `what`. Raises `InputError` where it cannot be read, or is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no {what}: it is no JSON ({one_line(str(error))})") from error
 
 
 def write_json(obj: Any, dest: str | os.PathLike[str], force: bool = False) -> None:

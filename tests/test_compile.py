@@ -237,7 +237,7 @@ def test_a_compilers_refusal_is_a_row(tmp_path):
         (["--sms", "0"], "--sms"),
         (["--strict"], "--strict is given without --baseline"),
         (["--baseline", "no-such.json"], "no-such.json cannot be read"),
-        (["--baseline", __file__], "is no JSON file"),
+        (["--baseline", __file__], "it is no JSON"),
         (["--emit", str(ROOT)], "holds files: use --force"),
         (["--variant", "no-such", "--kernel", "triton-gate"], "there are chunk_indices softplus, gate_cumsum softplus"),
         (["--kernel", "no-such"], "no-such"),

@@ -7,7 +7,7 @@ import torch
 
 from kda_kernels import registry
 from kda_kernels.checks import problem_of
-from kda_kernels.errors import KdaError, UnavailableError
+from kda_kernels.errors import KdaError, UnavailableError, one_line
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
@@ -17,7 +17,6 @@ from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict, judge
 from kdacli.userkernels import resolve
 from kdacli.verify.checks.call import pool_as_final_state
-from kdacli.verify.checks.check import one_line
 from kdacli.verify.checks.memory import poisoned_memory
 
 DUMP = "the dump"  # stands where a kernel's name would, for what the dump recorded
@@ -201,7 +200,7 @@ def _run(kernel: Kernel, dump: Dump, reference: Reference, recorded: Outputs | N
     except (KdaError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a kernel that raises has failed; what the others make of it is still of interest
-        note = f"raised {type(error).__name__}: {one_line(error)}"
+        note = f"raised {one_line(error, 300)}"
         return [Row(dump.call, kernel.name, Verdict.failed("o", note))]
     outputs = pool_as_final_state(outputs, inputs)
     call = CallJudge(reference, outputs, carried_state=kernel.carried_state)

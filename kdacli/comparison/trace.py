@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kda_kernels.checks import loaded_slots, problem_of
-from kda_kernels.errors import KdaError
+from kda_kernels.errors import KdaError, one_line
 from kda_kernels.problem import Op
 from kda_kernels.reference.batch import load_states, prepare
 from kda_kernels.reference.recurrent import token_recurrence
@@ -20,7 +20,6 @@ from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict
 from kdacli.verify.checks.call import pool_as_final_state
-from kdacli.verify.checks.check import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,7 @@ class _Alone:
             self.found.refused = str(refusal)
             return
         except Exception as error:
-            self.found.refused = f"raised {type(error).__name__}: {one_line(error)}"
+            self.found.refused = f"raised {one_line(error, 300)}"
             self.found.verdicts.append(Verdict.failed("o", f"step {len(self.o) + 1}: {self.found.refused}"))
             return
         self.o.append(_dense(outputs.o, mine.N).clone())

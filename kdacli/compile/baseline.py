@@ -4,10 +4,10 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from kda_kernels.errors import InputError
+from kdacli.output import read_json
 
 SCHEMA = "kda.compile/1"
 COMPILERS = ("triton", "nvidia-cutlass-dsl")
@@ -41,12 +41,7 @@ def load(path: str) -> Report:
     Raises:
         InputError: it cannot be read, or is none.
     """
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON file: {error}") from error
+    report = read_json(path, "report of kda compile")
     if not isinstance(report, dict) or report.get("schema") != SCHEMA or not isinstance(report.get("rows"), list):
         raise InputError(
             f"{path} is no report of kda compile: it should have been written by kda compile --json {path}"

@@ -1,11 +1,10 @@
 """Records as they lie on a disk: read, told apart by their schema, and joined where they are shards of one run."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kda_kernels.errors import InputError
+from kdacli.output import read_json
 from kdacli.report import parts
 from kdacli.report.parts import Part
 
@@ -34,12 +33,7 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
 
 def read(path: str) -> Source:
     """A record. Raises `InputError` where the file holds none, or one of a kind that no page shows."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no record: it is no JSON ({error})") from error
+    data = read_json(path, "record")
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema not in SCHEMAS:
         raise InputError(f"{path} is no record that a page shows: its schema is {schema}, not {', '.join(SCHEMAS)}")

@@ -1,17 +1,16 @@
 """The record of a run, which `kda profile --json` writes: made as cases are timed, or read from a file."""
 
 import dataclasses
-import json
 import math
 import time
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Problem
+from kdacli.output import read_json
 from kdacli.profile.measuring.ceilings import Ceilings
 from kdacli.profile.records.halflife import HalfLives
 from kdacli.profile.records.layer import LayerCosts
@@ -101,13 +100,7 @@ def require_complete(record: Record, named: Sequence[str]) -> None:
 
 def read(path: str) -> Record:
     """A recording. Raises `InputError` where the file holds none, or is none that this kda can read."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no recording of kda profile: it is no JSON ({error})") from error
-    return parse(data, path)
+    return parse(read_json(path, "recording of kda profile"), path)
 
 
 def parse(data: Any, path: str) -> Record:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kda_kernels.checks import problem_of
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, one_line
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
@@ -27,6 +27,7 @@ from kdacli.verify.properties import PROPERTIES, NotApplicableError, Remark, Sub
 from kdacli.verify.transforms import LAYOUTS, SERVING, transformed
 
 Status = Literal["pass", "fail", "refused", "error"]
+_LONGEST = 300  # characters of an error
 NO_ROOM = "the GPU has too little memory free for this case"
 Table = list[tuple[Case, list[Kernel]]]  # cases, each with the kernels that it is for
 
@@ -161,7 +162,7 @@ def check(kernel: Kernel, bench: Bench) -> Result:
         except torch.OutOfMemoryError as error:
             held = gpu_memory.others()
             status: Status = "error" if held is None else "refused"
-            note = said(error) if held is None else f"{NO_ROOM}: {held}"
+            note = one_line(error, _LONGEST) if held is None else f"{NO_ROOM}: {held}"
             name = runner_of(kernel, bench.decode_steps).name
             result = Result(bench.name, name, bench.problem.op, status, notes=(note,))
     return dataclasses.replace(result, seconds=round(time.perf_counter() - start, 4))
@@ -183,8 +184,8 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
         raise
     except Exception as error:  # the kernel's fault, whatever it is: reported, and the next case runs
         if bench.strided and isinstance(error, InputError):
-            return result("refused", [one_line(error)])
-        return result("error", [said(error)])
+            return result("refused", [one_line(error, _LONGEST)])
+        return result("error", [one_line(error, _LONGEST)])
     outputs = first.outputs
     verdicts = judge(bench.reference, outputs, carried_state=runner.carried_state)
     notes = [*_wrong_beside_values(bench, first), *_differences(outputs, again.outputs)]
@@ -216,11 +217,11 @@ def _ask(name: str, subject: Subject) -> Held:
     try:
         notes = tuple(dict.fromkeys(found.check(subject)))
     except NotApplicableError as error:
-        return Held(name, "refused", (one_line(error),))
+        return Held(name, "refused", (one_line(str(error), _LONGEST),))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the kernel's fault, as above
-        return Held(name, "error", (said(error),))
+        return Held(name, "error", (one_line(error, _LONGEST),))
     return Held(name, "pass" if all(isinstance(note, Remark) for note in notes) else "fail", notes)
 
 
@@ -248,14 +249,3 @@ def _differences(first: Outputs, second: Outputs) -> Iterator[str]:
         other = second.tensors().get(name)
         if other is None or not same_bits(tensor, other):
             yield f"a second call on the same inputs gave other bits of {name}"
-
-
-def said(error: BaseException) -> str:
-    """An error's type and message in one line."""
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
