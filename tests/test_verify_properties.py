@@ -21,7 +21,7 @@ def ask(kernel: registry.Kernel, word: str) -> Result:
 @pytest.mark.parametrize("op", list(Op))
 @pytest.mark.parametrize("name", [name for name, found in PROPERTIES.items() if not found.gpu_only])
 def test_good_kernels_have_it(op, name):
-    kernel = {Op.PREFILL: "torch-prefill", Op.DECODE: "torch-decode", Op.GATE: "triton-gate"}[op]
+    kernel = {Op.GATE: "triton-gate"}.get(op, f"torch-{op}")
     if op not in PROPERTIES[name].ops:
         return
     pool = "" if op is Op.GATE else "/pool=5"
