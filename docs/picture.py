@@ -1,4 +1,4 @@
-"""Draws docs/kda.svg from real runs of the command line: `python3 dev.py picture`."""
+"""Draws docs/kda.svg from real runs of the command line and docs/speed.svg from records: `python3 dev.py picture`."""
 
 import io
 import os
@@ -11,7 +11,8 @@ from rich.text import Text
 
 COMMANDS = ("verify --kernel triton-prefill", "compile --kernel triton-decode --kernel triton-gate")
 WIDTH = 100
-PICTURE = Path(__file__).resolve().parent / "kda.svg"
+HERE = Path(__file__).resolve().parent
+PICTURE, SPEED, RECORDS = HERE / "kda.svg", HERE / "speed.svg", HERE.parent / "benchmarks"
 
 
 def output_of(words: str) -> str:
@@ -30,4 +31,26 @@ def main() -> None:
     console.save_svg(str(PICTURE), title="kda")
 
 
-main()
+def draw_speed() -> None:
+    """Prefill and decode beside peers, from the committed records."""
+    import matplotlib
+    import matplotlib.figure
+
+    from kdacli.profile.records.record import read
+    from kdacli.profile.records.row import timed
+    from kdacli.profile.reporting.plot import beside
+
+    chosen = (("prefill-h100", "init", ("P1", "P2", "P4")), ("decode-h100", "bench", None))
+    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "kda", "svg.fonttype": "none"}):
+        figure = matplotlib.figure.Figure((9.6, 3.8), layout="constrained")
+        for part, (name, gates, cases) in zip(figure.subfigures(1, 2), chosen, strict=True):
+            rows = timed(read(str(RECORDS / f"{name}.json")).rows)
+            beside(
+                part.subplots(), [row for row in rows if row.gates == gates and (cases is None or row.case in cases)]
+            )
+        figure.savefig(SPEED, metadata={"Date": None}, facecolor="white")
+
+
+if __name__ == "__main__":
+    draw_speed()
+    main()

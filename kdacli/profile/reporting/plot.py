@@ -35,11 +35,8 @@ def draw(record: Record, path: str) -> None:
         high = -(-len(panels) // columns)
         size = (_SIZE[0] * columns, max(height for height, _ in panels) * high)
         figure = matplotlib.figure.Figure(size, layout="constrained")
-        axes = figure.subplots(high, columns, squeeze=False).flatten()
-        for axis, (_, draw_panel) in zip(axes, panels, strict=False):
-            draw_panel(axis)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
+        for part, (_, draw_panel) in zip(figure.subfigures(high, columns, squeeze=False).flat, panels, strict=False):
+            draw_panel(part.subplots())
         figure.suptitle(_machine(record), fontsize=9)
         metadata = {"Date": None} if path.lower().endswith((".svg", ".pdf")) else None
         figure.savefig(path, dpi=150, metadata={"CreationDate": None} if path.lower().endswith(".pdf") else metadata)
@@ -58,7 +55,7 @@ def against(panel: "Axes", group: Sequence[Series]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel(f"{UNITS[first.axis]}s")
-    panel.set_ylabel("us a call, median")
+    panel.set_ylabel("us per call, median")
     panel.set_title(f"{first.op}, {first.label} gates: us against {UNITS[first.axis]}s")
     panel.grid(True, which="both", alpha=0.25)
     panel.legend(fontsize=8)
@@ -84,10 +81,10 @@ def beside(panel: "Axes", rows: Sequence[TimedRow]) -> None:
     panel.set_yticks(range(len(cases)), cases)
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.set_xlabel("us a call, median with its 95% interval")
+    panel.set_xlabel("us per call, median with its 95% interval")
     panel.set_title(f"{rows[0].op}, {rows[0].gates} gates")
     panel.grid(True, axis="x", which="both", alpha=0.25)
-    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14 - 0.6 / len(cases)), ncols=2)
+    panel.get_figure().legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
 
 
 def roofline(panel: "Axes", rows: Sequence[TimedRow], ceilings: Ceilings) -> None:
