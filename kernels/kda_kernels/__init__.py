@@ -4,8 +4,10 @@ import importlib
 
 _EXPORTS = {
     "Checkpoints": "kda_kernels.api",
+    "ContextParallel": "kda_kernels.parallel",
     "Convolution": "kda_kernels.api",
     "GatedNorm": "kda_kernels.api",
+    "convolution_halo": "kda_kernels.parallel",
     "checkpoint_alignment": "kda_kernels.api",
     "prefill_workspace_bytes": "kda_kernels.api",
     "chunk_kda": "kda_kernels.api",

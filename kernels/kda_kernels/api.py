@@ -10,6 +10,7 @@ these tensors; where a call is traced (torch.compile, torch.export, FakeTensorMo
 (a ValueError). There is no backward: results of tensors that require grad can be used, but not differentiated.
 """
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -96,7 +97,11 @@ def chunk_kda(
         cu_seqlens: int32 or int64 [N + 1], for a packed batch with B = 1.
         cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
         disable_recompute, max_num_seqs: accepted; they change nothing here.
-        cp_context, use_graph: not supported; leave them out.
+        cp_context: tokens are spread over the ranks of a process group, each of which calls this with its own: what
+            `fla.ops.cp.build_cp_context` makes, or a `kda_kernels.parallel.ContextParallel`. cu_seqlens then comes from
+            it; without initial_state, output_final_state and return_intermediate_states, as in FLA (`kda_prefill`
+            has a pool).
+        use_graph: not supported; leave it out.
         **kwargs: A_log, HV elements in any shape; dt_bias [HV * K] or [HV, K]; chunk_size, 32 or 64: the kernels work
             in chunks of 64 in both cases, which changes no result beyond rounding; transpose_state_layout, the
             deprecated name of state_v_first.
@@ -111,9 +116,8 @@ def chunk_kda(
         UnavailableError: no GPU, and Triton's interpreter is not on.
     """
     state_v_first = _state_v_first(state_v_first, kwargs)
-    for name, value in (("cp_context", cp_context), ("use_graph", use_graph)):
-        if value:
-            raise InputError(name, "is given", "it is not supported; leave it out")
+    if use_graph:
+        raise InputError("use_graph", "is given", "it is not supported; leave it out")
     A_log, dt_bias, chunk_size = kwargs.pop("A_log", None), kwargs.pop("dt_bias", None), kwargs.pop("chunk_size", CHUNK)
     _refuse("chunk_kda", kwargs)
     if chunk_size not in (32, 64):
@@ -130,7 +134,15 @@ def chunk_kda(
     g = by_head(g, v)
     if not use_gate_in_kernel:
         A_log = dt_bias = None
-    if is_traced(q):
+    if cp_context is not None:
+        lacking = {
+            "initial_state": initial_state is not None, "output_final_state": output_final_state,
+            "return_intermediate_states": return_intermediate_states, "a call that is traced": is_traced(q),
+        }  # fmt: skip
+        for name, given in lacking.items():
+            if given:
+                raise InputError("cp_context", f"is given with {name}", "one of them should be left out")
+    elif is_traced(q):
         if return_intermediate_states:
             raise InputError("return_intermediate_states", "is set", "it is not supported in a call that is traced")
         return traced(
@@ -150,6 +162,12 @@ def chunk_kda(
     )  # fmt: skip
 
     def run() -> tuple[Any, ...]:
+        if cp_context is not None:
+            from kda_kernels.parallel import ContextParallel
+            from kda_kernels.parallel.prefill import prefill as parallel_prefill
+
+            alone = dataclasses.replace(inputs, cu_seqlens=None, cu_seqlens_cpu=None, state_v_first=True)
+            return parallel_prefill(alone, ContextParallel.of_fla(cp_context)), None
         if not return_intermediate_states:
             outputs = run_prefill(inputs, names=FLA_NAMES)
             return outputs.o, outputs.final_state

@@ -4,7 +4,7 @@ For engines; `api` is where they are imported from.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,11 @@ from kda_kernels.boundary import check, check_chunk_indices, check_out, forward_
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from kda_kernels.parallel import ContextParallel
 
 
 def kda_decode(
@@ -149,6 +154,7 @@ def kda_prefill(
     batch_invariant: bool = False,
     workspace: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
+    group: "ContextParallel | ProcessGroup | None" = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Whole prompts, on the same pool as `kda_decode`: a sequence is decoded from where its prefill left it.
@@ -161,6 +167,13 @@ def kda_prefill(
         batch_invariant: the bits of a sequence depend on itself alone, not on the batch that it is in.
         workspace: uint8, at least `prefill_workspace_bytes` of it: the call allocates no other scratch memory.
         cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
+        group: the packed tokens are spread over the ranks of a process group, each of which calls this: q, k, v, g and
+            beta are this rank's, all else is the whole batch's, and each rank has a pool. A
+            `kda_kernels.parallel.ContextParallel`, which an engine makes once a batch and passes to every layer, and
+            which then holds cu_seqlens; of a plain group one is made here. An initial state is read on the rank of the
+            sequence's first token, its final state written on that of its last, a checkpoint on that of the token
+            before it. Cuts lie at multiples of 64 tokens of a sequence that has checkpoints. Not with batch_invariant
+            or workspace.
         kernel: "cute-prefill", "triton-prefill" or "torch-prefill"; `kda_kernels.registry` says which one is the
             default.
     """
@@ -168,6 +181,8 @@ def kda_prefill(
         A_log = dt_bias = None
     g = by_head(g, v)
     if checks.is_traced(q):
+        if group is not None:
+            raise InputError("group", "is given", "it is not supported in a call that is traced")
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         c = checkpoints
         kept = (None, None, None, None) if c is None else (c.states, c.rows, c.offsets, c.every)
@@ -186,11 +201,29 @@ def kda_prefill(
         has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu,
     )  # fmt: skip
     _require_pool(state, state_indices)
+    if group is not None:
+        return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     if plain and out is not None and chunk_indices is None and registry.prefill_again(call, out):
         return out
     inputs = Inputs(*call)
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
+
+
+def _over_ranks(
+    inputs: Inputs, out: torch.Tensor | None, group: "ContextParallel | ProcessGroup", kernel: str | None
+) -> torch.Tensor:
+    from kda_kernels import parallel
+    from kda_kernels.parallel.prefill import prefill
+
+    context = group
+    if not isinstance(context, parallel.ContextParallel):
+        ends = inputs.cu_seqlens if inputs.cu_seqlens_cpu is None else inputs.cu_seqlens_cpu
+        if ends is None:
+            wanted = "it should be the whole batch's, where group is a process group"
+            raise InputError("cu_seqlens", "is missing", wanted)
+        context = parallel.ContextParallel.of(ends, context, tokens=inputs.q.shape[1])
+    return forward_only(lambda: (prefill(inputs, context, out, kernel),), inputs)[0]
 
 
 def run_prefill(

@@ -1,0 +1,1 @@
+"""`--cp`: checks and times of prefills over the ranks of a process group, started by torchrun."""

@@ -1,0 +1,171 @@
+"""Prefills over ranks against the fp64 oracle: `kda verify --cp`, and the tests."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kda_kernels.api import Checkpoints, kda_prefill
+from kda_kernels.parallel import ContextParallel
+from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.judge import Reference, Verdict, judge
+from kdacli.judge.bits import same_bits
+from kdacli.synthetic import make_inputs
+
+TOKENS = ("q", "k", "v", "g", "beta")
+SAFE, SOFTPLUS = Options(gate=Gate.SAFE, lower_bound=-5.0), Options()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A packed batch and where it is cut.
+
+    Attributes:
+        cuts: the first token of each rank's part, and the number of all.
+        every: checkpoints at so many tokens; negative: at offsets that lie as far apart.
+        fresh: every other request is new.
+        groups: heads go in two groups.
+        dtype: of states.
+    """
+
+    lens: tuple[int, ...]
+    cuts: tuple[int, ...]
+    options: Options = SAFE
+    padding: int = 0
+    every: int | None = None
+    fresh: bool = False
+    K: int = 16
+    V: int = 16
+    H: int = 1
+    HV: int = 1
+    groups: bool = False
+    dtype: str = "float32"
+
+    @property
+    def ranks(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            Op.PREFILL, self.lens, H=self.H, HV=self.HV, K=self.K, V=self.V, pool_slots=len(self.lens) + 1,
+            padding=self.padding, options=self.options, state_dtype=self.dtype,
+        )  # fmt: skip
+
+    def inputs(self, device: str = "cpu") -> Inputs:
+        """Of the whole batch, the same on every rank."""
+        inputs = make_inputs(self.problem, gates="weak", seed=5, device=device)
+        N = len(self.lens)
+        if self.every is not None:
+            step = abs(self.every)
+            columns = max(self.lens) // step
+            rows = torch.arange(N * columns, dtype=torch.int32, device=device).view(N, columns)
+            assert inputs.state is not None  # a pool
+            states = torch.zeros(N * columns, *inputs.state.shape[1:], device=device)
+            at = torch.arange(step, step * columns + 1, step, dtype=torch.int32, device=device).repeat(N, 1)
+            kept = Checkpoints(states, rows, every=step) if self.every > 0 else Checkpoints(states, rows, at)
+            inputs = dataclasses.replace(inputs, checkpoints=kept)
+        if self.fresh:
+            inputs = dataclasses.replace(inputs, has_initial_state=torch.arange(N, device=device) % 2 == 1)
+        return inputs
+
+    def sequences(self, inputs: Inputs) -> Iterator[tuple[int, int, int]]:
+        """Slot, first token and length of each."""
+        starts = itertools.accumulate(self.lens, initial=0)
+        yield from zip(inputs.pool[1].tolist(), starts, self.lens, strict=False)
+
+    def owner(self, start: int, length: int) -> int:
+        """The rank that has a sequence's last token."""
+        return next(r for r in range(self.ranks) if self.cuts[r] < start + length <= self.cuts[r + 1])
+
+
+def cases(ranks: int, device: str) -> dict[str, Case]:
+    """For so many ranks: small ones for Triton's interpreter, large ones on GPUs."""
+    size: dict[str, Any] = {"K": 128, "V": 128, "H": 2, "HV": 4} if device == "cuda" else {}
+    unit = 1500 if device == "cuda" else 40  # tokens of a rank
+    T = unit * ranks
+    even = tuple(CHUNK * (i * T // ranks // CHUNK) for i in range(ranks)) + (T,)
+    odd = tuple(i * T // ranks + i % 3 for i in range(ranks)) + (T,)
+    hole = (*odd[: ranks // 2], odd[ranks // 2], *odd[ranks // 2 :])[:ranks] + (T,)
+    many = tuple(itertools.chain(*([unit // 5, 0, unit // 3, 1] for _ in range(ranks))))
+    whole = sum(many)
+    found = {
+        "one long sequence": Case((T,), even, **size),
+        "one long sequence, softplus": Case((T,), odd, SOFTPLUS, **size),
+        "heads in two groups": Case((T,), odd, groups=True, **{"H": 2, "HV": 2, **size}),
+        "an empty rank": Case((T,), hole, **size),
+        "many short sequences": Case(many, (*(i * whole // ranks for i in range(ranks)), whole), **size),
+        "padding, bf16 states": Case((T // 2, T - T // 2), odd, padding=1, dtype="bfloat16", **size),
+    }
+    step = CHUNK * max(1, unit // CHUNK)
+    long = step * ranks
+    found["checkpoints"] = Case((long,), tuple(range(0, long + 1, step)), every=CHUNK, **size)
+    return found
+
+
+def arguments(inputs: Inputs, **changes: Any) -> dict[str, Any]:
+    """Of `kda_prefill`."""
+    names = ("A_log", "dt_bias", "state", "state_indices", "has_initial_state", "checkpoints")
+    given = {name: getattr(inputs, name) for name in (*TOKENS, *names)}
+    return given | {"lower_bound": inputs.options.lower_bound} | changes
+
+
+def part_of(inputs: Inputs, begin: int, end: int) -> dict[str, torch.Tensor]:
+    return {name: getattr(inputs, name)[:, begin:end] for name in TOKENS}
+
+
+def gathered(mine: Any, group: dist.ProcessGroup | None) -> list:
+    """What each rank has, on all of them."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a rank made: o, its pool before and after, and checkpoints; on the CPU."""
+
+    o: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    kept: torch.Tensor | None
+
+
+def prefilled(case: Case, inputs: Inputs, group: dist.ProcessGroup | None, **how: Any) -> list[Part]:
+    """Of each rank. A pool holds NaN wherever a rank has no business to read."""
+    rank = dist.get_rank(group)
+    begin, end = case.cuts[rank : rank + 2]
+    local = inputs.fresh()
+    pool, _ = local.pool
+    for slot, start, _ in case.sequences(inputs):
+        if slot >= 0 and not begin <= start < end:
+            pool[slot] = float("nan")
+    before = pool.clone()
+    assert inputs.cu_seqlens is not None  # cases are packed
+    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, **how)
+    o = kda_prefill(**arguments(local, **part_of(inputs, begin, end)), group=context)
+    kept = None if local.checkpoints is None else local.checkpoints.states.cpu()
+    return gathered(Part(o.cpu(), before.cpu(), pool.cpu(), kept), group)
+
+
+def judged(case: Case, inputs: Inputs, parts: list[Part]) -> tuple[list[Verdict], str]:
+    """Of the whole batch; and which slots were written on the wrong rank, if any."""
+    pool, wrong = inputs.pool[0].cpu().clone(), []
+    for slot, start, length in case.sequences(inputs):
+        if slot < 0 or not length:
+            continue
+        owner = case.owner(start, length)
+        pool[slot] = parts[owner].after[slot]
+        for rank, part in enumerate(parts):
+            changed = not same_bits(part.before[slot], part.after[slot])
+            if changed != (rank == owner):
+                wrong.append(f"slot {slot} was {'' if changed else 'not '}written on rank {rank}")
+    outputs = Outputs(torch.cat([part.o for part in parts], 1), pool)
+    kept = [part.kept for part in parts if part.kept is not None]
+    if kept:
+        outputs.checkpoints = torch.stack(kept).sum(0)  # each is on one rank, and zero on the others
+    return judge(Reference(inputs, Op.PREFILL), outputs), "; ".join(wrong)

@@ -1,0 +1,79 @@
+"""Processes that are ranks: started by torchrun, or by this command itself on one machine."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+from kda_kernels.errors import InputError, KdaError, UnavailableError
+
+
+def cp_option(what: str):
+    """--cp, with or without a number of ranks."""
+    return click.option(
+        "--cp", type=click.IntRange(min=0), is_flag=False, flag_value=0, metavar="[RANKS]",
+        help=f"{what} over ranks: those of torchrun, or so many processes that are started here.",
+    )  # fmt: skip
+
+
+def require_alone(ctx: click.Context, allowed: Sequence[str]) -> None:
+    """Raises `InputError` for a flag that --cp has no use for."""
+    for parameter in ctx.command.params:
+        typed = ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        if typed and parameter.name not in allowed:
+            raise InputError(f"{parameter.opts[0]} is given with --cp: leave one out")
+
+
+def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
+    """Runs this command line in so many processes of this machine, and returns its exit code; None: this is a rank.
+
+    Raises:
+        InputError: no number of ranks is known, or torchrun started another one.
+        UnavailableError: fewer GPUs than ranks.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if ranks not in (0, int(os.environ["WORLD_SIZE"])):
+            raise InputError(f"--cp is {ranks}, and torchrun started {os.environ['WORLD_SIZE']} ranks: leave one out")
+        return None
+    if device == "cuda":
+        import torch
+
+        have = torch.cuda.device_count()
+        if ranks > have:
+            raise UnavailableError(f"--cp {ranks} needs as many GPUs: there are {have}; torchrun spans machines")
+        ranks = ranks or have
+    if ranks < 1:
+        raise InputError(
+            "--cp says no number of ranks: --cp 4, or start this with torchrun --nproc-per-node 4 -m kdacli"
+        )
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*run, "-m", "kdacli", *words]).returncode
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[int, int]]:
+    """(rank, ranks) of the default process group, NCCL on GPUs and gloo on CPUs, while it is there.
+
+    Only rank 0 prints: what is wrong on all ranks is said once.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    except KdaError as error:
+        if dist.get_rank():
+            from kdacli.main import exit_code
+
+            raise SystemExit(exit_code(error)) from None
+        raise
+    finally:
+        dist.destroy_process_group()

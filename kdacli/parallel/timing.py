@@ -1,0 +1,148 @@
+"""One prefill over ranks, timed on all of them together."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from kda_kernels.api import kda_prefill
+from kda_kernels.parallel import ContextParallel, exchange
+from kda_kernels.parallel import prefill as over_ranks
+from kda_kernels.problem import Problem
+from kda_kernels.tensors import Inputs
+from kdacli.synthetic import make_inputs
+
+WARM_UP, LEAST, MOST = 3, 10, 1000  # calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prefill over ranks, or on one GPU; times are those of the slowest rank, us.
+
+    Attributes:
+        parts: tokens of each rank.
+        low_us, high_us: quartiles.
+        exchange_us: the gather of summaries by itself; exposed_us: by how much a call is faster without it.
+        exchange_bytes: that each rank receives.
+    """
+
+    kernel: str
+    tokens: int
+    heads: int
+    ranks: int
+    parts: tuple[int, ...]
+    median_us: float
+    low_us: float
+    high_us: float
+    samples: int
+    exchange_us: float | None = None
+    exposed_us: float | None = None
+    exchange_bytes: int = 0
+
+
+def times_of(call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float) -> list[float]:
+    """us of each call on the slowest rank of the group, whose ranks begin together."""
+    device, alone = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(group) == 1
+    ready, found, total = torch.ones(1, device=device), [], 0.0
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for i in range(MOST):
+        if not alone:
+            dist.all_reduce(ready, op=dist.ReduceOp.MAX, group=group)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        took = torch.tensor([1e3 * begin.elapsed_time(end)], device=device, dtype=torch.float64)
+        if not alone:
+            dist.all_reduce(took, op=dist.ReduceOp.MAX, group=group)
+        if i >= WARM_UP:
+            found.append(took.item())
+            total += found[-1]
+        if len(found) >= LEAST and total > seconds * 1e6:
+            break
+    return found
+
+
+class _Done:
+    """A gather that was none."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _no_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> _Done:
+    return _Done()
+
+
+def inputs_of(problem: Problem, tokens: int, regime: dict[str, Any]) -> Inputs:
+    """So many tokens of `problem` on this GPU, as one sequence with room for the states of all."""
+    local = dataclasses.replace(problem, seq_lens=(tokens,), pool_slots=problem.N, packed=True, padding=0)
+    inputs = make_inputs(local, **regime, device="cuda")
+    slots = torch.arange(problem.N, dtype=torch.int32, device="cuda")
+    return dataclasses.replace(inputs, state_indices=slots)
+
+
+def ours(
+    problem: Problem, cuts: Sequence[int], group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float
+) -> Row:
+    """Of this package, cut at `cuts`."""
+    ranks, rank = len(cuts) - 1, dist.get_rank(group)
+    ends = [0, *itertools.accumulate(problem.seq_lens)]
+    inputs = inputs_of(problem, cuts[rank + 1] - cuts[rank], regime)
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices")
+    given: dict[str, Any] = {name: getattr(inputs, name) for name in names}
+    given |= {"out": torch.empty_like(inputs.v), "lower_bound": inputs.options.lower_bound}
+    if ranks == 1:
+        given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    else:
+        given["group"] = ContextParallel.of(ends, group, cuts=cuts)
+    times = times_of(lambda: kda_prefill(**given), group, seconds)
+    row = _row("ours", problem, cuts, times)
+    if ranks == 1:
+        return row
+    (HV, V), K = inputs.v.shape[2:], inputs.q.shape[3]
+    summary = torch.zeros(HV, V + K, K, device="cuda")
+    everyone = summary.new_empty((ranks, *summary.shape))
+
+    def gather() -> None:
+        exchange.wait(exchange.start_gather(everyone, summary, group))
+
+    alone = statistics.median(times_of(gather, group, 0.05))
+    with mock.patch.object(over_ranks, "start_gather", _no_gather):
+        without = statistics.median(times_of(lambda: kda_prefill(**given), group, seconds))
+    return dataclasses.replace(
+        row, exchange_us=alone, exposed_us=row.median_us - without, exchange_bytes=everyone.nbytes
+    )
+
+
+def flas(problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float) -> Row:
+    """Of FLA's chunk_kda, whose parts are equally long, without states. Raises ImportError where there is none."""
+    from fla.ops.cp import build_cp_context
+    from fla.ops.kda import chunk_kda
+
+    from kdacli.peers import fla
+
+    ranks = dist.get_world_size(group)
+    part = problem.T // ranks
+    inputs = dataclasses.replace(inputs_of(problem, part, regime), state=None, state_indices=None, cu_seqlens=None)
+    options = {**fla.options_of(inputs), "safe_gate": fla.safe_gate(inputs), "state_v_first": False}
+    ends = torch.tensor([0, *itertools.accumulate(problem.seq_lens)], dtype=torch.int32, device="cuda")
+    if ranks > 1:
+        options["cp_context"] = build_cp_context(ends, group)
+    else:
+        options["cu_seqlens"] = ends
+    with torch.no_grad():
+        tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+        times = times_of(lambda: chunk_kda(*tokens, **options), group, seconds)
+    return _row("fla", problem, range(0, problem.T + 1, part), times)
+
+
+def _row(kernel: str, problem: Problem, cuts: Sequence[int], times: list[float]) -> Row:
+    low, median, high = statistics.quantiles(times, n=4)
+    parts = tuple(b - a for a, b in itertools.pairwise(cuts))
+    return Row(kernel, problem.T, problem.HV, len(parts), parts, median, low, high, len(times))

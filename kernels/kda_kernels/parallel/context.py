@@ -1,0 +1,254 @@
+"""Which tokens of a packed batch lie on which rank, and what that makes of this rank's sequences."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kda_kernels.errors import InputError
+from kda_kernels.ints import cdiv
+from kda_kernels.parallel.exchange import agree, start_gather, wait
+from kda_kernels.problem import CHUNK
+
+TIMEOUT = 60.0  # seconds
+
+
+def even_cuts(tokens: int, ranks: int) -> tuple[int, ...]:
+    """The first token of each rank's part, and `tokens`: parts as equal as multiples of 64 tokens allow."""
+    chunks = cdiv(tokens, CHUNK)
+    return tuple(min(tokens, CHUNK * (chunks * rank // ranks)) for rank in range(ranks)) + (tokens,)
+
+
+@dataclasses.dataclass(eq=False)
+class ContextParallel:
+    """A packed batch whose tokens are spread over the ranks of a group, seen from one rank. Made once a batch by `of`.
+
+    Each rank holds a contiguous part of the tokens, which may begin and end anywhere and may be empty. An empty
+    sequence belongs to the rank in whose part it lies.
+
+    Attributes:
+        group: the process group; None is the default one. rank, ranks: this rank in it, and how many there are.
+        lens: tokens on this rank of each sequence that is here. first: the first of them, counted in the whole batch.
+        batch: sequences of the whole batch. share: tokens of a rank, on average.
+        sources: the former ranks that have tokens of the first sequence here, in order.
+        source_tokens: how many each of them has.
+        goes_on: whether the last sequence here has tokens on later ranks.
+        exchanges: whether any sequence of the batch is cut, so that summaries are exchanged.
+        final_states: "last": a final state goes to the pool of the rank that has the sequence's last token; "all": to
+            that of every rank, for which the host waits.
+        timeout: seconds that the host waits for other ranks where it compares their calls.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    ranks: int
+    lens: tuple[int, ...]
+    first: int
+    batch: int
+    share: int
+    sources: tuple[int, ...]
+    source_tokens: tuple[int, ...]
+    goes_on: bool
+    exchanges: bool
+    final_states: str = "last"
+    timeout: float = TIMEOUT
+    _agreed: Any = None
+    _offsets: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        cu_seqlens: torch.Tensor | Sequence[int],
+        group: dist.ProcessGroup | None = None,
+        *,
+        cuts: Sequence[int] | None = None,
+        tokens: int | None = None,
+        final_states: str = "last",
+        timeout: float = TIMEOUT,
+    ) -> "ContextParallel":
+        """For a batch; every rank of `group` calls it, and the host waits for all of them.
+
+        Args:
+            cu_seqlens: [N + 1] of the whole batch, the same on every rank; best on the host, as it is read here.
+            cuts: the first token of each rank's part, and the number of all tokens; `even_cuts` if not given.
+            tokens: instead of `cuts`, those of this rank.
+            final_states, timeout: see the attributes.
+
+        Raises:
+            InputError: an argument is wrong or differs between ranks; all ranks raise it.
+            UnavailableError: a rank ended, or did not answer within `timeout` seconds.
+        """
+        ends = tuple(int(n) for n in (cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens))
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        error = _wrong(ends, cuts, tokens, ranks, final_states)
+        listed = hashlib.sha256(repr(ends).encode()).hexdigest()[:12]
+        said: dict[str, Any] = {
+            "cu_seqlens": f"{len(ends) - 1} sequences, {ends[-1] if ends else 0} tokens, {listed}",
+            "cuts": list(cuts or ()) if tokens is None else "by tokens",
+            "final_states": final_states,
+            "tokens": tokens,
+        }
+        if error is not None:
+            said["error"] = str(error)
+        rows = agree(group, said, ("cu_seqlens", "cuts", "final_states"), timeout)
+        if tokens is not None:
+            cuts = (0, *itertools.accumulate(row["tokens"] for row in rows))
+            if cuts[-1] != ends[-1]:
+                raise InputError("tokens", f"of all ranks are {cuts[-1]}", f"cu_seqlens ends at {ends[-1]}")
+        elif cuts is None:
+            cuts = even_cuts(ends[-1], ranks)
+        return cls(group, rank, ranks, **_part(ends, cuts, rank), final_states=final_states, timeout=timeout)
+
+    @classmethod
+    def of_fla(cls, context: Any) -> "ContextParallel":
+        """What an `FLACPContext` of `fla.ops.cp` says; made once, and kept on it.
+
+        Raises:
+            InputError: it has no group or no cu_seqlens.
+        """
+        if isinstance(context, cls):
+            return context
+        if (known := getattr(context, "_kda_context", None)) is not None:
+            return known
+        for name in ("group", "cu_seqlens"):
+            if getattr(context, name, None) is None:
+                raise InputError("cp_context", f"has no {name}", "fla.ops.cp.build_cp_context makes one that has")
+        local = context.cu_seqlens if context.cu_seqlens_cpu is None else context.cu_seqlens_cpu
+        ends = local.tolist()
+        part = ends[-1]  # of every rank, as FLA cuts
+        rank = dist.get_rank(context.group)
+        sources = tuple(range(rank - context.pre_num_ranks, rank))
+        made = cls(
+            context.group, rank, dist.get_world_size(context.group), tuple(b - a for a, b in itertools.pairwise(ends)),
+            first=0, batch=len(ends) - 1, share=part, sources=sources,
+            source_tokens=tuple(min(part, context.pre_num_conv_tokens - i * part) for i in range(len(sources)))[::-1],
+            goes_on=context.post_num_ranks > 0, exchanges=True,
+        )  # fmt: skip
+        context._kda_context = made
+        return made
+
+    @property
+    def tokens(self) -> int:
+        """On this rank."""
+        return sum(self.lens)
+
+    @property
+    def before(self) -> int:
+        """Tokens of the first sequence here that lie on former ranks."""
+        return sum(self.source_tokens)
+
+    @property
+    def carried(self) -> bool:
+        """Whether the first sequence here began on a former rank."""
+        return bool(self.sources)
+
+    def offsets(self, first: int, last: int, device: torch.device) -> torch.Tensor:
+        """cu_seqlens, int32, of this rank's sequences from `first` to before `last`, counted from their first token."""
+        key = first, last, device
+        if key not in self._offsets:
+            ends = [0, *itertools.accumulate(self.lens[first:last])]
+            self._offsets[key] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._offsets[key]
+
+    def require_same(self, said: dict[str, Any], error: InputError | None) -> None:
+        """That all ranks make the same call; compared by the first call of a batch, as its other layers are alike.
+
+        Args:
+            said: what must not differ between ranks. error: why this rank refuses the call.
+
+        Raises:
+            InputError: this rank refuses it; ranks differ; or it differs from this rank's first call of the batch.
+            UnavailableError: a rank ended, or did not answer within `timeout` seconds.
+        """
+        if self._agreed is None:
+            extra = {} if error is None else {"error": str(error)}
+            agree(self.group, {**said, **extra}, list(said), self.timeout)
+            self._agreed = said
+        if error is not None:
+            raise error
+        for name, value in said.items():
+            if self._agreed[name] != value:
+                found = f"is {value}, and was {self._agreed[name]} in the first call of this batch"
+                raise InputError(name, found, "a ContextParallel serves calls that are alike")
+
+
+def _wrong(
+    ends: tuple[int, ...], cuts: Sequence[int] | None, tokens: int | None, ranks: int, final_states: str
+) -> InputError | None:
+    if not ends or ends[0] != 0 or any(b < a for a, b in itertools.pairwise(ends)):
+        return InputError("cu_seqlens", "is no list of offsets", "it should start at 0 and never decrease")
+    if cuts is not None and tokens is not None:
+        return InputError("cuts", "are given with tokens", "one of them should be left out")
+    if cuts is not None and (
+        len(cuts) != ranks + 1 or cuts[0] != 0 or cuts[-1] != ends[-1] or list(cuts) != sorted(cuts)
+    ):
+        return InputError("cuts", f"are {list(cuts)}", f"they should be {ranks + 1}, from 0 up to {ends[-1]}")
+    if final_states not in ("last", "all"):
+        return InputError("final_states", f"is {final_states!r}", "it should be 'last' or 'all'")
+    return None
+
+
+def _part(ends: tuple[int, ...], cuts: Sequence[int], rank: int) -> dict[str, Any]:
+    """The fields of `ContextParallel` that say what a rank has of the sequences that end at ends[1:]."""
+    begin, end, total = cuts[rank], cuts[rank + 1], ends[-1]
+    sequences = list(itertools.pairwise(ends))
+    full = [r for r in range(len(cuts) - 1) if cuts[r] < cuts[r + 1]]
+
+    def here(first: int, last: int) -> bool:
+        if first < last:
+            return max(first, begin) < min(last, end)
+        return begin <= first < end or (first == total and rank == len(cuts) - 2)
+
+    mine = [n for n, (first, last) in enumerate(sequences) if here(first, last)]
+    lens = tuple(max(0, min(end, sequences[n][1]) - max(begin, sequences[n][0])) for n in mine)
+    start = sequences[mine[0]][0] if mine else begin
+    sources = tuple(r for r in full if cuts[r] < begin and start < cuts[r + 1]) if start < begin else ()
+    return {
+        "lens": lens,
+        "first": mine[0] if mine else 0,
+        "batch": len(sequences),
+        "share": cdiv(total, len(cuts) - 1),
+        "sources": sources,
+        "source_tokens": tuple(min(begin, cuts[r + 1]) - max(start, cuts[r]) for r in sources),
+        "goes_on": bool(mine) and sequences[mine[-1]][1] > end,
+        "exchanges": any(cuts[r] not in ends for r in full),
+    }
+
+
+def convolution_halo(x: torch.Tensor, context: "ContextParallel | Any", width: int) -> torch.Tensor:
+    """The tokens before this rank's part that a causal convolution of `width` taps reads: as its initial state.
+
+    Args:
+        x: [1, T, D] or [T, D], this rank's tokens, any dtype.
+        context: `ContextParallel`, or FLA's object; every rank of the group calls this.
+        width: of the convolution; 1 needs nothing.
+
+    Returns:
+        [width - 1, D] in the dtype of x: the last tokens of the first sequence here that lie on former ranks; zeros
+        where there are fewer. Ranks whose parts are shorter than that are seen through.
+
+    Raises:
+        InputError: x does not have as many tokens as the part.
+        UnavailableError: a rank ended.
+    """
+    context = ContextParallel.of_fla(context)
+    x = x[0] if x.ndim == 3 else x
+    if x.ndim != 2 or x.shape[0] != context.tokens:
+        raise InputError("x", f"has shape {list(x.shape)}", f"it should be [1, T, D] or [T, D] with T={context.tokens}")
+    taps = width - 1
+    halo = x.new_zeros((taps, x.shape[1]))
+    if taps < 1 or not context.exchanges:
+        return halo
+    last = min(taps, context.lens[-1]) if context.goes_on else 0
+    mine = torch.cat((halo, x[x.shape[0] - last :]))[-taps:].contiguous().view(torch.uint8)
+    everyone = mine.new_empty((context.ranks, *mine.shape))
+    wait(start_gather(everyone, mine, context.group))
+    pieces = [
+        everyone[rank].view(x.dtype)[max(0, taps - tokens) :]
+        for rank, tokens in zip(context.sources, context.source_tokens, strict=True)
+    ]
+    return torch.cat((halo, *pieces))[-taps:]

@@ -1,0 +1,315 @@
+"""Prefill of a packed batch over ranks: exact, one exchange a call.
+
+The recurrence is affine in the state (`kda_kernels.segments`): a rank's tokens of a sequence that began on a former
+rank turn the state S [V, K] before them into S T + E. Each rank runs its tokens from no state, which gives E and
+outputs o', and the identity along with them, which gives T and what each token reads of S, r [K]. E and T are gathered
+from all ranks; then S is known everywhere, and o = o' + S r. Only two sequences of a rank can be cut, its first and its
+last; the others run while summaries are on their way. Heads go in two groups where there is enough work: what one group
+waits for is on its way while the other computes.
+
+Bits depend on where a sequence is cut, as sums are rounded in another order; not on how many ranks there are beside
+those that have its tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from kda_kernels import registry
+from kda_kernels.boundary import check, check_out
+from kda_kernels.errors import InputError
+from kda_kernels.parallel.context import ContextParallel
+from kda_kernels.parallel.exchange import start_gather, wait
+from kda_kernels.parallel.plain import PlainCarried
+from kda_kernels.problem import CHUNK, Op
+from kda_kernels.ranges import stage
+from kda_kernels.tensors import Checkpoints, Inputs
+
+GROUPS_FROM = 256 << 10  # tokens of a rank times value heads, from which heads go in two groups
+
+
+class Carried(Protocol):
+    """This rank's tokens of a sequence that began on a former rank, for some heads.
+
+    Attributes:
+        summary: [HV, V + K, K], fp32, contiguous: E above T.
+    """
+
+    summary: torch.Tensor
+
+    def finish(self, summaries: torch.Tensor, ends: bool) -> None:
+        """Completes outputs and checkpoints, and the final state if the sequence ends here.
+
+        Args:
+            summaries: [R, HV, V + K, K], of the former ranks that have tokens of the sequence.
+        """
+
+
+def prefill(
+    inputs: Inputs, context: ContextParallel, out: torch.Tensor | None = None, kernel: str | None = None
+) -> torch.Tensor:
+    """Runs this rank's part; every rank of the group calls it.
+
+    Args:
+        inputs: q, k, v, g and beta [1, T, ..] are this rank's tokens; state_indices, has_initial_state and the tables
+            of checkpoints are the whole batch's; cu_seqlens is not looked at. No state, or a pool, which each rank has.
+        out: [1, T, HV, V].
+        kernel: as in `kda_prefill`.
+
+    Returns:
+        o of this rank's tokens. Final states are in the pool, see `ContextParallel.final_states`.
+
+    Raises:
+        InputError, UnavailableError: as `ContextParallel.require_same`.
+    """
+    try:
+        local, error = _local(inputs, context), None
+        check(local)
+        check_out(out, inputs.v)
+    except InputError as refused:
+        local, error = inputs, refused
+    if context.exchanges or context.final_states == "all":
+        context.require_same(_said(inputs, kernel), error)
+    elif error is not None:
+        raise error
+    o = torch.empty_like(local.v, memory_format=torch.contiguous_format) if out is None else out
+    call = Call(local, context, o, kernel)
+    gathers = []
+    for part in call.parts:
+        summary = part.start()
+        if context.exchanges:
+            everyone = summary.new_empty((context.ranks, *summary.shape))
+            gathers.append((everyone, start_gather(everyone, summary, context.group), summary))
+    call.run_others()
+    for part, (everyone, work, _) in zip(call.parts, gathers, strict=False):
+        wait(work)
+        part.finish(everyone)
+    if context.final_states == "all" and inputs.state_indices is not None:
+        _to_all_ranks(inputs, context)
+    return o
+
+
+class Call:
+    """A rank's share of one call, without what ranks tell each other.
+
+    Attributes:
+        parts: groups of heads, for what is cut.
+    """
+
+    def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None = None) -> None:
+        self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
+        H, HV = inputs.q.shape[2], inputs.v.shape[2]
+        groups = 2 if H % 2 == 0 and context.share * HV >= GROUPS_FROM else 1
+        self.parts = [
+            CutSequences(_of_heads(inputs, i, groups), context, _share(o, 2, i, groups), kernel) for i in range(groups)
+        ]
+
+    def run_others(self) -> None:
+        """The sequences that lie on this rank as a whole."""
+        context, lens = self.context, self.context.lens
+        first, last = int(context.carried), len(lens) - int(context.goes_on)
+        if first >= last:
+            return
+        begin = sum(lens[:first])
+        tokens = slice(begin, begin + sum(lens[first:last]))
+        inputs = _sequences(self.inputs, tokens, first, last)
+        cu_seqlens = context.offsets(first, last, inputs.q.device)
+        on_host = context.offsets(first, last, torch.device("cpu"))
+        inputs = dataclasses.replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_cpu=on_host)
+        with stage("whole sequences"):
+            _run(inputs, self.o[:, tokens], self.kernel)
+
+
+class CutSequences:
+    """The one or two sequences of a rank that are cut, for some heads."""
+
+    def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None) -> None:
+        self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
+        self.carried: Carried | None = None
+
+    def start(self) -> torch.Tensor:
+        """Runs them from what is known; returns the summary of the one that goes on, [HV, V + K, K]."""
+        context, lens = self.context, self.context.lens
+        (HV, V), K = self.inputs.v.shape[2:], self.inputs.q.shape[3]
+        summary = None
+        if context.carried:
+            tokens = slice(0, lens[0])
+            with stage("carried sequence"):
+                inputs = self._one(tokens, 0)
+                self.carried = _carried(inputs, context.before, self.o[:, tokens], self.kernel)
+            if context.goes_on and len(lens) == 1:
+                summary = self.carried.summary
+        if context.goes_on and summary is None:
+            tokens = slice(sum(lens) - lens[-1], sum(lens))
+            with stage("begun sequence"):
+                summary = self._begun(self._one(tokens, len(lens) - 1), self.o[:, tokens])
+        # what nobody asks for has no values
+        return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
+
+    def finish(self, everyone: torch.Tensor) -> None:
+        """With all ranks' summaries [ranks, HV, V + K, K]."""
+        if self.carried is None:
+            return
+        sources = self.context.sources
+        if sources[-1] - sources[0] + 1 == len(sources):
+            summaries = everyone[sources[0] : sources[-1] + 1]
+        else:
+            summaries = everyone[list(sources)]
+        with stage("states between ranks"):
+            self.carried.finish(summaries, not (self.context.goes_on and len(self.context.lens) == 1))
+        self.carried = None
+
+    def _one(self, tokens: slice, n: int) -> Inputs:
+        return dataclasses.replace(_sequences(self.inputs, tokens, n, n + 1), cu_seqlens=None, cu_seqlens_cpu=None)
+
+    def _begun(self, inputs: Inputs, o: torch.Tensor) -> torch.Tensor:
+        """From its initial state; E is where it ends here, in fp32, and T is 0: nothing that came before matters."""
+        if inputs.state_indices is not None:
+            state, indices = apart(inputs)
+            inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
+        else:
+            inputs = dataclasses.replace(inputs, output_final_state=True)
+        end = _run(inputs, o, self.kernel)
+        assert end is not None  # as there is a pool, or output_final_state
+        summary = end.new_zeros((end.shape[1], end.shape[2] + end.shape[3], end.shape[3]))
+        summary[:, : end.shape[2]] = end[0]
+        return summary
+
+
+def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state of a call of one sequence in a pool of its own, fp32, and its index there: padding stays padding, and a
+    slot that is not there stays one."""
+    pool, indices = inputs.pool
+    slot = indices[:1].long()
+    state = pool[slot.clamp(0, pool.shape[0] - 1)].float()
+    index = (slot >= pool.shape[0]).int()
+    padding = slot < 0 if inputs.null_slot is None else (slot < 0) | (slot == inputs.null_slot)
+    return state, index.masked_fill_(padding, -1)
+
+
+def _carried(inputs: Inputs, before: int, o: torch.Tensor, kernel: str | None) -> Carried:
+    """With the first kernel that can."""
+    if (kept := inputs.checkpoints) is not None:
+        inputs = dataclasses.replace(inputs, checkpoints=_counted_from(kept, before))
+    inputs = dataclasses.replace(inputs, has_initial_state=None)
+    chosen = registry.kernel_for(Op.PREFILL, inputs, o) if kernel is None else registry.get(kernel)
+    if chosen.backend == "cute":
+        from kda_kernels.cute.prefill_carried import HopperCarried
+
+        return HopperCarried(inputs, o)
+    return PlainCarried(inputs, o, lambda one, out: _run(one, out, kernel))
+
+
+def _counted_from(kept: Checkpoints, before: int) -> Checkpoints:
+    """Checkpoints of a sequence of which so many tokens lie on former ranks."""
+    if before % CHUNK:
+        wanted = f"it should be a multiple of {CHUNK} where there are checkpoints"
+        raise InputError("cuts", f"leave {before} tokens of a sequence on former ranks", wanted)
+    offsets = kept.offsets
+    if offsets is None:
+        assert kept.every is not None  # as there are no offsets
+        columns = kept.rows.shape[1] if kept.rows.ndim == 2 else 1
+        offsets = torch.arange(1, columns + 1, device=kept.rows.device).expand_as(kept.rows) * kept.every
+    return Checkpoints(kept.states, kept.rows, (offsets - before).to(kept.rows.dtype))
+
+
+def _run(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> torch.Tensor | None:
+    return registry.prefill(inputs, o, kernel=kernel).final_state
+
+
+def _local(inputs: Inputs, context: ContextParallel) -> Inputs:
+    """The call with this rank's rows of the whole batch's tables. Raises `InputError`."""
+    if inputs.q.ndim != 4 or tuple(inputs.q.shape[:2]) != (1, context.tokens):
+        wanted = f"it should be [1, {context.tokens}, H, K], this rank's tokens"
+        raise InputError("q", f"has shape {list(inputs.q.shape)}", wanted)
+    for name in ("workspace", "batch_invariant"):
+        if getattr(inputs, name):
+            raise InputError(name, "is given", "it is not supported over several ranks; leave it out")
+    tables = {"state_indices": inputs.state_indices, "has_initial_state": inputs.has_initial_state}
+    if inputs.checkpoints is not None:
+        tables["checkpoints.rows"] = inputs.checkpoints.rows
+        if context.carried:
+            _counted_from(inputs.checkpoints, context.before)
+    for name, table in tables.items():
+        if table is not None and (table.ndim < 1 or table.shape[0] < context.batch):
+            wanted = f"it should have a row for each of the batch's {context.batch} sequences"
+            raise InputError(name, f"has shape {list(table.shape)}", wanted)
+    local = _sequences(inputs, slice(0, context.tokens), context.first, context.first + len(context.lens))
+    return dataclasses.replace(local, cu_seqlens=context.offsets(0, len(context.lens), inputs.q.device))
+
+
+def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
+    """These tokens, and the rows of these sequences of all tables."""
+
+    def rows(table: torch.Tensor | None) -> torch.Tensor | None:
+        return None if table is None else table[first:last]
+
+    kept = inputs.checkpoints
+    return dataclasses.replace(
+        inputs,
+        **{name: getattr(inputs, name)[:, tokens] for name in ("q", "k", "v", "g", "beta")},
+        state_indices=rows(inputs.state_indices),
+        has_initial_state=rows(inputs.has_initial_state),
+        checkpoints=None if kept is None else dataclasses.replace(
+            kept, rows=kept.rows[first:last], offsets=rows(kept.offsets)
+        ),
+    )  # fmt: skip
+
+
+def _of_heads(inputs: Inputs, i: int, groups: int) -> Inputs:
+    """The i-th of so many groups of heads; views."""
+    if groups == 1:
+        return inputs
+
+    def share(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return _share(x, dim, i, groups)
+
+    changed: dict[str, Any] = {name: share(getattr(inputs, name), 2) for name in ("q", "k", "v", "g", "beta")}
+    for name in ("A_log", "dt_bias"):
+        if (parameter := getattr(inputs, name)) is not None:
+            changed[name] = share(parameter.reshape(-1), 0)
+    if inputs.state is not None:
+        changed["state"] = share(inputs.state, 1)
+    if (kept := inputs.checkpoints) is not None:
+        changed["checkpoints"] = dataclasses.replace(kept, states=share(kept.states, 1))
+    return dataclasses.replace(inputs, **changed)
+
+
+def _share(x: torch.Tensor, dim: int, i: int, groups: int) -> torch.Tensor:
+    size = x.shape[dim] // groups
+    return x.narrow(dim, i * size, size)
+
+
+def _said(inputs: Inputs, kernel: str | None) -> dict[str, Any]:
+    """What must not differ between ranks."""
+
+    def shown(x: Any, of: Callable[[torch.Tensor], Any]) -> str:
+        return f"{x.dtype} {list(of(x))}" if isinstance(x, torch.Tensor) else str(type(x).__name__)
+
+    return {
+        "q": shown(inputs.q, lambda x: x.shape[2:]),
+        "v": shown(inputs.v, lambda x: x.shape[2:]),
+        "state": "none" if inputs.state is None else shown(inputs.state, lambda x: x.shape[1:]),
+        "options": repr(inputs.options),
+        "kernel": kernel,
+    }
+
+
+def _to_all_ranks(inputs: Inputs, context: ContextParallel) -> None:
+    """Final states from the rank that has each sequence's last token into every rank's pool; the host waits."""
+    pool, indices = inputs.pool
+    last = context.first + len(context.lens) - int(context.goes_on)
+    slots = indices[: context.batch].long()
+    live = (slots >= 0) & (slots < pool.shape[0])
+    if inputs.null_slot is not None:
+        live &= slots != inputs.null_slot
+    ours = torch.zeros_like(live)
+    ours[context.first : last] = live[context.first : last]
+    states = pool.new_zeros((context.batch, *pool.shape[1:]))
+    states[ours] = pool[slots[ours]]
+    # each of them is a number on one rank, and zero on the others
+    wait(dist.all_reduce(states, group=context.group, async_op=True))
+    pool[slots[live]] = states[live]

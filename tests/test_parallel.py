@@ -1,0 +1,127 @@
+"""Prefill over ranks: in processes (`parallel_ranks.py`), and what runs between exchanges by itself."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_ranks as ranks
+import pytest
+import torch
+from decode_inputs import DEVICE
+
+from kda_kernels.errors import InputError
+from kda_kernels.parallel import ContextParallel, even_cuts, prefill
+from kda_kernels.parallel.context import _part
+from kda_kernels.triton.carried_states import carry_states, prefixes_of
+from kda_kernels.triton.segment_scan import Segments
+from kdacli.parallel.checks import SOFTPLUS, Case, Part, judged, part_of
+
+K, HV = 128, 1
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, str]:
+    results = tmp_path_factory.mktemp("ranks") / "results.json"
+    script = Path(ranks.__file__)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, str(script), str(results)], env=env, check=True, timeout=300)
+    return json.loads(results.read_text())
+
+
+@pytest.mark.parametrize("name", [*ranks.CASES, *ranks.CHECKS])
+def test_ranks(found, name):
+    assert found[name] == ""
+
+
+def test_parts_are_even_in_chunks():
+    assert even_cuts(1000, 3) == (0, 320, 640, 1000)
+    assert even_cuts(50, 4) == (0, 0, 0, 0, 50)
+    assert even_cuts(0, 2) == (0, 0, 0)
+
+
+def test_states_between_ranks():
+    """Prefixes, chain and states before units, against products in fp64."""
+    units, former = 3, 2
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    E, T = normal(units, HV, K, K), normal(units, HV, K, K) / K**0.5
+    summaries = torch.cat((normal(former, HV, K, K), normal(former, HV, K, K) / K**0.5), 2)
+    upper = T.bfloat16()
+    both = torch.stack((upper, (T - upper).bfloat16()), 2).view(torch.float32).view(units, HV, K, K)
+    workspace = torch.full(((1 + 3 * units) * HV * K * K,), float("nan"))
+    workspace[(1 + units) * HV * K * K :] = torch.stack((E, both), 1).flatten()
+    pool, slot = torch.full((3, HV, K, K), float("nan")), torch.tensor([1], dtype=torch.int32)
+    given = [x.to(DEVICE) for x in (workspace, pool, slot, summaries)]
+    segments = Segments(*given[:3], None, 1, units, None, 0, 64, 0, 64 * units)
+    prefixes = torch.empty(units + 1, HV, 2 * K, K, device=DEVICE)
+    prefixes_of(segments, prefixes)
+    carry_states(segments, prefixes, given[3], True)
+    states = [summaries[0, :, :K].double() @ summaries[1, :, K:].double() + summaries[1, :, :K].double()]
+    for end, transition in zip(E.double(), T.double(), strict=True):
+        states.append(states[-1] @ transition + end)
+    starts = segments.workspace[HV * K * K : (1 + units) * HV * K * K].view(units, HV, K, K)
+    for made, exact in zip((*starts, given[1][1]), states, strict=True):
+        assert ((made.double().cpu() - exact).norm() / exact.norm()).item() < 2**-14
+    assert given[1][[0, 2]].isnan().all()
+
+
+def alone(cuts: tuple[int, ...], ends: list[int], rank: int) -> ContextParallel:
+    """A rank's view of a group that there is not."""
+    return ContextParallel(None, rank, len(cuts) - 1, **_part(tuple(ends), cuts, rank))
+
+
+def one_after_another(case: Case, inputs) -> list[Part]:
+    """All ranks of a case in this process."""
+    calls, parts = [], []
+    for rank in range(case.ranks):
+        local = inputs.fresh()
+        context = alone(case.cuts, inputs.cu_seqlens.tolist(), rank)
+        tokens = part_of(inputs, *case.cuts[rank : rank + 2])
+        mine = prefill._local(dataclasses.replace(local, **tokens), context)
+        o = torch.full_like(mine.v, float("nan"))
+        calls.append(prefill.Call(mine, context, o))
+        kept = None if local.checkpoints is None else local.checkpoints.states
+        parts.append(Part(o, inputs.state, local.state, kept))
+    summaries = [[part.start() for part in call.parts] for call in calls]
+    for call in calls:
+        call.run_others()
+        for i, part in enumerate(call.parts):
+            part.finish(torch.stack([rank[i] for rank in summaries]))
+    return [Part(*(None if x is None else x.cpu() for x in vars(part).values())) for part in parts]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3000,), (0, 1000, 1801, 3000)),
+        Case((3000,), (0, 1000, 1801, 3000), SOFTPLUS, dtype="bfloat16"),
+        Case((700, 1300, 400), (0, 500, 500, 1600, 2400), padding=1),
+        Case((1024, 300), (0, 512, 1324), every=64),
+    ],
+    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints"],
+)
+def test_on_a_gpu(case, groups, monkeypatch):
+    monkeypatch.setattr(prefill, "GROUPS_FROM", 0 if groups == 2 else 1 << 60)
+    case = dataclasses.replace(case, K=128, V=128, H=2, HV=4)
+    inputs = case.inputs("cuda")
+    verdicts, wrong = judged(case, inputs, one_after_another(case, inputs))
+    assert not wrong
+    assert all(v.passed for v in verdicts), verdicts
+    assert len(verdicts) == 2 + (case.every is not None)
+
+
+def test_a_wrong_context_is_refused():
+    context = alone((0, 60, 80), [0, 80], 1)
+    inputs = Case((80,), (0, 60, 80), every=64).inputs()
+    with pytest.raises(InputError, match=r"q has shape \[1, 80, 1, 16\]: it should be \[1, 20, H, K\]"):
+        prefill._local(inputs, context)
+    with pytest.raises(InputError, match="60 tokens of a sequence on former ranks: it should be a multiple of 64"):
+        prefill._local(dataclasses.replace(inputs, **part_of(inputs, 60, 80)), context)
