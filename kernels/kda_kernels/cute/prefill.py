@@ -339,24 +339,39 @@ def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.view(-1)
 
 
+def launch_part(
+    part: Part, inputs: Inputs, o: torch.Tensor, workspace: torch.Tensor, units: int, here: tuple[int, int, int, int]
+) -> None:
+    """One launch of checked tensors, with the workspace of `PrefillKernel.__call__`.
+
+    Args:
+        here: lead, segment, begin and limit, as there.
+
+    Raises:
+        InputError, UnavailableError: as `prefill`.
+    """
+    if (reason := unsupported_tensors(inputs, o)) is not None:
+        raise InputError(f"cute-prefill: {reason}")
+    numbers = inputs.options.scale_for(inputs.q.shape[3]), inputs.options.lower_bound or 0.0
+    try:
+        _call(_function(part, inputs, None), _arguments(inputs.fields(), o), None, workspace, units, *numbers, *here)
+    except _RefusedError as error:
+        raise InputError(f"cute-prefill: {one_line(str(error))}") from None
+
+
 def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Of checked tensors: see `kda_kernels.segments.kda_segment_summary`; q is not looked at.
 
     Raises:
         InputError, UnavailableError: as `prefill`.
     """
-    if (reason := unsupported_tensors(inputs)) is not None:
-        raise InputError(f"cute-prefill: {reason}")
     v, N = inputs.v, inputs.N
     both = torch.empty((2 * N, v.shape[2], v.shape[3], inputs.q.shape[3]), dtype=torch.float32, device=v.device)
     if not v.shape[0] * v.shape[1] or not N:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
     else:
-        options = inputs.options
-        numbers = options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0
         with stage("summaries"):
-            function = _function(Part.SUMMARY, inputs, None)
-            _call(function, _arguments(inputs.fields(), v), None, both.view(-1), 0, *numbers, 0, 0, 0, 0)
+            launch_part(Part.SUMMARY, inputs, v, both.view(-1), 0, (0, 0, 0, 0))
     return both[0::2], both[1::2]
 
 

@@ -4,6 +4,7 @@ The launch that cuts a sequence into segments (`cute.prefill`), with a first seg
 units, which run once from no state and once from the identity. Tokens are read once from memory by each of the two.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from kda_kernels.cute import prefill
 from kda_kernels.cute.prefill_config import CHUNK, Part
 from kda_kernels.cute.prefill_plan import SCAN, START
-from kda_kernels.errors import InputError, one_line
 from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs
@@ -40,21 +40,19 @@ class HopperCarried:
     def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
         """Args: checked inputs of one sequence, dense. Raises: as `cute.prefill.prefill`."""
         self.inputs, self.o = inputs, o
-        (_, tokens, HV), K, options = o.shape[:3], inputs.q.shape[3], inputs.options
-        if (reason := prefill.unsupported_tensors(inputs, o)) is not None:
-            raise InputError(f"cute-prefill: {reason}")
+        (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
         segment = cdiv(cdiv(tokens, units_of(tokens, HV, multiprocessors(o.device))), CHUNK) * CHUNK
         units = cdiv(tokens, segment)
         size = HV * (K * K * (1 + 3 * units) + K * units * segment // 2)
         workspace = torch.empty(size, dtype=torch.float32, device=o.device)
-        self.numbers = (options.scale_for(K), options.lower_bound or 0.0)
         self.here = (0, segment, 0, units * segment)
         pooled = inputs.state_indices is not None
         self.segments = Segments(
             workspace, inputs.state if pooled else None, inputs.state_indices, None, 1, units, inputs.null_slot,
             *self.here,
         )  # fmt: skip
-        self._call(Part.SPLIT, Inputs(**{**vars(inputs), "checkpoints": None}))
+        with stage("segments"):
+            self._launch(Part.SPLIT, dataclasses.replace(inputs, checkpoints=None))
         prefixes = workspace.new_empty((units + 1, HV, 2 * K, K))
         with stage("prefixes"), on_device(o):
             prefixes_of(self.segments, prefixes)
@@ -66,15 +64,8 @@ class HopperCarried:
         with stage("outputs"), on_device(self.o):
             add_segment_outputs(self.segments, self.o)
         if self.inputs.checkpoints is not None:
-            self._call(Part.KEPT, self.inputs)
+            with stage("checkpoints"):
+                self._launch(Part.KEPT, self.inputs)
 
-    def _call(self, part: Part, inputs: Inputs) -> None:
-        function, segments = prefill._function(part, inputs, None), self.segments
-        try:
-            with stage("segments" if part is Part.SPLIT else "checkpoints"):
-                prefill._call(
-                    function, prefill._arguments(inputs, self.o), None, segments.workspace, segments.units,
-                    *self.numbers, *self.here,
-                )  # fmt: skip
-        except prefill._RefusedError as error:
-            raise InputError(f"cute-prefill: {one_line(str(error))}") from None
+    def _launch(self, part: Part, inputs: Inputs) -> None:
+        prefill.launch_part(part, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
