@@ -180,7 +180,7 @@ def test_chunk_sizes(tokens):
 @pytest.mark.parametrize(
     ("function", "wrong", "message"),
     [
-        (chunk_kda, {"cp_context": object()}, "^cp_context is given"),
+        (chunk_kda, {"cp_context": object()}, "^cp_context has no group"),
         (chunk_kda, {"use_graph": True}, "^use_graph is given"),
         (chunk_kda, {"head_first": False}, "^head_first is not an argument of chunk_kda"),
         (chunk_kda, {"safe_gate": True, "use_gate_in_kernel": True}, "^lower_bound is missing"),

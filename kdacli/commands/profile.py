@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from kda_kernels.errors import InputError
 from kdacli import options
+from kdacli.parallel.ranks import cp_option, require_alone
 from kdacli.presets import PRESETS
 from kdacli.profile.cases import axes
 from kdacli.profile.cases.suites import SUITES
@@ -49,6 +51,7 @@ class Axis(click.ParamType):
 @click.option("--ncu", is_flag=True, help="Run under Nsight Compute; print what limits each CUDA kernel.")
 @click.option("--ncu-path", metavar="FILE", help="The program ncu, where it is not found by itself.")
 @click.option("--output", "tool_output", metavar="FILE", help="Report of --nsys or --ncu. Default: kda-profile-<n>.")
+@cp_option("Time a prefill")
 @options.problem_options
 @options.json_option
 @options.force_option
@@ -75,12 +78,17 @@ def command(ctx: click.Context, /, **params: Any) -> None:
       kda profile --suite prefill --baseline prefill.json      what has changed since, beyond the noise
       kda profile --op decode --sweep N=1..256:1 --sweep H=12,96 --seconds 0.02 --bump 5
       kda profile --layer kimi-k3 --tp 8 -T 32k -N 64          ms of all KDA layers, for a prefill, decode and step
+      kda profile --cp 4 -T 1M -H 12                           one prompt over 1, 2 and 4 GPUs; torchrun for more
+      kda profile --layer kimi-k3 --tp 8 -T 1M --cp 4          all KDA layers of a prompt over 4 groups of GPUs
       kda profile --dump dump.pt --stages                      a live engine's tensors, CUDA kernel by CUDA kernel
       kda profile --ncu --kernel triton-prefill                DRAM, L2, tensor cores, stalls, spills of each launch
       kda profile --from prefill.json --plot times.svg         a recording, on a machine with no GPU
     """
     from kdacli.output import check_dest
 
+    if (ranks := params.pop("cp")) is not None:
+        _over_ranks(ctx, ranks, params)
+        return
     wanted = Wanted.of(params)
     for dest in (wanted.json, wanted.plot, wanted.trace):
         check_dest(dest, wanted.force)
@@ -96,6 +104,29 @@ def command(ctx: click.Context, /, **params: Any) -> None:
         timed.finish(record.read(wanted.source), wanted, before)
     else:
         _measure(wanted, ctx.meta.get("kdacli.args") or sys.argv[1:])
+
+
+# What --cp can be given with.
+_WITH_CP = (
+    "cp", "layer", "model", "tp", "tokens", "seqs", "lens", "heads", "v_heads", "gate", "lower_bound", "gates", "keys",
+    "seed", "seconds", "no_peers", "json_dest", "force",
+)  # fmt: skip
+
+
+def _over_ranks(ctx: click.Context, ranks: int, params: dict[str, Any]) -> None:
+    require_alone(ctx, _WITH_CP)
+    if len(params["gates"]) > 1:
+        raise InputError("--gates is given twice with --cp: leave one out")
+    from kdacli.output import check_dest
+    from kdacli.parallel.ranks import start
+
+    code = start(ranks, "cuda", ctx.meta.get("kdacli.args") or sys.argv[1:])
+    if code is not None:
+        ctx.exit(code)
+    check_dest(params["json_dest"], params["force"])
+    from kdacli.parallel.profile import profile
+
+    profile(params)
 
 
 # The shared --gates takes one regime; this command's may be repeated.

@@ -1,5 +1,6 @@
 """`kda verify`: kernels against the fp64 oracle, case by case."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import click
 
 from kda_kernels.errors import InputError
 from kdacli import options
+from kdacli.parallel.ranks import cp_option, require_alone, start
 from kdacli.values import Part
 
 if TYPE_CHECKING:
@@ -82,11 +84,15 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
 @click.option(
     "--plot", metavar="FILE", help="Draw how errors grow along the decode traces of a dump: .png, .svg, .pdf."
 )
+@cp_option("Check prefills")
 @options.problem_options
 @options.device_option
 @options.json_option
 @options.force_option
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     kernels: tuple[str, ...],
     suite_name: str | None,
     case_names: tuple[str, ...],
@@ -104,6 +110,7 @@ def command(
     save_dir: str | None,
     junit: str | None,
     plot: str | None,
+    cp: int | None,
     device: str,
     json_dest: str | None,
     force: bool,
@@ -140,6 +147,8 @@ def command(
     kernel that can run it, peers too. Decode calls of a layer that carry on one where the other ended are also run as a
     whole, each kernel from the first recorded states on its own, beside the fp64 recurrence; --plot draws the drift.
 
+    --cp checks prefills of batches that are cut between ranks, in a list of cases of its own.
+
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
     \b
@@ -152,9 +161,13 @@ def command(
       kda verify --suite stress --seconds 3600 --save failures
       kda verify --dump dump.pt
       kda verify --dump dumps/ --plot drift.png
+      kda verify --cp 4                               prefills over 4 GPUs; with torchrun, over those of its machines
     """
     from kdacli.output import check_dest
 
+    if cp is not None:
+        _over_ranks(ctx, cp, device, json_dest, force)
+        return
     check_dest(json_dest, force)
     check_dest(junit, force)
     if junit == "-":
@@ -205,6 +218,21 @@ def command(
         run.go(jobs, fail_fast, shrink, folder, force)
     report(run.outcome, json_dest, junit, verbose, force)
     conclude(run.outcome)
+
+
+def _over_ranks(ctx: click.Context, ranks: int, device: str, json_dest: str | None, force: bool) -> None:
+    require_alone(ctx, ("cp", "device", "json_dest", "force"))
+    from kdacli.device import pick_device
+    from kdacli.output import check_dest
+
+    device = pick_device(device)
+    code = start(ranks, device, ctx.meta.get("kdacli.args") or sys.argv[1:])
+    if code is not None:
+        ctx.exit(code)
+    check_dest(json_dest, force)
+    from kdacli.parallel.verify import verify
+
+    verify(device, json_dest, force)
 
 
 def _several(params: options.Params) -> "tuple[list[Dump], list[str]] | None":

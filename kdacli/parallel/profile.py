@@ -1,0 +1,111 @@
+"""`kda profile --cp`: one prefill over 1, 2, 4, .. and all ranks in one run; rank 0 prints the table."""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kda_kernels.errors import UnavailableError, one_line
+from kda_kernels.parallel.balance import balanced_cuts
+from kda_kernels.problem import Op, Problem
+from kda_kernels.triton.runtime import multiprocessors
+from kdacli import options, output, provenance
+from kdacli.parallel.ranks import joined
+from kdacli.parallel.timing import Row, flas, ours
+from kdacli.presets import PRESETS
+from kdacli.profile.tools import nvtx
+from kdacli.synthetic import elements
+
+SCHEMA = "kda.profile-cp/1"
+ROOM = 0.9  # of a GPU's memory that inputs and what is made of them may take
+
+
+def profile(params: Mapping[str, Any]) -> None:
+    """On every rank, with the parameters of `kda profile`. Raises `UnavailableError` where there are no GPUs."""
+    if not torch.cuda.is_available():
+        raise UnavailableError("--cp times prefills on GPUs, and torch finds none here")
+    layer = params["layer"]
+    model = {"model": layer} if layer else {}
+    problem = options.problem_from({**params, **model, "gates": None, "op": None}, default_op=Op.PREFILL)
+    gates = params["gates"][0] if params["gates"] else "init"
+    regime = {**options.regime_from({**params, "gates": gates}), "gates": gates}
+    from kda_kernels import ranges
+
+    if importlib.util.find_spec("nvtx"):
+        ranges.enable(nvtx.open_range)
+    with joined("cuda") as (rank, ranks):
+        rows, left_out = _rows(problem, regime, params["seconds"], not params["no_peers"], rank, ranks)
+        if rank:
+            return
+        _print(problem, gates, rows, left_out, layer)
+        if params["json_dest"] is not None:
+            record = {
+                "schema": SCHEMA, "provenance": provenance.collect(regime["seed"]), "problem": problem.to_dict(),
+                "gates": gates, "layer": layer, "rows": rows, "left_out": left_out,
+            }  # fmt: skip
+            output.write_json(record, params["json_dest"], params["force"])
+
+
+def _rows(
+    problem: Problem, regime: dict[str, Any], seconds: float, peers: bool, rank: int, ranks: int
+) -> tuple[list[Row], list[str]]:
+    """Of rank 0; and what was not timed, with the reason."""
+    rows, left_out = [], []
+    room = ROOM * torch.cuda.mem_get_info()[1]
+    sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    for count in sorted({1, ranks, *(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks)}):
+        group = dist.new_group(list(range(count)))
+        cuts = balanced_cuts(problem.T, count, problem.HV, sms)
+        mine = {**regime, "seed": regime["seed"] + rank}
+        # drawing takes as much again for the largest tensor, in fp32
+        needed = 3 * elements(problem) / problem.T * max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+        if needed > room:
+            left_out.append(f"{count} ranks: about {output.fmt_bytes(needed)} a GPU, more than there is")
+            continue
+        if rank < count:
+            rows.append(ours(problem, cuts, group, mine, seconds))
+            torch.cuda.empty_cache()
+        if peers and (reason := _no_fla(problem, count)) is not None:
+            left_out.append(f"fla over {count} ranks: {reason}")
+        elif peers and rank < count:
+            try:
+                rows.append(flas(problem, group, mine, seconds))
+            except Exception as error:  # a peer's failure is its own
+                left_out.append(f"fla over {count} ranks: {one_line(error, 200)}")
+            torch.cuda.empty_cache()
+        dist.barrier()
+    return rows, left_out
+
+
+def _no_fla(problem: Problem, ranks: int) -> str | None:
+    from kdacli.peers import fla
+
+    if (reason := fla.unsupported_here()) is not None:
+        return reason
+    if importlib.util.find_spec("fla.ops.cp") is None:
+        return "this version has no fla.ops.cp"
+    return f"T is {problem.T}: it should be a multiple of the ranks" if problem.T % ranks else None
+
+
+def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], layer: str | None) -> None:
+    alone = {row.kernel: row.median_us for row in rows if row.ranks == 1}
+    layers = PRESETS[layer].kda_layers if layer else 0
+    cells = []
+    for row in rows:
+        one = alone.get(row.kernel)
+        hidden = None
+        if row.exchange_us is not None and row.exposed_us is not None:
+            hidden = f"{max(0.0, min(1.0, 1 - row.exposed_us / row.exchange_us)):.0%}"
+        cells.append((
+            row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
+            f"{row.median_us * layers / 1e3:.1f}" if layer else None, f"{1e3 * row.tokens / row.median_us:.0f}",
+            None if one is None else f"{one / row.median_us:.2f}x", output.fmt_us(row.exchange_us), hidden,
+            output.fmt_bytes(row.exchange_bytes) if row.exchange_bytes else None,
+        ))  # fmt: skip
+    what = f", {layers} KDA layers of {layer}" if layer else ""
+    columns = ("kernel", "ranks", "us", "spread", "ms", "tokens/ms", "vs 1", "exchange us", "hidden", "received")
+    output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
+    for line in left_out:
+        output.say(f"not timed: {line}")
