@@ -19,7 +19,8 @@ from click.testing import CliRunner
 
 from kda_kernels import registry
 from kda_kernels.engines import sglang, sglang_calls, sites, vllm, vllm_calls
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.engines.patches import Patches
+from kda_kernels.problem import Gate, Op, Options, Parts, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli.commands.engines import command, survey
@@ -103,6 +104,37 @@ def test_vllm_speculation_starts_from_the_accepted_token(model):
     o, pool = function(inputs.q, inputs.k, inputs.v, **names, ssm_state_indices=more, **call)
     same(o, want.o)
     same(pool, want.final_state)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_fused_steps(engine):
+    """The second call meets a convolution whose weight was rearranged by the first, and one that was modified since."""
+    x = make_inputs(Problem(Op.STEP, (1, 1, 1), 2, 2, 32, 32, pool_slots=5, options=SAFE, parts=Parts(bias=True)))
+    x = dataclasses.replace(
+        x, state=x.state.nan_to_num(0.5), conv=dataclasses.replace(x.conv, states=x.conv.states.nan_to_num(0.5))
+    )
+    x.state_indices[:] = torch.tensor([3, -1, 1])
+    gate, out = x.norm.gate.reshape(3, 2, 32), torch.empty_like(x.v)
+    weight = x.conv.weight.view(3, 64, -1).mT.contiguous()
+    for factor in (1.0, 1.0, 0.5):
+        weight *= factor
+        x.conv.weight.mul_(factor)
+        want = recurrence(x)
+        if engine == "vllm":
+            o = vllm_calls.fused_kda_decode(
+                mixed(x), weight, x.conv.bias, x.conv.by_channel, x.g, x.beta, x.A_log, x.dt_bias.flatten(),
+                x.state_indices, x.state, out, -5.0, gate, x.norm.weight, x.norm.eps,
+            )  # fmt: skip
+            assert o is out
+        else:
+            o = sglang_calls.kda_fused_decode(
+                mixed(x), x.g[0].flatten(1), x.beta[0], x.conv.by_channel.mT, *weight, x.conv.bias, x.A_log,
+                x.dt_bias.flatten(), gate.flatten(1), x.norm.weight, x.state, x.state_indices, x.scale, x.norm.eps,
+                -5.0,
+            )  # fmt: skip
+        same(o, want.o)
+        same(x.state, want.final_state)
+        assert torch.equal(x.conv.states, want.conv_states)
 
 
 def test_vllm_glm_decode_has_one_slot_each():
@@ -275,6 +307,8 @@ def test_sglang_gets_ours_for_the_phases_that_chose_it(decode, prefill, verify, 
     base = types.SimpleNamespace(LinearAttnKernelBase=object)
     monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
     monkeypatch.setitem(sys.modules, "sglang.srt.layers.attention.linear.kernels.kernel_backend", base)
+    steps = types.SimpleNamespace(kda_fused_decode="theirs")
+    monkeypatch.setitem(sys.modules, sglang.STEP.partition(":")[0], steps)
     built = types.SimpleNamespace()
 
     def original(self, decode_backend, prefill_backend, verify_backend):
@@ -285,6 +319,7 @@ def test_sglang_gets_ours_for_the_phases_that_chose_it(decode, prefill, verify, 
     sglang_calls.build_dispatcher(built, *chosen, original=original)
     for name in ("decode_kernel", "extend_kernel", "verify_kernel"):
         assert isinstance(getattr(built, name), sglang_calls.KdaKernel) == (name in ours)
+    assert (steps.kda_fused_decode is sglang_calls.kda_fused_decode) == ("decode_kernel" in ours)
     assert ("custom" in built.given) == (decode == "theirs"), "an unknown backend is SGLang's to refuse"
 
 
@@ -349,6 +384,23 @@ def test_vllm_functions_are_replaced_where_they_fit_and_are_asked_for(
             patches.remove()
         for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
             del sys.modules[name]
+
+
+def test_a_capture_sees_what_replaces(tmp_path, monkeypatch):
+    """Whichever began first: the recorder wraps ours."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for order in (0, 1):
+        (tmp_path / f"engine_{order}.py").write_text("def function(): return 'theirs'\n")
+        target = f"engine_{order}:function"
+        recorder = Patches([target], lambda original, _: lambda: f"recorded {original()}", print, outermost=True)
+        replacing = Patches([target], lambda original, _: lambda: "ours", print)
+        for patches in (recorder, replacing)[:: 1 - 2 * order]:
+            patches.install()
+        try:
+            assert importlib.import_module(f"engine_{order}").function() == "recorded ours"
+        finally:
+            recorder.remove()
+            replacing.remove()
 
 
 def test_a_model_is_not_replaced_by_halves(tmp_path):

@@ -68,7 +68,7 @@ def capture(
     except ImportError as error:
         raise InputError(f"a target cannot be imported: {error}") from error
     recorder = Recorder(settings)
-    patches = Patches(recorder.sites, recorder.wrap, recorder.missing)
+    patches = Patches(recorder.sites, recorder.wrap, recorder.missing, outermost=True)
     patches.install()
     try:
         if absent := [target for target in named if target not in patches.found]:
@@ -114,7 +114,7 @@ class _Lazy:
 
     def install(self) -> None:
         targets = [site.target for site in resolve(self.settings.targets)]
-        Patches(targets, self._wrap, self._missing).install()
+        Patches(targets, self._wrap, self._missing, outermost=True).install()
 
     def _wrap(self, function: Any, target: str) -> Any:
         try:

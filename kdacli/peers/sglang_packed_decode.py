@@ -63,7 +63,7 @@ def run(inputs: Inputs) -> Outputs:
             scale=inputs.scale,
             initial_state=pool,
             out=o,
-            ssm_state_indices=indices.to(torch.int32),
+            ssm_state_indices=indices,
             use_qk_l2norm_in_kernel=inputs.options.qk_l2norm,
             lower_bound=inputs.options.lower_bound,
         )

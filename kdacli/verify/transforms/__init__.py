@@ -56,6 +56,7 @@ NEED_POOL = frozenset(
     ("any-negative", "null-slot", "fresh-states", "drafts", "checkpoints-in-pool", "strided-indices", "long-indices")
 )
 NEED_PACKED = frozenset(("bucket",))
+NEED_PADDING = frozenset(("any-negative", "null-slot"))
 # Values before memory: a regime may make its tensor anew.
 TRANSFORMS = REGIMES | SERVING | LAYOUTS
 
@@ -63,7 +64,8 @@ TRANSFORMS = REGIMES | SERVING | LAYOUTS
 def possible(problem: Problem, names: tuple[str, ...]) -> bool:
     """Whether a problem has what these changes need."""
     pooled = problem.pool_slots is not None or NEED_POOL.isdisjoint(names)
-    return pooled and (problem.packed or NEED_PACKED.isdisjoint(names))
+    padded = problem.padding > 0 or NEED_PADDING.isdisjoint(names)
+    return pooled and padded and (problem.packed or NEED_PACKED.isdisjoint(names))
 
 
 def transformed(inputs: Inputs, names: tuple[str, ...]) -> Inputs:

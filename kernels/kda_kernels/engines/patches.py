@@ -4,6 +4,7 @@ Imports no torch: this runs in every Python process of an engine, and of a progr
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,14 @@ class Patches:
         targets: "module:function" or "module:Class.method".
         wrap: called once for each function that was found.
         missing: called with a target whose module is there without it.
+        outermost: wrap what others put in the place of a function; else these others wrap what is put there.
     """
 
-    def __init__(self, targets: Iterable[str], wrap: Wrap, missing: Callable[[str], None]) -> None:
-        self.wrap, self.missing = wrap, missing
+    def __init__(
+        self, targets: Iterable[str], wrap: Wrap, missing: Callable[[str], None], *, outermost: bool = False
+    ) -> None:
+        self.wrap, self.missing, self.outermost = wrap, missing, outermost
+        self._finding = threading.local()
         self.waiting: dict[str, list[str]] = {}
         for target in targets:
             self.waiting.setdefault(target.partition(":")[0], []).append(target)
@@ -35,8 +40,9 @@ class Patches:
             # A module that is being imported is patched here too early: its functions may not be there yet.
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 self.loaded(module)
-        if self.waiting:
-            sys.meta_path.insert(0, self)
+        if self.waiting:  # the first finder is the last to see a module, when the others have patched it
+            before = (i + 1 for i, finder in enumerate(sys.meta_path) if getattr(finder, "outermost", False))
+            sys.meta_path.insert(0 if self.outermost else max(before, default=0), self)
 
     def remove(self) -> None:
         """Puts everything back, wherever the replacement still stands."""
@@ -49,12 +55,13 @@ class Patches:
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
         """Part of the import system: finds nothing itself, but has `loaded` called once a wanted module is there."""
-        if name not in self.waiting:
+        if name not in self.waiting or getattr(self._finding, "name", None) == name:
             return None
-        spec = None
-        for finder in sys.meta_path:
-            if finder is not self and (spec := _find(finder, name, path, target)) is not None:
-                break
+        self._finding.name = name  # other patches among the finders ask this one again
+        try:
+            spec = _first(name, path, target)
+        finally:
+            self._finding.name = None
         if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
             return None
         loader, execute = spec.loader, spec.loader.exec_module
@@ -99,6 +106,10 @@ class Patches:
         self.undo.append((owner, name, original, replacement))
 
 
-def _find(finder: Any, name: str, path: Any, target: ModuleType | None) -> Any:
-    find = getattr(finder, "find_spec", None)
-    return None if find is None else find(name, path, target)
+def _first(name: str, path: Any, target: ModuleType | None) -> Any:
+    """The module's spec by the first finder that has it."""
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and (spec := find(name, path, target)) is not None:
+            return spec
+    return None

@@ -15,8 +15,7 @@ NAME = "kda"
 
 _CALLS, _ALL = "kda_kernels.engines.sglang_calls", "all with KDA layers"
 _DISPATCHER = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
-_OPS = "sglang.kernels.ops.attention"
-_STEP = "the layer prefers it to every backend for the shapes that it has"
+STEP = "sglang.kernels.ops.attention.kda_fused_decode:kda_fused_decode"
 
 
 def _phase(what: str, method: str) -> Site:
@@ -29,7 +28,7 @@ SITES = (
     _phase("decode", "decode"),
     _phase("prefill, checkpoints", "extend"),
     _phase("speculation", "target_verify"),
-    Site("Kimi K3", "fused step", f"{_OPS}.kda_fused_decode:kda_fused_decode", why_not=_STEP),
+    Site(_ALL, "fused step", STEP, f"{_CALLS}:kda_fused_decode", patched=False),
 )
 
 log = logging.getLogger("sglang.kda")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from kda_kernels.api import Checkpoints, kda_decode, kda_prefill
-from kda_kernels.engines.sglang import NAME
-from kda_kernels.engines.vllm_calls import split_packed
+from kda_kernels.api import Checkpoints, GatedNorm, kda_decode, kda_prefill, kda_step
+from kda_kernels.engines.sglang import NAME, STEP
+from kda_kernels.engines.vllm_calls import convolution, split_packed
 from kda_kernels.problem import CHUNK
 
 log = logging.getLogger("sglang.kda")
@@ -34,6 +34,8 @@ def build_dispatcher(
     if "decode" in ours:
         self.decode_kernel = kernel
         self.supports_packed_decode = self.supports_packed_decode_safe_gate = True
+        module, _, name = STEP.partition(":")  # which Kimi K3's layer prefers to any backend where it has the shapes
+        setattr(importlib.import_module(module), name, kda_fused_decode)
     if "prefill" in ours:
         self.extend_kernel, self.prefill_backend = kernel, prefill_backend
     if "verify" in ours:
@@ -200,6 +202,39 @@ class KdaKernel:
             token_states=intermediate_states_buffer, token_state_indices=intermediate_state_indices[:N],
             update_state=False,
         )  # fmt: skip
+
+
+def kda_fused_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    conv_states: torch.Tensor,
+    w_q_t: torch.Tensor,
+    w_k_t: torch.Tensor,
+    w_v_t: torch.Tensor,
+    conv_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    onorm_g: torch.Tensor,
+    onorm_weight: torch.Tensor,
+    ssm_states: torch.Tensor,
+    cache_indices: torch.Tensor,
+    scale: float,
+    onorm_eps: float,
+    lower_bound: float | None = None,
+) -> torch.Tensor:
+    """Convolution, recurrence and gated norm of one token of each sequence, in place; returns o [1, N, HV, V].
+
+    Args:
+        mixed_qkv: rows of q, k and v before the convolution; a, b, onorm_g: [N, ..].
+        conv_states: [P, L, D]. w_q_t, w_k_t, w_v_t: weights [W, channels].
+    """
+    conv = convolution(w_q_t, lambda: torch.cat([w_q_t.mT, w_k_t.mT, w_v_t.mT]), conv_bias, conv_states.mT)
+    return kda_step(
+        mixed_qkv, a, b, state=ssm_states, state_indices=cache_indices, conv=conv,
+        norm=GatedNorm(onorm_g, onorm_weight, onorm_eps), A_log=A_log, dt_bias=dt_bias, scale=scale,
+        lower_bound=lower_bound,
+    ).unsqueeze(0)  # fmt: skip
 
 
 def _gates(g: torch.Tensor, beta: torch.Tensor, v: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:

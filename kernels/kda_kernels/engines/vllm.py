@@ -30,6 +30,7 @@ SITES = (
     Site(_K3, "decode", f"{_K3_OPS}:fused_recurrent_kda_packed_decode", f"{_CALLS}:k3_packed_decode"),
     Site(_K3, "speculation", f"{_K3_OPS}:fused_recurrent_kda", f"{_CALLS}:k3_fused_recurrent_kda"),
     Site(_K3, "checkpoints", _CHECKPOINTS, f"{_CALLS}:checkpoint_alignment"),
+    Site(_K3, "fused step", "vllm._custom_ops:fused_kda_decode", f"{_CALLS}:fused_kda_decode"),
     Site(_K3, "prefill", "vllm.models.kimi_k3.nvidia.kda:_flashinfer_kda_prefill", why_not=_BLACKWELL),
     Site(_K3, "speculation", "vllm.models.kimi_k3.nvidia.ops.recoverssm:kda_recoverssm_verify", why_not=_RECORDS),
     Site(_K3, "fused step", "vllm.utils.flashinfer:flashinfer_fused_kda_decode", why_not=_BLACKWELL),

@@ -5,11 +5,13 @@ lacks what is asked for, an `InputError` says so: nothing else runs instead.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from kda_kernels.api import Checkpoints, chunk_kda_fwd, kda_decode, kda_prefill
+from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_prefill, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
 from kda_kernels.errors import InputError
 
@@ -123,6 +125,64 @@ def k3_fused_recurrent_kda(
         lower_bound=lower_bound, cu_seqlens=cu_seqlens, out=out, null_slot=NULL_SLOT, num_accepted_tokens=accepted,
     )  # fmt: skip
     return o, initial_state
+
+
+def fused_kda_decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    raw_g: torch.Tensor,
+    raw_beta: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state_indices: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    output_gate: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> torch.Tensor:
+    """Convolution, recurrence and gated norm of one token of each sequence.
+
+    Args:
+        x: rows of q, k and v before the convolution. weight: [3, W, H K]; conv_state: a view [P, D, L], of which tokens
+            or channels lie first in memory.
+        raw_g, raw_beta, out: [1, N, H, ..]; output_gate [N, H, V].
+    """
+    norm = None
+    if output_gate is not None and norm_weight is not None:
+        norm = GatedNorm(output_gate, norm_weight, norm_eps)
+    if out is None:
+        out = x.new_empty((1, len(x), *state.shape[1:3]))
+    kda_step(
+        x, raw_g[0], raw_beta[0], state=state, state_indices=state_indices, norm=norm, A_log=A_log, dt_bias=dt_bias,
+        conv=convolution(weight, lambda: weight.mT.flatten(0, 1), bias, conv_state), lower_bound=lower_bound,
+        out=out[0], null_slot=NULL_SLOT,
+    )  # fmt: skip
+    return out
+
+
+def convolution(
+    key: torch.Tensor, weight: Callable[[], torch.Tensor], bias: torch.Tensor | None, states: torch.Tensor
+) -> Convolution:
+    """The convolution over `states`, seen as [P, D, L].
+
+    Args:
+        key: the parameter that `weight` makes our [D, W] of; it is made once for as long as that is not modified, but
+            never kept while a graph is captured, whose memory it would be.
+    """
+    version, made = _weights.get(key, (None, None))
+    if made is None or (not key.is_inference() and version != key._version):
+        made = weight().contiguous()
+        if not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _weights[key] = (None if key.is_inference() else key._version, made)
+    tokens_first = states.stride(1) == 1
+    return Convolution(made, bias, states.mT if tokens_first else states, None, tokens_first)
+
+
+_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def glm_flashkda_prefill(
