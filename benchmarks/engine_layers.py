@@ -25,6 +25,8 @@ from tests.engine_layers import Batch, Run
 CASES = {
     "decode N=8": Batch((1,) * 8, decode=True),
     "decode N=64": Batch((1,) * 64, decode=True),
+    "fused decode N=8": Batch((1,) * 8, decode=True, fused=True),
+    "fused decode N=64": Batch((1,) * 64, decode=True, fused=True),
     "verify N=16, 4 tokens": Batch(drafts=4, accepted=(2,) * 16),
     "prefill T=8192": Batch((8192,)),
     "prefill 16 x 512": Batch((512,) * 16),
@@ -62,6 +64,8 @@ def main(root: Path, file: str | None) -> None:
     rows = []
     for engine in ("vllm", "sglang"):
         with engine_layers.load(engine, root):
+            if engine == "sglang" and (reason := engine_layers.sglang_cuda(root)) is not None:
+                print(f"SGLang's fused step cannot be built: {reason}", file=sys.stderr)
             for (name, batch), bound in itertools.product(CASES.items(), (-5.0, None)):
                 row = {"engine": engine, "case": name, "gate": "softplus" if bound is None else "safe"}
                 for whose in ("theirs", "ours"):
@@ -89,7 +93,7 @@ def measured(engine: str, ours: bool, batch: Batch, bound: float | None, graph: 
             run = engine_layers.k3(batch, bound, slots=128)
         try:
             return round(timed(run, graph), 1)
-        except RuntimeError as error:
+        except (NotImplementedError, RuntimeError) as error:
             print(f"{engine}, {'ours' if ours else 'theirs'}: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
 

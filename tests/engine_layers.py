@@ -8,11 +8,14 @@ own; projections, the scheduler and CUDA graphs of the whole model are not run.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -47,6 +50,8 @@ REAL = {
         "sglang.srt.layers.attention.linear.utils",
         "sglang.srt.arg_groups.choices",
         "sglang.kernels.ops.attention.fla.",
+        "sglang.kernels.ops.attention.kda_fused_decode",
+        "sglang.kernels.ops.attention.kda_packed_decode",
         "sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent",
         "sglang.kernels.ops.attention.linear.fused_kda_conv_recurrent_verify",
         "sglang.kernels.ops.mamba.causal_conv1d_triton",
@@ -85,11 +90,14 @@ class _Stand(type):
 
 
 class StandIn(types.ModuleType):
-    """A module that has every name."""
+    """A module that has every name; those of modules below it that are more than stand-ins are imported."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        finder = getattr(self.__spec__, "loader", None)
+        if isinstance(finder, Finder) and finder.has(below := f"{self.__name__}.{name}"):
+            return importlib.import_module(below)
         made = _Stand(name, (), {"__module__": "stand-in"})
         setattr(self, name, made)
         return made
@@ -104,6 +112,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self, engine: str, root: Path, given: dict[str, dict[str, Any]]) -> None:
         self.engine, self.root, self.given = engine, root, given
+
+    def has(self, name: str) -> bool:
+        """Whether a module is more than a stand-in with nothing given."""
+        return name in self.given or name in REAL[self.engine]
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name.partition(".")[0] != self.engine:
@@ -130,7 +142,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextlib.contextmanager
 def load(engine: str, root: Path) -> Iterator[None]:
     """Inside, an engine's modules can be imported; nothing of them is left behind."""
-    given = {"vllm": _of_vllm, "sglang": _of_sglang}[engine]()
+    given = _of_vllm() if engine == "vllm" else _of_sglang(root)
     finder = Finder(engine, root, given)
     added = [name for name in ("einops", "msgspec") if importlib.util.find_spec(name) is None]
     sys.modules.update({name: _small(name) for name in added})
@@ -216,8 +228,13 @@ def _of_vllm() -> dict[str, dict[str, Any]]:
         "vllm.forward_context": {"get_forward_context": lambda: CONTEXT},
         f"{mamba}.mamba_utils": {"is_conv_state_dim_first": lambda: False},
         f"{mamba}.ops.scatter_states": {"scatter_states": _scatter},
+        "vllm._custom_ops": {"fused_kda_decode": _not_here},
         "vllm.compilation.breakable_cudagraph": {"eager_break_during_capture": lambda function: function},
     }  # fmt: skip
+
+
+def _not_here(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("vLLM's compiled operators are not here")
 
 
 def _scatter(pool: torch.Tensor, states: torch.Tensor, slots: torch.Tensor) -> None:
@@ -273,6 +290,7 @@ class Batch:
         drafts: tokens of a speculative sequence; accepted: of each such sequence.
         padded: rows of a CUDA graph's bucket that hold no sequence.
         checkpoint: tokens after which the first sequence's state is kept; 0: nowhere.
+        fused: a decode as one step with convolution and gated norm, where the layer has one.
     """
 
     lens: tuple[int, ...] = ()
@@ -281,6 +299,7 @@ class Batch:
     accepted: tuple[int, ...] = ()
     padded: int = 0
     checkpoint: int = 0
+    fused: bool = False
 
 
 def k3(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
@@ -294,12 +313,15 @@ def k3(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
     norm = module.FusedRMSNormGated(D, activation="sigmoid").to(DEVICE)
     torch.nn.init.normal_(norm.weight, 1.0, 0.1)
     fast = lower_bound is not None and flashkda()
+    weight = random(CHANNELS, 1, WIDTH, scale=0.5, dtype=torch.float32)
     vars(layer).update(
         prefix="layer", kv_cache=(conv, pool), head_dim=D, local_projection_size=H * D, local_num_heads=H,
-        conv1d=types.SimpleNamespace(weight=random(CHANNELS, 1, WIDTH, scale=0.5, dtype=torch.float32), bias=None),
+        conv1d=types.SimpleNamespace(weight=weight, bias=None),
         A_log=random(H, dtype=torch.float32).abs(), dt_bias=random(H * D, dtype=torch.float32),
-        gate_lower_bound=lower_bound, kda_prefill_backend="flashkda" if fast else "triton", kda_decode_backend="triton",
-        kda_spec_decode_backend="triton", decode_conv1d_weight=None, decode_norm_weight=None, use_recoverssm=False,
+        gate_lower_bound=lower_bound, kda_prefill_backend="flashkda" if fast else "triton",
+        kda_decode_backend="native" if batch.fused else "triton", kda_spec_decode_backend="triton",
+        decode_conv1d_weight=weight.view(3, H * D, WIDTH).mT.contiguous() if batch.fused else None,
+        decode_norm_weight=norm.weight.detach().float() if batch.fused else None, use_recoverssm=False,
         o_norm=norm, _checkpoint_exporter=module.FlashKDAPrefillCheckpointExporter(),
         _flashkda_buffer_specs=_specs(tokens, len(batch.lens)) if fast else None,
     )  # fmt: skip
@@ -381,7 +403,7 @@ def ours_in_vllm() -> Iterator[None]:
 MAMBA = types.SimpleNamespace()
 
 
-def _of_sglang() -> dict[str, dict[str, Any]]:
+def _of_sglang(root: Path) -> dict[str, dict[str, Any]]:
     import triton
 
     yes, no = lambda *a, **k: DEVICE == "cuda", lambda *a, **k: False
@@ -393,10 +415,49 @@ def _of_sglang() -> dict[str, dict[str, Any]]:
             "is_cuda": yes, "next_power_of_2": triton.next_power_of_2, "cdiv": triton.cdiv,
         },
         "sglang.srt.utils.common": {"torch_release": release, "rank0_log": print},
-        "sglang.kernels.jit.utils": {"is_arch_support_pdl": yes, "is_hip_runtime": no, "get_jit_cuda_arch": no},
-        "sglang.kernels.ops.attention.kda_packed_decode": {"covered": no},
+        "sglang.kernels.jit.utils": {
+            "is_arch_support_pdl": yes, "is_hip_runtime": no, "get_jit_cuda_arch": no, "cache_once": functools.cache,
+            "make_cpp_args": lambda *args: Arguments(map(json.dumps, args)),
+            "load_jit": functools.partial(_load_jit, root / "sglang/kernels/jit"),
+        },
         "sglang.srt.runtime_context": {"get_exec": lambda: context},
     }  # fmt: skip
+
+
+class Arguments(list):
+    """Template arguments of a C++ class."""
+
+    def __str__(self) -> str:
+        return ", ".join(self)
+
+
+@functools.cache
+def sglang_cuda(root: Path) -> str | None:
+    """Why SGLang's own CUDA kernels cannot be built here; None if they can."""
+    if not (root / "sglang/kernels/jit/csrc/attention/kda_fused_decode.cuh").is_file():
+        return "the sources hold no sglang/kernels/jit/csrc"
+    if importlib.util.find_spec("tvm_ffi") is None or shutil.which("nvcc") is None or shutil.which("ninja") is None:
+        return "no tvm_ffi, nvcc or ninja"
+    return None
+
+
+def _load_jit(
+    folder: Path, name: str, *args: str, cuda_files: list[str], cuda_wrappers: list[tuple[str, str]],
+    extra_cuda_cflags: list[str],
+) -> Any:  # fmt: skip
+    """What SGLang's own does on CUDA: its kernel, compiled from the sources of the wheel."""
+    from tvm_ffi.cpp import load_inline
+
+    headers = ("container/tensor.h", "dtype.h", "error.h", "extra/c_env_api.h", "function.h")
+    lines = [f"#include <tvm/ffi/{header}>" for header in headers]
+    lines += [f'#include "{folder / "csrc" / file}"' for file in cuda_files]
+    exports = [f"TVM_FFI_DLL_EXPORT_TYPED_FUNC({export}, ({kernel}));" for export, kernel in cuda_wrappers]
+    major, minor = torch.cuda.get_device_capability()
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-DSGL_CUDA_ARCH={major * 100 + minor * 10}"]
+    return load_inline(
+        name, cuda_sources="\n".join([*lines, "namespace sglang {", *exports, "}"]),
+        extra_cuda_cflags=[*flags, *extra_cuda_cflags], extra_include_paths=[str(folder / "include")],
+    )  # fmt: skip
 
 
 def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
@@ -417,12 +478,15 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
         intermediate_ssm=torch.zeros(slots, steps, H, D, D, device=DEVICE),
         intermediate_conv_window=[torch.zeros(slots, steps, WIDTH - 1, CHANNELS, dtype=torch.bfloat16, device=DEVICE)],
     )  # fmt: skip
+    if not batch.fused:  # nor the CUDA kernel of packed decodes, which needs a compiler
+        importlib.import_module("sglang.kernels.ops.attention.kda_packed_decode").covered = lambda *args: False
     backend = object.__new__(module.KDAAttnBackend)
     vars(backend).update(
         kernel_dispatcher=module.KDAKernelDispatcher(*[kinds(name)] * 3),
         req_to_token_pool=types.SimpleNamespace(mamba2_layer_cache=lambda layer: cache, size=slots),
         forward_metadata=_sglang_metadata(batch), accept_lens_pool=None, _fused_chain_verify_fn=None,
         verify_intermediate_state_indices=torch.arange(slots, dtype=torch.int32, device=DEVICE),
+        _fused_override_notice=None,
         _track_mamba_state_decode=lambda *a: None, _track_mamba_state_extend=_track,
     )  # fmt: skip
     if batch.drafts:
@@ -433,6 +497,11 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
         conv_weights=random(CHANNELS, WIDTH, scale=0.5, dtype=torch.float32),
         A_log=random(1, 1, H, 1, dtype=torch.float32).abs(), dt_bias=random(H * D, dtype=torch.float32),
     )  # fmt: skip
+    if batch.fused:
+        parts = (part.mT.contiguous() for part in layer.conv_weights.split(H * D))
+        norm = (layer.A_log.view(-1), 1 + 0.1 * random(D, dtype=torch.float32), 1e-5)
+        layer._k3_fused_decode_args = (*parts, torch.zeros(CHANNELS, device=DEVICE), *norm)
+        layer._k3_onorm_gate = random(tokens, H * D)
     mode = types.SimpleNamespace(is_target_verify=lambda: bool(S), is_draft_extend_v2=lambda: False)
     forward = types.SimpleNamespace(
         forward_mode=mode, extend_prefix_lens=ints(*(n % 2 * 9 for n in range(N))),
@@ -447,9 +516,17 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
     def go() -> None:
         left[:] = [call(layer, forward, mixed.clone() if S else mixed, a, b)]
 
+    def out() -> torch.Tensor:
+        o = left[0].reshape(1, -1, H, D)[:, :real]
+        if batch.fused and not getattr(layer, "_k3_onorm_consumed", False):  # then the model does it
+            *_, weight, eps = layer._k3_fused_decode_args
+            gate = layer._k3_onorm_gate[:real].view(1, -1, H, D).float()
+            o = (torch.nn.functional.rms_norm(o.float(), (D,), weight, eps) * gate.sigmoid()).to(o.dtype)
+        return o
+
     real = tokens - batch.padded
     state = {"conv": conv, "pool": pool, "drafts": cache.intermediate_ssm}
-    return Run(go, lambda: left[0].reshape(1, -1, H, D)[:, :real], state)
+    return Run(go, out, state)
 
 
 def _track(forward: Any, h: Any, states: torch.Tensor, m: Any, *, h_track_buf: torch.Tensor) -> None:

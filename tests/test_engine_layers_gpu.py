@@ -3,9 +3,17 @@
 KDA_ENGINE_SOURCES=FOLDER pytest tests/test_engine_layers_gpu.py -rs
 """
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 
+from kda_kernels.tensors import Outputs
+from kdacli.capture import capture
+from kdacli.dumps import load_all
+from kdacli.dumps.strides import copy_of
+from kdacli.judge import Reference, judge
 from tests import engine_layers, engine_sources
 from tests.engine_layers import Batch
 
@@ -15,6 +23,7 @@ BATCHES = {
     "prefill": Batch((200, 3, 64)),
     "prefill of checkpoints": Batch((200, 70), checkpoint=128),
     "decode, padded": Batch((1,) * 7, decode=True, padded=3),
+    "fused decode, padded": Batch((1,) * 7, decode=True, padded=3, fused=True),
     "speculation": Batch(drafts=4, accepted=(2, 1, 4)),
 }
 VLLM = BATCHES | {
@@ -23,22 +32,29 @@ VLLM = BATCHES | {
 }
 
 
-def compare(run, ours) -> None:
-    """`run` with the engine's kernels and, inside `ours`, with ours, on the same tensors."""
-    left = []
-    for context in (None, ours):
+def compare(theirs, mine, ours) -> None:
+    """`theirs` with the engine's kernels and, inside `ours`, `mine` with ours, on the same tensors."""
+    torch.manual_seed(0)
+    left = [theirs().results()]
+    with ours():
         torch.manual_seed(0)
-        if context is None:
-            left.append(run().results())
-        else:
-            with context():
-                left.append(run().results())
+        left.append(mine().results())
     theirs, mine = left
     assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
     for name, want in theirs.items():
         error = (mine[name].double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
         assert want.isfinite().all(), f"the engine's own {name} is not finite"
         assert error.item() <= APART, f"{name} is off by {error.item():.1e}"
+
+
+def judge_captured(run, folder) -> None:
+    """The calls of one run, recorded by `kda capture`, against the oracle."""
+    with capture("sglang", out=folder):
+        run.go()
+    for dump in load_all(folder):
+        outputs = Outputs(**{name: tensor.cuda() for name, tensor in dump.outputs.tensors().items()})
+        for verdict in judge(Reference(copy_of(dump.inputs, "cuda"), dump.op), outputs, partial=True):
+            assert verdict.passed, f"{verdict.tensor}: {verdict.note}"
 
 
 @pytest.mark.gpu
@@ -48,14 +64,26 @@ def test_vllm_k3_layer(batch, bound):
     if batch.checkpoint and (bound is None or not engine_layers.flashkda()):
         pytest.skip("vLLM keeps checkpoints with FlashKDA only, which is not here or has no such gate")
     with engine_layers.load("vllm", engine_sources.folder("vllm").parent):
-        compare(lambda: engine_layers.k3(batch, bound), engine_layers.ours_in_vllm)
+        theirs = dataclasses.replace(batch, fused=False)  # the compiled operators of vLLM are not here
+        compare(
+            lambda: engine_layers.k3(theirs, bound), lambda: engine_layers.k3(batch, bound), engine_layers.ours_in_vllm
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bound", [-5.0, None], ids=["safe", "softplus"])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-def test_sglang_backend(batch, bound):
+def test_sglang_backend(batch, bound, tmp_path):
     root = engine_sources.folder("sglang").parent
+    if batch.fused and (reason := engine_layers.sglang_cuda(root)) is not None:
+        pytest.skip(f"SGLang's fused step cannot be built: {reason}")
     with engine_layers.load("sglang", root), engine_layers.ours_in_sglang():
-        choice = iter((False, True))
-        compare(lambda: engine_layers.sglang_layer(batch, next(choice), bound), engine_layers.contextlib.nullcontext)
+        if bound is None and batch.lens and not batch.decode:  # where SGLang's own is off, see docs/peers.md
+            torch.manual_seed(0)
+            judge_captured(engine_layers.sglang_layer(batch, True, bound), tmp_path / "dumps")
+            return
+        compare(
+            lambda: engine_layers.sglang_layer(batch, False, bound),
+            lambda: engine_layers.sglang_layer(batch, True, bound),
+            contextlib.nullcontext,
+        )
