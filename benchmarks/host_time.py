@@ -4,7 +4,8 @@
     python3 benchmarks/host_time.py                          prefill and decode, 12, 32 and 96 heads, with the peers
     python3 benchmarks/host_time.py --op decode --heads 96 --no-peers --json host.json
 
-Timed is what a call keeps the CPU, with the GPU idle before it. `kda_prefill` and `kda_decode` are called as an engine
+Timed is what a call keeps the CPU, with the GPU idle before it; until it is, the CPU asks again and again, as it is no
+engine's that sleeps between calls and wakes up slowly. `kda_prefill` and `kda_decode` are called as an engine
 does, on a pool and with `out`; kernels by name as `kda profile` calls them, their outputs allocated. All run in one
 process.
 """
@@ -15,7 +16,7 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import click
 import torch
@@ -33,6 +34,7 @@ from kdacli.synthetic import make_inputs
 TOKENS, SEQUENCES, BATCH = 8192, 6, 128  # at most: of a prefill call, packed in it, of a decode step
 WARM_UP = 10
 LIMIT_S = 20.0  # for the calls of one row, of which each may compile
+OPS = (Op.PREFILL.value, Op.DECODE.value)
 TOKEN_NAMES = ("q", "k", "v", "g", "beta")
 
 
@@ -120,13 +122,19 @@ def times_us(calls: list[Callable[[], object]], wait: Callable[[], object]) -> l
     return times
 
 
+def until_idle() -> None:
+    stream = torch.cuda.current_stream()
+    while not stream.query():
+        pass
+
+
 def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: list[Kernel]) -> Iterator[Row]:
     """The public function, then the kernels that can."""
     from kda_kernels.checks import problem_of
 
     largest = max(all_inputs, key=lambda x: x.v.numel())
     out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
-    wait = torch.cuda.synchronize if out.is_cuda else lambda: None
+    wait = until_idle if out.is_cuda else lambda: None
     callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
@@ -143,14 +151,21 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
 
 
 @click.command(help=__doc__)
-@click.option("--op", "ops", type=click.Choice([Op.PREFILL, Op.DECODE]), multiple=True, default=(Op.PREFILL, Op.DECODE))
+@click.option("--op", "ops", type=click.Choice(OPS), multiple=True, default=OPS)
 @click.option("--heads", type=click.IntRange(1), multiple=True, default=(12, 32, 96))
 @click.option("--calls", type=click.IntRange(2), default=200, show_default=True)
+@click.option("--kernel", "names", multiple=True, help="Beside the public functions only these, not all there are.")
 @click.option("--no-peers", is_flag=True)
 @click.option("--json", "dest", metavar="FILE")
 @click.option("--force", is_flag=True, help="Overwrite the file.")
 def main(
-    ops: tuple[str, ...], heads: tuple[int, ...], calls: int, no_peers: bool, dest: str | None, force: bool
+    ops: tuple[str, ...],
+    heads: tuple[int, ...],
+    calls: int,
+    names: tuple[str, ...],
+    no_peers: bool,
+    dest: str | None,
+    force: bool,
 ) -> None:
     output.check_dest(dest, force)
     if not torch.cuda.is_available():
@@ -159,7 +174,7 @@ def main(
     stderr, rows = dest == "-", list[Row]()
     record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
     output.say(f"{'':40} {'calls':>6} {'p50 us':>9} {'p90 us':>9} {'max us':>9}", stderr=stderr)
-    for row in rows_of(map(Op, ops), heads, calls, peers=not no_peers):
+    for row in rows_of(map(Op, ops), heads, calls, names, peers=not no_peers):
         times = " ".join(f"{output.fmt_us(us):>9}" for us in (row.p50_us, row.p90_us, row.max_us))
         name = f"{row.op} H={row.heads} {row.shapes:7} {row.kernel}"
         output.say(f"{name:40} {row.calls:>6} {times}  {row.error or ''}".rstrip(), stderr=stderr)
@@ -171,11 +186,12 @@ def main(
         output.write_json(record, "-")
 
 
-def rows_of(ops: Iterable[Op], heads: Iterable[int], calls: int, peers: bool) -> Iterator[Row]:
+def rows_of(ops: Iterable[Op], heads: Iterable[int], calls: int, names: Sequence[str], peers: bool) -> Iterator[Row]:
     for op, H in itertools.product(ops, heads):
+        kernels = [kernel for kernel in candidates([op], names, peers) if kernel.op is op]
         make = prefill_calls if op is Op.PREFILL else decode_calls
         for shapes in ("same", "length", "packed") if op is Op.PREFILL else ("same", "batch"):
-            yield from measure(op, H, shapes, list(make(H, shapes, calls + WARM_UP)), candidates([op], peers=peers))
+            yield from measure(op, H, shapes, list(make(H, shapes, calls + WARM_UP)), kernels)
 
 
 if __name__ == "__main__":
