@@ -66,7 +66,7 @@ def main(root: Path, file: str | None) -> None:
         with engine_layers.load(engine, root):
             if engine == "sglang" and (reason := engine_layers.sglang_cuda(root)) is not None:
                 print(f"SGLang's fused step cannot be built: {reason}", file=sys.stderr)
-            for (name, batch), bound in itertools.product(CASES.items(), (-5.0, None)):
+            for bound, (name, batch) in itertools.product((-5.0, None), CASES.items()):
                 row = {"engine": engine, "case": name, "gate": "softplus" if bound is None else "safe"}
                 for whose in ("theirs", "ours"):
                     graph = batch.decode or bool(batch.drafts)
@@ -75,9 +75,9 @@ def main(root: Path, file: str | None) -> None:
                         row[f"{whose}, graph"] = measured(engine, whose == "ours", batch, bound, True)
                 rows.append(row)
                 print(row, flush=True)
-    if file:
-        report = {"schema": "kda.engine-layers/1", "provenance": collect(0), "rows": rows}
-        Path(file).write_text(json.dumps(report, indent=1) + "\n")
+                if file:
+                    report = {"schema": "kda.engine-layers/1", "provenance": collect(0), "rows": rows}
+                    Path(file).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measured(engine: str, ours: bool, batch: Batch, bound: float | None, graph: bool) -> float | None:

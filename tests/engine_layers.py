@@ -121,7 +121,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.partition(".")[0] != self.engine:
             return None
         file = self.root.joinpath(*name.split("."))
-        if any(name == real or name.startswith(real.rstrip(".") + ".") for real in REAL[self.engine]):
+        if name not in self.given and any(
+            name == real or name.startswith(real.rstrip(".") + ".") for real in REAL[self.engine]
+        ):
             found = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
             bare = name + "." in REAL[self.engine]  # its own __init__ imports too much
             if found.is_file() and not bare:
@@ -443,7 +445,8 @@ def _of_sglang(root: Path) -> dict[str, dict[str, Any]]:
     asks = dict.fromkeys(("is_cpu", "is_npu", "is_hip", "is_xpu", "is_musa", "cpu_has_amx_support"), no)
     release = tuple(map(int, torch.__version__.partition("+")[0].split(".")[:2]))
     context = types.SimpleNamespace(mamba=MAMBA)
-    return {
+    without = {"sglang.kernels.ops.attention.kda_packed_decode": {"covered": no}} if sglang_cuda(root) else {}
+    return without | {
         "sglang.srt.utils": asks | {
             "is_cuda": yes, "next_power_of_2": triton.next_power_of_2, "cdiv": triton.cdiv,
         },
@@ -511,8 +514,6 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
         intermediate_ssm=torch.zeros(slots, steps, H, D, D, device=DEVICE),
         intermediate_conv_window=[torch.zeros(slots, steps, WIDTH - 1, CHANNELS, dtype=torch.bfloat16, device=DEVICE)],
     )  # fmt: skip
-    if not batch.fused:  # nor the CUDA kernel of packed decodes, which needs a compiler
-        importlib.import_module("sglang.kernels.ops.attention.kda_packed_decode").covered = lambda *args: False
     backend = object.__new__(module.KDAAttnBackend)
     vars(backend).update(
         kernel_dispatcher=module.KDAKernelDispatcher(*[kinds(name)] * 3),
