@@ -95,10 +95,11 @@ def segment_outputs_kernel(
 def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
     """Completes `o` [B, T, HV, V] by what `segments.reads` [units * segment, HV, K] read of the states before units."""
     _, T, HV, V = o.shape
+    batch, token, head, _ = o.stride()
     early = starts_early(o.device)
-    arguments = (o, T, *(stride // 8 for stride in o.stride()[:3]), HV, V, K, BT, SPAN, early)
+    device, _, *tables = segments.kind()
+    arguments = (o, T, batch // 8, token // 8, head // 8, HV, V, K, BT, SPAN, early)
     launch(
-        segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, SPAN)), (segments.kind()[0],
-        segments.kind()[2:], o.dtype, V, K), segments.arguments() + arguments, num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES, launch_pdl=early,
+        segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, SPAN)), (device, *tables, o.dtype, V, K),
+        segments.arguments() + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES, launch_pdl=early,
     )  # fmt: skip
