@@ -126,8 +126,10 @@ def test_constraints_pin_every_dependency_within_its_range(metadata):
 
 
 def test_version_is_in_the_changelog():
+    import kda_kernels
     import kdacli
 
+    assert kda_kernels.__version__ == kdacli.__version__
     assert f"## [{kdacli.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 
+__version__ = "0.1.0"  # as kdacli's
+
 _EXPORTS = {
     "Checkpoints": "kda_kernels.api",
     "ContextParallel": "kda_kernels.parallel",

@@ -84,7 +84,8 @@ def beside(panel: "Axes", rows: Sequence[TimedRow]) -> None:
     panel.set_xlabel("us per call, median with its 95% interval")
     panel.set_title(f"{rows[0].op}, {rows[0].gates} gates")
     panel.grid(True, axis="x", which="both", alpha=0.25)
-    panel.get_figure().legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    assert (figure := panel.get_figure()) is not None
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
 
 
 def roofline(panel: "Axes", rows: Sequence[TimedRow], ceilings: Ceilings) -> None:
