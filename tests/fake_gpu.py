@@ -16,7 +16,7 @@ from kda_kernels.cute.decode_config import DecodeSpec
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Convolution, GatedNorm, Inputs
 
 
 class FakeFunction:
@@ -27,7 +27,7 @@ class FakeFunction:
 
     def __call__(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, indices, offsets, token_states, accepted, token_rows,
-        started, null_slot, scale, bound,
+        started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, null_slot, scale, bound, eps,
     ):  # fmt: skip
         s, activation = self.spec, self.spec.dtype
         B, T, N = 1 if s.packed else "B", 1 if s.one_token else "T", "N" if s.packed else "B"
@@ -50,6 +50,12 @@ class FakeFunction:
             ("num_accepted_tokens", accepted, s.accepted, (N,)),
             ("token_state_indices", token_rows, s.token_rows, (N,)),
             ("has_initial_state", started, "bool" if s.fresh else None, (N,)),
+            ("taps", taps, s.taps_dtype, ("D", s.taps)),
+            ("taps_bias", taps_bias, s.taps_bias, ("D",)),
+            ("past", past, s.past, ("slots", "L", "D") if s.tokens_first else ("slots", "D", "L")),
+            ("past_indices", past_indices, s.past_index, ("past indices",)),
+            ("norm_weight", norm_weight, s.norm, (s.V,)),
+            ("norm_gate", norm_gate, s.norm_gate, (B, T, HV, s.V)),
         ]
         check(arguments, q.device)
         self.calls += 1
@@ -61,6 +67,8 @@ class FakeFunction:
             q, k, v, g, beta, options, A_log, dt_bias, h0, indices, offsets, null_slot=null,
             has_initial_state=started, num_accepted_tokens=accepted, update_state=s.update, token_states=token_states,
             token_state_indices=token_rows,
+            conv=Convolution(taps, taps_bias, past, past_indices, s.tokens_first) if s.taps else None,
+            norm=GatedNorm(norm_gate, norm_weight, eps) if s.norm else None,
         )  # fmt: skip
         if token_states is not None and token_rows is None:  # which the reference does not write
             inputs = dataclasses.replace(inputs, token_states=None)
@@ -94,7 +102,13 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
         if have != (sizes.setdefault(want, have) if isinstance(want, str) else want):
             raise ValueError(f"Mismatched {name}.shape, expected {want}")
     # contiguous within the heads of a state; q, k, v, g, o and vectors in their last dimension; beta anywhere
-    inner = 3 if name in ("h0", "ht", "h_kept", "token_states") else 0 if name in ("beta", "state_indices") else 1
+    inner = (
+        3
+        if name in ("h0", "ht", "h_kept", "token_states")
+        else 0
+        if name in ("beta", "state_indices", "past_indices")
+        else 1
+    )
     expected = list(itertools.accumulate((1, *x.shape[:0:-1]), lambda a, b: a * b))
     for i in range(1, inner + 1):
         if x.shape[-i] != 1 and x.stride(-i) != expected[i - 1]:

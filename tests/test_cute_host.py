@@ -62,7 +62,7 @@ def test_the_stand_in_takes_what_the_kernel_takes():
     from kda_kernels.cute.decode_kernel import DecodeKernel
 
     real = list(inspect.signature(DecodeKernel.__call__).parameters)
-    assert real[-3:] == ["scale", "lower_bound", "stream"]
+    assert real[-3:] == ["lower_bound", "eps", "stream"]
     fake = list(inspect.signature(fake_gpu.FakeFunction.__call__).parameters)
     assert len(fake) == len(real) - 1
     alias = {"indices": "state_indices", "offsets": "cu_seqlens", "bound": "lower_bound"}

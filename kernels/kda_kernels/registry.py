@@ -5,7 +5,8 @@ Which of ours runs a call of the public functions, and all there is to the rule:
 Decode: `cute-decode` on a GPU of sm_90a or newer with the DSL installed, when K is a multiple of 32, V of 16, the state
 is V-first and its slots are 16-byte aligned; `triton-decode` runs everything else.
 
-Step: `triton-step` where there is a convolution or a norm; without either it is decode.
+Step: `cute-step` on such a GPU, under the same conditions, when the states of the value heads that share a key head fit
+the CTAs of a cluster (K = V = 128: up to 8 heads); `triton-step` runs everything else.
 
 Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16, K = V = 128,
 V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured; `triton-prefill` runs
@@ -285,6 +286,7 @@ for _kernel in (
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
     Kernel("torch-decode", Op.DECODE, "torch", f"{_R}.plain_recurrent", "plain torch, float32"),
+    Kernel("cute-step", Op.STEP, "cute", f"{_C}.step", "decode with convolution and gated norm, in one launch, sm_90a"),
     Kernel("triton-step", Op.STEP, "triton", f"{_T}.decode", "decode with convolution and gated norm, in one launch"),
     Kernel("torch-step", Op.STEP, "torch", f"{_R}.plain_recurrent", "the same with convolution and gated norm"),
     Kernel("torch-prefill", Op.PREFILL, "torch", f"{_R}.plain_chunk", "plain torch, chunked"),
@@ -292,6 +294,6 @@ for _kernel in (
     register(_kernel)
 _FASTEST = {
     Op.DECODE: (get("cute-decode"), get("triton-decode")),
-    Op.STEP: (get("cute-decode"), get("triton-step")),
+    Op.STEP: (get("cute-step"), get("triton-step")),
     Op.PREFILL: (get("cute-prefill"), get("triton-prefill")),
 }

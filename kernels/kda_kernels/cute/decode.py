@@ -29,7 +29,8 @@ from kda_kernels.variant import H100, Gpu
 
 FEATURES = frozenset(
     ("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states", "token_state_indices")
-) | {"strided_indices", "tail"}
+) | {"strided_indices", "tail", "conv", "norm"}
+_NO_PARTS: tuple = (None,) * 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,28 @@ class _Last:
 
 def _sizes(call: tuple) -> tuple[tuple, int]:
     """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
-    whether the pool is written, one token a sequence, H, K, HV, V, device); and the number of sequences."""
+    whether the pool is written, one token a sequence, H, K, HV, V, device, `_parts_of`); the number of sequences."""
     q, offsets = call[0], call[10]
     B, T, H, K = q.shape
     _, _, HV, V = call[2].shape
+    parts = _parts_of(call, HV // H) if len(call) > 23 else None
     if offsets is None:
-        return (call[5], call[16], T == 1, H, K, HV, V, q.device), B
-    return (call[5], call[16], False, H, K, HV, V, q.device), offsets.shape[0] - 1
+        return (call[5], call[16], T == 1, H, K, HV, V, q.device, parts), B
+    return (call[5], call[16], False, H, K, HV, V, q.device, parts), offsets.shape[0] - 1
+
+
+def _parts_of(call: tuple, group: int) -> tuple[int, bool] | None:
+    """Value heads that share a convolution or a norm, and whether the former's states have tokens first."""
+    conv, norm = call[23], call[24]
+    if conv is not None:
+        return group, conv.tokens_first
+    return None if norm is None else (1, False)
 
 
 def _config(key: tuple, N: int, narrow: bool, sms: int) -> DecodeConfig:
-    _, _, one_token, _, K, HV, V, _ = key
+    _, _, one_token, _, K, HV, V, _, parts = key
+    if parts is not None:
+        return DecodeConfig.choose_clustered(N * HV, K, V, narrow, one_token, sms, parts[0])
     return DecodeConfig.choose(N * HV, K, V, narrow, one_token, sms)
 
 
@@ -186,7 +198,7 @@ def _call(
     """
     (q, k, v, g, beta, _, A_log, bias, h0, indices, offsets, v_first, _, null_slot, started, accepted, _, kept,
      kept_rows, *_) = call  # fmt: skip
-    _, _, _, _, K, HV, V, _ = key
+    _, _, _, _, K, HV, V, _, parts = key
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
@@ -210,15 +222,42 @@ def _call(
             bias = _flat(bias, K)
         if bias.shape[0] != HV * K:
             raise ValueError("dt_bias is not one for each channel")
+    *parts, eps = _NO_PARTS if parts is None else _parts(call, N)
     arguments = (
-        q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started,
-        -1 if null_slot is None else null_slot, scale, bound,
+        q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started, *parts,
+        -1 if null_slot is None else null_slot, scale, bound, eps,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
             function(*arguments)
     else:  # a context manager that does nothing costs a third of a microsecond
         function(*arguments)
+
+
+def _parts(call: tuple, N: int) -> tuple:
+    """What a function takes for a convolution and a norm. Raises `ValueError` for what it cannot see."""
+    q, _, v, *_ = call
+    indices, offsets, accepted, conv, norm = call[9], call[10], call[15], call[23], call[24]
+    convolution: tuple = _NO_PARTS[:4]
+    ending: tuple = _NO_PARTS[:3]
+    if conv is not None:
+        states = conv.states
+        P, *slot = states.shape
+        drafts = q.shape[1] - 1 if accepted is not None and offsets is None else 0
+        if conv.weight.shape[0] != 2 * q.shape[2] * q.shape[3] + v.shape[2] * v.shape[3]:
+            raise ValueError("not a filter for each channel")
+        if slot[not conv.tokens_first] < conv.width - 1 + drafts:
+            raise ValueError("states of the convolution that are too short")
+        if states.stride(1) != slot[1] or (P > 1 and states.stride(0) < slot[0] * slot[1]):
+            raise ValueError("states of the convolution that overlap or have gaps")
+        if conv.indices is not None and (conv.indices.shape[0] < N or indices is None):
+            raise ValueError("indices of the convolution")
+        convolution = conv.weight, conv.bias, states, conv.indices
+    if norm is not None:
+        if not norm.eps > 0:
+            raise ValueError("eps")
+        ending = norm.weight, norm.gate, norm.eps
+    return *convolution, *ending
 
 
 def _flat(parameter: torch.Tensor, last: int) -> torch.Tensor:
@@ -254,7 +293,21 @@ def _kind(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> tupl
         *(None if x is None else x.dtype for x in (inputs.num_accepted_tokens, inputs.token_state_indices)),
         inputs.has_initial_state is not None, inputs.update_state,
         indices is not None and indices.ndim == 1 and not indices.is_contiguous(), inputs.N > MOST_BLOCKS,
+        *_kind_of_parts(inputs),
     )  # fmt: skip
+
+
+def _kind_of_parts(inputs: Inputs) -> tuple:
+    """`_kind`, from `DecodeSpec.taps` on."""
+    conv, norm = inputs.conv, inputs.norm
+    kind: tuple = (0, None, None, None, None, False, False)
+    if conv is not None:
+        of_channel = conv.width * conv.weight.element_size()  # bytes
+        kind = (
+            conv.width, *(None if x is None else x.dtype for x in (conv.weight, conv.bias, conv.states, conv.indices)),
+            conv.tokens_first, of_channel in (8, 16) and conv.weight.data_ptr() % of_channel == 0,
+        )  # fmt: skip
+    return *kind, *((None, None) if norm is None else (norm.weight.dtype, norm.gate.dtype))
 
 
 def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
@@ -312,7 +365,9 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def _unsupported_problem(problem: Problem) -> str | None:
     if not problem.state_v_first and (problem.initial_state or problem.final_state):
         return "the state is K-first: this kernel's is V-first"
-    return unsupported_shape(problem.K, problem.V)
+    return unsupported_shape(problem.K, problem.V) or _unsupported_cluster(
+        problem.H, problem.HV, problem.K, problem.V, "conv" in problem.features, "norm" in problem.features
+    )
 
 
 def unsupported_shape(K: int, V: int) -> str | None:
@@ -320,6 +375,16 @@ def unsupported_shape(K: int, V: int) -> str | None:
     if K % 32 or V % 16 or not (K <= MAX_HEAD and V <= MAX_HEAD):
         return f"K is {K} and V is {V}: K should be a multiple of 32, V of 16, and neither over {MAX_HEAD}"
     return None
+
+
+def _unsupported_cluster(H: int, HV: int, K: int, V: int, conv: bool, norm: bool) -> str | None:
+    """Why the CTAs that share a convolution or a norm do not fit a cluster; None if they do, or there is neither."""
+    if not conv and not norm:
+        return None
+    group = HV // H if conv else 1
+    if DecodeConfig.fitting(K, V, group):
+        return None
+    return f"{group} value heads of V x K = {V} x {K} share a key head: their states do not fit a cluster of CTAs"
 
 
 def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str | None:
@@ -330,6 +395,12 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
         return "the state is K-first: this kernel's is V-first"
     if lacking := inputs.features() - FEATURES:
         return f"it does not support {min(lacking)}"
+    _, _, H, K = inputs.q.shape
+    _, _, HV, V = inputs.v.shape
+    if reason := _unsupported_cluster(H, HV, K, V, inputs.conv is not None, inputs.norm is not None):
+        return reason
+    if inputs.conv is not None and inputs.conv.indices is not None and inputs.state_indices is None:
+        return "the convolution has indices and the state has none"
     state = inputs.state
     if state is not None and (state.data_ptr() % 16 or state.stride(0) * state.element_size() % 16):
         return "a slot of the state is not 16-byte aligned"

@@ -61,6 +61,21 @@ def _arguments(spec: DecodeSpec) -> tuple:
         shape = [cute.sym_int() for _ in range(1 if spec.accepted is None else 2)]
         return stand_in(spec.index, tuple(shape), [cute.sym_int64() for _ in shape])
 
+    def pasts():
+        """Slots are contiguous and may lie apart."""
+        if not spec.taps:
+            return None
+        L = cute.sym_int()
+        inner = (L, channels) if spec.tokens_first else (channels, L)
+        return stand_in(spec.past, (cute.sym_int(), *inner), (cute.sym_int64(), cute.sym_int64(), 1))
+
+    def taps():
+        if not spec.taps:
+            return None
+        align = spec.taps * DTYPES[spec.taps_dtype].width // 8 if spec.wide else None
+        return stand_in(spec.taps_dtype, (channels, spec.taps), (spec.taps, 1), align)
+
+    channels = cute.sym_int()
     rows = (B, T) if spec.token_rows is None else (cute.sym_int(), cute.sym_int())
     return (
         tokens(spec.dtype, H, spec.K),
@@ -79,9 +94,16 @@ def _arguments(spec: DecodeSpec) -> tuple:
         vector(spec.accepted, N),
         vector(spec.token_rows, N),
         vector("bool" if spec.fresh else None, N),
+        taps(),
+        vector(spec.taps_bias, channels),
+        pasts(),
+        stand_in(spec.past_index, (cute.sym_int(),), (cute.sym_int64(),)) if spec.past_index else None,
+        vector(spec.norm, spec.V),
+        tokens(spec.norm_gate, HV, spec.V) if spec.norm_gate else None,
         Int32(0),
         Float32(0.0),
         Float32(0.0),
+        Float32(0.0) if spec.norm else None,
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
 

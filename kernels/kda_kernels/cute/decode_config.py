@@ -9,6 +9,7 @@ from kda_kernels.problem import Gate
 SUMS = 3  # over K: q.q, k.k, q.k
 MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
+MOST_CLUSTERED = 8  # CTAs of a cluster that every GPU of sm_90 and newer has room for
 
 
 class DecodeConfig(NamedTuple):
@@ -51,6 +52,38 @@ class DecodeConfig(NamedTuple):
             best = cls(rows=32, ctas=3) if ctas >= 3 else cls()
         return best if V % best.rows == 0 else cls(rows=32)
 
+    @staticmethod
+    def fitting(K: int, V: int, group: int) -> list[int]:
+        """Rows a CTA may have where the CTAs of `group` value heads are one cluster, the least first; maybe none.
+
+        A CTA has room for 128 rows of 128 channels.
+        """
+        return [
+            rows
+            for rows in (16, 32, 64, 128)
+            if V % rows == 0 and V // rows * group <= MOST_CLUSTERED and rows * K <= 128 * 128
+        ]
+
+    @classmethod
+    @functools.cache
+    def choose_clustered(
+        cls, heads: int, K: int, V: int, narrow: bool, one_token: bool, sms: int, group: int
+    ) -> "DecodeConfig":
+        """As `choose`, where the CTAs of `group` value heads share a convolution, or those of one a norm.
+
+        Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller: a
+        whole state where there are many, fp32 in pieces through shared memory. Up to three to a multiprocessor start
+        at once; of more than that two leave more registers to each.
+        """
+        states = heads / sms
+        least = 32 if states < (2 if narrow or not one_token else 2.5) else 128 if one_token else 64
+        fitting = cls.fitting(K, V, group)
+        rows = next((rows for rows in fitting if rows >= least), fitting[-1])
+        if rows == 128:
+            bulk = one_token and not narrow
+            return cls(rows, threads=256, ctas=3 if bulk and states <= 3 else 2, bulk=bulk)
+        return cls(rows, threads=256, ctas=2) if rows == 64 else cls(rows, ctas=4 if one_token else 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
@@ -70,6 +103,11 @@ class DecodeSpec:
         update: whether the pool is written.
         strided: whether state_indices of one dimension may have any stride.
         many: whether there are more sequences than a grid has room for along its last axis.
+        taps: width of the convolution ahead of the step; 0: there is none.
+        taps_dtype, taps_bias, past, past_index: dtypes of its weight, bias, states and indices, or None.
+        tokens_first: whether its states are [P, L, channels], instead of [P, channels, L].
+        wide: whether a channel's taps are read at once, so that they have to be aligned.
+        norm, norm_gate: dtypes of the weight and the gate of the norm behind the step; None: there is none.
     """
 
     group: int
@@ -97,6 +135,15 @@ class DecodeSpec:
     update: bool = True
     strided: bool = False
     many: bool = False
+    taps: int = 0
+    taps_dtype: str | None = None
+    taps_bias: str | None = None
+    past: str | None = None
+    past_index: str | None = None
+    tokens_first: bool = False
+    wide: bool = False
+    norm: str | None = None
+    norm_gate: str | None = None
 
     @property
     def pooled(self) -> bool:
@@ -133,13 +180,46 @@ class DecodeSpec:
         return self.config.bulk and self.h0 is not None and plain
 
     @property
+    def streamed(self) -> bool:
+        """Whether a state in shared memory is taken a few rows at a time, instead of into registers as a whole."""
+        return (
+            self.bulk and self.pooled and self.one_token and self.token_states is None and bool(self.taps or self.norm)
+        )
+
+    @property
+    def pieces(self) -> int:
+        """In which a state comes to shared memory, one for each pass."""
+        return self.config.rows * LANES // self.config.threads if self.streamed else 1
+
+    @property
     def shared_bytes(self) -> int:
         """Of a CTA: q, k, the decays and each warp's sums, for two tokens; with `bulk` a tile and its barrier."""
         channels = 3 * 2 * self.width * 4 + SUMS * 2 * (self.config.threads // 32) * 4
-        tile = self.config.rows * self.K * (4 if self.h0 == "float32" else 2) + 16 if self.bulk else 0
-        return tile + channels
+        tile = self.config.rows * self.K * (4 if self.h0 == "float32" else 2) if self.bulk else 0
+        tile += -(-8 * self.pieces // 16) * 16 if self.bulk else 0
+        values = 2 * self.config.threads * 4 if self.taps else 0
+        outputs = 2 * self.V * 4 + 16 if self.norm else 0
+        return tile + channels + values + outputs
 
     @property
     def slices(self) -> int:
         """CTAs a state."""
         return self.V // self.config.rows
+
+    @property
+    def apart(self) -> bool:
+        """Whether the slot of the convolution's state is another than that of the state."""
+        return self.past_index is not None or (self.taps > 0 and self.accepted is not None)
+
+    @property
+    def heads_of_cluster(self) -> int:
+        """Value heads that read the same channels of q and k, if they have windows."""
+        return self.group if self.taps else 1
+
+    @property
+    def cluster(self) -> tuple[int, int] | None:
+        """CTAs a cluster, slices of a state by value heads: those that read the same channels or share a norm."""
+        if not (self.taps or self.norm):
+            return None
+        shape = self.slices, self.heads_of_cluster
+        return None if shape == (1, 1) else shape

@@ -4,6 +4,10 @@ A state tile is read once, held in fp32 registers over all tokens and written on
 and each access moves 16 bytes a lane, 128 bytes a row: whole lines for the memory, and sums over K that are 3 shuffles.
 What a token's channels need once for the whole tile (gate, norms, k.q) is made by one thread a channel and shared
 through shared memory, so that q, k and g may lie at any address.
+
+With a convolution or a norm (`kda_step`) the CTAs of a head are a thread block cluster. Each of them convolves q and k
+for itself, and one shifts their windows after all have read them. Each gets all outputs of the head, so that the sum
+under the norm runs in one order, however many CTAs there are.
 """
 
 import functools
@@ -16,6 +20,8 @@ from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.decode_config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
+from kda_kernels.cute.decode_conv import Windows
+from kda_kernels.cute.decode_norm import Norm
 from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
 
 
@@ -30,6 +36,23 @@ class DecodeKernel:
         self.channels = math.ceil(spec.K / self.threads)  # a thread
         self.apart = 32 // LANES  # rows that a warp touches with one access
         self.passes = self.rows // (self.warps * self.apart)
+        # rows between a thread's passes: a warp's rows lie together, or those of a piece that comes at once
+        self.spacing = self.apart * (self.warps if spec.streamed else 1)
+        self.windows, self.norm = Windows(spec), Norm(spec)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the state of the last token goes to its slot."""
+        return self.spec.pooled and self.spec.update and self.spec.accepted is None
+
+    @property
+    def waits(self) -> bool:
+        """Whether windows of q and k have readers that no norm waits for."""
+        return (
+            self.spec.taps
+            and self.spec.cluster is not None
+            and (self.spec.norm is None or self.spec.heads_of_cluster > 1)
+        )
 
     @cute.jit
     def __call__(
@@ -50,30 +73,38 @@ class DecodeKernel:
         accepted: cute.Tensor | None,  # num_accepted_tokens [N]
         token_rows: cute.Tensor | None,  # token_state_indices [N]
         started: cute.Tensor | None,  # has_initial_state [N]
+        taps: cute.Tensor | None,  # the convolution's weight [2 H K + HV V, taps]
+        taps_bias: cute.Tensor | None,  # [2 H K + HV V]
+        past: cute.Tensor | None,  # its states [P, 2 H K + HV V, L], or [P, L, ..] with tokens first
+        past_indices: cute.Tensor | None,  # [N]
+        norm_weight: cute.Tensor | None,  # [V]
+        norm_gate: cute.Tensor | None,  # [B, T, HV, V]
         null_slot: Int32,  # a slot that is padding too; a negative number: none
         scale: Float32,
         lower_bound: Float32,
+        eps: Float32 | None,  # of the norm
         stream,
     ):
         N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
         tensors = (
             q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, token_states, accepted, token_rows,
-            started,
+            started, taps, taps_bias, past, past_indices, norm_weight, norm_gate,
         )  # fmt: skip
+        numbers = null_slot, scale, lower_bound, eps
         if cutlass.const_expr(self.spec.many):
             for first_n in cutlass.range(0, N, MOST_BLOCKS, unroll=1):
                 some = cutlass.min(N - first_n, MOST_BLOCKS)
-                self.launch(tensors, Int32(first_n), null_slot, scale, lower_bound, v.shape[2], some, stream)
+                self.launch(tensors, Int32(first_n), numbers, v.shape[2], some, stream)
         else:
-            self.launch(tensors, None, null_slot, scale, lower_bound, v.shape[2], N, stream)
+            self.launch(tensors, None, numbers, v.shape[2], N, stream)
 
     @cute.jit
-    def launch(
-        self, tensors, first_n: Int32 | None, null_slot: Int32, scale: Float32, lower_bound: Float32, heads, N, stream
-    ):  # fmt: skip
-        self.kernel(*tensors, first_n, null_slot, scale, lower_bound).launch(
+    def launch(self, tensors, first_n: Int32 | None, numbers, heads, N, stream):
+        cluster = self.spec.cluster
+        self.kernel(*tensors, first_n, *numbers).launch(
             grid=(self.spec.slices, heads, N),
             block=(self.threads, 1, 1),
+            cluster=None if cluster is None else (*cluster, 1),
             stream=stream,
             min_blocks_per_mp=self.ctas,
             preferred_smem_carveout=100 if self.bulk else 25,
@@ -98,10 +129,17 @@ class DecodeKernel:
         accepted: cute.Tensor | None,
         token_rows: cute.Tensor | None,
         started: cute.Tensor | None,
+        taps: cute.Tensor | None,
+        taps_bias: cute.Tensor | None,
+        past: cute.Tensor | None,
+        past_indices: cute.Tensor | None,
+        norm_weight: cute.Tensor | None,
+        norm_gate: cute.Tensor | None,
         first_n: Int32 | None,
         null_slot: Int32,
         scale: Float32,
         lower_bound: Float32,
+        eps: Float32 | None,
     ):
         spec = self.spec
         tid = cute.arch.thread_idx()[0]
@@ -110,11 +148,12 @@ class DecodeKernel:
             i_n = i_n + first_n
         i_h = i_hv // spec.group
         lane = tid % 32
-        # a warp's rows lie together: 4 of them a pass
         row = i_slice * self.rows + (tid // 32) * (self.rows // self.warps) + lane // LANES
+        if cutlass.const_expr(spec.streamed):
+            row = i_slice * self.rows + (tid // 32) * self.apart + lane // LANES
         col = (lane % LANES) * spec.vector
 
-        slot = Int64(i_n)
+        slot, column = Int64(i_n), Int32(0)
         if cutlass.const_expr(spec.accepted is not None):  # of the last token that was accepted
             column = cutlass.min(cutlass.max(Int32(accepted[i_n]) - 1, 0), Int32(state_indices.shape[1]) - 1)
             slot = self.unsigned(state_indices[i_n, column])
@@ -130,15 +169,32 @@ class DecodeKernel:
         # among them, or a plain load, and the compiler puts most of the state's behind the gates.
         raw = self.fetch(q, k, g, b, first, i_h, i_hv, tid, n_tokens > 0)
         A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
-        raw_v, raw_beta = self.fetch_rows(v, beta, b, first, i_hv, row, n_tokens > 0)
+        rows = self.fetch_rows(v, beta, norm_gate, b, first, i_hv, i_slice, row, tid, n_tokens > 0)
+        lines, raw_taps, weights, past_slot = None, None, None, slot
+        if cutlass.const_expr(spec.taps):
+            lines = self.windows.lines(Int32(q.shape[2]), i_h, i_hv * spec.V + i_slice * self.rows, tid)
+            raw_taps = self.windows.fetch_taps(taps, taps_bias, lines)
+            if cutlass.const_expr(spec.past_index is not None):
+                past_slot = self.unsigned(past_indices[i_n])
+            elif cutlass.const_expr(spec.accepted is not None):
+                past_slot = self.unsigned(state_indices[i_n, 0])
+        if cutlass.const_expr(spec.norm is not None):
+            weights = self.norm.fetch_weight(norm_weight, self.rows_from(row))
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
         lost = False
         if cutlass.const_expr(spec.pooled):
             lost = not self.inside(slot, h0) or slot == null_slot
+        if cutlass.const_expr(spec.taps):
+            lost = lost or not self.inside(past_slot, past)
+            if cutlass.const_expr(spec.apart):
+                lost = lost or past_slot == null_slot
         if lost:  # padding, or no slot of the pool: that is neither read nor written
             wrong = (Int32 if slot.width == 32 else Int64)(slot) >= 0 and slot != null_slot
+            if cutlass.const_expr(spec.apart):
+                other = (Int32 if past_slot.width == 32 else Int64)(past_slot)
+                wrong = wrong and other >= 0 and past_slot != null_slot
             self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
         elif live:
             inside = i_hv * (spec.V * spec.K) + row * spec.K + col
@@ -146,7 +202,18 @@ class DecodeKernel:
             smem = SmemAllocator()
             if cutlass.const_expr(self.bulk):
                 tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
-                arrived = smem.allocate_array(Int64, 1)
+                arrived = smem.allocate_array(Int64, spec.pieces)
+            window, values, room, begun = None, None, None, True
+            if cutlass.const_expr(spec.norm is not None):
+                room = self.norm.begin(smem, tid)
+            if cutlass.const_expr(spec.cluster is not None):
+                cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
+            if cutlass.const_expr(spec.taps and spec.fresh):
+                begun = started[i_n]
+            if cutlass.const_expr(spec.taps):
+                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
+                values = smem.allocate_tensor(Float32, cute.make_layout((self.threads, 2)), byte_alignment=16)
+            if cutlass.const_expr(self.bulk):
                 first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
                 self.fetch_tile(tile, arrived, h0, slot, first_row, tid)
                 mine = tile.iterator + cute.assume(row % self.rows * spec.K + col, divby=spec.vector)
@@ -162,37 +229,88 @@ class DecodeKernel:
             layout = cute.make_layout((spec.width, 2))  # two tokens: one is read while the next is written
             shared = tuple(smem.allocate_tensor(Float32, layout, byte_alignment=16) for _ in range(3))
             sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS * self.warps, 2)), byte_alignment=16)
+            if cutlass.const_expr(spec.taps):
+                window = self.windows.fp32(raw_past), *(self.windows.fp32(x) for x in raw_taps)
+                if cutlass.const_expr(spec.accepted is not None):
+                    before = self.windows.fp32(raw_past)
             if cutlass.const_expr(spec.one_token):
-                parts = self.share(raw, A, bias, lower_bound, shared, sums, 0, tid)
-                if cutlass.const_expr(self.bulk):
-                    cute.arch.mbarrier_wait(arrived, 0)
-                    self.load_state(S, mine)
-                self.step(S, o, raw_v, raw_beta, scale, shared, parts, 0, b, first, i_hv, row, col)
+                parts = self.share(raw, A, bias, lower_bound, shared, sums, window, rows[0], values, 0, tid)
+                if cutlass.const_expr(spec.cluster is not None):
+                    self.meet()
+                if cutlass.const_expr(spec.streamed):
+                    target = self.start(h0, slot, None, first_row)
+                    out = self.stream(
+                        tile, arrived, target, o, rows, values, scale, shared, parts, room, b, first, i_hv, row, lane
+                    )  # fmt: skip
+                else:
+                    if cutlass.const_expr(self.bulk):
+                        cute.arch.mbarrier_wait(arrived, 0)
+                        self.load_state(S, mine)
+                    out = self.step(S, o, rows, values, scale, shared, parts, room, 0, 0, b, first, i_hv, row, lane)
                 self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, 0, inside)
             else:
                 if cutlass.const_expr(self.bulk):
                     cute.arch.sync_threads()  # the barrier is made
                     cute.arch.mbarrier_wait(arrived, 0)
                     self.load_state(S, mine)
+                if cutlass.const_expr(spec.cluster is not None):
+                    self.meet()
                 for t in cutlass.range(n_tokens, unroll=1):
+                    at = first + t
                     more = t + 1 < n_tokens
-                    next_raw = self.fetch(q, k, g, b, first + t + 1, i_h, i_hv, tid, more)
-                    next_v, next_beta = self.fetch_rows(v, beta, b, first + t + 1, i_hv, row, more)
-                    parts = self.share(raw, A, bias, lower_bound, shared, sums, t % 2, tid)
-                    self.step(S, o, raw_v, raw_beta, scale, shared, parts, t % 2, b, first + t, i_hv, row, col)
+                    next_raw = self.fetch(q, k, g, b, at + 1, i_h, i_hv, tid, more)
+                    next_rows = self.fetch_rows(v, beta, norm_gate, b, at + 1, i_hv, i_slice, row, tid, more)
+                    parts = self.share(raw, A, bias, lower_bound, shared, sums, window, rows[0], values, t % 2, tid)
+                    out = self.step(
+                        S, o, rows, values, scale, shared, parts, room, t, 0, b, at, i_hv, row, lane
+                    )  # fmt: skip
                     self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, t, inside)
-                    for now, then in zip((*raw, raw_v, raw_beta), (*next_raw, next_v, next_beta), strict=True):
+                    if cutlass.const_expr(spec.norm is not None):
+                        self.norm.write(
+                            o, room, out, rows[2], weights, eps, t, (b, at, i_hv), self.rows_from(row), tid
+                        )  # fmt: skip
+                    for now, then in zip((*raw, *rows), (*next_raw, *next_rows), strict=True):
                         now.store(then.load())
 
-            if cutlass.const_expr(self.bulk and spec.pooled):
+            if cutlass.const_expr(self.bulk and spec.pooled and not spec.streamed):
                 self.store_state(S, mine)
                 self.send_tile(tile, h0, slot, first_row, tid)
-            elif cutlass.const_expr(spec.ht is not None or (spec.pooled and spec.update and spec.accepted is None)):
+            elif cutlass.const_expr(not spec.streamed and (spec.ht is not None or self.in_place)):
                 self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
+            if cutlass.const_expr(spec.norm is not None and spec.one_token):
+                self.norm.write(
+                    o, room, out, rows[2], weights, eps, Int32(0), (b, first, i_hv), self.rows_from(row), tid
+                )  # fmt: skip
+            if cutlass.const_expr(spec.taps and spec.update):
+                if cutlass.const_expr(self.waits):
+                    cute.arch.cluster_wait()  # all have read the windows
+                leads = i_slice == 0 and i_hv % spec.group == 0
+                if cutlass.const_expr(spec.accepted is None):
+                    if n_tokens > 0:
+                        self.windows.keep(past, past_slot, window[0], 0, lines, leads, tid)
+                else:
+                    self.windows.keep(past, past_slot, before, 1, lines, leads, tid)
+                    self.keep_drafts(
+                        past, past_slot, q, k, v, b, first, n_tokens, i_h, i_hv, i_slice, lines, leads, tid
+                    )
+            if cutlass.const_expr(spec.streamed):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.packed):  # zeros into this sequence's share of what lies behind the last one
             N = Int32(cu_seqlens.shape[0]) - 1
             end = Int32(cu_seqlens[N]) + i_n
             self.write_nothing(o, Boolean(False), b, end, Int32(q.shape[1]) - end, N, i_hv, row, lane)
+
+    @cute.jit
+    def meet(self):
+        """All CTAs of the cluster are there."""
+        cute.arch.cluster_wait()
+        if cutlass.const_expr(self.waits):
+            cute.arch.cluster_arrive()  # this one has read the windows
+
+    @cute.jit
+    def rows_from(self, row: Int32):
+        """This thread's rows of a state, one a pass."""
+        return tuple(row + p * self.spacing for p in range(self.passes))
 
     @cute.jit
     def keep_token(
@@ -254,30 +372,52 @@ class DecodeKernel:
         return A, bias
 
     @cute.jit
-    def fetch_rows(self, v, beta, b: Int32, t: Int32, i_hv: Int32, row: Int32, live):
-        """v of this thread's rows and beta, as they lie in memory."""
-        raw_v = cute.make_rmem_tensor(self.passes, v.element_type)
+    def fetch_rows(
+        self, v, beta, norm_gate, b: Int32, t: Int32, i_hv: Int32, i_slice: Int32, row: Int32, tid: Int32, live
+    ):  # fmt: skip
+        """v of this thread's rows, or with a convolution of its line; beta; the norm's gate: as they lie in memory."""
+        lined = cutlass.const_expr(self.spec.taps)
+        raw_v = cute.make_rmem_tensor(1 if lined else self.passes, v.element_type)
         raw_beta = cute.make_rmem_tensor(1, beta.element_type)
         raw_v.fill(0.0)
         raw_beta.fill(0.0)
+        gates = ()
+        if cutlass.const_expr(norm_gate is not None):
+            gates = (cute.make_rmem_tensor(self.passes, norm_gate.element_type),)
+            gates[0].fill(0.0)
         if live:
             raw_beta[0] = load_now(beta, (b, t, i_hv))
-            for p in cutlass.range_constexpr(self.passes):
-                raw_v[p] = load_now(v, (b, t, i_hv, row + p * self.apart))
-        return raw_v, raw_beta
+            if cutlass.const_expr(lined):
+                raw_v[0] = load_now(v, (b, t, i_hv, i_slice * self.rows + self.windows.row(tid)))
+            else:
+                for p in cutlass.range_constexpr(self.passes):
+                    raw_v[p] = load_now(v, (b, t, i_hv, row + p * self.spacing))
+            if cutlass.const_expr(norm_gate is not None):
+                for p in cutlass.range_constexpr(self.passes):
+                    gates[0][p] = load_now(norm_gate, (b, t, i_hv, row + p * self.spacing))
+        return raw_v, raw_beta, *gates
 
     @cute.jit
-    def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, half, tid: Int32):
-        """One thread a channel: q, k and the decay into shared memory, and the sums over K: q.q, k.k and q.k."""
+    def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, window, raw_v, values, half, tid: Int32):
+        """One thread a channel: q, k and the decay into shared memory, and the sums over K: q.q, k.k and q.k.
+
+        With a convolution they and v go through it first, and v lies in `values` then.
+        """
         exact = self.spec.exact
         A = rate(A, exact)
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
-            x, y = (self.once(raw[i][m].to(Float32), tid, m) for i in range(2))
+            x, y = raw[0][m].to(Float32), raw[1][m].to(Float32)
+            if cutlass.const_expr(self.spec.taps):
+                x = self.windows.apply(x, *window, m)
+                y = self.windows.apply(y, *window, self.channels + m)
+            x, y = self.once(x, tid, m), self.once(y, tid, m)
             qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
             log2 = log2_decay(raw[2][m].to(Float32), A, bias[m], lower_bound, self.spec.gate, exact)
             for target, value in zip(shared, (x, y, exp2(log2, exact)), strict=True):
                 target[tid + m * self.threads, half] = value
+        if cutlass.const_expr(self.spec.taps):
+            values[self.threads - 1 - tid, half] = self.windows.apply(raw_v[0].to(Float32), *window, 2 * self.channels)
         parts = tuple(lane_sum(x, 32) for x in (qq, kk, qk))
         if tid % 32 == 0:
             for i in cutlass.range_constexpr(SUMS):
@@ -289,15 +429,51 @@ class DecodeKernel:
         )
 
     @cute.jit
-    def step(
-        self, S, o, raw_v, raw_beta, scale: Float32, shared, parts, half,
-        b: Int32, t: Int32, i_hv: Int32, row: Int32, col: Int32,
+    def stream(
+        self, tile, arrived, target, o, rows, values, scale: Float32, shared, parts, room,
+        b: Int32, t: Int32, i_hv: Int32, row: Int32, lane: Int32,
     ):  # fmt: skip
-        """One token: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
+        """`step` of a state in shared memory, a pass at a time: each goes out while the next is on its way.
+
+        A warp's rows of a pass lie in one piece, and go to `target`, where the CTA's rows of the state begin.
+        """
+        out = cute.make_rmem_tensor(self.passes, Float32)
+        K = self.spec.K
+        mine = tile.iterator + cute.assume(
+            row % self.rows * K + lane % LANES * self.spec.vector, divby=self.spec.vector
+        )
+        warps = cute.make_layout(self.apart * K)
+        atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
+        for p in cutlass.range_constexpr(self.passes):
+            S = cute.make_rmem_tensor((self.spec.vector, self.spec.steps, 1), Float32)
+            cute.arch.mbarrier_wait(arrived + p, 0)
+            self.load_state(S, mine + p * self.spacing * K)
+            out[p] = self.step(S, o, rows, values, scale, shared, parts, room, 0, p, b, t, i_hv, row, lane)[0]
+            self.store_state(S, mine + p * self.spacing * K)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.sync_warp()
+            if lane == 0:
+                first = cute.assume(row % self.rows * K + p * self.spacing * K, divby=self.spec.vector)
+                cute.copy(atom, cute.make_tensor(tile.iterator + first, warps), cute.make_tensor(target + first, warps))
+                cute.arch.cp_async_bulk_commit_group()
+        return out
+
+    @cute.jit
+    def step(
+        self, S, o, rows, values, scale: Float32, shared, parts, room, number, first_pass: cutlass.Constexpr[int],
+        b: Int32, t: Int32, i_hv: Int32, row: Int32, lane: Int32,
+    ):  # fmt: skip
+        """One token: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k. Returns o.
 
         o is made of the decayed state, so that both sums run together. q and k are raw here: their norms are factors.
+        With a norm o goes to the head's CTAs, and `Norm.write` ends it. S: as many passes as it has, from `first_pass`
+        on. `number`: of the token in its sequence.
         """
         spec = self.spec
+        raw_v, raw_beta, *_ = rows
+        passes, half = cute.size(S, mode=[2]), number % 2
+        row += first_pass * self.spacing
+        col = (lane % LANES) * spec.vector
         beta = raw_beta[0].to(Float32)
         if cutlass.const_expr(spec.beta_is_logit):
             beta = sigmoid(beta, spec.exact)
@@ -308,30 +484,57 @@ class DecodeKernel:
         if cutlass.const_expr(spec.qk_l2norm):
             norm_q, norm_k = scale * rsqrt(qq + L2_EPS, spec.exact), rsqrt(kk + L2_EPS, spec.exact)
 
-        hk = cute.make_rmem_tensor(self.passes, Float32)
-        hq = cute.make_rmem_tensor(self.passes, Float32)
+        hk = cute.make_rmem_tensor(passes, Float32)
+        hq = cute.make_rmem_tensor(passes, Float32)
         hk.fill(0.0)
         hq.fill(0.0)
         for s in cutlass.range_constexpr(self.spec.steps):
             x, y, d = (self.columns(source, s, col, half) for source in shared)
-            for p in cutlass.range_constexpr(self.passes):
+            for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     decayed = S[i, s, p] * d[i]
                     hk[p] += decayed * y[i]
                     hq[p] += decayed * x[i]
                     S[i, s, p] = decayed
-        for p in cutlass.range_constexpr(self.passes):
-            u = beta * (raw_v[p].to(Float32) - lane_sum(hk[p], LANES) * norm_k)
+        for p in cutlass.range_constexpr(passes):
+            if cutlass.const_expr(spec.taps):
+                value = values[row % self.rows + p * self.spacing, half]
+            else:
+                value = raw_v[first_pass + p].to(Float32)
+            u = beta * (value - lane_sum(hk[p], LANES) * norm_k)
             hq[p] = lane_sum(hq[p], LANES) * norm_q + (qk * norm_k * norm_q) * u
             hk[p] = u * norm_k
-        if col == 0:  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
-            for p in cutlass.range_constexpr(self.passes):
-                o[b, t, i_hv, row + p * self.apart] = hq[p].to(o.element_type)
+        if cutlass.const_expr(spec.norm is not None):
+            for p in cutlass.range_constexpr(passes):
+                self.norm.send(room, hq[p], row + p * self.spacing, Int32(number), i_hv, lane)
+        elif col == 0:  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
+            for p in cutlass.range_constexpr(passes):
+                o[b, t, i_hv, row + p * self.spacing] = hq[p].to(o.element_type)
         for s in cutlass.range_constexpr(self.spec.steps):
             y = self.columns(shared[1], s, col, half)
-            for p in cutlass.range_constexpr(self.passes):
+            for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     S[i, s, p] += hk[p] * y[i]
+        return hq
+
+    @cute.jit
+    def keep_drafts(
+        self, past, slot, q, k, v, b: Int32, first: Int32, n_tokens: Int32, i_h: Int32, i_hv: Int32, i_slice: Int32,
+        lines, leads, tid: Int32,
+    ):  # fmt: skip
+        """The inputs of this call's tokens behind the first `taps` - 2 entries of the convolution's state."""
+        for t in cutlass.range(
+            cutlass.min(n_tokens, Int32(past.shape[1 if self.spec.tokens_first else 2]) - (self.windows.kept - 1)),
+            unroll=1,
+        ):
+            for i in cutlass.range_constexpr(self.windows.count):
+                if self.windows.owns(i, leads, tid):
+                    if cutlass.const_expr(i == self.windows.count - 1):
+                        x = v[b, first + t, i_hv, i_slice * self.rows + self.windows.row(tid)]
+                    else:
+                        source = q if cutlass.const_expr(i < self.channels) else k
+                        x = source[b, first + t, i_h, tid + i % self.channels * self.threads]
+                    past[self.windows.at(slot, lines[i], self.windows.kept - 1 + t)] = x.to(past.element_type)
 
     @cute.jit
     def columns(self, source, s: cutlass.Constexpr[int], col: Int32, half):
@@ -352,14 +555,18 @@ class DecodeKernel:
     def fetch_tile(self, tile, arrived, state, slot, first_row: Int32, tid: Int32):
         """Asks for the CTA's part of a state, which lies in one piece. Others may wait for it after a barrier."""
         if tid == 0:
-            cute.arch.mbarrier_init(arrived, 1)
+            for i in cutlass.range_constexpr(self.spec.pieces):
+                cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
         if tid == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(arrived, cute.size(tile) * tile.element_type.width // 8)
-            source = cute.make_tensor(self.start(state, slot, None, first_row), tile.layout)
+            size = cute.size(tile) // self.spec.pieces
+            piece, source = cute.make_layout(size), self.start(state, slot, None, first_row)
             atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type)
-            cute.copy(atom, source, tile, mbar_ptr=arrived)
+            for i in cutlass.range_constexpr(self.spec.pieces):
+                cute.arch.mbarrier_arrive_and_expect_tx(arrived + i, size * tile.element_type.width // 8)
+                there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
+                cute.copy(atom, there, here, mbar_ptr=arrived + i)
 
     @cute.jit
     def send_tile(self, tile, state, slot, first_row: Int32, tid: Int32):
@@ -376,13 +583,13 @@ class DecodeKernel:
     @cute.jit
     def vectors(self, first: cute.Pointer, s: cutlass.Constexpr[int], p: cutlass.Constexpr[int]):
         """This thread's columns of access s in its row of pass p, `first` being its first element of a state."""
-        offset = p * self.apart * self.spec.K + s * LANES * self.spec.vector
+        offset = p * self.spacing * self.spec.K + s * LANES * self.spec.vector
         return cute.make_tensor(first + offset, cute.make_layout(self.spec.vector))
 
     @cute.jit
     def load_state(self, S, first: cute.Pointer):
         raw = cute.make_rmem_tensor(S.shape, first.dtype)
-        for p in cutlass.range_constexpr(self.passes):
+        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
             for s in cutlass.range_constexpr(self.spec.steps):
                 raw[None, s, p].store(self.vectors(first, s, p).load())
         S.store(raw.load().to(Float32))
@@ -390,7 +597,7 @@ class DecodeKernel:
     @cute.jit
     def store_state(self, S, first: cute.Pointer):
         """Rounded to the dtype of the state."""
-        for p in cutlass.range_constexpr(self.passes):
+        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
             for s in cutlass.range_constexpr(self.spec.steps):
                 self.vectors(first, s, p).store(S[None, s, p].load().to(first.dtype))
 
@@ -412,4 +619,4 @@ class DecodeKernel:
             value = Float32(cutlass.select_(wrong, Float32(float("nan")), Float32(0.0))).to(o.element_type)
             for t in cutlass.range(0, n_tokens, step, unroll=1):
                 for p in cutlass.range_constexpr(self.passes):
-                    o[b, first + t, i_hv, row + p * self.apart] = value
+                    o[b, first + t, i_hv, row + p * self.spacing] = value

@@ -37,7 +37,7 @@ def exp2(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
         x = cute.arch.fmin(cute.arch.fmax(x, Float32(-127.0), nan=True), Float32(127.0), nan=True)
         shifted = x + 12582912.0  # 1.5 * 2**23: the sum's last bits are x, rounded to an integer
         f = x - (shifted - 12582912.0)
-        power = (_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
+        power = (float_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
         return _horner(EXP2, f) * _float(power)
     else:
         return _approx("ex2.approx.ftz.f32", x)
@@ -107,7 +107,7 @@ def _approx(instruction: str, x: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
-def _bits(x: Float32, *, loc=None, ip=None) -> Int32:
+def float_bits(x: Float32, *, loc=None, ip=None) -> Int32:
     return Int32(llvm.bitcast(T.i32(), Float32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 

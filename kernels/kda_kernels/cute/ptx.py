@@ -15,6 +15,16 @@ def fresh(x: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def load_words(source: cute.Pointer, count: int, *, loc=None, ip=None) -> tuple:
+    """2 or 4 neighbouring words of global memory, asked for here: see `kda_kernels.cute.math.load_now`."""
+    struct = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
+    targets = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.global.v{count}.b32 {{{targets}}}, [${count}];"
+    result = _asm(struct, [source.toint().ir_value(loc=loc, ip=ip)], text, "=r," * count + "l", loc, ip)
+    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(count))
+
+
+@dsl_user_op
 def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
     """ldmatrix.x4.trans: four 8x8 matrices of 16-bit elements, lane 8m + r giving the address of row r of matrix m.
 
