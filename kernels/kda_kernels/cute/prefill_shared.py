@@ -9,7 +9,6 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
-from kda_kernels.cute.prefill_config import BLOCK as OWN
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
@@ -61,16 +60,6 @@ class Shared:
     sums: Any
 
 
-# k of blocks, [OWN, K] each, as it decays to the end of its block or its half: block 0 to both, 1, 2; then k and q of
-# block 3 as they have decayed since its half began
-CROSS = 6 * OWN * 128
-
-
-def room_for_g(width: int) -> int:
-    """Elements of so many bits: room for g of a chunk, or `cross`."""
-    return max(CHUNK * 128, CROSS * 16 // width)
-
-
 def allocate(spec: PrefillSpec, g_dtype) -> Shared:
     smem = SmemAllocator()
 
@@ -85,7 +74,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         v=array(BFloat16, STAGES * CHUNK * V, 1024),
         out=array(BFloat16, 2 * spec.out_buffers * CHUNK * 64, 1024),
         raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
-        raw_g=array(g_dtype, 2 * (CHUNK * K if spec.bounded else room_for_g(g_dtype.width)), 1024),
+        raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
         solve=array(Float32, 2 * 3 * TILE),

@@ -3,10 +3,13 @@
 With G the running sum of log decays in a chunk, and 31 its last token: kE = k exp(G), qE = q exp(G), kI =
 k exp(G_31 - G). The state S is the one before the chunk, and decays once, by exp(G_31). For tokens j < i,
 exp(G_i - G_j) is exp(G_i - G_m) exp(G_m - G_j), where m is the border between the halves, of 1, 2, 4, 8 or 16 tokens,
-that part them. So all factors are products of decays: nothing overflows or is divided by what underflows, whatever the
-gate; and all that token i gets is made of decays up to its own, so no bit of it depends on what follows.
+that part them. So all exponents are sums of log decays: nothing overflows or is divided by what underflows, whatever
+the gate; and all that token i gets is made of decays up to its own, so no bit of it depends on what follows.
 
-A warp has a block of 8 tokens, a lane four of its channels, from 4 lane.
+A warp has 32 channels of all tokens, in blocks of 8 tokens. A lane has them as mma.m16n8k8 takes [k; q] of a block from
+the left and k from the right: of token lane // 4 the channels 2 (lane % 4) and the next of each 8. The sums come out in
+the same places: products of a matrix of ones and zeros with log decays, of 12 bits each. So what relates the tokens of
+a chunk stays in registers, but for the sum over warps.
 """
 
 import dataclasses
@@ -26,7 +29,6 @@ from kda_kernels.cute.prefill_shared import (
     arrive,
     by_chunk,
     piece,
-    room_for_g,
     swizzled,
     vector,
 )
@@ -36,79 +38,111 @@ from kda_kernels.cute.ptx import (
     fresh,
     load_matrices,
     load_transposed,
+    multiply_16x8x8,
     multiply_16x8x16,
     multiply_pairs,
+    multiply_tf32,
+    nearest_tf32,
     rest,
     select,
+    store_matrices,
 )
 from kda_kernels.problem import Gate
 
 SMEM = cute.AddressSpace.smem
 INVERTER, LOADER = 0, 3  # warps
+BLOCKS, TILES = CHUNK // BLOCK, 4  # of a chunk; of 8 channels, of a warp
+CLOSED = -1e30  # what log2 decays are at least, so that sums of them are numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """A block's tokens of k in shared memory, and those of q or of k's second part behind them.
+class Slice:
+    """A warp's 32 channels of a tile in shared memory, rows of 128 bytes, 128-byte swizzle. Addresses are in bytes."""
 
-    As in a tile of more tokens, 128-byte swizzle; addresses are in bytes. `start` is a multiple of 1024, so that the
-    swizzle's exclusive or falls on what a lane adds to it, and a token or a step costs one instruction.
-    """
-
-    start: Int32
-    apart: int  # from k to what is behind it
-    height: int  # from 64 channels to the other 64: 128 times the tile's tokens
+    start: Int32  # of the lane's 16 bytes of the first block
+    dtype: type
 
     @staticmethod
-    def of(pointer, block, apart: int, tokens: int) -> "Rows":
-        """Block number `block` of a tile of so many tokens; `apart` in elements."""
-        return Rows(pointer.toint().to(Int32) + block * (128 * BLOCK), 2 * apart, 128 * tokens)
+    def of(pointer, warp: Int32, lane: Int32, height: int = CHUNK, dtype=BFloat16) -> "Slice":
+        """Lane 8 n + r has row r, 8 channels from 8 n. `height`: tokens of the tile."""
+        place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
+        return Slice(place + (((4 * (warp & 1) + (lane >> 3)) ^ (lane & 7)) * 16), dtype)
 
-    def quad(self, lane: Int32) -> Int32:
-        """Where the first token's four channels of this lane are."""
-        return self.start + ((lane >> 4) * self.height + (lane & 15) * 8)
+    @staticmethod
+    def paired(pointer, behind: int, warp: Int32, lane: Int32, height: int = CHUNK) -> "Slice":
+        """Lane 16 n + r has row r, 8 channels from 8 n; lanes 8 more the same of what is so many elements behind."""
+        place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
+        place = place + (lane >> 3 & 1) * (2 * behind)
+        return Slice(place + (((4 * (warp & 1) + (lane >> 4)) ^ (lane & 7)) * 16), BFloat16)
 
-    def token(self, quad: Int32, i: int, part: int = 0):
-        """Token i, from `quad`."""
-        return cute.make_ptr(BFloat16, (quad ^ (16 * i)) + (128 * i + part * self.apart), SMEM, assumed_align=8)
-
-    def matrices(self, lane: Int32, apart: int) -> Int32:
-        """Where this lane's row of four 8 x 8 matrices is: k's and q's first 8 channels, then their next 8."""
-        row = lane & 7
-        return self.start + ((lane >> 3 & 1) * apart + row * 128 + ((lane >> 4) ^ row) * 16)
-
-    def right(self, lane: Int32, part: int = 0) -> Int32:
-        """The same for the first 32 channels of k, or of what is behind it."""
-        row = lane & 7
-        return self.start + (part * self.apart + row * 128 + ((lane >> 3) ^ row) * 16)
-
-    def step(self, matrices: Int32, step: int):
-        """The same for the next 16 channels, and so on."""
-        return cute.make_ptr(
-            BFloat16, (matrices ^ (32 * (step & 3))) + (step >> 2) * self.height, SMEM, assumed_align=16
-        )
+    def block(self, b: int, step: int = 0):
+        """Of block b; for `paired`, 16 channels from 16 `step`."""
+        place = ((self.start ^ (32 * step)) if step else self.start) + 1024 * b
+        return cute.make_ptr(self.dtype, place, SMEM, assumed_align=16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Of a warp's block in a chunk, and for `cross` of all of them.
+    """What a warpgroup has of a chunk in shared memory.
 
     Attributes:
-        raw: k and q, then in place as they have decayed since the block began. read: kE and qE. write: kI in parts.
-        left: what each block leaves of the state, fp32 [CHUNK / BLOCK, K]; until Aqk takes its place, `mix`.
-        columns: k as it decays to where later blocks' decays begin: block 0's to its end and to its half's, 1's, 2's.
-        late: block 3's k and q as they have decayed since their half began.
-        decay: what the chunk leaves of the state, fp32 [K].
+        raw_q, raw_k, raw_g: the inputs. In their place, products of blocks with each other, each warp's for itself.
+        rows: kE and qE; columns: kI in parts, and before that, fp32, how each token decays until its block ends.
+        left: what each block leaves of the state, fp32 [BLOCKS, K]; until Aqk takes its place, `mix`.
+        decay: what the chunk leaves of it, fp32 [K].
+        ones: what `write_ones` writes.
     """
 
-    raw: Rows
-    read: Rows
-    write: Rows
+    raw_q: cute.Pointer
+    raw_k: cute.Pointer
+    raw_g: cute.Pointer
+    rows: cute.Pointer
+    columns: cute.Pointer
     left: cute.Pointer
     mix: cute.Pointer
-    columns: list
-    late: Rows
     decay: cute.Pointer
+    ones: cute.Pointer
+
+    def gates(self, warp: Int32, lane: Int32) -> Slice:
+        if self.raw_g.dtype.width == 32:  # 32 channels beside each other
+            return Slice.of(self.raw_g, 2 * warp, lane, dtype=Float32)
+        return Slice.of(self.raw_g, warp, lane)
+
+    def products(self, i: int, j: int, warp: Int32, lane: Int32):
+        """A lane's four of a warp's products of block i with block j."""
+        if i == j:
+            place = self.gates(warp, lane).block(i)
+        else:
+            tile, b = {(1, 0): (self.raw_q, 1), (2, 0): (self.raw_q, 0), (2, 1): (self.raw_q, 2),
+                       (3, 0): (self.raw_k, 2), (3, 1): (self.raw_k, 3), (3, 2): (self.raw_q, 3)}[i, j]  # fmt: skip
+            place = Slice.of(tile, warp, lane).block(b)
+        return cute.recast_ptr(place, dtype=Float32)
+
+    def stash(self, b: int, warp: Int32, lane: Int32) -> list:
+        """Where a lane has its eight numbers of block b."""
+        parts = (self.columns, self.columns + CHUNK * 128)
+        return [Slice.of(part, warp, lane, dtype=Float32).block(b) for part in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What makes log decays of raw gates: exp(A_log), `bias` of each channel, in log2 for softplus gates, fp32 [K]."""
+
+    A: Float32
+    bias: cute.Pointer
+    lower_bound: Float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Vacancy:
+    """A stage that is free when `empty` is in `phase`; and v, loaded into it then, for which `full` waits."""
+
+    empty: cute.Pointer
+    phase: Int32
+    full: cute.Pointer
+    atom: cute.CopyAtom
+    v: list  # tiles in shared memory, and those of a chunk
+    kind: Int32
 
 
 class Unbounded:
@@ -123,11 +157,12 @@ class Unbounded:
     ):  # fmt: skip
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
-        warp, lane = p >> 5, p & 31
+        # roles of warps: those of the two warpgroups that have most to do are on different schedulers
+        warp, lane = (p >> 5) ^ (2 * group), p & 31
 
         raw_q = piece(shared.raw, group, 2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
-        raw_g = piece(shared.raw_g, group, room_for_g(shared.raw_g.dtype.width))
+        raw_g = piece(shared.raw_g, group, CHUNK * spec.K)
         scratch = piece(shared.solve, group, 3 * TILE)
         loaded = shared.loaded + group
         inputs = [
@@ -151,11 +186,13 @@ class Unbounded:
             if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                 bias = bias * LOG2_E
         vector(shared.bias, p, 1)[0] = bias  # both warpgroups the same
+        self.write_ones(shared.decay + spec.K, lane)
+        rates = Rates(A, shared.bias, lower_bound)
         self.barrier(group)
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
-            warp, lane = p >> 5, p & 31
+            warp, lane = (p >> 5) ^ (2 * group), p & 31
             stage = cute.arch.make_warp_uniform(chunk % STAGES)
             tokens = n_tokens - chunk * CHUNK
             sums = shared.sums + (2 * group + (chunk >> 1 & 1)) * (4 * CHUNK)
@@ -167,24 +204,7 @@ class Unbounded:
                 self.fill(raw_k, 0.0, tokens, p)
                 self.fill(raw_g, 0.0 if spec.gate is Gate.NONE else -math.inf, tokens, p)  # no decay
                 self.barrier(group)
-            at = self.places(shared, raw_k, raw_g, stage, warp)
-            self.own_squares(at.raw, sums, warp, lane)
-            d = self.each_decay(raw_g, A, shared.bias, lower_bound, warp, lane)
-            cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
-            if warp == LOADER:
-                full = shared.full + stage
-                if kind == 0:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
-                    place = shared.v + stage * (CHUNK * spec.V)
-                    v_tiles, v = by_chunk(atoms[2], sources[2][None, None, i_hv, b], place, first, spec.V)
-                    cute.copy(atoms[2], v[None, chunk, 0], v_tiles, tma_bar_ptr=full)
-                else:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(full)
-
-            self.leave(at.left, d, warp, lane)
-            own = self.relate_own(at, d, lane)
+            self.squares(raw_q, sums, warp, lane)
             if warp == 1:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
@@ -193,14 +213,21 @@ class Unbounded:
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
                 raw_beta = self.fetch_beta(beta, b, first, (chunk + 2) * CHUNK + lane, n_tokens, i_hv)
+            at = self.places(shared, raw_q, raw_k, raw_g, stage)
+            place = shared.v + stage * (CHUNK * spec.V)
+            v_tiles, v = by_chunk(atoms[2], sources[2][None, None, i_hv, b], place, first, spec.V)
+            vacancy = Vacancy(
+                shared.empty + stage,
+                (chunk // STAGES & 1) ^ 1,
+                shared.full + stage,
+                atoms[2],
+                [v[None, chunk, 0], v_tiles],
+                kind,
+            )
+            left, late = self.forwards(at, rates, vacancy, group, warp, lane)
+            self.backwards(at, left, late, warp, lane)
             self.barrier(group)
-            # 1, and the compiler does not know: it would keep, and spill, products that are made again in a moment
-            one = select(tokens > 0, Float32(1.0), Float32(0.0))
-            self.write_operands(at, d, raw_g, one, warp, lane)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            self.barrier(group)
-
-            self.relate_others(at, own, scratch, sums, warp, lane, tokens)
+            self.relate(at, scratch, sums, warp, lane, tokens)
             if warp == 2:
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
@@ -217,6 +244,19 @@ class Unbounded:
                 arrive(shared.full + stage, lane, spec.each_arrives)
 
     @cute.jit
+    def take(self, vacancy: Vacancy, warp: Int32):
+        """Waits until the stage is free, and has v loaded into it."""
+        cute.arch.mbarrier_wait(vacancy.empty, vacancy.phase)
+        if warp == LOADER:
+            if vacancy.kind == 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(vacancy.full, CHUNK * self.spec.V * 2)
+                cute.copy(vacancy.atom, *vacancy.v, tma_bar_ptr=vacancy.full)
+            else:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(vacancy.full)
+
+    @cute.jit
     def ask(self, inputs: list, loaded, size: cutlass.Constexpr[int], chunk: Int32, n_chunks: Int32):
         """Has the inputs of a chunk loaded, if there is one; and the next into L2, as they can be asked for late."""
         if chunk < n_chunks:
@@ -229,90 +269,295 @@ class Unbounded:
                     for atom, _, source in inputs:
                         cute.prefetch(atom, source[None, chunk + 2, 0])
 
-    def places(self, shared, raw_k, raw_g, stage: Int32, warp: Int32) -> Places:
+    def places(self, shared, raw_q, raw_k, raw_g, stage: Int32) -> Places:
         K, squares = self.spec.K, 1 + self.spec.inverse_parts
         mix = piece(shared.mix, stage * squares + squares - 1, CHUNK * CHUNK)
-        cross = cute.recast_ptr(raw_g, dtype=BFloat16)
         return Places(
-            raw=Rows.of(raw_k, warp, -CHUNK * K, CHUNK),
-            read=Rows.of(shared.rows + stage * (2 * CHUNK * K), warp, CHUNK * 64, 2 * CHUNK),
-            write=Rows.of(shared.cols + stage * (PARTS * CHUNK * K), warp, CHUNK * K, CHUNK),
+            raw_q=raw_q,
+            raw_k=raw_k,
+            raw_g=raw_g,
+            rows=shared.rows + stage * (2 * CHUNK * K),
+            columns=shared.cols + stage * (PARTS * CHUNK * K),
             left=cute.recast_ptr(mix, dtype=Float32),
             mix=mix,
-            columns=[Rows.of(cross, 2 * i, 0, BLOCK) for i in range(4)],
-            late=Rows.of(cross, 8, BLOCK * K, BLOCK),
             decay=piece(shared.decay, stage, 2 * K),
+            ones=shared.decay + K,
         )
 
     @cute.jit
-    def relate_own(self, at: Places, d, lane: Int32):
-        """Products of this block's tokens with each other. Their factors go where kE, qE and kI go after them."""
-        self.halves(at.raw, at.read, d, 1, lane)
-        self.halves(at.raw, at.write, d, 2, lane)
-        cute.arch.sync_warp()
-        by_one = self.products(at.read, [(at.raw, 0)], lane)[0]
-        by_two = self.products(at.write, [(at.write, 0)], lane)[0]
-        cute.arch.sync_warp()
-        self.halves(at.raw, at.read, d, 4, lane)
-        cute.arch.sync_warp()
-        return self.parted(by_one, by_two, self.products(at.read, [(at.read, 0)], lane)[0], lane)
+    def write_ones(self, table, lane: Int32):
+        """What adds log decays up, three left operands of 8 tokens, each where a stage's second K decays would be.
+
+        The upper and the lower rows of each: for halves of 1 and of 2 tokens; of 4, and from a token to its block's
+        end; from the block's begin to the token, twice. A first half's token decays to the half's end, a second half's
+        has decayed since its half began.
+        """
+        i, token = lane >> 2, 2 * (lane & 3)
+        words = []
+        for e in cutlass.range_constexpr(2):
+            t = token + e
+            for size in (1, 2, 4, 0, 8):
+                middle = Int32(size)
+                if cutlass.const_expr(0 < size < 8):
+                    middle = (i & -2 * size) + size
+                among = (t > i and t < middle) or (t <= i and t >= middle)
+                words.append(cutlass.select_(among, Float32(1.0), Float32(0.0)))
+        one, two, four, since, until = ((words[n], words[5 + n]) for n in range(5))
+        for n, (x, y) in enumerate(((one, two), (four, until), (since, since))):
+            vector(table, n * (2 * self.spec.K) + 4 * lane, 4).store(self.four((x[0], y[0], x[1], y[1])).load())
 
     @cute.jit
-    def write_operands(self, at: Places, d, raw_g, one: Float32, warp: Int32, lane: Int32):
-        """kE, qE and kI, and what relates this block to the others: with what those leave."""
-        ones = (one,) * 4
-        before = self.left_by(at.left, lane, [(warp > i, i) for i in range(3)])
-        after = self.left_by(at.left, lane, [(warp < i, i) for i in range(1, 4)])
-        if warp == 0:
-            near = self.left_by(at.left, lane, [(True, 1)])
-            self.until(at.raw, at.write, [(at.columns[0], ones), (at.columns[1], near)], d, after, lane)
-            self.since(at.raw, [(at.read, before)], d, lane)
-        elif warp < 3:
-            column = Rows.of(cute.recast_ptr(raw_g, dtype=BFloat16), 2 * (warp + 1), 0, BLOCK)
-            self.until(at.raw, at.write, [(column, ones)], d, after, lane)
-            self.since(at.raw, [(at.read, before), (at.raw, ones)], d, lane)
+    def log2_decays(self, at: Places, b: cutlass.Constexpr[int], rates: Rates, warp: Int32, lane: Int32):
+        """Of block b, for `multiply_tf32`: of channel lane // 4 of each 8, tokens 2 (lane % 4) and the next."""
+        spec, dtype = self.spec, at.raw_g.dtype
+        raw = cute.make_rmem_tensor(2 * TILES, dtype)
+        if cutlass.const_expr(dtype.width == 16):
+            words = cute.recast_tensor(raw, Int32)
+            for i, word in enumerate(load_transposed(at.gates(warp, lane).block(b))):
+                words[i] = word
         else:
-            near = self.left_by(at.left, lane, [(True, 2)])
-            self.until(at.raw, at.write, [], d, after, lane)
-            left = self.since(at.raw, [(at.read, before), (at.late, near), (at.raw, ones)], d, lane)
-            for e in cutlass.range_constexpr(4):
-                before[e] = left[e]
-            vector(at.decay, 4 * lane, 4).store(before.load())
+            for i in cutlass.range_constexpr(2 * TILES):
+                token, channel = BLOCK * b + 2 * (lane & 3) + i % 2, 32 * warp + 8 * (i // 2) + (lane >> 2)
+                raw[i] = vector(at.raw_g, swizzled(token, channel, 1, dtype), 1)[0]
+        factor = Float32(LOG2_E)
+        if cutlass.const_expr(spec.gate is Gate.SAFE):
+            factor = rates.lower_bound * LOG2_E
+        elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
+            factor = -rates.A
+        out = []
+        for t in cutlass.range_constexpr(TILES):
+            own = vector(rates.bias, 32 * warp + 8 * t + (lane >> 2), 1)[0]
+            if cutlass.const_expr(dtype is BFloat16):
+                pair = bfloat16_pair(cute.recast_tensor(raw, Int32)[t])
+            else:
+                pair = (raw[2 * t].to(Float32), raw[2 * t + 1].to(Float32))
+            for x in pair:
+                y = x
+                if cutlass.const_expr(spec.gate is Gate.SAFE):
+                    y = reciprocal(1.0 + exp2_approx((x + own) * -rates.A))
+                elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
+                    y = log2_softplus(x * LOG2_E + own)
+                out.append(nearest_tf32(y * factor, CLOSED))
+        return out
 
     @cute.jit
-    def relate_others(self, at: Places, own, scratch, sums, warp: Int32, lane: Int32, tokens: Int32):
-        """Products of this block's tokens with those of earlier blocks; and where all that relates them goes."""
-        columns = [(column, 0) for column in at.columns]
-        for w in cutlass.range_constexpr(CHUNK // BLOCK):
+    def summed(self, table, n: cutlass.Constexpr[int], log2: list, lane: Int32):
+        """Decays over what rows of an operand say, of tiles of 8 channels: by the upper rows, and by the lower."""
+        upper, lower = [], []
+        ones = vector(cute.recast_ptr(table, dtype=Int32), n * (2 * self.spec.K) + 4 * lane, 4).load()
+        ones = tuple(ones[i] for i in range(4))
+        for pair in log2:
+            x = [exp2_approx(x) for x in multiply_tf32((Float32(0.0),) * 4, ones, pair)]
+            upper, lower = upper + x[:2], lower + x[2:]
+        return upper, lower
+
+    @cute.jit
+    def forwards(self, at: Places, rates: Rates, vacancy: Vacancy, group: Int32, warp: Int32, lane: Int32):
+        """From the first block to the last: its products with itself and with earlier ones, kE and qE.
+
+        kI of the last block too; of others what it is made of, and what they leave.
+        """
+        K, reads = self.spec.K, self.spec.part.reads
+        raw = Slice.paired(at.raw_k, -CHUNK * K if reads else 0, warp, lane)  # without q, k takes its place
+        rows = Slice.paired(at.rows, CHUNK * 64 if reads else 0, warp, lane, 2 * CHUNK)
+        before, left, columns, late = [], [], [], []
+        for b in cutlass.range_constexpr(BLOCKS):
+            log2 = self.log2_decays(at, b, rates, warp, lane)
+            kq = [load_matrices(raw.block(b, s)) for s in range(2)]
+            if cutlass.const_expr(b == 1):
+                self.barrier(group)  # norms have been made of what products take the place of
+            pairs = [(log2[2 * t], log2[2 * t + 1]) for t in range(TILES)]
+            by_one, by_two = self.summed(at.ones, 0, pairs, lane)
+            by_one, by_two = self.with_itself(kq, by_one), self.with_itself(kq, by_two)
+            by_four, until = self.summed(at.ones, 1, pairs, lane)
+            by_four = self.with_itself(kq, by_four)
+            self.keep_products(at, b, b, self.parted(by_one, by_two, by_four, lane), warp, lane)
+            since, _ = self.summed(at.ones, 2, pairs, lane)
+            if cutlass.const_expr(b == 0):
+                self.take(vacancy, warp)
+            self.write_rows(rows, b, kq, since if b == 0 else self.times(since, before))
+            if cutlass.const_expr(b == 1):
+                self.keep_products(at, 1, 0, self.with_columns(kq, since, columns)[0], warp, lane)
+            elif cutlass.const_expr(b == 2):
+                x = self.with_columns(kq, since, columns)
+                for j in cutlass.range_constexpr(2):
+                    self.keep_products(at, 2, j, x[j], warp, lane)
+            elif cutlass.const_expr(b == 3):
+                self.keep_products(at, 3, 2, self.with_columns(kq, since, columns[2:])[0], warp, lane)
+                x = self.with_columns(kq, self.times(since, self.left_by(at, 2, warp, lane)), columns[:2])
+                self.keep_products(at, 3, 1, x[1], warp, lane)
+                late = x[0]
+
+            left = self.times(since, until)
+            before = left if b == 0 else self.times(before, left)
+            if cutlass.const_expr(b == BLOCKS - 1):
+                self.write_columns(at, b, self.keys(kq), until, warp, lane)
+                self.keep_channels(at.decay, before, warp, lane)
+            else:
+                self.keep_channels(at.left + b * K, left, warp, lane)
+                for i, place in enumerate(at.stash(b, warp, lane)):
+                    vector(place, 0, 4).store(self.four(until[4 * i : 4 * i + 4]).load())
+                if cutlass.const_expr(b == 1):  # block 0's now decays to the end of this one
+                    k0 = load_matrices(Slice.of(at.raw_k, warp, lane).block(0))
+                    columns = [self.column(k0, self.times(self.stashed(at, 0, warp, lane), left))]
+                columns.append(self.column(self.keys(kq), until))
+        return left, late
+
+    @cute.jit
+    def backwards(self, at: Places, left: list, late, warp: Int32, lane: Int32):
+        """kI of all blocks but the last. `left`, `late`: what `forwards` returns."""
+        for b in cutlass.range_constexpr(BLOCKS - 2, -1, -1):
+            if cutlass.const_expr(b < BLOCKS - 2):
+                left = self.times(left, self.left_by(at, b + 1, warp, lane))
+            factors = self.times(self.stashed(at, b, warp, lane), left)
+            k = load_matrices(Slice.of(at.raw_k, warp, lane).block(b))
+            cute.arch.sync_warp()  # all have read what kI takes the place of
+            self.write_columns(at, b, k, factors, warp, lane)
+            if cutlass.const_expr(b == BLOCKS - 2):
+                self.keep_products(at, 3, 0, late, warp, lane)
+
+    @cute.jit
+    def keep_products(
+        self, at: Places, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], values, warp: Int32, lane: Int32
+    ):
+        """This warp's products of block i with block j, for `relate`."""
+        vector(at.products(i, j, warp, lane), 0, 4).store(self.four(values).load())
+
+    @cute.jit
+    def relate(self, at: Places, scratch, sums, warp: Int32, lane: Int32, tokens: Int32):
+        """The rows of a block a warp, summed over all warps: L to `scratch`, Aqk to `at.mix`."""
+        for w in cutlass.range_constexpr(BLOCKS):
             if warp == w:
-                blocks = []
-                if cutlass.const_expr(w == 1):
-                    blocks = self.products(at.raw, columns[:1], lane)
-                elif cutlass.const_expr(w == 2):
-                    blocks = self.products(at.raw, columns[1:3], lane)
-                elif cutlass.const_expr(w == 3):
-                    blocks = self.products(at.late, columns[1:3], lane) + self.products(at.raw, columns[3:], lane)
-                self.spread_block([*blocks, own], w, scratch, at.mix, sums, lane, tokens)
+                rows_k, rows_q = [], []
+                for j in cutlass.range_constexpr(w + 1):
+                    x = [vector(at.products(w, j, Int32(i), lane), 0, 4).load() for i in range(4)]
+                    total = [(x[0][e] + x[1][e]) + (x[2][e] + x[3][e]) for e in range(4)]
+                    rows_k.extend(2 * total[:2])
+                    rows_q.extend(2 * total[2:])
+                self.spread_k(rows_k, scratch, sums, w // 2, w % 2, lane, tokens)
+                if cutlass.const_expr(self.spec.part.reads):
+                    self.spread_q(rows_q, at.mix, sums, w // 2, w % 2, lane)
+                    nothing = cute.make_rmem_tensor(2, BFloat16)
+                    nothing.fill(0.0)
+                    row = BLOCK * w + (lane >> 2)
+                    for j in cutlass.range_constexpr(w + 1, BLOCKS):
+                        vector(at.mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + 2 * (lane & 3)).store(nothing.load())
 
     @cute.jit
-    def leave(self, target, d, warp: Int32, lane: Int32):
-        """What this warp's block leaves of the state, to the rest of its warpgroup."""
-        total = cute.make_rmem_tensor(4, Float32)
-        for e in cutlass.range_constexpr(4):
-            total[e] = d[e, 0]
-            for i in cutlass.range_constexpr(1, BLOCK):
-                total[e] = total[e] * d[e, i]
-        vector(target, warp * self.spec.K + 4 * lane, 4).store(total.load())
+    def times(self, a: list, b: list):
+        return [x * y for x, y in zip(a, b, strict=True)]
 
     @cute.jit
-    def left_by(self, source, lane: Int32, blocks: list):
-        """What blocks leave together of four channels: of those whose condition is met."""
-        out = cute.make_rmem_tensor(4, Float32)
-        out.fill(1.0)
-        for condition, i in blocks:
-            left = vector(source, i * self.spec.K + 4 * lane, 4).load()
-            for e in cutlass.range_constexpr(4):
-                out[e] = out[e] * (left[e] if condition is True else select(condition, left[e], Float32(1.0)))
+    def packed(self, values):
+        """Numbers as words of two bf16 each."""
+        exact = cute.make_rmem_tensor(len(values), Float32)
+        for i in cutlass.range_constexpr(len(values)):
+            exact[i] = values[i]
+        out = cute.make_rmem_tensor(len(values), BFloat16)
+        out.store(exact.load().to(BFloat16))
+        words = cute.recast_tensor(out, Int32)
+        return [words[i] for i in range(len(values) // 2)]
+
+    @cute.jit
+    def scaled(self, kq: tuple, factors):
+        """[k; q] of 16 channels times what `factors`, two words, say of k and q alike."""
+        return tuple(multiply_pairs(kq[i], factors[i // 2]) for i in range(4))
+
+    @cute.jit
+    def with_itself(self, kq: list, factors: list):
+        """Products of a block's [k; q] with its k, both times `factors`."""
+        words, acc = self.packed(factors), (Float32(0.0),) * 4
+        for t in cutlass.range_constexpr(TILES):
+            a = tuple(multiply_pairs(kq[t // 2][t % 2 * 2 + i], words[t]) for i in range(2))
+            acc = multiply_16x8x8(acc, a, a[0])
+        return acc
+
+    @cute.jit
+    def parted(self, by_one, by_two, by_four, lane: Int32):
+        """Products of a block's tokens, each pair's from the halves that part it; over the diagonal garbage."""
+        out = []
+        for i in cutlass.range_constexpr(4):
+            differ = (lane >> 2) ^ (2 * (lane & 3) + i % 2)
+            out.append(select(differ == 1, by_one[i], select(differ < 4, by_two[i], by_four[i])))
+        return out
+
+    @cute.jit
+    def with_columns(self, kq: list, factors: list, columns: list):
+        """Products of [k; q] of a block, times `factors`, with each of `columns`."""
+        words = self.packed(factors)
+        out = [(Float32(0.0),) * 4 for _ in columns]
+        for s in cutlass.range_constexpr(2):
+            a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
+            for n in cutlass.range_constexpr(len(columns)):
+                out[n] = multiply_16x8x16(out[n], a, (columns[n][2 * s], columns[n][2 * s + 1]))
+        return out
+
+    @cute.jit
+    def write_rows(self, target: Slice, b: cutlass.Constexpr[int], kq: list, factors: list):
+        """kE and qE of a block."""
+        words = self.packed(factors)
+        for s in cutlass.range_constexpr(2):
+            out = list(self.scaled(kq[s], words[2 * s : 2 * s + 2]))
+            if cutlass.const_expr(self.spec.part is Part.SPLIT):  # o is rounded twice then: q once
+                for n in cutlass.range_constexpr(2):
+                    pair = bfloat16_pair(kq[s][2 * n + 1])
+                    out[2 * n + 1] = self.packed([pair[e] * factors[4 * s + 2 * n + e] for e in range(2)])[0]
+            store_matrices(target.block(b, s), tuple(out))
+
+    @cute.jit
+    def write_columns(self, at: Places, b: cutlass.Constexpr[int], k, factors: list, warp: Int32, lane: Int32):
+        """kI of a block in PARTS parts: its rounding is what a state is off by."""
+        exact = []
+        for word in k:
+            exact.extend(bfloat16_pair(word))
+        upper, lower = (cute.recast_tensor(part, Int32) for part in self.parts(self.times(exact, factors)))
+        columns = Slice.paired(at.columns, CHUNK * self.spec.K, warp, lane)
+        for s in cutlass.range_constexpr(2):
+            words = (upper[2 * s], lower[2 * s], upper[2 * s + 1], lower[2 * s + 1])
+            store_matrices(columns.block(b, s), words)
+
+    def keys(self, kq: list) -> list:
+        """k alone, a word a tile."""
+        return [kq[t // 2][t % 2 * 2] for t in range(TILES)]
+
+    @cute.jit
+    def column(self, k, factors: list):
+        """k of a block as a right operand, times `factors`."""
+        words = self.packed(factors)
+        return [multiply_pairs(k[t], words[t]) for t in range(TILES)]
+
+    @cute.jit
+    def stashed(self, at: Places, b: cutlass.Constexpr[int], warp: Int32, lane: Int32):
+        """How this lane's token of block b decays until the block ends."""
+        out = []
+        for place in at.stash(b, warp, lane):
+            x = vector(place, 0, 4).load()
+            out.extend(x[e] for e in range(4))
+        return out
+
+    @cute.jit
+    def left_by(self, at: Places, b: cutlass.Constexpr[int], warp: Int32, lane: Int32):
+        """What block b leaves of this lane's channels."""
+        out = []
+        for t in cutlass.range_constexpr(TILES):
+            x = vector(at.left, b * self.spec.K + 32 * warp + 8 * t + 2 * (lane & 3)).load()
+            out.extend(x[e] for e in range(2))
+        return out
+
+    @cute.jit
+    def keep_channels(self, target, values: list, warp: Int32, lane: Int32):
+        """What all tokens' lanes have of the warp's channels."""
+        if lane < 4:
+            for t in cutlass.range_constexpr(TILES):
+                place = 32 * warp + 8 * t + 2 * lane
+                vector(target, place).store(self.four(values[2 * t : 2 * t + 2]).load())
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def four(self, values):
+        out = cute.make_rmem_tensor(len(values), Float32)
+        for i in cutlass.range_constexpr(len(values)):
+            out[i] = values[i]
         return out
 
     @cute.jit
@@ -323,200 +568,6 @@ class Unbounded:
         values.fill(value)
         for row in cutlass.range(tokens + p // pieces, CHUNK, 128 // pieces, unroll=1):
             vector(raw, swizzled(row, p % pieces, unit, raw.dtype), unit).store(values.load())
-
-    @cute.jit
-    def each_decay(self, raw_g, A: Float32, bias, lower_bound: Float32, warp: Int32, lane: Int32):
-        """What each token leaves of the state: [4, BLOCK]. `bias`: of each channel; for softplus gates in log2."""
-        spec, dtype = self.spec, raw_g.dtype
-        start = piece(raw_g, warp, BLOCK * 1024 // dtype.width)
-        raw = cute.make_rmem_tensor((4, BLOCK), dtype)
-        for i in cutlass.range_constexpr(BLOCK):
-            raw[None, i].store(vector(start, swizzled(i, lane, 4, dtype), 4).load())
-        log2 = cute.make_rmem_tensor((4, BLOCK), Float32)
-        bias = vector(bias, 4 * lane, 4).load()
-        factor = Float32(LOG2_E)
-        if cutlass.const_expr(spec.gate is Gate.SAFE):
-            factor = lower_bound * LOG2_E
-        elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
-            factor = -A
-        for i in cutlass.range_constexpr(BLOCK):
-            x = self.quad(raw, i)
-            for e in cutlass.range_constexpr(4):
-                if cutlass.const_expr(spec.gate is Gate.SAFE):
-                    log2[e, i] = reciprocal(1.0 + exp2_approx((x[e] + bias[e]) * -A))
-                elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
-                    log2[e, i] = log2_softplus(x[e] * LOG2_E + bias[e])
-                else:
-                    log2[e, i] = x[e]
-        d = cute.make_rmem_tensor((4, BLOCK), Float32)
-        for i in cutlass.range_constexpr(4 * BLOCK):
-            d[i] = exp2_approx(log2[i] * factor)
-        return d
-
-    @cute.jit
-    def quad(self, raw, i: cutlass.Constexpr[int]):
-        """Column i of [4, n], fp32."""
-        if cutlass.const_expr(raw.element_type is BFloat16):
-            words = cute.recast_tensor(raw, Int32)
-            return (*bfloat16_pair(words[2 * i]), *bfloat16_pair(words[2 * i + 1]))
-        else:
-            return tuple(raw[e, i].to(Float32) for e in range(4))
-
-    @cute.jit
-    def load(self, rows: Rows, quad: Int32, i: cutlass.Constexpr[int]):
-        """Token i of this lane: k and q."""
-        k = cute.make_rmem_tensor(4, BFloat16)
-        q = cute.make_rmem_tensor(4, BFloat16)
-        k.store(vector(rows.token(quad, i), 0, 4).load())
-        if cutlass.const_expr(self.spec.part.reads):
-            q.store(vector(rows.token(quad, i, 1), 0, 4).load())
-        return k, q
-
-    @cute.jit
-    def scale(self, x, factor):
-        """Four numbers of 16 bits times so many rounded to them: their products, rounded again."""
-        rounded = self.rounded(factor)
-        words, by = cute.recast_tensor(x, Int32), cute.recast_tensor(rounded, Int32)
-        out = cute.make_rmem_tensor(4, BFloat16)
-        target = cute.recast_tensor(out, Int32)
-        for i in cutlass.range_constexpr(2):
-            target[i] = multiply_pairs(words[i], by[i])
-        return out
-
-    @cute.jit
-    def rounded(self, values):
-        exact = cute.make_rmem_tensor(4, Float32)
-        for e in cutlass.range_constexpr(4):
-            exact[e] = values[e]
-        out = cute.make_rmem_tensor(4, BFloat16)
-        out.store(exact.load().to(BFloat16))
-        return out
-
-    @cute.jit
-    def put(self, rows: Rows, quad: Int32, i: cutlass.Constexpr[int], k, q=None):
-        """Token i of k, and of q if it is given."""
-        vector(rows.token(quad, i), 0, 4).store(k.load())
-        if cutlass.const_expr(q is not None and self.spec.part.reads):
-            vector(rows.token(quad, i, 1), 0, 4).store(q.load())
-
-    @cute.jit
-    def halves(self, raw: Rows, target: Rows, d, size: cutlass.Constexpr[int], lane: Int32):
-        """q and k for pairs of tokens that lie in neighbouring halves of `size`, decayed to or from what parts them.
-
-        A first half's k decays to its end; a second half's k and q have decayed since their half began. Where that is
-        nothing, k is as it was; with halves of one token k of the first is not written.
-        """
-        source, here = raw.quad(lane), target.quad(lane)
-        for middle in cutlass.range_constexpr(size, BLOCK, 2 * size):
-            factor = [Float32(1.0)] * 4
-            for i in cutlass.range_constexpr(middle - 1, middle - 1 - size, -1):
-                if cutlass.const_expr(size > 1):
-                    k, _ = self.load(raw, source, i)
-                    self.put(target, here, i, k if i == middle - 1 else self.scale(k, factor))
-                factor = [factor[e] * d[e, i] for e in range(4)]
-            factor = [Float32(1.0)] * 4
-            for i in cutlass.range_constexpr(middle, middle + size):
-                k, q = self.load(raw, source, i)
-                factor = [factor[e] * d[e, i] for e in range(4)]
-                self.put(target, here, i, self.scale(k, factor), self.scale(q, factor))
-
-    @cute.jit
-    def since(self, raw: Rows, targets: list, d, lane: Int32):
-        """k and q as they have decayed since the block began, to each of `targets` with what was left before that.
-
-        Returns:
-            What is left at the block's end of what was left before it, of the first target.
-        """
-        source, here = raw.quad(lane), [target.quad(lane) for target, _ in targets]
-        factors = [[before[e] for e in range(4)] for _, before in targets]
-        for i in cutlass.range_constexpr(BLOCK):
-            k, q = self.load(raw, source, i)
-            for n in cutlass.range_constexpr(len(targets)):
-                factors[n] = [factors[n][e] * d[e, i] for e in range(4)]
-                if cutlass.const_expr(n == 0 and self.spec.part is Part.SPLIT):  # o is rounded twice then: q once
-                    x = self.quad(q, 0)
-                    scaled_q = self.rounded([x[e] * factors[n][e] for e in range(4)])
-                else:
-                    scaled_q = self.scale(q, factors[n])
-                self.put(targets[n][0], here[n], i, self.scale(k, factors[n]), scaled_q)
-        return factors[0]
-
-    @cute.jit
-    def until(self, raw: Rows, write: Rows, targets: list, d, after, lane: Int32):
-        """k as it decays until the block ends, to each of `targets` with what is left after that.
-
-        To `write`, with `after`, in PARTS parts, one behind the other: its rounding is what a state is off by.
-        """
-        source, there, here = raw.quad(lane), write.quad(lane), [target.quad(lane) for target, _ in targets]
-        factor = [after[e] for e in range(4)]
-        factors = [[left[e] for e in range(4)] for _, left in targets]
-        for i in cutlass.range_constexpr(BLOCK - 1, -1, -1):
-            k, _ = self.load(raw, source, i)
-            for n in cutlass.range_constexpr(len(targets)):
-                self.put(targets[n][0], here[n], i, self.scale(k, factors[n]))
-                factors[n] = [factors[n][e] * d[e, i] for e in range(4)]
-            x = self.quad(k, 0)
-            exact = cute.make_rmem_tensor(4, Float32)
-            for e in cutlass.range_constexpr(4):
-                exact[e] = x[e] * factor[e]
-            for part in cutlass.range_constexpr(PARTS):
-                rounded = self.rounded(exact)
-                vector(write.token(there, i, part), 0, 4).store(rounded.load())
-                if cutlass.const_expr(part + 1 < PARTS):
-                    rest(exact, rounded)
-            factor = [factor[e] * d[e, i] for e in range(4)]
-
-    @cute.jit
-    def products(self, rows: Rows, columns: list, lane: Int32):
-        """A block's k and, under it, its q, times what stands in `columns`: pairs of rows and of 0 for k, 1 for q."""
-        apart = 0 if not self.spec.part.reads else rows.apart  # without q, k in its place
-        left = rows.matrices(lane, apart)
-        right = [other.right(lane, part) for other, part in columns]
-        out = [(Float32(0.0),) * 4 for _ in columns]
-        for pair in cutlass.range_constexpr(self.spec.K // 32):
-            a = [load_matrices(rows.step(left, 2 * pair + i)) for i in range(2)]
-            for n in cutlass.range_constexpr(len(columns)):
-                b = load_matrices(columns[n][0].step(right[n], 2 * pair))
-                for i in cutlass.range_constexpr(2):
-                    out[n] = multiply_16x8x16(out[n], a[i], (b[2 * i], b[2 * i + 1]))
-        return out
-
-    @cute.jit
-    def own_squares(self, raw: Rows, sums, warp: Int32, lane: Int32):
-        """q.q, k.k and q.k of this block's tokens to `sums`."""
-        summary = cutlass.const_expr(not self.spec.part.reads)
-        out = self.products(raw, [(raw, 0)] if summary else [(raw, 0), (raw, 1)], lane)
-        if lane & 3 == lane >> 3:  # the diagonal
-            odd, token = lane >> 2 & 1 == 1, BLOCK * warp + (lane >> 2)
-            vector(sums, CHUNK + token, 1)[0] = select(odd, out[0][1], out[0][0])
-            if cutlass.const_expr(not summary):
-                vector(sums, token, 1)[0] = select(odd, out[1][3], out[1][2])
-                vector(sums, 2 * CHUNK + token, 1)[0] = select(odd, out[0][3], out[0][2])
-
-    @cute.jit
-    def parted(self, by_one, by_two, by_four, lane: Int32):
-        """Products of this block's tokens, each pair's from the halves that part it; over the diagonal garbage."""
-        out = cute.make_rmem_tensor(4, Float32)
-        for i in cutlass.range_constexpr(4):
-            differ = (lane >> 2) ^ (2 * (lane & 3) + i % 2)
-            out[i] = select(differ == 1, by_one[i], select(differ < 4, by_two[i], by_four[i]))
-        return out
-
-    @cute.jit
-    def spread_block(self, blocks: list, w: cutlass.Constexpr[int], scratch, mix, sums, lane: Int32, tokens: Int32):
-        """The rows of block `w`, from its products with all blocks up to itself: L to `scratch`, Aqk to `mix`."""
-        half, late = w // 2, w % 2
-        acc = [blocks[j][2 * (h % 2) + e] if j <= w else None for j in range(4) for h in range(2) for e in range(2)]
-        rows_k = [acc[4 * j + i % 2] for j in range(4) for i in range(4)]
-        rows_q = [acc[4 * j + 2 + i % 2] for j in range(4) for i in range(4)]
-        self.spread_k(rows_k, scratch, sums, half, late, lane, tokens)
-        if cutlass.const_expr(self.spec.part.reads):
-            self.spread_q(rows_q, mix, sums, half, late, lane)
-            nothing = cute.make_rmem_tensor(2, BFloat16)
-            nothing.fill(0.0)
-            row = BLOCK * w + (lane >> 2)
-            for j in cutlass.range_constexpr(w + 1, CHUNK // BLOCK):
-                vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + 2 * (lane & 3)).store(nothing.load())
 
     @cute.jit
     def invert_blocks(self, scratch, mix, lane: Int32):

@@ -1,5 +1,7 @@
 """PTX instructions that the DSL does not offer, or only behind its layout algebra."""
 
+import struct
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -30,9 +32,9 @@ def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
     A lane gets, of each, column lane // 4 and rows 2 (lane % 4) and the next: as accumulators of a product lie.
     """
-    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     result = _asm(
-        struct, [source.toint().ir_value(loc=loc, ip=ip)],
+        results, [source.toint().ir_value(loc=loc, ip=ip)],
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
     )  # fmt: skip
     return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
@@ -41,9 +43,9 @@ def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 @dsl_user_op
 def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
     """ldmatrix.x4: as `load_transposed`, but a lane gets row lane // 4 and columns 2 (lane % 4) and the next."""
-    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     result = _asm(
-        struct, [source.toint().ir_value(loc=loc, ip=ip)],
+        results, [source.toint().ir_value(loc=loc, ip=ip)],
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
     )  # fmt: skip
     return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
@@ -52,12 +54,45 @@ def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 @dsl_user_op
 def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k16 of bf16: acc + a b, fp32."""
-    struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
     operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
     text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
     text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    result = _asm(struct, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
+    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
     return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def multiply_16x8x8(acc: tuple, a: tuple, b: Int32, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k8 of bf16: acc + a b, fp32."""
+    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, b, *acc)]
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", loc, ip, effects=False)
+    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def multiply_tf32(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k8 of fp32 numbers of which the upper 19 bits count: acc + a b, fp32."""
+    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
+    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def nearest_tf32(x: Float32, least: float, *, loc=None, ip=None) -> Int32:
+    """The bits of x <= 0, of which the upper 19, rounded to nearest, are what `multiply_tf32` takes; `least` at least.
+
+    One instruction: numbers under 0 are the larger, as unsigned bits, the smaller they are. NaN stays NaN.
+    """
+    operand = Float32(x).ir_value(loc=loc, ip=ip)
+    bits = struct.unpack("<I", struct.pack("<f", least))[0]
+    text = f"{{ .reg .b32 y; mov.b32 y, $1; add.u32 y, y, 0x1000; min.u32 $0, y, {bits:#x}; }}"
+    return Int32(_asm(T.i32(), [operand], text, "=r,f", loc, ip, effects=False))
 
 
 @dsl_user_op
@@ -65,6 +100,13 @@ def store_transposed(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -
     """stmatrix.x4.trans, the inverse of `load_transposed`."""
     operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), *words)]
     _asm(None, operands, "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", loc, ip)
+
+
+@dsl_user_op
+def store_matrices(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -> None:
+    """stmatrix.x4, the inverse of `load_matrices`."""
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), *words)]
+    _asm(None, operands, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", loc, ip)
 
 
 @dsl_user_op
