@@ -66,6 +66,10 @@ def looks_like(name: str, word: str) -> list[str]:
         ("decode-indices-ignored", "decode-any/lens=1,1/pool=2", "sequence n took slot n"),
         ("prefill-q-contiguous", "prefill-any/H=2/HV=2/transforms=packed-projection", "q was read as if contiguous"),
         ("decode-off-by-one-token", "decode-any/lens=5", "gate of the one before"),
+        ("step-taps-reversed", "step-any/lens=3/pool=2", "taps were read the other way round"),
+        ("step-window-of-zeros", "step-any/lens=2/pool=2", "started from zeros"),
+        ("step-not-shifted", "step-any/lens=2/pool=2", "conv_states: they are as they came in"),
+        ("step-norm-weight-forgotten", "step-any/lens=3/pool=2", "the norm's weight was dropped"),
         ("decode-epsilon-missing", "decode-any/lens=9/transforms=zero-keys", "NaN or Inf from sequence 0, token 1"),
     ],
 )

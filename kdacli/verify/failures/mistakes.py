@@ -5,11 +5,12 @@ Each mistake is a change of the inputs under which the fp64 recurrence makes wha
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from kda_kernels.problem import Gate, Op
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Convolution, GatedNorm, Inputs
 
 Change = Callable[[Inputs], Inputs | None]  # None: this mistake cannot be made on these inputs
 LN2 = 0.6931471805599453
@@ -128,7 +129,40 @@ def _no_betas(inputs: Inputs) -> Inputs | None:
                     allow_neg_eigval=False)  # fmt: skip
 
 
+def _conv(change: Callable[[Convolution], dict[str, torch.Tensor | None] | None]) -> Change:
+    """A change of the convolution's tensors; where `change` gives None it cannot be made."""
+
+    def changed(inputs: Inputs) -> Inputs | None:
+        if inputs.conv is None or (tensors := change(inputs.conv)) is None:
+            return None
+        return dataclasses.replace(inputs, conv=Convolution(**{**vars(inputs.conv), **tensors}))
+
+    return changed
+
+
+def _norm(change: Callable[[GatedNorm], dict[str, Any]]) -> Change:
+    def changed(inputs: Inputs) -> Inputs | None:
+        norm = inputs.norm
+        return None if norm is None else dataclasses.replace(inputs, norm=dataclasses.replace(norm, **change(norm)))
+
+    return changed
+
+
+_STEP: dict[str, Change] = {
+    "there was no convolution": lambda i: None if i.conv is None else dataclasses.replace(i, conv=None),
+    "the convolution's taps were read the other way round": _conv(lambda c: {"weight": c.weight.flip(1)}),
+    "the convolution's bias was dropped": _conv(lambda c: None if c.bias is None else {"bias": None}),
+    "the convolution started from zeros, not from its state": _conv(lambda c: {"states": torch.zeros_like(c.states)}),
+    "the convolution's state was read newest first": _conv(
+        lambda c: {"states": c.states.flip(1 if c.tokens_first else 2)}
+    ),
+    "there was no norm": lambda i: None if i.norm is None else dataclasses.replace(i, norm=None),
+    "the norm's weight was dropped": _norm(lambda n: {"weight": torch.ones_like(n.weight)}),
+    "the norm had no gate": _norm(lambda n: {"gate": torch.full_like(n.gate, 100.0)}),
+}
+
 SUSPECTS: dict[str, Change] = {
+    **_STEP,
     "the incoming state was taken as zero": _no_state,
     "the incoming state was read transposed": _transposed_state,
     "state_indices were ignored: sequence n took slot n": _slots_in_order,
