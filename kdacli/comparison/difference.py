@@ -17,13 +17,7 @@ from kdacli.judge.tensor import keep_largest
 _BEYOND = 4.0
 # Upper ends of the bins of the histogram of ULPs; the last bin has no end.
 ULPS = (0, 1, 2, 4, 8, 16, 64, 1024)
-_MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
-_INTS = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +89,7 @@ class Comparing:
         self, tensor: str, lens: list[int], heads: int, dtypes: tuple[torch.dtype, torch.dtype], states: bool = False
     ) -> None:
         self.tensor, self.dtypes, self.states, self.lens = tensor, dtypes, states, lens
-        self.coarse = min(dtypes, key=_MANTISSA.__getitem__)
+        self.coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.columns = [(n, first) for n, length in enumerate(lens) for first in range(0, length, CHUNK)]
         self.first_column = torch.tensor([0, *(-(-length // CHUNK) for length in lens)]).cumsum(0)
         shape = (max(1, len(self.columns)), heads)
@@ -253,7 +247,7 @@ class CallDifference:
 
 def _ordered(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int64 that counts the numbers of `dtype` from zero to each element."""
-    bits = tensor.to(dtype).view(_INTS[dtype]).to(torch.int64)
-    sign_bit = {torch.int16: 15, torch.int32: 31, torch.int64: 63}[_INTS[dtype]]
+    bits = tensor.to(dtype).view(_INTS[dtype.itemsize]).to(torch.int64)
+    sign_bit = 8 * dtype.itemsize - 1
     magnitude = bits & ((1 << sign_bit) - 1)
     return torch.where(bits < 0, -magnitude, magnitude)

@@ -7,10 +7,9 @@ import torch
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
+from kda_kernels.tensor_checks import FLOAT_DTYPES
 from kda_kernels.tensors import Dims, Inputs, Outputs
 from kdacli.dumps.shapes import fit, usable
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def build_outputs(
@@ -44,7 +43,7 @@ def build_outputs(
 
 
 def _float(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in {*FLOAT_DTYPES, torch.float64}:
         raise InputError(
             f"{name} is {tensor.dtype}: it should be a floating type of 16 bits or more".replace("torch.", "")
         )

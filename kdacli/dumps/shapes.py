@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from kda_kernels.errors import InputError
+from kda_kernels.tensor_checks import FLOAT_DTYPES
 
 Tensors = dict[str, torch.Tensor]
 
 # What torch can compare and convert, more than any argument may be: the boundary check is the one to choose among them.
 _DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *FLOAT_DTYPES,
+    *(torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
 

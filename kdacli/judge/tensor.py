@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kda_kernels.dtypes import FLOATS, name_of
 from kdacli.judge.layout import Place
 from kdacli.judge.reference import Plain, Rows, fine
 
@@ -22,12 +23,6 @@ ELEMENT_FACTOR = 3.0
 # Partial sums of K products in fp32 wander like a random walk, 2^-24 * sqrt(K) each, and several of them in a row.
 FLOOR = 4 * 2.0**-24
 
-# Half a unit in the last place of 1.0: the most that one rounding changes an element, relative to it. Over a tensor the
-# roundings have an rms of a little under half of that, which is what norms are granted.
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-# What may be lost of any element: numbers under the smallest normal one are flushed to zero, or, in fp16, rounded to
-# a subnormal.
-SMALLEST = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25, torch.float32: 2.0**-126}
 # Elements of a block that all lack digits, where 1 of 2^13 does by chance.
 ENOUGH = 64
 
@@ -94,7 +89,10 @@ class TensorJudge:
         terms: int,
     ) -> None:
         self.tensor, self.dtype, self.stored = tensor, dtype, stored
-        self.unit, self.floor, self.smallest = UNIT_ROUNDOFF[dtype], FLOOR * math.sqrt(terms), SMALLEST[dtype]
+        # Half a unit in the last place of 1.0: the most that one rounding changes an element, relative to it. Over a
+        # tensor the roundings have an rms of a little under half of that, which is what norms are granted.
+        self.unit, self.smallest = 2.0 ** -FLOATS[name_of(dtype)].digits, FLOATS[name_of(dtype)].smallest
+        self.floor = FLOOR * math.sqrt(terms)
         self.cut = torch.tensor([one.cut for one in plains])
         shape = (sequences, heads)
         self.count, self.norms, self.wrongs, self.needed, self.held = (torch.zeros(shape).double() for _ in range(5))

@@ -15,17 +15,24 @@ class Float(NamedTuple):
         short: "bf16", as on the command line; Triton's name of it, too.
         bytes: of an element.
         digits: bits of the significand, the hidden one included: a rounding changes 1.0 by 2 ** -digits at most.
+        smallest: the most that may be lost of any element: those under the smallest normal one are flushed to zero, or,
+            in fp16, rounded to a subnormal.
     """
 
     name: str
     short: str
     bytes: int
     digits: int
+    smallest: float
 
 
 FLOATS = {
     dtype.name: dtype
-    for dtype in (Float("float32", "fp32", 4, 24), Float("float16", "fp16", 2, 11), Float("bfloat16", "bf16", 2, 8))
+    for dtype in (
+        Float("float32", "fp32", 4, 24, 2.0**-126),
+        Float("float16", "fp16", 2, 11, 2.0**-25),
+        Float("bfloat16", "bf16", 2, 8, 2.0**-126),
+    )
 }
 INDICES = ("int32", "int64")
 

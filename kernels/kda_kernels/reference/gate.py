@@ -6,6 +6,9 @@ beta            logit -> sigmoid(logit), times 2 with allow_neg_eigval
 q, k            x -> x * rsqrt(sum x^2 + 1e-6)
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from kda_kernels.problem import Gate, Options
@@ -38,9 +41,7 @@ def log_decay(
     if dt_bias is not None:
         x = x + dt_bias.to(dtype).reshape(HV, K)
     rate = x.new_ones(HV, 1) if A_log is None else gate_rate(A_log, dtype).reshape(HV, 1)
-    if options.lower_bound is not None:  # of the safe gate, since this one is not activated yet
-        return options.lower_bound * torch.sigmoid(rate * x)
-    return -rate * softplus(x)
+    return _FORMS[options.gate](x, rate, options.lower_bound)
 
 
 def gate_rate(A_log: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -51,6 +52,12 @@ def gate_rate(A_log: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x)), exact to the dtype for every x (torch's own turns linear at x = 20, e^-20 too early)."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+_FORMS: dict[Gate, Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]] = {
+    Gate.SOFTPLUS: lambda x, rate, bound: -rate * softplus(x),
+    Gate.SAFE: lambda x, rate, bound: bound * torch.sigmoid(rate * x),
+}
 
 
 def beta_values(beta: torch.Tensor, options: Options, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -196,8 +196,6 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """The stage on a problem's g, A_log and dt_bias."""
     check_inputs(inputs)
-    g, cu_seqlens, lower_bound = inputs.g, inputs.cu_seqlens, inputs.options.lower_bound
-    if inputs.options.gate is Gate.NONE:
-        return Outputs(chunk_local_cumsum(g, cu_seqlens=cu_seqlens))
-    params = (inputs.A_log, inputs.dt_bias)
-    return Outputs(kda_gate_chunk_cumsum(g, *params, lower_bound=lower_bound, cu_seqlens=cu_seqlens))
+    gate, bound = inputs.options.gate, inputs.options.lower_bound
+    params = (None, None) if gate is Gate.NONE else (inputs.A_log, inputs.dt_bias)
+    return Outputs(launch_gate(inputs.g, *params, gate, bound, None, CHUNK, inputs.cu_seqlens, None))
