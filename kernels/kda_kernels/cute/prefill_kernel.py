@@ -315,7 +315,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         """The sequence of this rank by length, so that short ones fill the gaps; more than 32 run as they come."""
         N = Int32(cu_seqlens.shape[0] - 1)
         i_n = rank
-        if N <= 32:
+        if N > 1 and N <= 32:
             lane = cute.arch.lane_idx()
             mine = Int32(-1)
             if lane < N:

@@ -83,13 +83,19 @@ def segment_outputs_kernel(
     state = workspace + (N + unit) * size + i_hv * (V * K)
     reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), tl.bfloat16)  # [K, V]
-    for i in range(i_s * SPAN, tl.minimum(i_s * SPAN + SPAN, n_tokens), BT):
-        t = i + tl.arange(0, BT)
-        real = (t < n_tokens)[:, None]
-        r = tl.load(reads + ((unit.to(tl.int64) * segment + t[:, None]) * HV + i_hv) * K + k[None, :], real, 0.0)
-        at = o + ((first + t[:, None]) * stride_t + i_hv.to(tl.int64) * stride_h) * 8 + rows[None, :]
-        total = tl.load(at, real, 0.0).to(tl.float32) + dot(r, S)
-        tl.store(at, cast(total, o.dtype.element_ty), real)
+    start = i_s * SPAN
+    stop = tl.minimum(start + SPAN, n_tokens)
+    o += i_hv.to(tl.int64) * stride_h * 8 + rows[None, :]
+    reads += (unit.to(tl.int64) * segment * HV + i_hv) * K + k[None, :]
+    t = start + tl.arange(0, BT)
+    so_far = tl.load(o + (first + t[:, None]) * stride_t * 8, (t < stop)[:, None], 0.0)
+    for _ in range(start, stop, BT):
+        r = tl.load(reads + t[:, None].to(tl.int64) * HV * K, (t < stop)[:, None], 0.0)
+        total = so_far.to(tl.float32) + dot(r, S)
+        # the next ones are asked for before these are stored, which no load moves ahead of
+        so_far = tl.load(o + (first + t[:, None] + BT) * stride_t * 8, (t + BT < stop)[:, None], 0.0)
+        tl.store(o + (first + t[:, None]) * stride_t * 8, cast(total, o.dtype.element_ty), (t < stop)[:, None])
+        t += BT
 
 
 def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
