@@ -29,6 +29,8 @@ from kda_kernels.tensors import Dims, Inputs
 
 # Whether what indices and lengths hold is checked: 1 always, 0 never, not set: on a CPU, where no GPU is waited for.
 CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES")
+# Whether a prefill has to be causal to the last bit, also where gates are bounded and it costs time.
+CAUSAL = os.environ.get("KDA_CAUSAL") == "1"
 
 
 def values_checked(owner: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 import torch
 
-from kda_kernels.checks import check_inputs, require_features
+from kda_kernels.checks import CAUSAL, check_inputs, require_features
 from kda_kernels.errors import InputError
 from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
@@ -37,6 +37,7 @@ from kda_kernels.triton.runtime import (
     unsupported_here,
 )
 
+CAUSAL_IN_BITS = CAUSAL
 FEATURES = frozenset(
     ("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices", "tail")
 )
@@ -124,8 +125,11 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def bounded(options: Options) -> bool:
-    """Whether decays over half a chunk may be split at its middle: yes for a lower_bound of -5, the models' own."""
-    return options.lower_bound is not None and -options.lower_bound * CHUNK / 4 <= MAX_EXPONENT
+    """Whether decays over half a chunk may be split at its middle: yes for a lower_bound of -5, the models' own.
+
+    No where bits must not depend on later tokens: decays measured from the middle leave rounding in what is before it.
+    """
+    return not CAUSAL and options.lower_bound is not None and -options.lower_bound * CHUNK / 4 <= MAX_EXPONENT
 
 
 def prefill(
