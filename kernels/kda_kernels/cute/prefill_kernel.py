@@ -178,8 +178,6 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         write: cute.TiledMma,
     ):
         spec = self.spec
-        if cutlass.const_expr(spec.part is Part.SPLIT):
-            cute.arch.griddepcontrol_launch_dependents()  # the scan, which waits for the end of this launch itself
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
         i_n, i_hv = divmod(pid, heads)

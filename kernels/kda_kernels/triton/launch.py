@@ -1,6 +1,5 @@
 """Launches of Triton kernels whose compiled form is known already, past the part of its launcher that looks it up."""
 
-import functools
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -54,15 +53,6 @@ def usual(tensors: Iterable[torch.Tensor | None], steps: Iterable[int], others: 
     for number in others:
         rest |= number
     return not (addresses | numbers) & 15 and not (numbers | rest) >> 31
-
-
-@functools.cache
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched (`launch_pdl`) before the one ahead of it has ended, and itself wait for that.
-
-    Such a kernel calls `gdc_wait` in every program, before it returns and before it touches what is written there.
-    """
-    return device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dtype_of(x: torch.Tensor | None) -> torch.dtype | None:

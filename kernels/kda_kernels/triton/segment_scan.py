@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kda_kernels.triton.common import dot, split
-from kda_kernels.triton.launch import dtype_of, launch, starts_early
+from kda_kernels.triton.launch import dtype_of, launch
 
 BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 us where this takes 15, by hand)
 NUM_WARPS, NUM_STAGES = 4, 2
@@ -102,10 +101,7 @@ def segment_scan_kernel(
     V: tl.constexpr,
     K: tl.constexpr,
     BV: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_launch_dependents()
     i_v, i_hv, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = T
     unit = 0
@@ -118,8 +114,6 @@ def segment_scan_kernel(
         unit = i_n * units_of(T, lead, segment, begin, limit)
     count = units_of(length, lead, segment, begin, limit)
     slot = slot_of(state_indices, stride_index, slots, null_slot, i_n)
-    if EARLY:
-        gdc_wait()
     if count == 0 or slot < 0:
         return
 
@@ -157,9 +151,8 @@ def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 12
     """
     final = segments.final
     stride = 0 if final is None else final.stride(0) * final.element_size() // 16
-    early = starts_early(segments.workspace.device)
-    arguments = (final, T, stride, HV, V, K, BV, early)
+    arguments = (final, T, stride, HV, V, K, BV)
     launch(
         segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind(), V, K), segments.arguments() + arguments,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, launch_pdl=early,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
