@@ -183,10 +183,12 @@ def test_what_a_closed_gate_hides_is_gone(monkeypatch, period, way):
 
 
 @every_way
-@pytest.mark.parametrize("options", ["SOFTPLUS", "NO_BOUND"])
+@pytest.mark.parametrize("options", ["SOFTPLUS", "NO_BOUND", "SAFE"])
 @pytest.mark.parametrize("at", [1, 7, 8, 15, 16, 19, 31, 32, 100])
 def test_what_precedes_a_token_does_not_depend_on_it(monkeypatch, options, at, way):
-    """In bits; with gates that have a bound, only within their rounding."""
+    """In bits; with gates that have a bound, where KDA_CAUSAL asks for it."""
+    monkeypatch.setattr(module, "CAUSAL", options == "SAFE")
+    monkeypatch.setattr(module, "_last", type(module._last)())  # functions of calls that asked for something else
     split(monkeypatch, way)
     inputs, other = (tokens([5 * CHUNK + 3], options=globals()[options], seed=seed) for seed in range(2))
     future = {name: torch.cat([getattr(inputs, name)[:, :at], getattr(other, name)[:, at:]], 1) for name in TOKENS}

@@ -363,6 +363,16 @@ def test_a_sequence_gives_the_same_bits_in_any_batch(options):
     assert got.o.equal(together.o[:, 2:]) and got.final_state[0].equal(together.final_state[1])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_bounded_gates_are_causal_in_bits_where_that_is_asked_for(monkeypatch, causal):
+    monkeypatch.setattr("kda_kernels.triton.prefill.CAUSAL", causal)
+    inputs = make([10], K=16, V=16)
+    g = inputs.g.clone()
+    g[:, 9:] = 8
+    first, second = (prefill(dataclasses.replace(inputs, g=x)).o[:, :9] for x in (inputs.g, g))
+    assert first.equal(second) == causal
+
+
 @pytest.mark.parametrize("A_log", [20.0, 89.0, 200.0])
 @pytest.mark.parametrize("options", [SAFE, Options(), Options(Gate.SAFE, -20.0)], ids=str)
 def test_no_rate_makes_nan(A_log, options):
