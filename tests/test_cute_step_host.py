@@ -15,6 +15,7 @@ from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference.oracle import recurrence
+from kda_kernels.step import kda_step
 from kda_kernels.tensors import Inputs
 from kdacli.compile import sass, toolchain
 from kdacli.synthetic import make_inputs
@@ -48,6 +49,23 @@ def test_calls(made, parts):
         if mine.conv is not None:
             assert torch.equal(mine.conv.states.nan_to_num(7), expected.conv_states.nan_to_num(7))
     assert len(made) == 1 and made[0].calls == 2
+
+
+@without_gpu
+def test_steps_after_the_first_take_its_function(made):
+    inputs = make(bias=True)
+    expected = recurrence(inputs)
+    decode(inputs.fresh())
+    mine = inputs.fresh()
+    mixed = torch.cat([x.flatten(2) for x in (mine.q, mine.k, mine.v)], 2)
+    with torch.no_grad():
+        o = kda_step(
+            mixed[:, 0], mine.g[:, 0], mine.beta[:, 0], state=mine.state, state_indices=mine.state_indices,
+            conv=mine.conv, norm=dataclasses.replace(mine.norm, gate=mine.norm.gate[:, 0]), A_log=mine.A_log,
+            dt_bias=mine.dt_bias,
+        )  # fmt: skip
+    close(o, expected.o[:, 0])
+    assert made[0].calls == 2
 
 
 WRONG = {
