@@ -72,6 +72,8 @@ def _cli() -> str:
         with click.Context(cli, info_name="kda") as parent:
             command = cli.get_command(parent, name)
             assert command is not None
-            text = command.get_help(click.Context(command, info_name=name, parent=parent, max_content_width=100))
+            ctx = click.Context(command, info_name=name, parent=parent, max_content_width=100)
+            ctx.meta["kdacli.help-all"] = True
+            text = command.get_help(ctx)
         lines += [f"## kda {name}", "", "```text", re.sub(r"\x1b\[[0-9;]*m", "", text), "```", ""]
     return "\n".join(lines)

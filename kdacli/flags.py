@@ -38,7 +38,11 @@ SECTIONS = {
         click.option("--model", type=click.Choice(list(PRESETS)), help="Heads and gate of a published model."),
         click.option("--tp", type=int, metavar="GPUS", help="Tensor-parallel GPUs that share the model's heads."),
         click.option("-H", "--heads", type=Count(1, _MAX_DIM), help="Query/key heads."),
-        click.option("--v-heads", type=Count(1, _MAX_DIM), help="Value heads, a multiple of them. Default: as many."),
+        click.option(
+            "--v-heads",
+            type=Count(1, _MAX_DIM),
+            help="Value heads, a multiple of the query/key heads. Default: the same number.",
+        ),
         click.option("--head-dim", type=Count(1, _MAX_DIM), help="K, and V unless given. Default: 128."),
         click.option("--v-head-dim", type=Count(1, _MAX_DIM), help="V."),
     ),
@@ -117,15 +121,62 @@ def flag(name: str, value: Any = None) -> str:
     return "--packed" if name == "dense" and value is False else "--" + name.replace("_", "-")
 
 
+_USUAL = ("op", "dump", "model", "tp", "seqs", "tokens", "heads", "gate", "gates", "kernels", "json_dest")
+
+
 class SectionedCommand(click.Command):
-    """A command whose help shows its own options first, then the shared ones in their sections."""
+    """A command with many flags: --help shows the usual ones on one screen, --help-all every one in its section.
+
+    Attributes:
+        usual: parameters of the command's own that --help shows too.
+    """
+
+    def __init__(self, *args: Any, usual: tuple[str, ...] = (), **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self.usual = (*usual, *_USUAL)
+        whole = "Show every flag, and all there is to say."
+        self.params.append(
+            click.Option(
+                ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help=whole
+            )
+        )
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """In the short form the first two paragraphs and the examples."""
+        text = self.help or ""
+        if not ctx.meta.get(_WHOLE):
+            paragraphs = text.split("\n\n")
+            self.help = "\n\n".join(
+                [*paragraphs[:2], *(p for p in paragraphs[2:] if p.lstrip("\b\n ").startswith("Examples:"))]
+            )
+        try:
+            super().format_help_text(ctx, formatter)
+        finally:
+            self.help = text
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *SECTIONS)}
+        left = 0
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
-                sections[_SECTION_OF.get(parameter.name, "Options")].append(record)
+                if ctx.meta.get(_WHOLE) or parameter.name in (*self.usual, "help", "help_all"):
+                    sections[_SECTION_OF.get(str(parameter.name), "Options")].append(record)
+                else:
+                    left += 1
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+        if left:
+            formatter.write_paragraph()
+            formatter.write_text(f"{left} more flags: {ctx.command_path} --help-all")
+
+
+_WHOLE = "kdacli.help-all"
+
+
+def _help_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[_WHOLE] = True
+        click.echo(ctx.get_help())
+        ctx.exit()

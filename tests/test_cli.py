@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -420,3 +421,16 @@ def test_the_gpu_in_use_is_the_one_that_torch_has(visible):
 def test_explain_keeps_to_one_line():
     message, code = main.explain(RuntimeError("first\nsecond"))
     assert message == "Error: internal: RuntimeError: first second (rerun with --debug for the traceback)" and code == 1
+
+
+@pytest.mark.parametrize("name", ["run", "verify", "profile", "compile", "kernels"])
+def test_a_short_help_and_a_whole_one(name):
+    """--help has the usual flags and says how many more there are; --help-all has every flag of the command."""
+    short, whole = kda(name, "--help").output, kda(name, "--help-all").output
+    command = cli.get_command(click.Context(cli), name)
+    flags = {flag for p in command.params if isinstance(p, click.Option) and not p.hidden for flag in p.opts[:1]}
+    assert all(re.search(rf"{flag}\b", whole) for flag in flags)
+    left = int(re.search(r"(\d+) more flags: kda \w+ --help-all", short).group(1))
+    shown = sum(bool(re.search(rf"^ +(-\w, )?{flag}\b", short, re.M)) for flag in flags)
+    assert left >= len(flags) - shown > 10
+    assert "Examples:" in short and len(short.splitlines()) < 75

@@ -12,7 +12,7 @@ from kda_kernels.registry import Kernel
 from kdacli import options, output
 
 
-@click.command("compile", cls=options.SectionedCommand)
+@click.command("compile", cls=options.SectionedCommand, usual=("archs", "arch", "patterns", "baseline", "show_sass"))
 @options.kernel_option
 @options.problem_options
 @click.option(

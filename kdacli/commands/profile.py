@@ -27,7 +27,9 @@ class Axis(click.ParamType):
         return value if isinstance(value, axes.Axis) else axes.parse(value)
 
 
-@click.command("profile", cls=options.SectionedCommand)
+@click.command(
+    "profile", cls=options.SectionedCommand, usual=("suite", "sweep", "layer", "seconds", "baseline", "plot")
+)
 @options.kernel_option
 @click.option("--suite", type=click.Choice(list(SUITES)), help="A named set of shapes instead of one.")
 @click.option(

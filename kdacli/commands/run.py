@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kda_kernels.tensors import Inputs, Outputs
 
 
-@click.command("run", cls=options.SectionedCommand)
+@click.command("run", cls=options.SectionedCommand, usual=("kernel_name", "save"))
 @click.option("--kernel", "kernel_name", metavar="NAME", help="The kernel (default: the first of ours that can).")
 @options.problem_options
 @options.device_option

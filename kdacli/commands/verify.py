@@ -22,7 +22,9 @@ STRESS_SECONDS = 60.0
 HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune themselves meanwhile
 
 
-@click.command("verify", cls=options.SectionedCommand)
+@click.command(
+    "verify", cls=options.SectionedCommand, usual=("suite_name", "case_names", "shard", "list_only", "save_dir")
+)
 @options.kernel_option
 @click.option("--suite", "suite_name", type=click.Choice(["quick", "full", "stress"]), help="Default: quick.")
 @click.option("--case", "case_names", multiple=True, metavar="NAME", help="A case by name; may be repeated.")
@@ -76,8 +78,8 @@ HUNG_SECONDS = 300.0  # more than any check takes whose kernels compile and tune
     "--triton-config",
     type=click.IntRange(min=0),
     metavar="NUMBER",
-    help="Autotuned Triton kernels take this configuration of theirs, from 0, round again where there are fewer, and"
-    " tune nothing. Default: on a GPU they tune themselves; without one, 0.",
+    help="Autotuned Triton kernels take the configuration with this number and are not tuned. Numbers start at 0; one"
+    " past the last counts on from the first. Default: on a GPU kernels are tuned; without one, 0.",
 )
 @click.option("--save", "save_dir", metavar="DIR", help="Save the tensors of failures as dumps in DIR.")
 @click.option("--junit", metavar="FILE", help="Write a JUnit XML report to FILE.")
@@ -118,18 +120,18 @@ def command(
 ) -> None:
     """Check kernels against the fp64 oracle, case by case.
 
-    Without arguments, every kernel of ours that can run here over the suite quick (on a CPU, Triton kernels in Triton's
-    interpreter). full adds every two options together and more edges. stress adds the same with three other seeds,
-    however long that takes, and after it random cases for --seconds. A shape flag or a dump takes the place of a suite;
-    --op then says what to do with it.
+    Without arguments, it checks every kernel of ours that can run here over the suite quick. On a CPU, Triton kernels
+    run in Triton's interpreter. The suite full adds every pair of options and more edges. stress adds three other
+    seeds, and then random cases for --seconds. A shape flag or a dump takes the place of a suite.
 
-    A kernel passes when its error against the fp64 token recurrence is within twice that of a plain implementation that
-    rounds where the kernel must round (of prefill the largest of eight, rounded in different units; where products are
-    in tf32, and once what cutting operands adds), plus one output rounding: over each output, each (sequence, head),
-    and for each element. NaN, Inf and unwritten elements never pass, nor does a float32 state that was rounded to less
-    on its way, unless the kernel declares so (carried_state). A kernel must not touch its inputs, the unused slots of
-    a pool, nor memory around any tensor, and (but for the interpreter) a second call must give the same bits. Cases
-    name more that must hold, such as that neighbours in a batch, threads or an earlier call change nothing.
+    A kernel passes when its error against the fp64 token recurrence is within a tolerance: twice the error of a plain
+    implementation that rounds where the kernel must round, plus one rounding of the output. It holds over each output,
+    over each head of each sequence, and for each element. A prefill has eight plain implementations, which round in
+    different units, and the largest error counts. Where products are in tf32, what cutting operands adds counts once.
+    NaN, Inf and unwritten elements never pass. Nor does a float32 state that was rounded to less on its way, unless the
+    kernel declares so (carried_state). A kernel must not touch its inputs, the unused slots of a pool, nor memory
+    around any tensor, and a second call must give the same bits (but in the interpreter). Cases name more that must
+    hold, such as that neighbours in a batch, threads or an earlier call change nothing.
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a
