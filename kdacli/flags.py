@@ -71,6 +71,14 @@ SECTIONS = {
         _switch("--no-final-state", "Do not ask for the final state."),
         _switch("--state-k-first", "State [.., K, V] instead of [.., V, K]."),
     ),
+    "Parts of a step": (
+        click.option("--conv-width", type=Count(0, 4), help="Tokens that the convolution sees; 0: none. Default: 4."),
+        _switch("--conv-bias", "The convolution has a bias."),
+        _dtype("--conv-dtype", "Of its weight and bias. Default: bf16."),
+        _dtype("--conv-state-dtype", "Of its states. Default: bf16."),
+        _switch("--channels-first", "Its states are [.., D, L] instead of [.., L, D]."),
+        _switch("--no-norm", "o is neither normalised nor gated."),
+    ),
     "Random numbers": (
         _choice(
             "--gates", ["bench", "init", "weak"], "Gate regime: short, a new layer's, or long memory. Default: bench."

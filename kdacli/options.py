@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Parts, Problem
 from kdacli.flags import (
     SHAPE_FLAGS,
     SectionedCommand,
@@ -87,6 +87,30 @@ def problem_from(params: Params, device: str = "cuda", default_op: Op | str = Op
         padding=padding,
         state_v_first=not params.get("state_k_first"),
         options=_options(params),
+        parts=_parts(params, op),
+    )
+
+
+_PARTS = ("conv_width", "conv_bias", "conv_dtype", "conv_state_dtype", "channels_first", "no_norm")
+
+
+def _parts(params: Params, op: Op) -> Parts | None:
+    """What a step does beside the recurrence; of other ops nothing may be said."""
+    said = [name for name in _PARTS if params.get(name) is not None]
+    if op is not Op.STEP:
+        if said:
+            raise InputError(f"{flag(said[0])} is given with the op {op}: only a step has such parts")
+        return None
+    usual = Parts()
+    if params.get("conv_width") == 0 and (of_conv := [name for name in said[1:] if name != "no_norm"]):
+        raise InputError(f"{flag(of_conv[0])} is given with --conv-width 0, which is no convolution")
+    return Parts(
+        width=_or(params, "conv_width", usual.width),
+        bias=bool(params.get("conv_bias")),
+        weight_dtype=_or(params, "conv_dtype", usual.weight_dtype),
+        state_dtype=_or(params, "conv_state_dtype", usual.state_dtype),
+        tokens_first=not params.get("channels_first"),
+        norm=not params.get("no_norm"),
     )
 
 

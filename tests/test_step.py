@@ -14,6 +14,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Convolution, Inputs
+from kdacli.options import problem_from
 from kdacli.peers import vllm_step
 from kdacli.profile.measuring.outputs import Check
 from kdacli.profile.measuring.traffic import traffic
@@ -293,3 +294,14 @@ def test_vllms_kernel_is_given_the_projection_itself():
 
 
 _AS_VLLM = {"K": 128, "V": 128, "padding": 0} | dict.fromkeys(("dtype", "g_dtype", "beta_dtype"), "bfloat16")
+
+
+def test_the_parts_of_a_step_are_flags():
+    given = {"op": "step", "heads": 2, "seqs": 2, "conv_width": 2, "conv_bias": True, "channels_first": True}
+    assert problem_from(given, "cpu").parts == Parts(width=2, bias=True, tokens_first=False)
+    assert problem_from({"op": "step", "conv_width": 0, "no_norm": True}, "cpu").features == set()
+    for wrong, said in (({"op": "decode", "no_norm": True}, "--no-norm"), ({**given, "conv_width": 0}, "--conv-bias")):
+        with pytest.raises(InputError, match=said):
+            problem_from(wrong, "cpu")
+    with pytest.raises(InputError, match="width is 1"):
+        problem_from({"op": "step", "conv_width": 1}, "cpu")
