@@ -22,7 +22,7 @@ from kdacli.compile.arch import parse
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md")
 MARKS = ("<!-- support: python docs/support.py --write -->", "<!-- /support -->")
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a", "gfx942")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "gfx942", "gfx950")
 SIZES = (16, 32, 48, 64, 96, 128, 192, 256)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 OPTIONS = {

@@ -297,7 +297,14 @@ def test_what_cannot_be_launched_fails(monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("sm_90a", "sm_90a"), ("90", "sm_90a"), ("sm_86", "sm_86"), ("SM100", "sm_100a"), ("gfx942", "gfx942")],
+    [
+        ("sm_90a", "sm_90a"),
+        ("90", "sm_90a"),
+        ("sm_86", "sm_86"),
+        ("SM100", "sm_100a"),
+        ("gfx942", "gfx942"),
+        ("GFX950", "gfx950"),
+    ],
 )
 def test_arch_names(given, name):
     assert arch.parse(given).name == name

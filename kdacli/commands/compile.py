@@ -20,7 +20,8 @@ from kdacli import options, output
     "arch_names",
     multiple=True,
     metavar="NAME",
-    help="sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120a, gfx942; may be repeated. Default: the GPU's here, or sm_90a.",
+    help="sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_103a, sm_120a, gfx942, gfx950; may be repeated. Default: the GPU's"
+    " here, or sm_90a.",
 )
 @click.option("--variant", "patterns", multiple=True, metavar="NAME", help="A variant, or a pattern; may be repeated.")
 @click.option("--sms", type=click.IntRange(min=1), metavar="COUNT", help="Multiprocessors that launches are tuned for.")

@@ -65,7 +65,8 @@ def _nvidia(number: int, product: str, sms: int, warps: int, blocks: int, shared
 
 
 # Warps, blocks and KiB of shared memory a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability". gfx942: AMD's CDNA3 ISA guide and LLVM's AMDGPU guide; 4 SIMDs of 8 waves, 64 KiB of LDS.
+# Compute Capability". gfx942, gfx950: AMD's CDNA3 and CDNA4 ISA guides and LLVM's AMDGPU guide; 4 SIMDs of 8 waves,
+# 64 and 160 KiB of LDS.
 ARCHS = {
     arch.name: arch
     for arch in (
@@ -79,6 +80,7 @@ ARCHS = {
         _nvidia(120, "RTX PRO 6000", 188, 48, 24, 100),
         _nvidia(121, "GB10", 48, 48, 24, 100),
         Arch("gfx942", "MI300X", Gpu(304, 64 * 1024), 32, 32, 64 * 1024, warp=64),
+        Arch("gfx950", "MI350X", Gpu(256, 160 * 1024), 32, 32, 160 * 1024, warp=64),
     )
 }
 
@@ -89,12 +91,11 @@ def parse(name: str) -> Arch:
     Raises:
         InputError: there is none of that name.
     """
-    match = re.fullmatch(r"(gfx942)|(?:sm_?)?(\d+)(a?)", name.strip().lower())
-    if match and match[1]:
-        return ARCHS[match[1]]
-    if match:
-        for suffix in ("a", "") if not match[3] else ("a",):
-            if found := ARCHS.get(f"sm_{match[2]}{suffix}"):
+    if (name := name.strip().lower()).startswith("gfx") and name in ARCHS:
+        return ARCHS[name]
+    if match := re.fullmatch(r"(?:sm_?)?(\d+)(a?)", name):
+        for suffix in ("a", "") if not match[2] else ("a",):
+            if found := ARCHS.get(f"sm_{match[1]}{suffix}"):
                 return found
     raise InputError(f"arch is {name}: it should be one of {', '.join(ARCHS)}")
 
