@@ -88,16 +88,14 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         calls.append(prefill.Call(mine, context, o))
         kept = None if local.checkpoints is None else local.checkpoints.states
         parts.append(Part(o, inputs.state, local.state, kept))
-    summaries = [[part.start() for part in call.parts] for call in calls]
+    summaries = [call.start() for call in calls]
     for call in calls:
         call.run_others()
-        for i, part in enumerate(call.parts):
-            part.finish(torch.stack([rank[i] for rank in summaries]))
+        call.finish(torch.stack(summaries))
     return [Part(*(None if x is None else x.cpu() for x in vars(part).values())) for part in parts]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "case",
     [
@@ -108,8 +106,7 @@ def one_after_another(case: Case, inputs) -> list[Part]:
     ],
     ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints"],
 )
-def test_on_a_gpu(case, groups, monkeypatch):
-    monkeypatch.setattr(prefill, "GROUPS_FROM", 0 if groups == 2 else 1 << 60)
+def test_on_a_gpu(case):
     case = dataclasses.replace(case, K=128, V=128, H=2, HV=4)
     inputs = case.inputs("cuda")
     verdicts, wrong = judged(case, inputs, one_after_another(case, inputs))

@@ -28,7 +28,6 @@ class Case:
         cuts: the first token of each rank's part, and the number of all.
         every: checkpoints at so many tokens; negative: at offsets that lie as far apart.
         fresh: every other request is new.
-        groups: heads go in two groups.
         dtype: of states.
     """
 
@@ -42,7 +41,6 @@ class Case:
     V: int = 16
     H: int = 1
     HV: int = 1
-    groups: bool = False
     dtype: str = "float32"
 
     @property
@@ -96,7 +94,6 @@ def cases(ranks: int, device: str) -> dict[str, Case]:
     found = {
         "one long sequence": Case((T,), even, **size),
         "one long sequence, softplus": Case((T,), odd, SOFTPLUS, **size),
-        "heads in two groups": Case((T,), odd, groups=True, **{"H": 2, "HV": 2, **size}),
         "an empty rank": Case((T,), hole, **size),
         "many short sequences": Case(many, (*(i * whole // ranks for i in range(ranks)), whole), **size),
         "padding, bf16 states": Case((T // 2, T - T // 2), odd, padding=1, dtype="bfloat16", **size),

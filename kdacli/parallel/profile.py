@@ -95,17 +95,14 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
     cells = []
     for row in rows:
         one = alone.get(row.kernel)
-        hidden = None
-        if row.exchange_us is not None and row.exposed_us is not None:
-            hidden = f"{max(0.0, min(1.0, 1 - row.exposed_us / row.exchange_us)):.0%}"
         cells.append((
             row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
             f"{row.median_us * layers / 1e3:.1f}" if layer else None, f"{1e3 * row.tokens / row.median_us:.0f}",
-            None if one is None else f"{one / row.median_us:.2f}x", output.fmt_us(row.exchange_us), hidden,
+            None if one is None else f"{one / row.median_us:.2f}x", output.fmt_us(row.exchange_us), output.fmt_us(row.exposed_us),
             output.fmt_bytes(row.exchange_bytes) if row.exchange_bytes else None,
         ))  # fmt: skip
     what = f", {layers} KDA layers of {layer}" if layer else ""
-    columns = ("kernel", "ranks", "us", "spread", "ms", "tokens/ms", "vs 1", "exchange us", "hidden", "received")
+    columns = ("kernel", "ranks", "us", "spread", "ms", "tokens/ms", "vs 1", "exchange us", "exposed us", "received")
     output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
     for line in left_out:
         output.say(f"not timed: {line}")

@@ -27,7 +27,8 @@ class Row:
     Attributes:
         parts: tokens of each rank.
         low_us, high_us: quartiles.
-        exchange_us: the gather of summaries by itself; exposed_us: by how much a call is faster without it.
+        exchange_us: the gather of summaries by itself. exposed_us: by how much a call is faster where no rank waits for
+            another's summary; it holds what ranks differ by.
         exchange_bytes: that each rank receives.
     """
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch.distributed as dist
 
 from kda_kernels.errors import CheckFailedError
-from kda_kernels.parallel import prefill
 from kdacli import output, provenance
 from kdacli.parallel.checks import cases, judged, prefilled
 from kdacli.parallel.ranks import joined
@@ -21,10 +20,8 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
         quicken()
     rows: list[dict[str, Any]] = []
     with joined(device) as (rank, ranks):
-        usual = prefill.GROUPS_FROM
         for name, case in cases(ranks, device).items():
             inputs = case.inputs(device)
-            prefill.GROUPS_FROM = 0 if case.groups else usual
             parts = prefilled(case, inputs, None)
             if rank == 0:
                 verdicts, wrong = judged(case, inputs, parts)
@@ -36,7 +33,6 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
                     for v in verdicts
                 ]  # fmt: skip
             dist.barrier()
-        prefill.GROUPS_FROM = usual
         if rank:
             return
         _print(rows, ranks, device, dist.get_backend())

@@ -1,4 +1,4 @@
-"""Where to cut one long sequence so that all ranks are done together.
+"""Where to cut one long sequence so that all ranks have their summaries together.
 
 Rank 0 starts from a state that it knows; the others run every token twice, once from nothing and once from the
 identity (`kda_kernels.parallel.prefill`). Costs are those of the fused prefill, in chunks of 32 tokens.
@@ -8,18 +8,26 @@ import functools
 
 from kda_kernels.cute.prefill_carried import units_of
 from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import ADD, GAIN, SCAN, START, plan
+from kda_kernels.cute.prefill_plan import SCAN, START, plan
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK as STEP
 
 
 def carried_cost(tokens: int, HV: int, sms: int) -> float:
-    """Of a part that begins inside a sequence."""
+    """Of a part that begins inside a sequence, until its summary is there."""
     if not tokens:
         return 0.0
     chunks, units = cdiv(tokens, CHUNK), units_of(tokens, HV, sms)
-    waves = cdiv(2 * HV * units, sms)
-    return GAIN * (waves * (cdiv(chunks, units) + START) + units * SCAN + chunks * HV * ADD)
+    return cdiv(2 * HV * units, sms) * (cdiv(chunks, units) + START) + units * SCAN
+
+
+def begun_cost(tokens: int, HV: int, sms: int) -> float:
+    """Of the part where a sequence begins, until its state is there."""
+    split = plan(1, tokens, HV, sms).split
+    if split is None:
+        return cdiv(HV, sms) * (cdiv(tokens, CHUNK) + START)
+    rounds = split.rounds(1, tokens, False)
+    return rounds * split.lead / CHUNK + START + split.units(1, tokens, False) * SCAN
 
 
 @functools.lru_cache(maxsize=256)
@@ -35,7 +43,7 @@ def balanced_cuts(tokens: int, ranks: int, HV: int, sms: int) -> tuple[int, ...]
     while high - low > 1:
         middle = (low + high) // 2
         others = cdiv(max(0, tokens - middle * STEP), ranks - 1)
-        if plan(1, middle * STEP, HV, sms).cost < carried_cost(others, HV, sms):
+        if begun_cost(middle * STEP, HV, sms) < carried_cost(others, HV, sms):
             low = middle
         else:
             high = middle

@@ -4,8 +4,8 @@ The recurrence is affine in the state (`kda_kernels.segments`): a rank's tokens 
 rank turn the state S [V, K] before them into S T + E. Each rank runs its tokens from no state, which gives E and
 outputs o', and the identity along with them, which gives T and what each token reads of S, r [K]. E and T are gathered
 from all ranks; then S is known everywhere, and o = o' + S r. Only two sequences of a rank can be cut, its first and its
-last; the others run while summaries are on their way. Heads go in two groups where there is enough work: what one group
-waits for is on its way while the other computes.
+last. While summaries are on their way the others run, and of the last one, if it began here, what is left to be added
+to its outputs.
 
 Bits depend on where a sequence is cut, as sums are rounded in another order; not on how many ranks there are beside
 those that have its tokens.
@@ -23,16 +23,14 @@ from kda_kernels.boundary import check, check_out
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel
 from kda_kernels.parallel.exchange import start_gather, wait
-from kda_kernels.parallel.plain import PlainCarried
+from kda_kernels.parallel.plain import PlainBegun, PlainCarried
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs
 
-GROUPS_FROM = 256 << 10  # tokens of a rank times value heads, from which heads go in two groups
-
 
 class Carried(Protocol):
-    """This rank's tokens of a sequence that began on a former rank, for some heads.
+    """This rank's tokens of a sequence that began on a former rank.
 
     Attributes:
         summary: [HV, V + K, K], fp32, contiguous: E above T.
@@ -46,6 +44,19 @@ class Carried(Protocol):
         Args:
             summaries: [R, HV, V + K, K], of the former ranks that have tokens of the sequence.
         """
+
+
+class Begun(Protocol):
+    """This rank's tokens of a sequence that begins here and goes on elsewhere.
+
+    Attributes:
+        summary: as of `Carried`: E is the state where it ends here, and T is 0, as nothing that came before matters.
+    """
+
+    summary: torch.Tensor
+
+    def finish(self) -> None:
+        """Completes outputs and checkpoints."""
 
 
 def prefill(
@@ -77,61 +88,29 @@ def prefill(
         raise error
     o = torch.empty_like(local.v, memory_format=torch.contiguous_format) if out is None else out
     call = Call(local, context, o, kernel)
-    gathers = []
-    for part in call.parts:
-        summary = part.start()
-        if context.exchanges:
-            everyone = summary.new_empty((context.ranks, *summary.shape))
-            gathers.append((everyone, start_gather(everyone, summary, context.group), summary))
+    summary = call.start()
+    if context.exchanges:
+        everyone = summary.new_empty((context.ranks, *summary.shape))
+        work = start_gather(everyone, summary, context.group)
     call.run_others()
-    for part, (everyone, work, _) in zip(call.parts, gathers, strict=False):
+    if context.exchanges:
         wait(work)
-        part.finish(everyone)
+        call.finish(everyone)
     if context.final_states == "all" and inputs.state_indices is not None:
         _to_all_ranks(inputs, context)
     return o
 
 
 class Call:
-    """A rank's share of one call, without what ranks tell each other.
-
-    Attributes:
-        parts: groups of heads, for what is cut.
-    """
+    """A rank's share of one call, without what ranks tell each other: `start`, `run_others`, `finish`."""
 
     def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None = None) -> None:
         self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
-        H, HV = inputs.q.shape[2], inputs.v.shape[2]
-        groups = 2 if H % 2 == 0 and context.share * HV >= GROUPS_FROM else 1
-        self.parts = [
-            CutSequences(_of_heads(inputs, i, groups), context, _share(o, 2, i, groups), kernel) for i in range(groups)
-        ]
-
-    def run_others(self) -> None:
-        """The sequences that lie on this rank as a whole."""
-        context, lens = self.context, self.context.lens
-        first, last = int(context.carried), len(lens) - int(context.goes_on)
-        if first >= last:
-            return
-        begin = sum(lens[:first])
-        tokens = slice(begin, begin + sum(lens[first:last]))
-        inputs = _sequences(self.inputs, tokens, first, last)
-        cu_seqlens = context.offsets(first, last, inputs.q.device)
-        on_host = context.offsets(first, last, torch.device("cpu"))
-        inputs = dataclasses.replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_cpu=on_host)
-        with stage("whole sequences"):
-            _run(inputs, self.o[:, tokens], self.kernel)
-
-
-class CutSequences:
-    """The one or two sequences of a rank that are cut, for some heads."""
-
-    def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None) -> None:
-        self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
         self.carried: Carried | None = None
+        self.begun: Begun | None = None
 
     def start(self) -> torch.Tensor:
-        """Runs them from what is known; returns the summary of the one that goes on, [HV, V + K, K]."""
+        """Runs what is cut from what is known; returns the summary of what goes on, [HV, V + K, K]."""
         context, lens = self.context, self.context.lens
         (HV, V), K = self.inputs.v.shape[2:], self.inputs.q.shape[3]
         summary = None
@@ -145,9 +124,28 @@ class CutSequences:
         if context.goes_on and summary is None:
             tokens = slice(sum(lens) - lens[-1], sum(lens))
             with stage("begun sequence"):
-                summary = self._begun(self._one(tokens, len(lens) - 1), self.o[:, tokens])
+                self.begun = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
+            summary = self.begun.summary
         # what nobody asks for has no values
         return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
+
+    def run_others(self) -> None:
+        """The sequences that lie on this rank as a whole, and what is left of the one that begins here."""
+        if self.begun is not None:
+            self.begun.finish()
+            self.begun = None
+        context, lens = self.context, self.context.lens
+        first, last = int(context.carried), len(lens) - int(context.goes_on)
+        if first >= last:
+            return
+        begin = sum(lens[:first])
+        tokens = slice(begin, begin + sum(lens[first:last]))
+        inputs = _sequences(self.inputs, tokens, first, last)
+        cu_seqlens = context.offsets(first, last, inputs.q.device)
+        on_host = context.offsets(first, last, torch.device("cpu"))
+        inputs = dataclasses.replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_cpu=on_host)
+        with stage("whole sequences"):
+            _run(inputs, self.o[:, tokens], self.kernel)
 
     def finish(self, everyone: torch.Tensor) -> None:
         """With all ranks' summaries [ranks, HV, V + K, K]."""
@@ -165,18 +163,20 @@ class CutSequences:
     def _one(self, tokens: slice, n: int) -> Inputs:
         return dataclasses.replace(_sequences(self.inputs, tokens, n, n + 1), cu_seqlens=None, cu_seqlens_cpu=None)
 
-    def _begun(self, inputs: Inputs, o: torch.Tensor) -> torch.Tensor:
-        """From its initial state; E is where it ends here, in fp32, and T is 0: nothing that came before matters."""
-        if inputs.state_indices is not None:
-            state, indices = apart(inputs)
-            inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
-        else:
-            inputs = dataclasses.replace(inputs, output_final_state=True)
-        end = _run(inputs, o, self.kernel)
-        assert end is not None  # as there is a pool, or output_final_state
-        summary = end.new_zeros((end.shape[1], end.shape[2] + end.shape[3], end.shape[3]))
-        summary[:, : end.shape[2]] = end[0]
-        return summary
+
+def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> Begun:
+    """From its initial state, in a pool of its own, where its state ends in fp32."""
+    if inputs.state_indices is not None:
+        state, indices = apart(inputs)
+        inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
+    else:
+        inputs = dataclasses.replace(inputs, output_final_state=True)
+    if _on_hopper(inputs, o, kernel):
+        from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
+
+        if (split := begun_split(inputs, o)) is not None:
+            return HopperBegun(inputs, o, split)
+    return PlainBegun(_run(inputs, o, kernel))
 
 
 def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,12 +195,16 @@ def _carried(inputs: Inputs, before: int, o: torch.Tensor, kernel: str | None) -
     if (kept := inputs.checkpoints) is not None:
         inputs = dataclasses.replace(inputs, checkpoints=_counted_from(kept, before))
     inputs = dataclasses.replace(inputs, has_initial_state=None)
-    chosen = registry.kernel_for(Op.PREFILL, inputs, o) if kernel is None else registry.get(kernel)
-    if chosen.backend == "cute":
+    if _on_hopper(inputs, o, kernel):
         from kda_kernels.cute.prefill_carried import HopperCarried
 
         return HopperCarried(inputs, o)
     return PlainCarried(inputs, o, lambda one, out: _run(one, out, kernel))
+
+
+def _on_hopper(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> bool:
+    chosen = registry.kernel_for(Op.PREFILL, inputs, o) if kernel is None else registry.get(kernel)
+    return chosen.backend == "cute"
 
 
 def _counted_from(kept: Checkpoints, before: int) -> Checkpoints:
@@ -257,30 +261,6 @@ def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
             kept, rows=kept.rows[first:last], offsets=rows(kept.offsets)
         ),
     )  # fmt: skip
-
-
-def _of_heads(inputs: Inputs, i: int, groups: int) -> Inputs:
-    """The i-th of so many groups of heads; views."""
-    if groups == 1:
-        return inputs
-
-    def share(x: torch.Tensor, dim: int) -> torch.Tensor:
-        return _share(x, dim, i, groups)
-
-    changed: dict[str, Any] = {name: share(getattr(inputs, name), 2) for name in ("q", "k", "v", "g", "beta")}
-    for name in ("A_log", "dt_bias"):
-        if (parameter := getattr(inputs, name)) is not None:
-            changed[name] = share(parameter.reshape(-1), 0)
-    if inputs.state is not None:
-        changed["state"] = share(inputs.state, 1)
-    if (kept := inputs.checkpoints) is not None:
-        changed["checkpoints"] = dataclasses.replace(kept, states=share(kept.states, 1))
-    return dataclasses.replace(inputs, **changed)
-
-
-def _share(x: torch.Tensor, dim: int, i: int, groups: int) -> torch.Tensor:
-    size = x.shape[dim] // groups
-    return x.narrow(dim, i * size, size)
 
 
 def _said(inputs: Inputs, kernel: str | None) -> dict[str, Any]:
