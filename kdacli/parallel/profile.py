@@ -98,7 +98,8 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
         cells.append((
             row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
             f"{row.median_us * layers / 1e3:.1f}" if layer else None, f"{1e3 * row.tokens / row.median_us:.0f}",
-            None if one is None else f"{one / row.median_us:.2f}x", output.fmt_us(row.exchange_us), output.fmt_us(row.exposed_us),
+            None if one is None else f"{one / row.median_us:.2f}x",
+            output.fmt_us(row.exchange_us), output.fmt_us(row.exposed_us),
             output.fmt_bytes(row.exchange_bytes) if row.exchange_bytes else None,
         ))  # fmt: skip
     what = f", {layers} KDA layers of {layer}" if layer else ""
