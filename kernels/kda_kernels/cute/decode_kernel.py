@@ -47,12 +47,10 @@ class DecodeKernel:
 
     @property
     def waits(self) -> bool:
-        """Whether windows of q and k have readers that no norm waits for."""
-        return (
-            self.spec.taps
-            and self.spec.cluster is not None
-            and (self.spec.norm is None or self.spec.heads_of_cluster > 1)
-        )
+        """Whether windows of q and k are shifted that have readers no norm waits for."""
+        spec = self.spec
+        shifted = spec.taps > 0 and spec.update and spec.cluster is not None
+        return shifted and (spec.norm is None or spec.heads_of_cluster > 1)
 
     @cute.jit
     def __call__(
