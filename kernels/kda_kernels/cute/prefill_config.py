@@ -6,7 +6,7 @@ import enum
 from kda_kernels.problem import Gate
 
 CHUNK = 32  # tokens: the widest with which decays from its middle, exp(+-80), stay inside bf16's range
-BLOCK = 8  # tokens: a warp's of those that prepare chunks whose gates have no bound
+BLOCK = 8  # tokens that one product relates in chunks whose gates have no bound
 STAGES = 3  # prepared chunks between the warps that prepare and those that run the chain
 PARTS = 2  # of kI where the state is written: the two bf16 halves of a number of 16 bits
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each

@@ -54,33 +54,19 @@ def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 @dsl_user_op
 def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k16 of bf16: acc + a b, fp32."""
-    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
-    text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
-    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+    return _multiply("m16n8k16.row.col.f32.bf16.bf16.f32", acc, a, b, loc, ip)
 
 
 @dsl_user_op
 def multiply_16x8x8(acc: tuple, a: tuple, b: Int32, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k8 of bf16: acc + a b, fp32."""
-    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, b, *acc)]
-    text = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
-    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", loc, ip, effects=False)
-    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+    return _multiply("m16n8k8.row.col.f32.bf16.bf16.f32", acc, a, (b,), loc, ip)
 
 
 @dsl_user_op
 def multiply_tf32(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k8 of fp32 numbers of which the upper 19 bits count: acc + a b, fp32."""
-    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *acc)]
-    text = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-    text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    result = _asm(results, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc, ip, effects=False)
-    return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+    return _multiply("m16n8k8.row.col.f32.tf32.tf32.f32", acc, a, b, loc, ip)
 
 
 @dsl_user_op
@@ -155,6 +141,20 @@ def exp2_approx(x: Float32, *, loc=None, ip=None) -> Float32:
 def select(condition, a: Float32, b: Float32) -> Float32:
     """a or b, with no branch."""
     return Float32(cutlass.select_(condition, a, b))
+
+
+def _multiply(kind: str, acc: tuple, a: tuple, b: tuple, loc, ip) -> tuple:
+    """mma.sync of that kind: acc + a b."""
+    inputs = ((a, "r"), (b, "r"), (acc, "f"))
+    sets, first = ["{$0, $1, $2, $3}"], 4
+    for operands, _ in inputs:
+        sets.append("{" + ", ".join(f"${first + i}" for i in range(len(operands))) + "}")
+        first += len(operands)
+    constraints = ",".join(["=f"] * 4 + [letter for operands, letter in inputs for _ in operands])
+    values = [x.ir_value(loc=loc, ip=ip) for operands, _ in inputs for x in operands]
+    results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    out = _asm(results, values, f"mma.sync.aligned.{kind} {', '.join(sets)};", constraints, loc, ip, effects=False)
+    return tuple(Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(4))
 
 
 def _asm(result, operands, text, constraints, loc, ip, effects=True):
