@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -243,9 +244,7 @@ def _launch(
         with stage("prefill"):
             _call(last.functions[Part.WHOLE], tensors, ht, None, 0, *numbers, 0, 0, 0, 0)
         return
-    from kda_kernels.triton.segment_outputs import add_segment_outputs
-    from kda_kernels.triton.segment_scan import Segments, scan_segments
-
+    scan, outputs = _segment_kernels()
     pool, indices, offsets, null_slot, kept = call[8], call[9], call[10], call[13], call[19]
     function = last.functions[Part.SPLIT]
     to_kept = last.functions[Part.KEPT] if kept is not None else None
@@ -257,15 +256,23 @@ def _launch(
         here = (split.lead, split.segment, i * split.limit, split.limit)
         with stage("segments"):
             _call(function, tensors, ht, workspace, units, *numbers, *here)
-        segments = Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
+        segments = scan.Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
         with on_device(o):
             with stage("scan"):
-                scan_segments(segments, sizes.T, sizes.HV)
+                scan.scan_segments(segments, sizes.T, sizes.HV)
             with stage("outputs"):
-                add_segment_outputs(segments, o)
+                outputs.add_segment_outputs(segments, o)
         if to_kept is not None:
             with stage("checkpoints"):
                 _call(to_kept, tensors, None, workspace, units, *numbers, *here)
+
+
+@functools.cache
+def _segment_kernels() -> tuple[ModuleType, ModuleType]:
+    """Their modules, which import Triton; an import takes 2 us even where it has been made."""
+    from kda_kernels.triton import segment_outputs, segment_scan
+
+    return segment_scan, segment_outputs
 
 
 def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
