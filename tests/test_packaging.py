@@ -166,6 +166,7 @@ def test_the_readmes_example_runs():
     if not torch.cuda.is_available():
         example = example.replace('"cuda"', '"cpu"')
     example += "assert o.shape == (2, 1, H, V) and o.isfinite().all() and pool[slot.long()].count_nonzero() > 0\n"
+    example += "assert y.shape == (2, H, V) and y.isfinite().all() and windows[slot.long()].count_nonzero() > 0\n"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     env = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", example], env=env, capture_output=True, text=True)

@@ -328,7 +328,8 @@ class VictimKernel(Kernel):
 
     @property
     def features(self) -> frozenset[str]:
-        return FEATURES if self.op is Op.DECODE else FEATURES - {"batch_invariant"}
+        has = FEATURES if self.op.decodes else FEATURES - {"batch_invariant"}
+        return has if self.op is Op.STEP else has - {"conv", "norm"}
 
     def run(self, inputs: Inputs) -> Outputs:
         # For what the victim allocates. On the CPU it costs more than the victim's own work.

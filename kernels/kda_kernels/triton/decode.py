@@ -91,7 +91,8 @@ def decode(
             `inputs.state` itself. None: a new tensor in the dtype of the state if `inputs.output_final_state`.
 
     Returns:
-        Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token.
+        Outputs. The arithmetic is fp32, and the state is rounded to its own dtype once, after the last token. States of
+        a convolution are shifted in place.
 
     Raises:
         UnavailableError: the tensors lie where Triton cannot work.
@@ -156,7 +157,8 @@ def decode(
                 num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip
     final = h0 if indices is not None else ht
-    return Outputs(o, final if inputs.output_final_state else None)
+    shifted = None if conv is None else conv.states
+    return Outputs(o, final if inputs.output_final_state else None, conv_states=shifted)
 
 
 _NO_PARTS = (*((None,) * 7), *((0,) * 7))  # a number that is declared int64 cannot be None
