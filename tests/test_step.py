@@ -289,8 +289,8 @@ def test_vllms_kernel_is_given_the_projection_itself():
     weight = inputs.conv.weight
     assert torch.equal(vllm_step._by_tap(inputs.conv)[1, 2], weight[16:32, 2])
     problem = problem_of(inputs, Op.STEP)
-    assert "H is 1" in str(vllm_step._refusal(dataclasses.replace(problem, **_AS_VLLM, H=1, HV=1)))
-    assert vllm_step._refusal(dataclasses.replace(problem, **_AS_VLLM, H=12, HV=12)) is None
+    assert "H is 1" in str(vllm_step.CONTRACT.refusal(dataclasses.replace(problem, **_AS_VLLM, H=1, HV=1)))
+    assert vllm_step.CONTRACT.refusal(dataclasses.replace(problem, **_AS_VLLM, H=12, HV=12)) is None
 
 
 _AS_VLLM = {"K": 128, "V": 128, "padding": 0} | dict.fromkeys(("dtype", "g_dtype", "beta_dtype"), "bfloat16")

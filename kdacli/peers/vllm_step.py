@@ -22,7 +22,6 @@ from kdacli.peers import here
 from kdacli.peers.given import gate_parameters, parameter
 
 LIBRARY = "KDA_VLLM_LIB"
-HEADS = (12, 24, 48, 96)
 
 # From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. A_log, dt_bias and
 # the norm's weight go in as fp32, which narrower ones become without loss.
@@ -30,35 +29,25 @@ CONTRACT = Contract(
     state_dtypes=("float32",),
     square=True,
     grouped_heads=False,
+    heads=(12, 24, 48, 96),
     gates=(Gate.SOFTPLUS, Gate.SAFE),
     any_scale=False,
     one_token=True,
     plain_state=False,
     features=frozenset(("conv", "norm")),
+    conv_widths=(4,),
+    conv_dtypes=("bfloat16",),
 )
 
 
 def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     return (
-        (_refusal(problem) if problem is not None else None)
+        (CONTRACT.refusal(problem) if problem is not None else None)
         or _no_library()
         or here.wrong_gpu("vLLM's fused decode", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
         or _not_loadable()
     )
-
-
-def _refusal(problem: Problem) -> str | None:
-    if (reason := CONTRACT.refusal(problem)) is not None:
-        return reason
-    parts = problem.parts
-    if problem.H not in HEADS:
-        return f"H is {problem.H}: it is compiled for {', '.join(map(str, HEADS))}"
-    if parts is None or parts.width != 4:
-        return "it has a convolution over 4 tokens only"
-    if (parts.weight_dtype, parts.state_dtype) != ("bfloat16", "bfloat16"):
-        return "the convolution's weight and states are not bf16: it takes nothing else"
-    return None
 
 
 def _library() -> str | None:

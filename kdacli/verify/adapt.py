@@ -13,7 +13,7 @@ from typing import Any
 
 from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Problem
+from kda_kernels.problem import Gate, Parts, Problem
 from kda_kernels.registry import Kernel
 from kdacli.verify.cases import spec
 from kdacli.verify.cases.case import Case
@@ -22,6 +22,7 @@ from kdacli.verify.checks.check import Table, pairs, runner_of
 from kdacli.verify.transforms import possible
 
 _MANY = 64  # sequences that take the place of one with as many tokens
+_MODEL_HEADS = 12  # Kimi K3's on one of 8 GPUs, where a kernel is compiled for a model's
 _SPARE = 2  # slots of a pool that nobody uses
 _STATES = {"initial_state": True, "final_state": True}
 
@@ -84,6 +85,10 @@ def _changes(problem: Problem) -> Iterator[Change]:
         yield {"K": size, "V": size}
     if problem.HV != problem.H:
         yield {"HV": problem.H}
+    if (parts := problem.parts) is not None:
+        yield {"parts": Parts(norm=parts.norm)}
+        yield {"parts": Parts(width=0, norm=parts.norm)}
+        yield {"H": _MODEL_HEADS, "HV": _MODEL_HEADS}
     for dtype in ("bfloat16", "float16", "float32"):
         yield {"dtype": dtype}
     for dtype in ("bfloat16", "float32"):

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from kda_kernels.dtypes import FLOATS
-from kda_kernels.problem import Gate, Problem
+from kda_kernels.problem import CONV_WIDTHS, Gate, Parts, Problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Contract:
         dtypes, g_dtypes, beta_dtypes, param_dtypes, state_dtypes: names as in `Problem`, after what its adapter
             converts without loss.
         K: sizes of a key head. V_multiple: V is a multiple of it; square: V = K as well.
-        grouped_heads: HV may exceed H.
+        grouped_heads: HV may exceed H. heads: the numbers of query/key heads that it has; None: any.
         gates: activations it has. least_bound: the lowest lower_bound.
         beta_values: takes beta activated, too. neg_eigval: has 2 * sigmoid.
         l2norm: values of the option that it has. any_scale: else K ** -0.5 only.
@@ -30,6 +30,8 @@ class Contract:
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
         padding: takes negative state indices.
         features: what it has of `kda_kernels.problem.FEATURES`.
+        conv_widths, conv_dtypes: of a convolution: tokens it looks at, and dtypes of its weight and of its states; 0
+            among the widths: it does without one.
         aligned: names of the tensors whose addresses should be multiples of 16 bytes. A `Problem` says nothing of
             addresses: the adapter refuses them when it runs, by `given.require_aligned`.
         why: reasons to print in place of the plain ones: (field, reason).
@@ -45,6 +47,7 @@ class Contract:
     V_multiple: int = 1
     square: bool = False
     grouped_heads: bool = True
+    heads: tuple[int, ...] | None = None
     gates: tuple[Gate, ...] = tuple(Gate)
     least_bound: float | None = None
     beta_values: bool = False
@@ -57,6 +60,8 @@ class Contract:
     pool: bool = True
     padding: bool = False
     features: frozenset[str] = frozenset()
+    conv_widths: tuple[int, ...] = (0, *CONV_WIDTHS)
+    conv_dtypes: tuple[str, ...] = tuple(FLOATS)
     aligned: tuple[str, ...] = ()
     why: tuple[tuple[str, str], ...] = ()
 
@@ -70,6 +75,8 @@ class Contract:
         yield from self._shapes(problem)
         yield from self._options(problem)
         yield from self._state(problem)
+        if problem.parts is not None:
+            yield from self._convolution(problem.parts)
 
     def _dtypes(self, problem: Problem) -> Iterator[str]:
         raw = problem.options.gate is not Gate.NONE
@@ -85,6 +92,8 @@ class Contract:
     def _shapes(self, problem: Problem) -> Iterator[str]:
         if problem.K not in self.K:
             yield f"K is {problem.K}: it takes {' or '.join(map(str, self.K))}"
+        if self.heads is not None and problem.H not in self.heads:
+            yield f"H is {problem.H}: it is compiled for {' or '.join(map(str, self.heads))}"
         if self.square and problem.V != problem.K:
             yield f"V is {problem.V}: it takes V = K only"
         if problem.V % self.V_multiple:
@@ -126,6 +135,14 @@ class Contract:
             yield "it updates a state pool in place, and nothing else"
         if problem.padding and not self.padding:
             yield self._because("padding", "it has no padding rows (index -1)")
+
+    def _convolution(self, parts: Parts) -> Iterator[str]:
+        if parts.width not in self.conv_widths:
+            found = f"has width {parts.width}" if parts.width else "is missing"
+            yield f"the convolution {found}: it takes {' or '.join(map(str, self.conv_widths))}"
+        for what, dtype in (("weight", parts.weight_dtype), ("states", parts.state_dtype)):
+            if parts.width and dtype not in self.conv_dtypes:
+                yield f"the {what} of the convolution: {FLOATS[dtype].short}, where it takes {_names(self.conv_dtypes)}"
 
     def _because(self, field: str, plain: str) -> str:
         return dict(self.why).get(field, plain)
