@@ -146,7 +146,8 @@ def load(engine: str, root: Path) -> Iterator[None]:
     """Inside, an engine's modules can be imported; nothing of them is left behind."""
     given = _of_vllm() if engine == "vllm" else _of_sglang(root)
     finder = Finder(engine, root, given)
-    added = [name for name in ("einops", "msgspec") if importlib.util.find_spec(name) is None]
+    added = ["transformers", *(name for name in ("einops", "msgspec") if importlib.util.find_spec(name) is None)]
+    before = {name: sys.modules[name] for name in added if name in sys.modules}
     sys.modules.update({name: _small(name) for name in added})
     sys.meta_path.insert(0, finder)
     try:
@@ -155,6 +156,7 @@ def load(engine: str, root: Path) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] == engine or name in added]:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _small(name: str) -> types.ModuleType:
@@ -162,7 +164,7 @@ def _small(name: str) -> types.ModuleType:
     module = StandIn(name)
     if name == "einops":
         module.rearrange = lambda x, pattern, d: x.unflatten(-1, (-1, d)).unsqueeze(0)  # "n (h d) -> 1 n h d"
-    else:
+    if name == "msgspec":
         module.Struct = type("Struct", (), {"__init_subclass__": classmethod(lambda cls, **options: None)})
     return module
 
@@ -327,7 +329,7 @@ def k3(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
         o_norm=norm, _checkpoint_exporter=module.FlashKDAPrefillCheckpointExporter(),
         _flashkda_buffer_specs=_specs(tokens, len(batch.lens)) if fast else None,
     )  # fmt: skip
-    CONTEXT.attn_metadata = {"layer": _k3_metadata(module, batch)}
+    CONTEXT.attn_metadata = {"layer": _metadata(module.KimiK3KDAMetadata, batch)}
     projected = random(tokens, CHANNELS + H * D)  # the gate of the norm lies behind q, k and v
     out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
     g, beta = random(1, tokens, H, D), random(1, tokens, H)
@@ -346,18 +348,49 @@ def _specs(tokens: int, sequences: int) -> tuple:
     return (((1, tokens, H, D), torch.bfloat16), state, state, ((size,), torch.uint8))
 
 
-def _k3_metadata(module: Any, batch: Batch) -> Any:
-    """KimiK3KDAMetadata as the builder makes it: speculative tokens first, then the others."""
+def glm(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
+    """vLLM's GLM-5.3-Flash layer, from behind the projections to before the gated norm."""
+    module = importlib.import_module("vllm.models.glm5next.common.kda")
+    tokens = batch.drafts * len(batch.accepted) + sum(batch.lens) + batch.padded
+    layer = object.__new__(module.Glm5NextLinearAttention)
+    conv = random(slots, WIDTH - 1 + max(batch.drafts - 1, 0), CHANNELS)
+    pool = random(slots, H, D, D, scale=0.3, dtype=torch.float32)
+    fast = lower_bound is not None and flashkda()
+    vars(layer).update(
+        prefix="layer", kv_cache=(conv, pool), head_dim=D, local_projection_size=H * D, local_num_heads=H,
+        _merged_conv_weight=random(CHANNELS, WIDTH, scale=0.5, dtype=torch.float32),
+        q_conv1d=types.SimpleNamespace(bias=None), A_log=random(1, 1, H, 1, dtype=torch.float32).abs(),
+        dt_bias=random(H * D, dtype=torch.float32), kda_lower_bound=lower_bound, kda_safe_gate=lower_bound is not None,
+        kda_prefill_backend="flashkda" if fast else "triton", _conv_state_dim_first=False,
+        _checkpoint_exporter=module.FlashKDAPrefillCheckpointExporter(),
+        _flashkda_buffer_specs=(lambda o, *rest: (*rest, o))(*_specs(tokens, len(batch.lens))) if fast else None,
+    )  # fmt: skip
+    CONTEXT.attn_metadata = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
+    projected = random(tokens, CHANNELS + H)
+    out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
+    g, beta = random(1, tokens, H, D), random(1, tokens, H)
+
+    def go() -> None:
+        out.zero_()
+        layer._forward(projected[:, :CHANNELS], g, beta, out)
+
+    return Run(go, lambda: out[:, : tokens - batch.padded], {"conv": conv, "pool": pool})
+
+
+def _metadata(kind: type, batch: Batch) -> Any:
+    """A layer's metadata as the builder makes it: speculative tokens first, then the others."""
     N, S = len(batch.lens), len(batch.accepted)
     spec_tokens = batch.drafts * S
-    found = object.__new__(module.KimiK3KDAMetadata)
+    found = object.__new__(kind)
+    order = torch.arange(spec_tokens + sum(batch.lens), device=DEVICE)
     decodes = N if batch.decode else 0
     rows = [*range(1, N + 1), *[0] * batch.padded]
     start = {"spec_token_start": 0, "non_spec_token_start": spec_tokens} if S and N else {}
     vars(found).update(
         has_initial_state=torch.tensor([n % 2 == 0 for n in range(N)], device=DEVICE),
         non_spec_query_start_loc=offsets(batch.lens), non_spec_state_indices_tensor=ints(*rows),
-        spec_token_indx=None, non_spec_token_indx=None,
+        spec_sequence_masks=order[:S] if S else None, spec_token_indx=order[:spec_tokens] if S else None,
+        non_spec_token_indx=order[spec_tokens:] if N and S else None,
         spec_state_indices_tensor=ints(*([N + 1 + n * batch.drafts + t for t in range(batch.drafts)] for n in range(S)))
         if S else None,
         spec_query_start_loc=offsets([batch.drafts] * S), num_accepted_tokens=ints(*batch.accepted),

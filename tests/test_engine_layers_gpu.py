@@ -71,6 +71,15 @@ def test_vllm_k3_layer(batch, bound):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", VLLM.values(), ids=VLLM)
+def test_vllm_glm_layer(batch):
+    if batch.fused or (batch.checkpoint and not engine_layers.flashkda()):
+        pytest.skip("the layer has no fused step, and keeps checkpoints with FlashKDA only")
+    with engine_layers.load("vllm", engine_sources.folder("vllm").parent):
+        compare(lambda: engine_layers.glm(batch), lambda: engine_layers.glm(batch), engine_layers.ours_in_vllm)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("bound", [-5.0, None], ids=["safe", "softplus"])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_sglang_backend(batch, bound, tmp_path):
