@@ -247,11 +247,14 @@ def _scatter(pool: torch.Tensor, states: torch.Tensor, slots: torch.Tensor) -> N
 
 @dataclasses.dataclass
 class Run:
-    """One call of a layer, ready to go: `go` changes `state` and writes `out`."""
+    """One call of a layer, ready to go, in inference mode as in an engine: `go` changes `state` and writes `out`."""
 
     go: Callable[[], Any]
     out: Callable[[], torch.Tensor]
     state: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self.go = torch.inference_mode()(self.go)
 
     def results(self) -> dict[str, torch.Tensor]:
         """What it leaves, from the same start each time."""
