@@ -19,7 +19,8 @@ class PrefillConfig:
         KB, KH: of `chunk_factors_bounded` and `chunk_factors`: channels in registers at a time. More channels,
             or fewer registers, spill, and a spill costs more here than programs that are not resident.
         factor_warps: of both.
-        inverse_registers: a limit that lets 16 of its warps share a SM instead of 8.
+        inverse_registers: a limit that lets 16 of its warps share a SM of sm_90 instead of 8, for 100 bytes or so of
+            spills. None: no limit, and no spills, where nobody has measured it.
     """
 
     BV: int = 64
@@ -29,7 +30,7 @@ class PrefillConfig:
     KB: int = 64
     KH: int = 64
     factor_warps: int = 4
-    inverse_registers: int = 128
+    inverse_registers: int | None = 128
 
     @classmethod
     @functools.lru_cache(maxsize=1024)
@@ -45,9 +46,9 @@ class PrefillConfig:
         widest = 64
         most = cls()
         if generation == 10:
-            most = cls(KH=16)
+            most = cls(KH=16, inverse_registers=None)
         elif generation != 9:
-            widest, most = 32, cls(chain_warps=8, halve_always=True, KH=16)
+            widest, most = 32, cls(chain_warps=8, halve_always=True, KH=16, inverse_registers=None)
         BV = max(16, min(widest, next_power_of_2(V)))
         # a chain is a walk of one program: narrower slices, until most multiprocessors have one
         while BV > 16 and chains * cdiv(V, BV) < 0.7 * sms:
