@@ -8,9 +8,6 @@ for it, or where the environment variable KDA_FLASHKDA_LIB says.
 """
 
 import functools
-import importlib.util
-import os
-from pathlib import Path
 
 import torch
 
@@ -42,30 +39,15 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     return (
         (CONTRACT.refusal(problem) if problem is not None else None)
-        or _no_library()
+        or here.no_vllm_library(LIBRARY, "_flashkda_C")
         or here.wrong_gpu("FlashKDA", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
         or _not_loadable()
     )
 
 
-def _no_library() -> str | None:
-    said = os.environ.get(LIBRARY)
-    if said:
-        return None if Path(said).is_file() else f"{LIBRARY} is {said}: there is no such file"
-    if (
-        reason := here.missing_package(("vllm",), f"pip install vllm, or set {LIBRARY} to its _flashkda_C.abi3.so")
-    ) is not None:
-        return reason
-    return None if _library() else f"vllm has no _flashkda_C: 0.33.0 or newer is needed, or set {LIBRARY}"
-
-
 def _library() -> str | None:
     """The file to load."""
-    if said := os.environ.get(LIBRARY):
-        return said
-    spec = importlib.util.find_spec("vllm")
-    folders = spec.submodule_search_locations or () if spec else ()
-    return next((str(file) for folder in folders for file in sorted(Path(folder).glob("_flashkda_C*.so"))), None)
+    return here.vllm_library(LIBRARY, "_flashkda_C")
 
 
 def _not_loadable() -> str | None:

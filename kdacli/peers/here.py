@@ -4,8 +4,10 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,6 +24,27 @@ def missing_package(packages: Sequence[str], how: str) -> str | None:
     if any(importlib.util.find_spec(package) is not None for package in packages):
         return None
     return f"{packages[0]} is not installed: {how}"
+
+
+def vllm_library(variable: str, stem: str) -> str | None:
+    """The file of a library that vLLM ships, whose name begins with `stem`: in an installed vllm, which is not imported
+    for it, or where the environment variable says; None where there is none.
+    """
+    if said := os.environ.get(variable):
+        return said
+    spec = importlib.util.find_spec("vllm")
+    folders = spec.submodule_search_locations or () if spec else ()
+    return next((str(file) for folder in folders for file in sorted(Path(folder).glob(f"{stem}*.so"))), None)
+
+
+def no_vllm_library(variable: str, stem: str) -> str | None:
+    """Why there is no such library; None if there is one."""
+    if said := os.environ.get(variable):
+        return None if Path(said).is_file() else f"{variable} is {said}: there is no such file"
+    if (reason := missing_package(("vllm",), f"pip install vllm, or set {variable} to its {stem}.abi3.so")) is not None:
+        return reason
+    found = vllm_library(variable, stem)
+    return None if found else f"vllm has no {stem}: 0.33.0 or newer is needed, or set {variable}"
 
 
 def wrong_gpu(who: str, majors: Collection[int], needs: str) -> str | None:

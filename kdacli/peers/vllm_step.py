@@ -5,9 +5,6 @@ imported for it, or where the environment variable KDA_VLLM_LIB says.
 """
 
 import functools
-import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +41,7 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     return (
         (CONTRACT.refusal(problem) if problem is not None else None)
-        or _no_library()
+        or here.no_vllm_library(LIBRARY, "_C_stable_libtorch")
         or here.wrong_gpu("vLLM's fused decode", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
         or _not_loadable()
     )
@@ -52,18 +49,7 @@ def unsupported(problem: Problem | None = None) -> str | None:
 
 def _library() -> str | None:
     """The file to load."""
-    if said := os.environ.get(LIBRARY):
-        return said
-    spec = importlib.util.find_spec("vllm")
-    folders = spec.submodule_search_locations or () if spec else ()
-    return next((str(f) for folder in folders for f in sorted(Path(folder).glob("_C_stable_libtorch*.so"))), None)
-
-
-def _no_library() -> str | None:
-    found = _library()
-    if found is None:
-        return f"vllm is not installed: pip install vllm, or set {LIBRARY} to its _C_stable_libtorch.abi3.so"
-    return None if Path(found).is_file() else f"{LIBRARY} is {found}: there is no such file"
+    return here.vllm_library(LIBRARY, "_C_stable_libtorch")
 
 
 def _not_loadable() -> str | None:
