@@ -10,6 +10,7 @@ import pytest
 import torch
 from decode_inputs import DEVICE
 
+from kda_kernels.triton import segment_scan
 from kda_kernels.triton.segment_outputs import add_segment_outputs
 from kda_kernels.triton.segment_scan import Segments, scan_segments
 
@@ -109,8 +110,10 @@ def summaries_of(end: torch.Tensor, transition: torch.Tensor) -> torch.Tensor:
 
 @all_rounds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_scan(how, dtype):
+def test_the_scan(how, dtype, monkeypatch):
     """It writes the states before units and after sequences, with 16 bits in products, and nothing else."""
+    if DEVICE == "cpu":  # fewer programs: the interpreter takes as long for a small one as for a large one
+        monkeypatch.setattr(segment_scan, "BV", 64)
     N, units = len(how.lens), how.units
     end, transition = normal(len(units), HV, K, K), normal(len(units), HV, K, K, seed=1) / K**0.5
     starts = torch.full((N + len(units) + SPARE, HV, K, K), NAN, device=DEVICE)
