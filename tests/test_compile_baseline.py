@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kda_kernels.errors import InputError
-from kdacli.compile import baseline
+from kdacli.compile import arch, baseline
 from kdacli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "benchmarks" / "compile-sm90a.json"
+OTHER_GPUS = ROOT / "benchmarks" / "compile-archs.json"  # what a default call launches on GPUs that are not Hopper
 SASS = {"instructions": 100, "LDG": 10, "LDG.128": 8, "STG": 4, "STG.128": 4, "local": 0, "HGMMA": 2}
 ROW = {
     "kernel": "k",
@@ -145,6 +146,26 @@ def test_our_kernels_are_no_worse_than_their_baseline(tmp_path, monkeypatch, com
     assert done.exit_code == 0, done.stdout + done.stderr
     count = sum(map(len, MAIN[compiler].values()))
     assert f"{count} compiled, 0 taken from the cache: {tmp_path}" in done.stdout
+
+
+def test_triton_is_no_worse_for_other_gpus(tmp_path, monkeypatch):
+    """One kernel for two of them, as compiling all takes minutes: kda compile --baseline benchmarks/compile-archs.json
+    --strict with its command compares all.
+    """
+    same_compiler("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    words = ["--kernel", "triton-decode", "--variant", "decode safe", "--arch", "sm_80", "--arch", "gfx950"]
+    done = kda("compile", *words, "--jobs", "2", "--baseline", str(OTHER_GPUS), "--strict")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert "2 compiled, 0 taken from the cache" in done.stdout
+
+
+def test_nothing_that_other_gpus_launch_spills():
+    """But for 32 bytes of a decode on sm_86."""
+    rows = json.loads(OTHER_GPUS.read_text())["rows"]
+    assert {row["arch"] for row in rows} == {*arch.ARCHS} - {"sm_90a", "sm_87", "sm_121a"}
+    spills = {(row["variant"], row["arch"]): row["spill_bytes"] for row in rows if row.get("spill_bytes") != 0}
+    assert spills == {("decode safe", "sm_86"): 32}
 
 
 def test_a_worse_kernel_fails_the_gate(tmp_path, monkeypatch):
