@@ -12,11 +12,12 @@ RECORDS = ROOT / "benchmarks"
 # Suites on the page "Speed": record, what it shows.
 SPEED = {
     "prefill-h100": "Prefill with a bounded gate, P1 to P7, by gate regime",
+    "prefill-h200": "The same on an H200, gates of a new layer",
     "prefill-softplus-h100": "Prefill with the softplus gate, P1 to P7",
     "prefill-nvidia-h100": "Prefill at the shapes of NVIDIA's benchmark",
     "decode-h100": "Decode, fp32 states",
     "decode-bf16-h100": "Decode, bf16 states",
-    "step-h100": "The fused decode step",
+    "step-h200": "The fused decode step",
 }
 
 
