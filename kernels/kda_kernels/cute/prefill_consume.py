@@ -1,5 +1,7 @@
 """The half of the prefill kernel that holds the state and runs the chain over chunks; see `prefill_kernel.py`."""
 
+import dataclasses
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
@@ -7,7 +9,18 @@ from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
+from kda_kernels.cute.prefill_work import Barrier, Products, States, Work
 from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, load_transposed, rest, select, store_transposed
+
+
+@dataclasses.dataclass(frozen=True)
+class Rights:
+    """Right operands of products, by the names of `Products`; the last axis is the stage."""
+
+    read: cute.Tensor  # [kE; qE]
+    solve: cute.Tensor  # the inverse, transposed
+    mix: cute.Tensor  # tril(qE kI^T)
+    write: cute.Tensor  # kI
 
 
 class Consumer:
@@ -19,112 +32,49 @@ class Consumer:
     spec: PrefillSpec
 
     @cute.jit
-    def consume(
-        self, shared, atoms, tiles, o, h0, ht, started, summaries, starts, kept, rows_of, offsets, every: Int32,
-        units: Int32, slot: Int64, i_n: Int32, unit: Int32, kind: Int32, index: Int32, last, b: Int32, first: Int32,
-        length: Int32, n_tokens: Int32, n_chunks: Int32, i_hv: Int32, group: Int32, segment: Int32, begin: Int32,
-        read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
-    ):  # fmt: skip
+    def consume(self, shared, atoms, tiles, o, states: States, work: Work, products: Products, group: Int32):
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
-        warp, lane = p >> 5, p & 31
-        v0 = 64 * group + 16 * warp  # the warp's first value channel
-        col = 2 * (lane & 3)
-
-        S = cute.make_rmem_tensor(write.partition_shape_C((64, spec.K)), Float32)
-        inside = (i_hv * spec.V + v0 + (lane >> 2)) * spec.K + col
-        if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
-            for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
-                for i in cutlass.range_constexpr(4):
-                    row, channel = v0 + (lane >> 2) + i // 2 * 8, 8 * j + col + i % 2
-                    S[4 * j + i] = select(kind == 1 and row == channel, Float32(1.0), Float32(0.0))
-        else:
-            S.fill(0.0)
-        sequences = Int32(0)
-        if cutlass.const_expr(starts is not None):
-            sequences = Int32(starts.shape[0]) - units
-        comes_in = index == 0 and begin == 0
-        if cutlass.const_expr(spec.fresh):
-            comes_in = comes_in and started[i_n] != 0
-        if cutlass.const_expr(spec.part is Part.KEPT):
-            self.load_state(S, starts, Int64(sequences + unit), inside)
-        elif cutlass.const_expr(spec.part is Part.WHOLE and spec.h0 is not None and not spec.fresh):
-            self.load_state(S, h0, slot, inside)
-        elif cutlass.const_expr(spec.part.reads and spec.h0 is not None):
-            if comes_in:
-                self.load_state(S, h0, slot, inside)
-        if cutlass.const_expr(spec.part is Part.SPLIT):
-            if index == 0 and begin > 0:
-                self.load_state(S, starts, Int64(i_n), inside)
-        keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
-        if cutlass.const_expr(keeps):
-            if index == 0 and kind == 0 and begin == 0:
-                self.mark_unaligned(kept, rows_of, offsets, i_n, length, inside)
-
-        rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+        n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
+        inside = self.inside(group, p) + work.i_hv * (spec.V * spec.K)
+        S = self.first_state(states, work, products, group, p, inside)
+        rights = self.right_operands(shared, products, p)
         summary = cutlass.const_expr(not spec.part.reads)
-        cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
-        squares = 1 + spec.inverse_parts  # a stage
-        square = operand(shared.mix, Kind.K_SW64, (CHUNK, CHUNK, squares * STAGES), (0, 1, 2))
-        inverse = operand(shared.mix, Kind.MN_SW64, (CHUNK, CHUNK, squares * STAGES), (1, 0, 2))
-        if cutlass.const_expr(summary):  # kE alone
-            rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
-        read_b = read.make_fragment_B(read.get_slice(p).partition_B(rows))
-        write_b = write.make_fragment_B(write.get_slice(p).partition_B(cols))
-        solve_b = solve.make_fragment_B(solve.get_slice(p).partition_B(inverse))
-        mix_b = mix.make_fragment_B(mix.get_slice(p).partition_B(square))
-        acc = cute.make_rmem_tensor(read.partition_shape_C((64, CHUNK if summary else 2 * CHUNK)), Float32)
-        w = cute.make_rmem_tensor(mix.partition_shape_C((64, CHUNK)), Float32)
+        read = cute.make_rmem_tensor(products.read.partition_shape_C((64, CHUNK if summary else 2 * CHUNK)), Float32)
+        w = cute.make_rmem_tensor(products.mix.partition_shape_C((64, CHUNK)), Float32)
         out = cute.make_rmem_tensor(w.shape, Float32)
         S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), BFloat16)
         w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), BFloat16)
+        keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
+        squares = 1 + spec.inverse_parts  # a stage
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
             warp, lane = p >> 5, p & 31
-            v0, col = 64 * group + 16 * warp, 2 * (lane & 3)
-            stage, tokens = chunk % STAGES, n_tokens - chunk * CHUNK
+            col = 2 * (lane & 3)
+            stage, tokens = chunk % STAGES, work.n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, col, True)
             self.round(S, S_operand)
-            self.product(read, acc, S_operand, read_b, stage, spec.K // 16, False)
-
-            # this warp's 16 value channels of 8 tokens a matrix: lanes give the addresses of tokens
-            token = (lane >> 4) * 8 + (lane & 7)
-            zeros = (shared.zeros.toint() - shared.v.toint()).to(Int32) >> 1
-            place = stage * (CHUNK * spec.V) + swizzled(token, (v0 >> 3) + (lane >> 3 & 1), 8, BFloat16)
-            factors = shared.token + stage * (3 * CHUNK)
-            words = []
-            for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
-                # what follows the last token in memory is another's, and may be no number
-                ours = 8 * j + token < tokens
-                if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
-                    ours = ours and kind == 0
-                words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else zeros)))
+            self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
+            words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
             warpgroup.wait_group(0)
-            for j in cutlass.range_constexpr(CHUNK // 8):
-                a, scaled_b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
-                for h in cutlass.range_constexpr(2):
-                    values = bfloat16_pair(words[2 * j + h])
-                    for e in cutlass.range_constexpr(2):
-                        i = 4 * j + 2 * h + e
-                        w[i] = a[e] * values[e] - scaled_b[e] * acc[i]
-                        if cutlass.const_expr(not summary):
-                            out[i] = acc[cute.size(w) + i]
+            self.residual(shared, stage, words, read, w, out, col)
             self.round(w, w_operand)
             for part in cutlass.range_constexpr(spec.inverse_parts):
-                self.product(solve, w, w_operand, solve_b, squares * stage + part, CHUNK // 16, True)
+                self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
                 self.decay(S, decay, col, False)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
             if cutlass.const_expr(not summary):
-                self.product(mix, out, w_operand, mix_b, squares * stage + spec.inverse_parts, CHUNK // 16, True)
+                place = squares * stage + spec.inverse_parts
+                self.product(products.mix, out, w_operand, rights.mix, place, CHUNK // 16, True)
             for part in cutlass.range_constexpr(PARTS):
-                self.product(write, S, w_operand, write_b, PARTS * stage + part, CHUNK // 16, True)
+                self.product(products.write, S, w_operand, rights.write, PARTS * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not summary):
                 warpgroup.wait_group(PARTS)
                 if cutlass.const_expr(spec.out_buffers == 1):
@@ -135,19 +85,109 @@ class Consumer:
             if cutlass.const_expr(not late):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
-                self.write_out(shared, atoms, tiles, o, group, chunk, tokens, p, kind, b, first, i_hv, unit, segment)
+                self.write_out(shared, atoms, tiles, o, work, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
                     self.end(S, decay + spec.K, col)
             if cutlass.const_expr(keeps):
-                if tokens >= CHUNK and kind == 0 and index == 0:
-                    self.keep(
-                        S, decay + spec.K, kept, rows_of, offsets, every, i_n, begin + (chunk + 1) * CHUNK, inside
-                    )
+                if tokens >= CHUNK and work.kind == 0 and work.index == 0:
+                    self.keep(S, decay + spec.K, states, work, work.begin + (chunk + 1) * CHUNK, inside)
             if cutlass.const_expr(late):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self.last_state(S, shared, states, work, n_chunks, 2 * (p & 3), inside)
+
+    def inside(self, group: Int32, p: Int32) -> Int32:
+        """Where in a head's state this lane's first number is."""
+        lane = p & 31
+        return (64 * group + 16 * (p >> 5) + (lane >> 2)) * self.spec.K + 2 * (lane & 3)
+
+    @cute.jit
+    def first_state(self, states: States, work: Work, products: Products, group: Int32, p: Int32, inside: Int32):
+        """The state before the first chunk; of checkpoints that no chunk ends at, NaN into their rows."""
+        spec = self.spec
+        lane = p & 31
+        S = cute.make_rmem_tensor(products.write.partition_shape_C((64, spec.K)), Float32)
+        if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
+            for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
+                for i in cutlass.range_constexpr(4):
+                    row, channel = 64 * group + 16 * (p >> 5) + (lane >> 2) + i // 2 * 8, 8 * j + 2 * (lane & 3) + i % 2
+                    S[4 * j + i] = select(work.kind == 1 and row == channel, Float32(1.0), Float32(0.0))
+        else:
+            S.fill(0.0)
+        comes_in = work.index == 0 and work.begin == 0
+        if cutlass.const_expr(spec.fresh):
+            comes_in = comes_in and states.started[work.i_n] != 0
+        if cutlass.const_expr(spec.part is Part.KEPT):
+            self.load_state(S, states.starts, Int64(self.sequences(states) + work.unit), inside)
+        elif cutlass.const_expr(spec.part is Part.WHOLE and spec.h0 is not None and not spec.fresh):
+            self.load_state(S, states.h0, work.slot, inside)
+        elif cutlass.const_expr(spec.part.reads and spec.h0 is not None):
+            if comes_in:
+                self.load_state(S, states.h0, work.slot, inside)
+        if cutlass.const_expr(spec.part is Part.SPLIT):
+            if work.index == 0 and work.begin > 0:
+                self.load_state(S, states.starts, Int64(work.i_n), inside)
+        if cutlass.const_expr(spec.kept is not None and spec.part.reads):
+            if work.index == 0 and work.kind == 0 and work.begin == 0:
+                self.mark_unaligned(states, work, inside)
+        return S
+
+    def sequences(self, states: States) -> Int32:
+        """Of the batch: behind their states, `starts` has those before units."""
+        return Int32(states.starts.shape[0]) - states.units
+
+    def right_operands(self, shared, products: Products, p: Int32) -> "Rights":
+        """What products take from shared memory, of all stages."""
+        spec = self.spec
+        rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+        if not spec.part.reads:  # kE alone
+            rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
+        cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
+        squares = (CHUNK, CHUNK, (1 + spec.inverse_parts) * STAGES)
+        square = operand(shared.mix, Kind.K_SW64, squares, (0, 1, 2))
+        inverse = operand(shared.mix, Kind.MN_SW64, squares, (1, 0, 2))
+        pairs = ((products.read, rows), (products.write, cols), (products.solve, inverse), (products.mix, square))
+        read, write, solve, mix = (mma.make_fragment_B(mma.get_slice(p).partition_B(x)) for mma, x in pairs)
+        return Rights(read, solve, mix, write)
+
+    @cute.jit
+    def values(self, shared, stage: Int32, tokens: Int32, kind: Int32, group: Int32, warp: Int32, lane: Int32):
+        """v of a chunk, this warp's 16 value channels, as accumulators lie: words of two tokens."""
+        spec = self.spec
+        # 8 tokens a matrix: lanes give the addresses of tokens
+        token = (lane >> 4) * 8 + (lane & 7)
+        zeros = (shared.zeros.toint() - shared.v.toint()).to(Int32) >> 1
+        place = stage * (CHUNK * spec.V)
+        place = place + swizzled(token, ((64 * group + 16 * warp) >> 3) + (lane >> 3 & 1), 8, BFloat16)
+        words = []
+        for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
+            # what follows the last token in memory is another's, and may be no number
+            ours = 8 * j + token < tokens
+            if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
+                ours = ours and kind == 0
+            words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else zeros)))
+        return words
+
+    @cute.jit
+    def residual(self, shared, stage: Int32, words, read, w, out, col: Int32):
+        """w = a v - b S~ kE, and what the state gives to o, S~ qE, from S~ [kE; qE]."""
+        factors = shared.token + stage * (3 * CHUNK)
+        for j in cutlass.range_constexpr(CHUNK // 8):
+            a, b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
+            for h in cutlass.range_constexpr(2):
+                v = bfloat16_pair(words[2 * j + h])
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * h + e
+                    w[i] = a[e] * v[e] - b[e] * read[i]
+                    if cutlass.const_expr(self.spec.part.reads):
+                        out[i] = read[cute.size(w) + i]
+
+    @cute.jit
+    def last_state(self, S, shared, states: States, work: Work, n_chunks: Int32, col: Int32, inside: Int32):
+        """The state after the last chunk to where it goes."""
+        spec = self.spec
         open_chunk = n_chunks > 0
         if cutlass.const_expr(spec.invariant):
             open_chunk = n_chunks & 1 == 1
@@ -155,21 +195,22 @@ class Consumer:
             self.end(S, shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K), col)
 
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
+        target = states.h0 if spec.pooled else states.ht
         if cutlass.const_expr(spec.part is Part.SUMMARY):
-            self.store_state(S, summaries, Int64(2 * unit + kind), inside)
+            self.store_state(S, states.summaries, Int64(2 * work.unit + work.kind), inside)
         elif cutlass.const_expr(spec.part is Part.KEPT):
-            self.store_row(S, kept, rows_of, i_n, index, inside)
+            self.store_row(S, states, work.i_n, work.index, inside)
         elif cutlass.const_expr(spec.part is Part.SPLIT):
-            if kind == 1:
-                self.store_parts(S, summaries, Int64(2 * unit + 1), i_hv, inside)
-            elif index > 0:
-                self.store_state(S, summaries, Int64(2 * unit), inside)
-            elif not last:
-                self.store_state(S, starts, Int64(sequences + unit), inside)
+            if work.kind == 1:
+                self.store_parts(S, states.summaries, Int64(2 * work.unit + 1), work.i_hv, inside)
+            elif work.index > 0:
+                self.store_state(S, states.summaries, Int64(2 * work.unit), inside)
+            elif not work.last:
+                self.store_state(S, states.starts, Int64(self.sequences(states) + work.unit), inside)
             elif cutlass.const_expr(final):
-                self.store_state(S, h0 if spec.pooled else ht, slot, inside)
+                self.store_state(S, target, work.slot, inside)
         elif cutlass.const_expr(final):
-            self.store_state(S, h0 if spec.pooled else ht, slot, inside)
+            self.store_state(S, target, work.slot, inside)
 
     @cute.jit
     def load_state(self, S, states, slot: Int64, inside: Int32):
@@ -239,7 +280,7 @@ class Consumer:
         """All of this warpgroup are here, and what they wrote last has left shared memory."""
         if warp == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.barrier(barrier_id=3 + group, number_of_threads=128)
+        cute.arch.barrier(barrier_id=Barrier.SEND + group, number_of_threads=128)
 
     def buffer(self, shared, group, index):
         buffers = self.spec.out_buffers
@@ -274,71 +315,72 @@ class Consumer:
                 S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
 
     @cute.jit
-    def keep(
-        self, S, decay, kept, rows, offsets, every: Int32, i_n: Int32, position: Int32, inside: Int32
-    ):  # fmt: skip
+    def keep(self, S, decay, states: States, work: Work, position: Int32, inside: Int32):
         """The state after `position` tokens of a sequence into the rows of the checkpoints that are there."""
         if position % ALIGNMENT == 0:
             if cutlass.const_expr(self.spec.every):
-                column = position // every - 1
-                if position % every == 0 and column < rows.shape[1]:
-                    self.keep_row(S, decay, kept, rows, i_n, column, inside)
+                column = position // states.every - 1
+                if position % states.every == 0 and column < states.rows.shape[1]:
+                    self.keep_row(S, decay, states, work.i_n, column, inside)
             else:
-                for column in cutlass.range(rows.shape[1], unroll=1):
-                    if Int32(offsets[i_n, column]) == position:
-                        self.keep_row(S, decay, kept, rows, i_n, column, inside)
+                for column in cutlass.range(states.rows.shape[1], unroll=1):
+                    if Int32(states.offsets[work.i_n, column]) == position:
+                        self.keep_row(S, decay, states, work.i_n, column, inside)
 
     @cute.jit
-    def keep_row(self, S, decay, kept, rows, i_n: Int32, column: Int32, inside: Int32):
+    def keep_row(self, S, decay, states: States, i_n: Int32, column: Int32, inside: Int32):
         """Of S in the middle of a chunk what it is at its end."""
         if cutlass.const_expr(self.spec.invariant or not self.spec.bounded):
-            self.store_row(S, kept, rows, i_n, column, inside)
+            self.store_row(S, states, i_n, column, inside)
         else:
             ended = cute.make_rmem_tensor(S.shape, Float32)
             ended.store(S.load())
             self.end(ended, decay, 2 * (cute.arch.lane_idx() & 3))
-            self.store_row(ended, kept, rows, i_n, column, inside)
+            self.store_row(ended, states, i_n, column, inside)
 
     @cute.jit
-    def store_row(self, S, kept, rows, i_n: Int32, column: Int32, inside: Int32):
-        row = Int64(rows[i_n, column])
-        if row >= 0 and row < kept.shape[0]:
-            self.store_state(S, kept, row, inside)
+    def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32):
+        row = Int64(states.rows[i_n, column])
+        if row >= 0 and row < states.kept.shape[0]:
+            self.store_state(S, states.kept, row, inside)
 
     @cute.jit
-    def mark_unaligned(self, kept, rows, offsets, i_n: Int32, length: Int32, inside: Int32):
+    def mark_unaligned(self, states: States, work: Work, inside: Int32):
         """NaN into the rows of checkpoints where no chunk ends, so that it is seen."""
         if cutlass.const_expr(not self.spec.every):
-            for column in cutlass.range(rows.shape[1], unroll=1):
-                position = Int32(offsets[i_n, column])
-                if position > 0 and position <= length and position % ALIGNMENT != 0:
+            for column in cutlass.range(states.rows.shape[1], unroll=1):
+                position = Int32(states.offsets[work.i_n, column])
+                if position > 0 and position <= work.length and position % ALIGNMENT != 0:
                     nothing = cute.make_rmem_tensor(self.spec.K // 2, Float32)
                     nothing.fill(float("nan"))
-                    self.store_row(nothing, kept, rows, i_n, column, inside)
+                    self.store_row(nothing, states, work.i_n, column, inside)
 
     @cute.jit
     def write_out(
-        self, shared, atoms, tiles, o, group: Int32, chunk: Int32, tokens: Int32, p: Int32, kind: Int32, b: Int32,
-        first: Int32, i_hv: Int32, unit: Int32, segment: Int32,
+        self, shared, atoms, tiles, o, work: Work, group: Int32, chunk: Int32, tokens: Int32, p: Int32
     ):  # fmt: skip
         """From there to where it belongs: by TMA, but for a last chunk of fewer tokens."""
         warp = p >> 5
         cute.arch.fence_proxy("async.shared", space="cta")  # here: before the wait for products it crashes the compiler
         self.own_buffer(group, warp)  # the other one, if there are two: what is in it has gone
         source = self.buffer(shared, group, chunk & 1)
-        if tokens >= CHUNK or kind == 1:
+        if tokens >= CHUNK or work.kind == 1:
             if warp == 0:
-                if kind == 0:
-                    here, there = by_chunk(atoms[4], tiles[4][None, None, i_hv, b], source, first, 64)
+                if work.kind == 0:
+                    here, there = by_chunk(atoms[4], tiles[4][None, None, work.i_hv, work.b], source, work.first, 64)
                     cute.copy(atoms[4], here, there[None, chunk, group])
                 if cutlass.const_expr(self.spec.part is Part.SPLIT):
-                    if kind == 1:
-                        rows = unit * segment
-                        here, there = by_chunk(atoms[5], tiles[5][None, None, i_hv], source, rows, 64)
+                    if work.kind == 1:
+                        rows = work.unit * work.segment
+                        here, there = by_chunk(atoms[5], tiles[5][None, None, work.i_hv], source, rows, 64)
                         cute.copy(atoms[5], here, there[None, chunk, group])
                 cute.arch.cp_async_bulk_commit_group()
         else:
-            offset = Int64(b) * o.stride[0] + Int64(first + chunk * CHUNK) * o.stride[1] + Int64(i_hv) * o.stride[2]
+            offset = (
+                Int64(work.b) * o.stride[0]
+                + Int64(work.first + chunk * CHUNK) * o.stride[1]
+                + Int64(work.i_hv) * o.stride[2]
+            )
             for row in cutlass.range(p >> 3, tokens, 16, unroll=1):
                 target = vector(o.iterator, offset + row * o.stride[1] + (64 * group + 8 * (p & 7)), 8)
                 target.store(vector(source, swizzled(row, p & 7, 8, BFloat16), 8).load())

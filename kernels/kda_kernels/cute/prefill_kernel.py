@@ -34,6 +34,7 @@ from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
 from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
 from kda_kernels.cute.prefill_unbounded import Unbounded
+from kda_kernels.cute.prefill_work import Products, States, Work
 from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
@@ -235,11 +236,10 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 if found and kind == 0:
                     self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, tid)
         elif live:
-            self.work(
-                atoms, tiles, g_dtype, beta, A_log, dt_bias, o, h0, ht, started, summaries, starts, kept, rows,
-                offsets, every, units, slot, i_n, unit, kind, index, last, b, first, length, n_tokens, i_hv,
-                scale, lower_bound, segment, begin, gram, read, solve, mix, write,
-            )  # fmt: skip
+            states = States(h0, ht, started, summaries, starts, kept, rows, offsets, every, units)
+            work = Work(i_n, i_hv, slot, kind, index, unit, last, b, first, length, n_tokens, segment, begin)
+            products = Products(gram, read, solve, mix, write)
+            self.work(atoms, tiles, g_dtype, beta, A_log, dt_bias, o, states, work, scale, lower_bound, products)
         if cutlass.const_expr(spec.packed and spec.part.reads):
             if begin == 0:
                 self.clear_tail(o, cu_seqlens, heads)
@@ -328,15 +328,12 @@ class PrefillKernel(Producer, Unbounded, Consumer):
 
     @cute.jit
     def work(
-        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, h0, ht, started, summaries, starts,
-        kept, rows, offsets, every: Int32, units: Int32, slot: Int64, i_n: Int32, unit: Int32, kind: Int32,
-        index: Int32, last, b: Int32, first: Int32, length: Int32, n_tokens: Int32, i_hv: Int32, scale: Float32,
-        lower_bound: Float32, segment: Int32, begin: Int32,
-        gram: cute.TiledMma, read: cute.TiledMma, solve: cute.TiledMma, mix: cute.TiledMma, write: cute.TiledMma,
+        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, states: States, work: Work,
+        scale: Float32, lower_bound: Float32, products: Products,
     ):  # fmt: skip
-        """One head of one sequence or segment. `kind`: 0 runs on values, and 1 on the identity, which makes T."""
+        """One head of one sequence or segment."""
         tid = cute.arch.thread_idx()[0]
-        n_chunks = (n_tokens + CHUNK - 1) // CHUNK
+        n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         shared = allocate(self.spec, g_dtype)
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
@@ -360,22 +357,18 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS[self.spec.bounded][1])
-            self.consume(
-                shared, atoms, tiles, o, h0, ht, started, summaries, starts, kept, rows, offsets, every, units, slot,
-                i_n, unit, kind, index, last, b, first, length, n_tokens, n_chunks, i_hv, group, segment, begin,
-                read, solve, mix, write,
-            )  # fmt: skip
+            self.consume(shared, atoms, tiles, o, states, work, products, group)
         else:
             cute.arch.setmaxregister_decrease(REGISTERS[self.spec.bounded][0])
+            group = group - CONSUMERS // 128
             if cutlass.const_expr(self.spec.bounded):
                 self.produce(
-                    shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
-                    i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128, gram,
-                )  # fmt: skip
+                    shared, atoms, tiles, beta, A_log, dt_bias, work, n_chunks, scale, lower_bound, group, products.gram
+                )
             else:
                 self.produce_unbounded(
-                    shared, atoms, tiles, beta, A_log, dt_bias, b, first, n_tokens, n_chunks,
-                    i_hv // self.spec.group, i_hv, kind, scale, lower_bound, group - CONSUMERS // 128,
+                    shared, atoms, tiles, beta, A_log, dt_bias, work.b, work.first, work.n_tokens, n_chunks,
+                    work.i_hv // self.spec.group, work.i_hv, work.kind, scale, lower_bound, group,
                 )  # fmt: skip
 
     @cute.jit

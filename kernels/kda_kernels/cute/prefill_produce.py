@@ -10,6 +10,7 @@ from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES
 from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
 from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
+from kda_kernels.cute.prefill_work import Barrier, Work
 from kda_kernels.cute.ptx import fresh
 
 INVERTER, LOADER = 0, 3  # warps
@@ -20,10 +21,12 @@ class Producer(Preparer, Relater):
 
     @cute.jit
     def produce(
-        self, shared, atoms, sources, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
-        i_h: Int32, i_hv: Int32, kind: Int32, scale: Float32, lower_bound: Float32, group: Int32, gram: cute.TiledMma,
+        self, shared, atoms, sources, beta, A_log, dt_bias, work: Work, n_chunks: Int32, scale: Float32,
+        lower_bound: Float32, group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
+        b, first, n_tokens, i_hv = work.b, work.first, work.n_tokens, work.i_hv
+        i_h = i_hv // spec.group
         p = cute.arch.thread_idx()[0] & 127
         warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
 
@@ -77,7 +80,7 @@ class Producer(Preparer, Relater):
             cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
-                if kind == 0:
+                if work.kind == 0:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
                     place = shared.v + stage * (CHUNK * spec.V)
@@ -126,11 +129,11 @@ class Producer(Preparer, Relater):
             cute.arch.fence_proxy("async.shared", space="cta")
             # L goes from two warps to one of them; nobody else waits
             if warp == INVERTER:
-                cute.arch.barrier(barrier_id=5 + group, number_of_threads=64)
+                cute.arch.barrier(barrier_id=Barrier.INVERT + group, number_of_threads=64)
                 self.invert(scratch, self.mix(shared, stage, 0), lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
             if warp == 1:
-                cute.arch.barrier_arrive(barrier_id=5 + group, number_of_threads=64)
+                cute.arch.barrier_arrive(barrier_id=Barrier.INVERT + group, number_of_threads=64)
             if warp != 1 or spec.each_arrives:
                 arrive(shared.full + stage, lane, spec.each_arrives)
 
@@ -141,7 +144,7 @@ class Producer(Preparer, Relater):
     @cute.jit
     def barrier(self, group: Int32):
         """Among the threads of this warpgroup."""
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+        cute.arch.barrier(barrier_id=Barrier.PREPARE + group, number_of_threads=128)
 
     @cute.jit
     def prefetch(self, atoms, q, k, g, chunk: Int32):

@@ -1,0 +1,72 @@
+"""What the prefill kernel hands from one part to another: arguments that travel together, and names of barriers."""
+
+import dataclasses
+import enum
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+
+class Barrier(enum.IntEnum):
+    """Named barriers; each warpgroup has its own, from these numbers on. 0 is all threads'."""
+
+    PREPARE = 1  # a preparing warpgroup
+    SEND = 3  # a consuming warpgroup, which shares a buffer of o
+    INVERT = 5  # of a preparing warpgroup the warps that make L, and the one that inverts
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a CTA works on: a value head of a sequence, of its first segment, or of a unit.
+
+    Attributes:
+        i_n: the sequence. i_hv: the value head. slot: of the sequence's states in `h0` and `ht`.
+        kind: 0 runs on values, 1 on the identity, which makes T.
+        index: of the segment in its sequence, or of the checkpoint.
+        unit: its number; of a first segment that of the next one.
+        last: whether the sequence ends with this segment.
+        b, first: where its tokens begin. length: the sequence's tokens. n_tokens: this segment's.
+        segment: tokens of a unit. begin: the sequence's tokens in rounds before this one.
+    """
+
+    i_n: Int32
+    i_hv: Int32
+    slot: Int64
+    kind: Int32
+    index: Int32
+    unit: Int32
+    last: Any
+    b: Int32
+    first: Int32
+    length: Int32
+    n_tokens: Int32
+    segment: Int32
+    begin: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Where states come from and go to; see `PrefillKernel.__call__`. `units`: room for so many in `starts`."""
+
+    h0: cute.Tensor | None
+    ht: cute.Tensor | None
+    started: cute.Tensor | None
+    summaries: cute.Tensor | None
+    starts: cute.Tensor | None
+    kept: cute.Tensor | None
+    rows: cute.Tensor | None
+    offsets: cute.Tensor | None
+    every: Int32
+    units: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How each product is made."""
+
+    gram: cute.TiledMma  # [kE; qE] kI^T
+    read: cute.TiledMma  # S~ [kE; qE]^T
+    solve: cute.TiledMma  # with the inverse
+    mix: cute.TiledMma  # with tril(qE kI^T)
+    write: cute.TiledMma  # w kI
