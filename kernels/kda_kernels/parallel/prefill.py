@@ -4,8 +4,7 @@ The recurrence is affine in the state (`kda_kernels.segments`): a rank's tokens 
 rank turn the state S [V, K] before them into S T + E. Each rank runs its tokens from no state, which gives E and
 outputs o', and the identity along with them, which gives T and what each token reads of S, r [K]. E and T are gathered
 from all ranks; then S is known everywhere, and o = o' + S r. Only two sequences of a rank can be cut, its first and its
-last. While summaries are on their way the others run, and of the last one, if it began here, what is left to be added
-to its outputs.
+last; the others run while summaries are on their way.
 
 Bits depend on where a sequence is cut, as sums are rounded in another order; not on how many ranks there are beside
 those that have its tokens.
@@ -23,7 +22,7 @@ from kda_kernels.boundary import check, check_out
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel
 from kda_kernels.parallel.exchange import start_gather, wait
-from kda_kernels.parallel.plain import PlainBegun, PlainCarried
+from kda_kernels.parallel.plain import PlainCarried
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs
@@ -44,19 +43,6 @@ class Carried(Protocol):
         Args:
             summaries: [R, HV, V + K, K], of the former ranks that have tokens of the sequence.
         """
-
-
-class Begun(Protocol):
-    """This rank's tokens of a sequence that begins here and goes on elsewhere.
-
-    Attributes:
-        summary: as of `Carried`: E is the state where it ends here, and T is 0, as nothing that came before matters.
-    """
-
-    summary: torch.Tensor
-
-    def finish(self) -> None:
-        """Completes outputs and checkpoints."""
 
 
 def prefill(
@@ -107,7 +93,6 @@ class Call:
     def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None = None) -> None:
         self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
         self.carried: Carried | None = None
-        self.begun: Begun | None = None
 
     def start(self) -> torch.Tensor:
         """Runs what is cut from what is known; returns the summary of what goes on, [HV, V + K, K]."""
@@ -124,16 +109,12 @@ class Call:
         if context.goes_on and summary is None:
             tokens = slice(sum(lens) - lens[-1], sum(lens))
             with stage("begun sequence"):
-                self.begun = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
-            summary = self.begun.summary
+                summary = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
         # what nobody asks for has no values
         return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
 
     def run_others(self) -> None:
-        """The sequences that lie on this rank as a whole, and what is left of the one that begins here."""
-        if self.begun is not None:
-            self.begun.finish()
-            self.begun = None
+        """The sequences that lie on this rank as a whole."""
         context, lens = self.context, self.context.lens
         first, last = int(context.carried), len(lens) - int(context.goes_on)
         if first >= last:
@@ -164,19 +145,18 @@ class Call:
         return dataclasses.replace(_sequences(self.inputs, tokens, n, n + 1), cu_seqlens=None, cu_seqlens_cpu=None)
 
 
-def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> Begun:
-    """From its initial state, in a pool of its own, where its state ends in fp32."""
+def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> torch.Tensor:
+    """From its initial state, in a pool of its own; E is where it ends here, in fp32, and T is 0: nothing that came
+    before matters."""
     if inputs.state_indices is not None:
         state, indices = apart(inputs)
         inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
     else:
         inputs = dataclasses.replace(inputs, output_final_state=True)
-    if _on_hopper(inputs, o, kernel):
-        from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
-
-        if (split := begun_split(inputs, o)) is not None:
-            return HopperBegun(inputs, o, split)
-    return PlainBegun(_run(inputs, o, kernel))
+    end = _run(inputs, o, kernel)
+    assert end is not None  # as there is a pool, or output_final_state
+    _, HV, _, K = end.shape
+    return torch.cat((end[0], end.new_zeros((HV, K, K))), 1)
 
 
 def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
