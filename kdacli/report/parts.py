@@ -202,7 +202,7 @@ def compiled(data: Data) -> list[Part]:
     rows = [
         _row(r["kernel"], r["variant"], r["arch"], r["registers"],
              Cell(fmt_bytes(r["spill_bytes"]), BAD if r["spill_bytes"] else ""), fmt_bytes(r["shared_bytes"]),
-             r["num_warps"], r["resident_blocks"], r["limited_by"], r["sass"]["instructions"] if r["sass"] else None)
+             r["num_warps"], r["resident_blocks"], r["limited_by"], (r.get("sass") or {}).get("instructions"))
         for r in data["rows"]
     ]  # fmt: skip
     names = "kernel, variant, architecture, registers, spilled, shared, warps, blocks per SM, limited by, instructions"
