@@ -33,7 +33,7 @@ class ContextParallel:
     Attributes:
         group: the process group; None is the default one. rank, ranks: this rank in it, and how many there are.
         lens: tokens on this rank of each sequence that is here. first: the first of them, counted in the whole batch.
-        batch: sequences of the whole batch. share: tokens of a rank, on average.
+        batch: sequences of the whole batch.
         sources: the former ranks that have tokens of the first sequence here, in order.
         source_tokens: how many each of them has.
         goes_on: whether the last sequence here has tokens on later ranks.
@@ -49,7 +49,6 @@ class ContextParallel:
     lens: tuple[int, ...]
     first: int
     batch: int
-    share: int
     sources: tuple[int, ...]
     source_tokens: tuple[int, ...]
     goes_on: bool
@@ -124,7 +123,7 @@ class ContextParallel:
         sources = tuple(range(rank - context.pre_num_ranks, rank))
         made = cls(
             context.group, rank, dist.get_world_size(context.group), tuple(b - a for a, b in itertools.pairwise(ends)),
-            first=0, batch=len(ends) - 1, share=part, sources=sources,
+            first=0, batch=len(ends) - 1, sources=sources,
             source_tokens=tuple(min(part, context.pre_num_conv_tokens - i * part) for i in range(len(sources)))[::-1],
             goes_on=context.post_num_ranks > 0, exchanges=True,
         )  # fmt: skip
@@ -211,7 +210,6 @@ def _part(ends: tuple[int, ...], cuts: Sequence[int], rank: int) -> dict[str, An
         "lens": lens,
         "first": mine[0] if mine else 0,
         "batch": len(sequences),
-        "share": cdiv(total, len(cuts) - 1),
         "sources": sources,
         "source_tokens": tuple(min(begin, cuts[r + 1]) - max(start, cuts[r]) for r in sources),
         "goes_on": bool(mine) and sequences[mine[-1]][1] > end,
