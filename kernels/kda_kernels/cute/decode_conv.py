@@ -78,7 +78,7 @@ class Windows:
         past = cute.make_rmem_tensor((self.kept, self.count), states.element_type)
         past.fill(0.0)
         if cutlass.const_expr(self.spec.accepted is not None):  # never past the end of a slot
-            first = cutlass.min(first, Int32(states.shape[1 if self.spec.tokens_first else 2]) - self.kept)
+            first = cutlass.min(first, Int32(cute.size(states, mode=[1 if self.spec.tokens_first else 2])) - self.kept)
         if started:
             for i in cutlass.range_constexpr(self.count):
                 for j in cutlass.range_constexpr(self.kept):
