@@ -80,7 +80,7 @@ def prefill_calls(heads: int, shapes: str, calls: int, tokens: int = TOKENS, dev
 
 
 def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device: str = "cuda") -> Iterator[Inputs]:
-    """One token a sequence, with what SGLang's kernel takes: the softplus gate and its parameters in bf16."""
+    """One token per sequence, with what SGLang's kernel takes: the softplus gate and its parameters in bf16."""
     problem = Problem(
         Op.DECODE, (1,) * batch, heads, heads, packed=False, pool_slots=batch, param_dtype="bfloat16",
         options=Options(Gate.SOFTPLUS),

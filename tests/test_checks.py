@@ -393,7 +393,10 @@ WRONG_FEATURES = [
         {"token_states": torch.zeros(1, T, HV, K, V).mT},
         "token_states has strides [2304, 192, 48, 1, 6]: it should be contiguous from HV on",
     ),
-    ({**BUFFER, "token_states": torch.zeros(4, 6, HV, V, K)}, "token_states has S = 6 rows a sequence: it should have"),
+    (
+        {**BUFFER, "token_states": torch.zeros(4, 6, HV, V, K)},
+        "token_states has S = 6 rows per sequence: it should have",
+    ),
     ({**BUFFER, "token_state_indices": 4 * ONES}, "token_state_indices holds 4: it should be negative or a row, of"),
     ({**BUFFER, "token_state_indices": ONES}, "token_state_indices holds 1 twice: each row should be written once"),
     (keep(rows=torch.zeros(2, dtype=INT)), "checkpoints.rows has shape [2]: it should be [N] = [3] or [N, C]"),

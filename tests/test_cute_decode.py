@@ -602,7 +602,7 @@ ints = functools.partial(torch.tensor, dtype=torch.int32, device=DEVICE)
 
 
 def drafts(dtype: torch.dtype, lens=(3, 1, 0, 2, 4)) -> Inputs:
-    """Speculative decoding: a pool of 24 slots, 4 columns a sequence, the second of two rows of padding."""
+    """Speculative decoding: a pool of 24 slots, 4 columns per sequence, the second of two rows of padding."""
     inputs = make(H=2, HV=4, K=128, V=128, lens=list(lens))
     pool = torch.randn(24, 4, 128, 128, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
     indices = ints([[1, 2, 3, 4], [5, -1, 6, 7], [8, 9, 10, 11], [0, 12, 13, 14], [15, 16, 0, 99]])

@@ -31,7 +31,7 @@ def files(tmp_path_factory):
 
 
 def make(seq_lens=(1,) * 5, device=DEVICE, **given) -> Inputs:
-    """A dense batch of one token a sequence with one row of padding, unless something else is given."""
+    """A dense batch of one token per sequence with one row of padding, unless something else is given."""
     parts = {name: given.pop(name) for name in list(given) if name in Parts.__dataclass_fields__}
     given |= {"state_dtype": given.pop("pool_dtype")} if "pool_dtype" in given else {}
     usual = {"H": 2, "HV": 2, "padding": 1, "packed": False, "pool_slots": len(seq_lens) + 2, "options": SAFE}

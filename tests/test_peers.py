@@ -30,7 +30,7 @@ def test_a_missing_peer_says_how_to_get_it(name, monkeypatch):
     ("name", "fields", "reason"),
     [
         ("fla-decode", {"seq_lens": (1, 1), "pool_slots": 3, "padding": 1}, "no padding"),
-        ("fla-decode", {"seq_lens": (1, 2), "pool_slots": 3}, "one token a sequence"),
+        ("fla-decode", {"seq_lens": (1, 2), "pool_slots": 3}, "one token per sequence"),
         ("fla-prefill", {"seq_lens": (5, 6), "pool_slots": 3, "padding": 1}, "no padding"),
         ("fla-prefill", {"seq_lens": (0, 0)}, "no tokens"),
         ("fla-gate", {"seq_lens": ()}, "no tokens"),

@@ -102,7 +102,7 @@ def test_layer_tables():
     costs = layer.costs("kimi-k3", 8, [row("k", low_us=99.0, high_us=102.0)])
     text = " ".join(rendered(tables.layer_tables(costs)).split())
     assert "kimi-k3, TP 8, 69 KDA layers, prefill of 64 tokens" in text
-    assert "100 6.900 0.103" in text  # us a layer, ms, half their interval
+    assert "100 6.900 0.103" in text  # us per layer, ms, half their interval
 
 
 @pytest.mark.parametrize(("columns", "kept"), [("200", 4), ("100", 3), ("80", 2), ("30", 2)])

@@ -71,7 +71,7 @@ def test_only_the_problem_is_changed_and_the_name_is_the_case(name):
     ("name", "case", "reason"),
     [
         ("sglang-decode", "decode-neg-eigval", "no allow_neg_eigval"),
-        ("sglang-decode", "decode-lengths", "one token a sequence"),
+        ("sglang-decode", "decode-lengths", "one token per sequence"),
         ("sglang-decode", "decode-nobody", "padding rows"),
         ("sglang-decode", "decode-plain-values", "scale is 0.5"),
         ("cula-decode", "decode-other-bound", "the gate is safe"),

@@ -148,7 +148,7 @@ def _present(value: Any) -> bool:
 
 
 def _unpack(call: Call, mixed: torch.Tensor) -> None:
-    """q, k and v of `mixed` [N, 2 H K + HV V], one token a row, as views [1, N, heads, size]."""
+    """q, k and v of `mixed` [N, 2 H K + HV V], one token per row, as views [1, N, heads, size]."""
     if "state" not in call.tensors or call.tensors["state"].ndim != 4:
         raise NotKdaError("q, k and v are packed and no state says which sizes they have")
     HV, V, K = call.tensors["state"].shape[1:]

@@ -24,7 +24,7 @@ class Site:
         not_if: arguments that make the call one that a dump cannot hold, where they are given, and why.
         bound_if_safe: lower_bound counts only beside a true safe_gate.
         null_slot: the slot that engines reserve for padding, beside negative ones.
-        packed_qkv: the argument that holds q, k and v of one token a row, side by side.
+        packed_qkv: the argument that holds q, k and v of one token per row, side by side.
         own: {argument's name: attribute of self} of what a method does not receive.
         ignored: arguments that are no part of the call, whatever they are called.
         checkpoints: (where states inside the prompts go, at which position of each sequence, tokens a position).

@@ -66,9 +66,9 @@ def command(
     in the cache.
 
     With --sass: MMA counts instructions of the tensor cores; async is TMA, bulk and cp.async copies; LDG.128 is how
-    many of the loads from global memory move 16 bytes a thread, of how many, STG.128 the same for stores, smem.128 for
-    shared memory; local is LDL and STL, where spilled registers go; BAR is barriers. These count instructions in the
-    binary: a loop's body once.
+    many of the loads from global memory move 16 bytes per thread, of how many, STG.128 the same for stores,
+    smem.128 for shared memory; local is LDL and STL, where spilled registers go; BAR is barriers. These count
+    instructions in the binary: a loop's body once.
 
     A kernel of your own (--kernel path.py:function) is called on tensors of zeros, up to its launches: each Triton
     kernel that it would launch is compiled, an autotuned one in every configuration. A kernel in another language needs

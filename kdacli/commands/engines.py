@@ -39,7 +39,7 @@ def command(sources: str | None, json_dest: str | None, force: bool) -> None:
 
 
 def survey(root: Path | None = None) -> list[dict[str, Any]]:
-    """One row a call site: engine, models, what, target, ours (None where there is nothing), replaced, note."""
+    """One row per call site: engine, models, what, target, ours (None where there is nothing), replaced, note."""
     from kda_kernels.engines import sglang, sites, vllm
 
     rows = []

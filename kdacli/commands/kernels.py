@@ -73,7 +73,7 @@ def _print(rows: list[dict[str, Any]], device: str) -> None:
 
 
 def survey(params: options.Params, device: str, names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One row a kernel: kernel, op, backend, ours, runs, note, summary, problem (None where none was described).
+    """One row per kernel: kernel, op, backend, ours, runs, note, summary, problem (None where none was described).
 
     Args:
         params: the shape flags.

@@ -1,4 +1,4 @@
-"""Decode traces: recorded calls that carry the same sequences on, one token a call, and kernels that run all of them.
+"""Decode traces: recorded calls that carry the same sequences on, one token per call, and kernels that run all of them.
 
 A kernel that is right from each recorded state may still drift: it never starts from what it made itself. So it also
 runs the whole trace by itself, from the first recorded state on, beside the fp64 recurrence that does the same.

@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def read(built: Built) -> dict[str, Any]:
-    """registers (vector and accumulation registers a lane), spill_bytes, stack_bytes and isa (counts by kind)."""
+    """registers (vector and accumulation registers per lane), spill_bytes, stack_bytes and isa (counts by kind)."""
     text = built.ir["amdgcn"]
     opcodes = collections.Counter(_INSTRUCTION.findall(text.partition(".section\t.rodata")[0]))
     spilled = _said(text, "vgpr_spill_count")

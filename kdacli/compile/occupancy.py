@@ -2,8 +2,8 @@
 
 NVIDIA's arithmetic is that of its occupancy calculator (cuda_occupancy.h in the CUDA toolkit): registers are given to a
 warp in units of 256, each of four partitions of a multiprocessor has a quarter of them, and shared memory is given in
-units of 128 bytes, with 1 KiB more a block. AMD's is LLVM's (AMDGPU guide): a SIMD has 512 registers a lane, given in
-units of 8 from accumulation and other registers together, and a work-group's LDS in units of 512 bytes.
+units of 128 bytes, with 1 KiB more per block. AMD's is LLVM's (AMDGPU guide): a SIMD has 512 registers per lane, given
+in units of 8 from accumulation and other registers together, and a work-group's LDS in units of 512 bytes.
 
 It assumes that the multiprocessor is set to its largest share of shared memory, as the driver does when a block needs
 it, and that the grid is large enough.
@@ -20,7 +20,7 @@ def resident(
     """Blocks a multiprocessor, and the resource that limits them.
 
     Args:
-        registers: a thread. shared_bytes: a block. num_warps: of a block. tensor_memory: columns a block (sm_100).
+        registers: per thread. shared_bytes, num_warps: per block. tensor_memory: columns per block (sm_100).
 
     Returns:
         (blocks, "warps", "blocks", "registers", "shared" or "tensor memory"); 0 blocks where one does not fit. Of

@@ -15,7 +15,13 @@ COUNTED = (
     "UBLKCP", "UBLKRED", "UTMALDG", "UTMASTG", "UTMAREDG",
     "LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "BAR", "SYNCS", "MUFU",
 )  # fmt: skip
-WIDE = ("LDG", "STG", "LDGSTS", "LDS", "STS")  # a ".128" entry counts those of them that move 16 bytes a thread or more
+WIDE = (
+    "LDG",
+    "STG",
+    "LDGSTS",
+    "LDS",
+    "STS",
+)  # a ".128" entry counts those of them that move 16 bytes per thread or more
 TENSOR = tuple(name for name in COUNTED if "MMA" in name)
 RESOURCES = ("registers", "stack_bytes", "spill_bytes", "spill_store_bytes", "spill_load_bytes")  # of a thread
 BULK = ("UBLKCP", "UBLKRED", "UTMALDG", "UTMASTG", "UTMAREDG")

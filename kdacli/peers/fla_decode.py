@@ -14,7 +14,7 @@ def unsupported(problem: Problem | None = None) -> str | None:
         if problem.padding:
             return "FLA has no padding: it would read and write the slot before the pool for index -1"
         if max(problem.seq_lens, default=0) > 1:
-            return "with a pool FLA takes a state index for each token: one token a sequence at most"
+            return "with a pool FLA takes a state index for each token: one token per sequence at most"
     return fla.unsupported_here()
 
 

@@ -1,4 +1,4 @@
-"""vLLM's fused decode step, `torch.ops._C.fused_kda_decode`: CUDA, one token a sequence, compiled for Kimi K3.
+"""vLLM's fused decode step, `torch.ops._C.fused_kda_decode`: CUDA, one token per sequence, compiled for Kimi K3.
 
 The library is vLLM's `_C_stable_libtorch.abi3.so` (written against 0.33.0): found in an installed vllm, which is not
 imported for it, or where the environment variable KDA_VLLM_LIB says.

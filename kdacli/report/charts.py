@@ -74,7 +74,7 @@ def _svg(draw: "Callable[[Axes], None]", height: float) -> str:
 
 
 def lines(label: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """us a call against something, one curve a kernel."""
+    """us per call against something, one curve a kernel."""
 
     def draw(panel: "Axes") -> None:
         for kernel, points in curves.items():

@@ -2,7 +2,7 @@
 
 A case about gaps in a pool says little of a kernel that takes bf16 only if it is refused for its fp16. So what a case
 is not about (see `Case.about`) is changed until the kernel supports it: dtypes, head sizes, the gate's activation, one
-token a sequence, padding, and so on. The name of the case shows what was changed: decode-pair-05/K=128/V=128/dtype=...
+token per sequence, padding, and so on. The name of the case shows what was changed: decode-pair-05/K=128/dtype=...
 A case keeps what it is about, and where that is what a kernel lacks, it is refused for it.
 """
 

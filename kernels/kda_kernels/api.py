@@ -198,7 +198,7 @@ def fused_recurrent_kda(
     cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The recurrence token by token, with FLA's signature: for one or a few tokens a sequence.
+    """The recurrence token by token, with FLA's signature: for one or a few tokens per sequence.
 
     Args, Returns, Raises: as `chunk_kda`, except that initial_state may be bf16 too; of the keyword arguments there is
     transpose_state_layout only.

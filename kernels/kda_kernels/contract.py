@@ -103,7 +103,7 @@ class Contract:
         if problem.T == 0:
             yield "there are no tokens"
         if self.one_token and set(problem.seq_lens) != {1}:
-            yield "it takes exactly one token a sequence"
+            yield "it takes exactly one token per sequence"
 
     def _options(self, problem: Problem) -> Iterator[str]:
         options, bound, least = problem.options, problem.options.lower_bound, self.least_bound

@@ -153,7 +153,7 @@ def check_values(inputs: Inputs, dims: Dims) -> None:
         room = inputs.token_states.shape[1]
         if max(lens, default=0) > room:
             wanted = f"it should have room for {max(lens)} tokens"
-            raise InputError("token_states", f"has S = {room} rows a sequence", wanted)
+            raise InputError("token_states", f"has S = {room} rows per sequence", wanted)
         _check_rows("token_state_indices", inputs.token_state_indices, inputs.token_states.shape[0])
     if (kept := inputs.checkpoints) is not None:
         _check_rows("checkpoints.rows", kept.rows, kept.states.shape[0])

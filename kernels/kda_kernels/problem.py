@@ -14,7 +14,7 @@ from typing import Any
 from kda_kernels.dtypes import FLOATS
 from kda_kernels.errors import InputError, one_line
 
-CHUNK = 64  # tokens a chunk of the prefill pipeline
+CHUNK = 64  # tokens per chunk of the prefill pipeline
 MAX_HEAD = 256  # most channels of a key or value head
 SAFE_BOUND = -5.0  # lower_bound of Kimi K3, and what FLA's safe_gate promises of log decays
 
@@ -35,14 +35,14 @@ CONV_WIDTHS = (2, 3, 4)  # tokens that a convolution looks at
 class Op(enum.StrEnum):
     """The operations a kernel can serve."""
 
-    DECODE = "decode"  # fused recurrent update, meant for one or a few tokens a sequence
+    DECODE = "decode"  # fused recurrent update, meant for one or a few tokens per sequence
     STEP = "step"  # the same with the convolution of q, k and v before it and the gated norm of o behind it, or one
     PREFILL = "prefill"  # chunked form over whole prompts
     GATE = "gate"  # kda_gate_chunk_cumsum: activation + bias + chunk-local cumsum, the first stage of prefill
 
     @property
     def decodes(self) -> bool:
-        """Whether it goes on from a state by one or a few tokens a sequence."""
+        """Whether it goes on from a state by one or a few tokens per sequence."""
         return self in (Op.DECODE, Op.STEP)
 
 

@@ -160,7 +160,7 @@ def kda_prefill(
     """Whole prompts, on the same pool as `kda_decode`: a sequence is decoded from where its prefill left it.
 
     Args, Returns, Raises: as `kda_decode`, and
-        chunk_indices: from `prepare_chunk_indices(cu_seqlens, total tokens)`; an engine makes them once a batch and
+        chunk_indices: from `prepare_chunk_indices(cu_seqlens, total tokens)`; an engine makes them once per batch and
             passes them to every layer. Where triton-prefill runs, they are made here if not given; cute-prefill needs
             none.
         checkpoints: states inside the prompts that are to be kept, see `kda_kernels.tensors.Checkpoints`.
@@ -169,7 +169,7 @@ def kda_prefill(
         cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
         group: the packed tokens are spread over the ranks of a process group, each of which calls this: q, k, v, g and
             beta are this rank's, all else is the whole batch's, and each rank has a pool. A
-            `kda_kernels.parallel.ContextParallel`, which an engine makes once a batch and passes to every layer, and
+            `kda_kernels.parallel.ContextParallel`, which an engine makes once per batch and passes to every layer, and
             which then holds cu_seqlens; of a plain group one is made here. An initial state is read on the rank of the
             sequence's first token, its final state written on that of its last, a checkpoint on that of the token
             before it. Cuts lie at multiples of 64 tokens of a sequence that has checkpoints. Not with batch_invariant

@@ -13,7 +13,7 @@ _NO_FEATURES: frozenset[str] = frozenset()
 
 
 class Dims(NamedTuple):
-    """Sizes of one call: batch rows, tokens a row, sequences, query/key heads, value heads, head sizes."""
+    """Sizes of one call: batch rows, tokens per row, sequences, query/key heads, value heads, head sizes."""
 
     B: int
     T: int

@@ -69,7 +69,7 @@ def prefill_nvidia_problems() -> Iterator[tuple[str, Problem]]:
 
 
 def decode_problems() -> Iterator[tuple[str, Problem]]:
-    """One token a sequence, softplus gate, a float32 pool of twice as many slots, updated in place.
+    """One token per sequence, softplus gate, a float32 pool of twice as many slots, updated in place.
 
     A_log and dt_bias are bf16, since SGLang's kernel takes nothing else; the times of the others do not depend on it.
     """
@@ -89,7 +89,7 @@ def decode_bf16_problems() -> Iterator[tuple[str, Problem]]:
 
 
 def step_problems() -> Iterator[tuple[str, Problem]]:
-    """One token a sequence with convolution and gated norm, as Kimi K3 decodes on 8 GPUs and on one: a float32 pool."""
+    """One token per sequence with convolution and gated norm, as Kimi K3 decodes on 8 GPUs and one: a float32 pool."""
     for heads in STEP_HEADS:
         for n in STEP_SEQS:
             yield (

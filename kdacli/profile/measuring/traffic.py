@@ -3,7 +3,7 @@
 Bytes: each input is read once and each output written once, nothing else. Counted are the activations (q, k, v, g, beta
 and o; for the op `gate` only g and the float32 sums), A_log and dt_bias, and the state in and out; of the op `step`
 weights, states and gate of its parts too. A padding row reads nothing and touches no state; only its zeros are written.
-cu_seqlens and state_indices (a few bytes a sequence) are left out. Divided by a bandwidth this gives the floor under
+cu_seqlens and state_indices (a few bytes per sequence) are left out. Divided by a bandwidth this gives the floor under
 the time of any kernel.
 """
 

@@ -80,7 +80,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesSummary:
-    """A series in a record: its line (us, and us a unit) and the points more than `limit` over their neighbours'."""
+    """A series in a record: its line (us, and us per unit) and the points more than `limit` over their neighbours'."""
 
     kernel: str
     op: str

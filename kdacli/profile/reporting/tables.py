@@ -237,7 +237,7 @@ def layer_tables(layer: LayerCosts) -> "Iterator[Table]":
             ]
             for r in rows
         ]  # fmt: skip
-        yield output.table(title, ("gates", "kernel", "us a layer", "ms", "± ms", "tokens/ms"), lines)
+        yield output.table(title, ("gates", "kernel", "us per layer", "ms", "± ms", "tokens/ms"), lines)
 
 
 def _digits(ms: float) -> int:

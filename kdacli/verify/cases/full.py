@@ -69,7 +69,7 @@ FULL = (
         options=SOFTPLUS, dim=32, properties=("threads", "streams", "graph", "after-nan")),
     *pair_cases(_P),
     # decode
-    row("edges", _D, EDGES, "any number of tokens a sequence", dim=16, about="lens"),
+    row("edges", _D, EDGES, "any number of tokens per sequence", dim=16, about="lens"),
     row("nothing", _D, (0, 0), "a batch with no tokens at all: states pass through", dim=32, about="lens"),
     row("nobody", _D, (1, 1), "padding rows only: nothing is read, nothing written", dim=32, pool_slots=2,
         padding=2, about="padding"),

@@ -39,7 +39,7 @@ def print_results(
 
 
 def print_kernels(results: Sequence[Result], title: str) -> None:
-    """One row a kernel: its counts of cases, and how near it came to a bound where it passed."""
+    """One row per kernel: its counts of cases, and how near it came to a bound where it passed."""
     rows = []
     names = [result.kernel.removesuffix("+decode") for result in results]  # a prefill's own, decode after it or not
     for kernel in dict.fromkeys(names):

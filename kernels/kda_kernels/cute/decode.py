@@ -53,7 +53,7 @@ class _Last:
 
 def _sizes(call: tuple) -> tuple[tuple, int]:
     """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
-    whether the pool is written, one token a sequence, H, K, HV, V, device, `_parts_of`); the number of sequences."""
+    whether the pool is written, one token per sequence, H, K, HV, V, device, `_parts_of`); the number of sequences."""
     q, offsets = call[0], call[10]
     B, T, H, K = q.shape
     _, _, HV, V = call[2].shape
@@ -88,7 +88,7 @@ def decode(
     *,
     final_state: torch.Tensor | None = None,
 ) -> Outputs:
-    """Runs a problem: any number of tokens a sequence, though it is meant for 1 to 8.
+    """Runs a problem: any number of tokens per sequence, though it is meant for 1 to 8.
 
     Args:
         inputs: see `Inputs`. Tokens may have any strides with a contiguous last dimension; nothing is copied. The

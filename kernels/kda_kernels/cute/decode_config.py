@@ -96,7 +96,7 @@ class DecodeSpec:
             state_indices and of cu_seqlens; None where there is no such tensor.
         h0, ht: dtypes of the state that comes in and of the one that goes out, or None; with a pool (`index` is not
             None) h0 is both. token_states: dtype of the states after each token, or None.
-        one_token: a dense batch of one token a sequence: no loop.
+        one_token: a dense batch of one token per sequence: no loop.
         config: see `DecodeConfig`.
         accepted, token_rows: dtypes of num_accepted_tokens and of token_state_indices, or None.
         fresh: whether has_initial_state says which states begin with nothing.

@@ -1,7 +1,7 @@
 """Device half of the CuTe DSL decode: a CTA takes some rows of one head's state through every token of its sequence.
 
 A state tile is read once, held in fp32 registers over all tokens and written once. Eight lanes share a row of the state
-and each access moves 16 bytes a lane, 128 bytes a row: whole lines for the memory, and sums over K that are 3 shuffles.
+and each access moves 16 bytes per lane, 128 bytes per row: whole lines for the memory, and sums over K of 3 shuffles.
 What a token's channels need once for the whole tile (gate, norms, k.q) is made by one thread a channel and shared
 through shared memory, so that q, k and g may lie at any address.
 

@@ -21,7 +21,7 @@ L2_EPS = 1e-6  # under the root of an L2 norm
 
 # Decays multiply a state token after token, so what they are made of is accurate to about an ulp: the approximations of
 # the hardware (2 ulp) would be three times the error of plain fp32 after three tokens. One thread a channel pays for
-# it, once a token. Where all that goes out is rounded to 8 or 11 bits, nobody could see it: `exact` is False there.
+# it, once per token. Where all that goes out is rounded to 8 or 11 bits, nobody could see it: `exact` is False there.
 EXP2 = [LN_2**n / math.factorial(n) for n in range(8)]  # 2**f, |f| <= 1/2: the next term is under 5e-9
 ATANH = [1 / (2 * n + 1) for n in range(8)]  # atanh(z) / z in z**2, z <= 1/3: the next term is under 2e-9
 # log(1 + e) / e, 0 <= e <= 1, within 1.5e-6 of it and 1 at 0: a fit by least squares of relative errors, reweighted

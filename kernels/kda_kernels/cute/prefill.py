@@ -8,7 +8,7 @@ checkpoints inside of units are made from the states before these.
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp16 and fp32 activations, sizes other
 than 128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without.
 
-Floor: q, k, v, g, beta and o moved once, 1.28 KB a token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
+Floor: q, k, v, g, beta and o moved once, 1.28 KB per token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
 Range: where gates have a bound, keys and queries are multiplied by decays of up to exp(80) before products take them,
 and their norms divided out after that. They may be as long as 2^37 = 1.4e11, whether L2 norms are made here or not;

@@ -35,7 +35,7 @@ def units_of(tokens: int, HV: int, sms: int) -> int:
 
 
 class HopperCarried:
-    """See `kda_kernels.parallel.prefill.Carried`. Memory: 256 bytes a token and head until `finish`."""
+    """See `kda_kernels.parallel.prefill.Carried`. Memory: 256 bytes per token and head until `finish`."""
 
     def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
         """Args: checked inputs of one sequence, dense. Raises: as `cute.prefill.prefill`."""

@@ -17,7 +17,7 @@ class Relater:
 
     @cute.jit
     def squares(self, raw, sums, warp: Int32, lane: Int32):
-        """q.q, k.k and q.k of 8 tokens a warp: diagonals of products of both, 16 rows, with k and with q."""
+        """q.q, k.k and q.k of 8 tokens per warp: diagonals of products of both, 16 rows, with k and with q."""
         summary = cutlass.const_expr(not self.spec.part.reads)
         rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
         with_k, with_q = ((Float32(0.0),) * 4,) * 2
@@ -63,7 +63,7 @@ class Relater:
 
     @cute.jit
     def spread(self, acc, scratch, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
-        """[kE; qE] kI^T, 16 rows a warp: L's blocks on and under the diagonal to `scratch`, tril(qE kI^T) to `mix`."""
+        """[kE; qE] kI^T, 16 rows per warp: L's blocks on and under the diagonal to scratch, tril(qE kI^T) to `mix`."""
         for w in cutlass.range_constexpr(4):
             if warp == w:
                 for h in cutlass.range_constexpr(2):

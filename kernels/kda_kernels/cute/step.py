@@ -1,6 +1,6 @@
 """The decode kernel where a convolution comes before the recurrence or a gated norm behind it: what a step launches.
 
-Floor: beside the state, W - 1 inputs a channel read and written, and the gate. H=12, one token: 28 KB a sequence both
+Floor: beside the state, W - 1 inputs a channel read and written, and the gate. H=12, one token: 28 KB per sequence both
 ways, beside 1.57 MB of fp32 state.
 """
 

@@ -36,7 +36,7 @@ _patches: list[Patches] = []
 
 
 def install() -> None:
-    """Adds the choice; called by SGLang in each of its processes. Why it cannot is logged, once a process."""
+    """Adds the choice; called by SGLang in each of its processes. Why it cannot is logged, once per process."""
     if _patches:
         return
     reason = next((reason for site, reason in reasons(SITES).items() if site.patched and site.ours and reason), None)

@@ -53,7 +53,7 @@ _patches: list[Patches] = []
 def install() -> None:
     """Puts ours in place of what fits, where KDA_VLLM=1; called by vLLM in each of its processes, any number of times.
 
-    What does not fit is logged, once a process, and left as it is.
+    What does not fit is logged, once per process, and left as it is.
     """
     if os.environ.get(VARIABLE, "0") in ("", "0") or _patches:
         return

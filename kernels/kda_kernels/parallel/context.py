@@ -25,7 +25,7 @@ def even_cuts(tokens: int, ranks: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(eq=False)
 class ContextParallel:
-    """A packed batch whose tokens are spread over the ranks of a group, seen from one rank. Made once a batch by `of`.
+    """A packed batch whose tokens are spread over the ranks of a group, seen from one. Made once per batch by `of`.
 
     Each rank holds a contiguous part of the tokens, which may begin and end anywhere and may be empty. An empty
     sequence belongs to the rank in whose part it lies.

@@ -1,4 +1,4 @@
-"""What ranks tell each other: once a batch what they are about to do, and once a layer their summaries."""
+"""What ranks tell each other: once per batch what they are about to do, and once per layer their summaries."""
 
 import datetime
 import json

@@ -35,7 +35,7 @@ def chunk_recurrence(
     Args:
         batch: the call, in fp64 or fp32.
         states: [n, HV, V, K] in the dtype of the batch, updated in place.
-        chunk: tokens a chunk.
+        chunk: tokens per chunk.
         rounded: applied to every operand of a matmul.
         after: called with the number of tokens done, and the states of the sequences that have them all or end there.
 

@@ -41,7 +41,7 @@ def chunk_form(
 
     Args:
         inputs: the call.
-        chunk: tokens a chunk.
+        chunk: tokens per chunk.
         operand_dtype: None: fp64 throughout, output and state too. A dtype (or "tf32", see `operand_rounding`): the
             plain implementation in that precision, which tolerances are built on. Activations, norms, cumulative
             gates, decays, accumulation, the triangular solve and the state are fp32; rounded to `operand_dtype` are,

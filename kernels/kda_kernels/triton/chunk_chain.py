@@ -8,7 +8,7 @@ A program owns BV value channels of one head of one sequence. For each chunk, wi
     S  = decay * S + kd^T v'
 
 The unit diagonal of the inverse I + Z is never rounded, and r is small where the state already knows v: both keep bf16
-products close to the exact result. Reads 1024 + 256 bytes a token and head (bf16, K = V = 128) and writes 256.
+products close to the exact result. Reads 1024 + 256 bytes per token and head (bf16, K = V = 128) and writes 256.
 """
 
 import triton

@@ -7,7 +7,7 @@ For each chunk of C = 64 tokens and each value head, with G the cumulative log d
     qg  = scale * q * exp(G),   kg = k * exp(G),   kd = k * exp(G_last - G),   decay = exp(G_last)
 
 Raw gates go in: activation, bias and cumulative sums happen on the way, so the cumulative gate never exists in memory.
-Reads 768 bytes a token and head (bf16, K = 128) and writes 1152.
+Reads 768 bytes per token and head (bf16, K = 128) and writes 1152.
 
 No overflow and no division by a decay: exp(G_i - G_j), i >= j, is split at a reference token r between j and i into
 exp(G_i - G_r) exp(G_r - G_j), both <= 1. Halving the chunk again and again (32, 16, ..., 1) gives every pair exactly

@@ -144,7 +144,7 @@ def chunk_factors_bounded_kernel(
     scan_gates(g, A_log, dt_bias, G, lower_bound, length - i_t * C, i_hv, g_t, K, BK, C, GATE)
     tl.debug_barrier()  # what some threads wrote, others read
 
-    # Channels in parts of KB, first of k, then of q: whole tiles of both and of G would leave room for one program a SM
+    # Channels in parts of KB, first of k, then of q: whole tiles of both and G leave room for one program per SM
     k_norm = tl.zeros([C], tl.float32) + 1.0
     if L2NORM:
         k_norm = inverse_norm(k, k_t, here, K, BK)

@@ -1,4 +1,4 @@
-"""Which chunk is whose: one table, prepared once a batch and passed to every stage of the prefill."""
+"""Which chunk is whose: one table, prepared once per batch and passed to every stage of the prefill."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kda_kernels.problem import CHUNK
 from kda_kernels.triton.launch import launch
 from kda_kernels.triton.runtime import on_device, require_device
 
-BLOCK, WARPS = 256, 2  # chunks a step, of one program a sequence
+BLOCK, WARPS = 256, 2  # chunks a step, of one program per sequence
 
 
 def max_chunks(total_tokens: int, num_seqs: int, chunk_size: int = CHUNK) -> int:
@@ -38,7 +38,7 @@ def in_order(h: torch.Tensor, cu_seqlens: torch.Tensor | None, B: int) -> torch.
 
 @triton.jit(do_not_specialize=["cu_seqlens", "total"])
 def chunk_indices_kernel(cu_seqlens, out, total, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows from the first slot of sequence n up to that of the next, or to all of them; one program a sequence."""
+    """Rows from the first slot of sequence n up to that of the next, or to all of them; one program per sequence."""
     n = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + n).to(tl.int64)
     end = tl.load(cu_seqlens + n + 1).to(tl.int64)
@@ -58,7 +58,7 @@ def prepare_chunk_indices(cu_seqlens: torch.Tensor, total_tokens: int, chunk_siz
     Args:
         cu_seqlens: int32 or int64 [N + 1], cumulative lengths.
         total_tokens: T, the length of the packed tensors.
-        chunk_size: tokens a chunk.
+        chunk_size: tokens per chunk.
 
     Returns:
         int32 [T // chunk_size + N, 2], chunks in order; rows that no chunk needs hold -1: there, kernels leave at once.

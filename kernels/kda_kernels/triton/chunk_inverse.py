@@ -1,10 +1,10 @@
-"""Second kernel of the prefill: Z, the part below the diagonal of the inverse of I + L, one warp a chunk and head.
+"""Second kernel of the prefill: Z, the part below the diagonal of the inverse of I + L, one warp per chunk and head.
 
 Exact block substitution, never a Neumann series: the inverse of [[P, 0], [R, S]] is [[P', 0], [-S' R P', S']], applied
 to blocks of 1, 2, 4 and 8, then across the four 16 x 16 blocks of a row. Products are as exact as fp32 operands cut to
 16 bits make them. A kernel of its own, since here every product fits one warp: no barriers, and an eighth of the
 instructions that 64 x 64 tiles spread over four warps took. Only blocks on and below the
-diagonal are read (160 bytes a token and head) and written (80).
+diagonal are read (160 bytes per token and head) and written (80).
 """
 
 import triton

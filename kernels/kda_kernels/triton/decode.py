@@ -26,7 +26,7 @@ FEATURES = frozenset(
         *("token_state_indices", "batch_invariant", "strided_indices", "tail", "conv", "norm"),
     )
 )
-# What `kda compile` builds where nothing is said: a pool in place, one token a sequence.
+# What `kda compile` builds where nothing is said: a pool in place, one token per sequence.
 _POOL = Problem(Op.DECODE, (1,) * 32, H=32, HV=32, packed=False, pool_slots=64)
 USUAL = {
     "softplus": _POOL,
@@ -61,14 +61,14 @@ class DecodeConfig:
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
             return cls(BV=min(32, rows), num_warps=4)
-        # Half the rows a program when that is what it takes to give every multiprocessor eight programs.
+        # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         return cls(BV=min(BV * 128 // max(128, next_power_of_2(K)), rows))
 
     @classmethod
     @functools.cache
     def whole(cls, K: int, V: int) -> "DecodeConfig":
-        """For programs that have all of a head: 128 numbers of its state a thread, as few threads as channels."""
+        """For programs that have all of a head: 128 numbers of its state per thread, as few threads as channels."""
         rows = next_power_of_2(V)
         return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (128 * 32), 1), 16))
 
@@ -80,7 +80,7 @@ def decode(
     *,
     final_state: torch.Tensor | None = None,
 ) -> Outputs:
-    """Runs a checked problem: any number of tokens a sequence, though it is meant for one or a few.
+    """Runs a checked problem: any number of tokens per sequence, though it is meant for one or a few.
 
     Args:
         inputs: see `Inputs`; call `checks.check_inputs` on it first. Tokens may have any strides with a contiguous last

@@ -8,7 +8,7 @@ loads of the state and of the first token are issued before anything waits for o
 fetched one ahead.
 
 Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp): 128 registers, no spills; 16 loads and
-16 stores of the state, each of 16 bytes a lane; reductions over K by shuffles in the warp, 32 bytes of shared memory.
+16 stores of the state, each of 16 bytes per lane; reductions over K by shuffles in the warp, 32 bytes of shared memory.
 """
 
 import triton
@@ -148,7 +148,7 @@ def decode_kernel(
     scale,
     lower_bound,
     sequences,
-    T,  # tokens a batch row
+    T,  # tokens per batch row
     pool,  # slots of h0
     null_slot,
     columns,

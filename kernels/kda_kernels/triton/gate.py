@@ -19,7 +19,7 @@ from kda_kernels.triton.chunk_indices import prepare_chunk_indices
 from kda_kernels.triton.common import GATE_CODES, gate_parameters, log_decay
 from kda_kernels.triton.runtime import on_device, require_device, unsupported_here
 
-BLOCK = 512  # channels a program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
+BLOCK = 512  # channels per program, 4 bf16 gates (8 bytes) a thread of 4 warps; 1024 was no faster
 UNROLL = 8  # tokens whose loads are in flight together
 # What `kda compile` builds where nothing is said.
 _BOUNDS = {Gate.SOFTPLUS: None, Gate.SAFE: SAFE_BOUND, Gate.NONE: None}

@@ -144,8 +144,8 @@ def prefill(
 
     Args:
         inputs: see `Inputs`; call `checks.check_inputs` on it first.
-        chunk_indices: from `prepare_chunk_indices(cu_seqlens, T)`; made here if not given (engines make it once a batch
-            and pass it to every layer).
+        chunk_indices: from `prepare_chunk_indices(cu_seqlens, T)`; made here if not given (engines make it once per
+            batch and pass it to every layer).
         out: [B, T, HV, V] in the dtype of v.
         return_intermediate_states: also return the state at the start of each chunk, [B, NT, HV, K, V] in the dtype of
             k (NT over all sequences for packed batches; this reads cu_seqlens on the host).

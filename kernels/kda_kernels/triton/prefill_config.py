@@ -9,11 +9,11 @@ from kda_kernels.problem import CHUNK
 
 @dataclasses.dataclass(frozen=True)
 class PrefillConfig:
-    """Tuning choices. Figures behind them: kernels/README.md.
+    """Tuning choices. Figures behind them: docs/notes/prefill-triton.md.
 
     Attributes:
-        BV: value channels a program of the chain. Narrow slices fill the GPU when there are few heads; wide ones reread
-            qg, kg and kd less often when there are many.
+        BV: value channels per program of the chain. Narrow slices fill the GPU when there are few heads; wide ones
+            reread qg, kg and kd less often when there are many.
         chain_warps, chain_stages: of the chain: 3 stages where they fit into shared memory.
         halve_always: `chunk_factors` for bounded gates too.
         KB, KH: of `chunk_factors_bounded` and `chunk_factors`: channels in registers at a time. More channels,

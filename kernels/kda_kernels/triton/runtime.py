@@ -79,7 +79,7 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
 
 
 def register_limit(registers: int | None) -> dict[str, int]:
-    """The launch option for at most so many registers a thread, where the compiler has it (NVIDIA's)."""
+    """The launch option for at most so many registers per thread, where the compiler has it (NVIDIA's)."""
     return {} if registers is None or interpreted() or torch.version.cuda is None else {"maxnreg": registers}
 
 

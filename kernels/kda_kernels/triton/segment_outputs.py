@@ -1,7 +1,7 @@
 """What the tokens of a prefill that is split read of the states before their segments, added to its output.
 
 The output of a token is affine in the state S [V, K] before its segment: o = o' + S r, where o' is what it would be
-without one, and r [K] what the segment's transition makes of its query. 768 bytes a token and head to move.
+without one, and r [K] what the segment's transition makes of its query. 768 bytes per token and head to move.
 
 Both are taken in bf16, which holds what any decay leaves of a query. S in two parts would take half as long again (37
 us instead of 26 for 12 heads and 6560 tokens, by hand).
@@ -17,8 +17,8 @@ from kda_kernels.triton.launch import launch
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.triton.segment_scan import SHARED, Segments, slot_of, units_of
 
-BT = 64  # tokens a step
-# Tokens a program, each of which reads a state. On an H100 the fewest are best for which three programs an SM are
+BT = 64  # tokens per step
+# Tokens a program, each of which reads a state. On an H100 the fewest are best for which three programs per SM are
 # enough: 1024 tokens of 4 heads 4.1 us, where 256 a program take 9.0; 8192 of 12 heads 20.2 (64 a program: 28.3).
 SPANS, PROGRAMS = (64, 128, 256), 3
 NUM_WARPS, NUM_STAGES = 4, 2
