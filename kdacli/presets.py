@@ -31,7 +31,7 @@ class Preset:
         return self.heads // tp
 
 
-# Kimi-Linear: `linear_attn_config` of the config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct (32 heads of 128, 20 of
+# Kimi-Linear: `linear_attn_config` in the config.json of Kimi-Linear-48B-A3B-Instruct (32 heads of 128, 20 of
 # 27 layers). Kimi K3: our own documents. The other two are second-hand, not read from the models' config files:
 # Ling-3.0-flash from vLLM's pull request 52364 (32 heads at TP=1) and one of llama.cpp's (35 of 42 layers), its head
 # size the usual one; GLM-5.3-Flash from Megatron-LM's 7054 (34 of 45 layers, bound -5) and an issue on a port of it

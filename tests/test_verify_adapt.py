@@ -21,11 +21,11 @@ from kdacli.verify.transforms import possible
 @pytest.fixture(autouse=True)
 def everything_is_installed(monkeypatch):
     """So that a peer's contract alone decides."""
-    for name in ("missing_package", "wrong_gpu", "not_loadable"):
+    for name in ("missing_package", "wrong_gpu", "not_loadable", "no_vllm_library"):
         monkeypatch.setattr(here, name, lambda *asked: None)
     monkeypatch.setattr(fla, "unsupported_here", lambda: None)
     for module, names in {
-        "flashkda_prefill": ("_no_library", "_not_loadable"),
+        "flashkda_prefill": ("_not_loadable",),
         "cudnn_prefill": ("_no_engine",),
     }.items():
         for name in names:

@@ -124,6 +124,8 @@ def test_a_case_that_crashes_on_the_way_to_the_smallest_is_said(bad):
 
 
 def test_flags_and_search_are_isolated_too(bad):
+    path = Path(bad.removesuffix(":decode"))
+    path.write_text(path.read_text().replace("tokens < 9", "True"))  # nothing but crashes for the search to find
     kernel = resolve(bad)
     with IsolatedChecker("cpu", 0, 10.0) as checker:
         label, op = checker.give(_given("--lens", "2", "--packed", "--pool", "0"), Op.DECODE)

@@ -261,3 +261,23 @@ def cut_sweeps(data: Data) -> list[Part]:
         chart = charts.lines("N, sequences", {k: [(r["N"], r["median_us"]) for r in by_kernel[k]] for k in kernels})
         found.append(Part(f"kda profile, H={sweep['H']}", sweep["provenance"], charts=[chart]))
     return found
+
+
+def context_parallel(data: Data) -> list[Part]:
+    """One sequence over several GPUs: times by number of ranks."""
+    one = {(r["kernel"], r["tokens"], r["heads"]): r["median_us"] for r in data["rows"] if r["ranks"] == 1}
+    rows = [
+        _row(r["kernel"], r["tokens"], r["heads"], r["ranks"], fmt_us(r["median_us"]),
+             f"{fmt_us(r['low_us'])} to {fmt_us(r['high_us'])}", _speedup(r, one), fmt_us(r["exchange_us"]),
+             fmt_bytes(r["exchange_bytes"]))
+        for r in data["rows"]
+    ]  # fmt: skip
+    names = "kernel, tokens, heads, GPUs, us, 95% interval, one GPU / this, us of the exchange, received"
+    return [
+        Part(f"kda profile --cp, {data['gates']} gates", data["provenance"], tables=[Table(names.split(", "), rows)])
+    ]
+
+
+def _speedup(row: Data, one: dict[tuple[str, int, int], float]) -> str | None:
+    alone = one.get((row["kernel"], row["tokens"], row["heads"]))
+    return None if alone is None else f"{alone / row['median_us']:.2f}"

@@ -24,6 +24,7 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.verify-record/1": parts.verify_runs,
     "kda.profile/2": parts.profile,
     "kda.profile/2 (rows cut to a few keys)": parts.cut_sweeps,
+    "kda.profile-cp/1": parts.context_parallel,
     "kda.compile/1": parts.compiled,
     "kda.compare/1": parts.compare,
     "kda.compare-dumps/1": parts.compare_dumps,
