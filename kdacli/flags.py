@@ -3,11 +3,12 @@
 A flag's default is None, which means "not given": only so can a contradiction be told from a default.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op
 from kdacli.presets import PRESETS
 from kdacli.values import Count, DType, Lens
@@ -188,3 +189,11 @@ def _help_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
         ctx.meta[_WHOLE] = True
         click.echo(ctx.get_help())
         ctx.exit()
+
+
+def require_alone(ctx: click.Context, allowed: Sequence[str], beside: str) -> None:
+    """Raises `InputError` for a flag of the command line that `beside` has no use for."""
+    for parameter in ctx.command.params:
+        typed = ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        if typed and parameter.name not in allowed:
+            raise InputError(f"{parameter.opts[0]} is given with {beside}: leave one out")

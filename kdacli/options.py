@@ -17,6 +17,7 @@ from kdacli.flags import (
     json_option,
     kernel_option,
     problem_options,
+    require_alone,
 )
 from kdacli.presets import PRESETS
 
@@ -34,6 +35,7 @@ __all__ = [
     "problem_from",
     "problem_options",
     "regime_from",
+    "require_alone",
     "require_memory",
 ]
 

@@ -284,7 +284,7 @@ def flashkda() -> bool:
 
     if flashkda_prefill.unsupported() is not None:
         return False
-    flashkda_prefill._load(flashkda_prefill._library())
+    flashkda_prefill.LIBRARY.load()
     return True
 
 

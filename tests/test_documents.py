@@ -19,7 +19,7 @@ PAGES += [ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "README.md"]
 
 def commands() -> list[tuple[str, str]]:
     """Every `kda` command of a code block or of a help text: where it stands, and its words."""
-    texts = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES if page.exists()}
+    texts = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
     for name in COMMANDS:
         found = cli.get_command(click.Context(cli), name)
         assert found is not None
@@ -78,8 +78,6 @@ def test_the_table_of_what_runs_where_is_what_kernels_say():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_of_the_repository(page):
-    if not page.exists():
-        pytest.skip(f"there is no {page.name}")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if (
             "://" not in target
@@ -88,6 +86,17 @@ def test_links_to_files_of_the_repository(page):
         ):
             found = (page.parent / target).exists() or target == "records/report.html" or target.startswith("cli.md")
             assert found, f"{page.name} links to {target}"
+
+
+def test_every_environment_variable_is_documented():
+    text, found = (ROOT / "docs" / "environment.md").read_text(), set()
+    for folder in ("kdacli", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found |= set(re.findall(r'"(KDA_[A-Z_]+)"', path.read_text()))
+    missing = [
+        name for name in sorted(found) if name not in text and not name.startswith(("KDA_CAPTURE", "KDA_PROFILE"))
+    ]
+    assert len(found) > 5 and not missing
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

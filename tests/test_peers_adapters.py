@@ -140,7 +140,7 @@ def test_what_a_contract_refuses(name, change, reason):
 )
 def test_a_missing_peer_says_how_to_get_it(name, reason, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    monkeypatch.delenv(flashkda_prefill.LIBRARY, raising=False)
+    monkeypatch.delenv(flashkda_prefill.LIBRARY.variable, raising=False)
     assert reason in adapter(name).unsupported()
 
 
@@ -157,7 +157,7 @@ def test_a_missing_peer_says_how_to_get_it(name, reason, monkeypatch):
 )
 def test_the_wrong_gpu_is_named(name, capability, monkeypatch, tmp_path):
     (tmp_path / "lib.so").touch()
-    monkeypatch.setenv(flashkda_prefill.LIBRARY, str(tmp_path / "lib.so"))
+    monkeypatch.setenv(flashkda_prefill.LIBRARY.variable, str(tmp_path / "lib.so"))
     monkeypatch.setattr(here, "missing_package", lambda packages, how: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -165,17 +165,17 @@ def test_the_wrong_gpu_is_named(name, capability, monkeypatch, tmp_path):
 
 
 def test_flashkda_is_found_in_an_installed_vllm(monkeypatch, tmp_path):
-    monkeypatch.delenv(flashkda_prefill.LIBRARY, raising=False)
+    monkeypatch.delenv(flashkda_prefill.LIBRARY.variable, raising=False)
     spec = importlib.machinery.ModuleSpec("vllm", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: spec if package == "vllm" else None)
     assert "vllm has no _flashkda_C" in flashkda_prefill.unsupported()
     library = tmp_path / "_flashkda_C.abi3.so"
     library.write_bytes(b"not a library")
-    assert flashkda_prefill._library() == str(library)
+    assert flashkda_prefill.LIBRARY.file == str(library)
     with pytest.raises(UnavailableError, match="cannot be loaded"):
-        flashkda_prefill._load(str(library))
-    monkeypatch.setenv(flashkda_prefill.LIBRARY, str(tmp_path / "other.so"))
+        flashkda_prefill.LIBRARY.load()
+    monkeypatch.setenv(flashkda_prefill.LIBRARY.variable, str(tmp_path / "other.so"))
     assert "there is no such file" in flashkda_prefill.unsupported()
 
 
@@ -416,8 +416,7 @@ HANDED_OVER = [
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(flashkda_prefill, "_library", lambda: "lib.so")
-    monkeypatch.setattr(flashkda_prefill, "_load", lambda lib: (flashkda_fwd, lambda T, H, N: 1000 * T))
+    monkeypatch.setattr(here.VllmLibrary, "load", lambda library: (flashkda_fwd, lambda T, H, N: 1000 * T))
     by_modules = {
         getattr(adapter(name), "MODULES", ("cudnn.linear_attention.ops",)): STAND_INS[name] for name in STAND_INS
     }

@@ -127,6 +127,41 @@ def test_shards_are_one_run(tmp_path):
     assert missing.exit_code == 2 and "shard 1/2 is missing" in missing.output and not (tmp_path / "x.html").exists()
 
 
+def test_shards_of_another_run_are_not_joined(tmp_path):
+    """Of another suite, say: all but the shard and the files of the command has to be the same."""
+    here, there = verified("1/2"), verified("2/2")
+    here["provenance"] = {**MADE, "command": "kda verify --suite quick --shard 1/2 --json a.json"}
+    there["provenance"] = {**MADE, "command": "kda verify --suite full --shard 2/2 --json b.json"}
+    found = report(*write(tmp_path, here, there), "-o", str(tmp_path / "r.html"))
+    assert found.exit_code == 2 and "shard 2/2 is missing" in found.output
+    there["provenance"]["command"] = "kda verify --suite quick --shard 2/2 --json=b.json --force"
+    assert report(*write(tmp_path, here, there), "-o", str(tmp_path / "r.html")).exit_code == 0
+
+
+def test_a_replay_and_a_check_over_ranks(tmp_path):
+    trace = {"trace": "layer 3", "steps": 2, "kernel": "k", "refused": None, "passed": True, "verdicts": []}
+    row = {
+        "op": "decode",
+        "kernel": None,
+        "tensor": "o",
+        "calls": 2,
+        "failed": 1,
+        "error": 0.25,
+        "bound": 1e-3,
+        "call": "c7",
+    }
+    replayed = {
+        "schema": "kda.verify-replay/1", "provenance": MADE, "dump": "dumps", "rows": [row], "broken": ["b.pt is torn"],
+        "traces": [{**trace, "o": [1e-3, 2e-3], "states": [1e-7, "NaN"]}], "wrong": ["c7: o is off"], "notes": [],
+    }  # fmt: skip
+    over = {"case": "an empty rank", "tensor": "o", "error": 1e-3, "bound": 2e-3, "passed": True, "note": ""}
+    ranks = {"schema": "kda.verify-cp/1", "provenance": MADE, "ranks": 4, "rows": [over]}
+    assert report(*write(tmp_path, replayed, ranks), "-o", str(tmp_path / "r.html")).exit_code == 0
+    html = (tmp_path / "r.html").read_text()
+    assert "2 results are wrong" in html and "b.pt is torn" in html and "as recorded" in html and "2.50e-01" in html
+    assert html.count("<svg") == 2 and "an empty rank" in html and "1 tensors passed" in html
+
+
 def test_what_changed_since_a_baseline(tmp_path):
     old = json.loads(next(path for path in RECORDS if path.stem == "prefill-1m-h100").read_text())
     new = json.loads(json.dumps(old))

@@ -21,15 +21,12 @@ from kdacli.verify.transforms import possible
 @pytest.fixture(autouse=True)
 def everything_is_installed(monkeypatch):
     """So that a peer's contract alone decides."""
-    for name in ("missing_package", "wrong_gpu", "not_loadable", "no_vllm_library"):
+    for name in ("missing_package", "wrong_gpu", "not_loadable"):
         monkeypatch.setattr(here, name, lambda *asked: None)
+    for name in ("missing", "not_loadable"):
+        monkeypatch.setattr(here.VllmLibrary, name, lambda library: None)
     monkeypatch.setattr(fla, "unsupported_here", lambda: None)
-    for module, names in {
-        "flashkda_prefill": ("_not_loadable",),
-        "cudnn_prefill": ("_no_engine",),
-    }.items():
-        for name in names:
-            monkeypatch.setattr(f"kdacli.peers.{module}.{name}", lambda: None)
+    monkeypatch.setattr("kdacli.peers.cudnn_prefill._no_engine", lambda: None)
 
 
 def suite(name: str) -> list:

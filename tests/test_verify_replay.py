@@ -108,7 +108,8 @@ def test_a_trace_ends_where_the_states_change(capture):
 
 
 def test_what_goes_with_one_call_only_is_refused(capture):
-    assert "--junit is given with a dump of several calls" in verify(capture, "--junit", "x.xml", code=2).output
+    for flag in (["--junit", "x.xml"], ["--seed", "3"], ["--triton-config", "0"], ["--limit", "5"], ["--shrink", "1"]):
+        assert f"{flag[0]} is given with a dump of several calls" in verify(capture, *flag, code=2).output
     call = "decode.call0003"
     assert "1 passed" in verify(capture, "--call", call, "--kernel", "torch-decode").output
     one = capture / f"{call}.pt"

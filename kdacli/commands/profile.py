@@ -9,7 +9,7 @@ import click
 
 from kda_kernels.errors import InputError
 from kdacli import options
-from kdacli.parallel.ranks import cp_option, require_alone
+from kdacli.parallel.ranks import cp_option
 from kdacli.presets import PRESETS
 from kdacli.profile.cases import axes
 from kdacli.profile.cases.suites import SUITES
@@ -116,7 +116,7 @@ _WITH_CP = (
 
 
 def _over_ranks(ctx: click.Context, ranks: int, params: dict[str, Any]) -> None:
-    require_alone(ctx, _WITH_CP)
+    options.require_alone(ctx, _WITH_CP, "--cp")
     if len(params["gates"]) > 1:
         raise InputError("--gates is given twice with --cp: leave one out")
     from kdacli.output import check_dest

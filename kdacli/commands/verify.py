@@ -8,7 +8,7 @@ import click
 
 from kda_kernels.errors import InputError
 from kdacli import options
-from kdacli.parallel.ranks import cp_option, require_alone, start
+from kdacli.parallel.ranks import cp_option, start
 from kdacli.values import Part
 
 if TYPE_CHECKING:
@@ -176,17 +176,12 @@ def command(
         raise InputError("--junit is -: it should be a file")
     _check_flags(params, suite_name, case_names, seconds, shard)
     _check_workers(params, workers, isolate)
-    if plot or params["dump"]:
-        several = _several(params)
-        if several and (refused := _not_for_several(junit, save_dir, isolate, fail_fast, params)):
-            raise InputError(
-                f"{refused} is given with a dump of several calls: name one of them (--call) or leave it out"
-            )
-        if several:
-            _replay(params["dump"], several, kernels, device, plot, json_dest, force)
-            return
-        if plot:
-            raise InputError("--plot is given without --dump of several calls: it draws decode traces")
+    if several := _several(params):
+        options.require_alone(ctx, _REPLAYED, "a dump of several calls (--call names one)")
+        _replay(params["dump"], several, kernels, device, plot, json_dest, force)
+        return
+    if plot:
+        raise InputError("--plot is given without --dump of several calls: it draws decode traces")
     if list_only:
         if shard:
             raise InputError("--shard is given with --list, which lists whole suites: leave one out")
@@ -223,7 +218,7 @@ def command(
 
 
 def _over_ranks(ctx: click.Context, ranks: int, device: str, json_dest: str | None, force: bool) -> None:
-    require_alone(ctx, ("cp", "device", "json_dest", "force"))
+    options.require_alone(ctx, ("cp", "device", "json_dest", "force"), "--cp")
     from kdacli.device import pick_device
     from kdacli.output import check_dest
 
@@ -248,11 +243,7 @@ def _several(params: options.Params) -> "tuple[list[Dump], list[str]] | None":
     return (dumps, broken) if len(dumps) + len(broken) > 1 else None
 
 
-def _not_for_several(
-    junit: str | None, save_dir: str | None, isolate: bool | None, fail_fast: bool, params: options.Params
-) -> str | None:
-    given = {"--junit": junit, "--save": save_dir, "--isolate": isolate, "--fail-fast": fail_fast, "--op": params["op"]}
-    return next((flag for flag, value in given.items() if value), None)
+_REPLAYED = ("dump", "kernels", "device", "plot", "json_dest", "force")  # flags that a replay has a use for
 
 
 def _replay(

@@ -19,14 +19,6 @@ def cp_option(what: str):
     )  # fmt: skip
 
 
-def require_alone(ctx: click.Context, allowed: Sequence[str]) -> None:
-    """Raises `InputError` for a flag that --cp has no use for."""
-    for parameter in ctx.command.params:
-        typed = ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
-        if typed and parameter.name not in allowed:
-            raise InputError(f"{parameter.opts[0]} is given with --cp: leave one out")
-
-
 def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
     """Runs this command line in so many processes of this machine, and returns its exit code; None: this is a rank.
 

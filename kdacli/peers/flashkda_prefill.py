@@ -7,19 +7,16 @@ The library is vLLM's `_flashkda_C.abi3.so` (written against 0.33.0): found in a
 for it, or where the environment variable KDA_FLASHKDA_LIB says.
 """
 
-import functools
-
 import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
-from kda_kernels.errors import UnavailableError, one_line
 from kda_kernels.problem import SAFE_BOUND, Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
 from kdacli.peers.given import gate_parameters, gathered_states, require_aligned, scattered_states
 
-LIBRARY = "KDA_FLASHKDA_LIB"
+LIBRARY = here.VllmLibrary("KDA_FLASHKDA_LIB", "_flashkda_C", ("_flashkda_C.fwd", "_flashkda_C.get_workspace_size"))
 
 # From FlashKDA's README ("Kernel API") and the checks in csrc/flash_kda.cpp. A_log and dt_bias go in as fp32, which
 # narrower ones become without loss. It reads its tensors through TMA descriptors, which take addresses that are
@@ -39,33 +36,10 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     return (
         (CONTRACT.refusal(problem) if problem is not None else None)
-        or here.no_vllm_library(LIBRARY, "_flashkda_C")
+        or LIBRARY.missing()
         or here.wrong_gpu("FlashKDA", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
-        or _not_loadable()
+        or LIBRARY.not_loadable()
     )
-
-
-def _library() -> str | None:
-    """The file to load."""
-    return here.vllm_library(LIBRARY, "_flashkda_C")
-
-
-def _not_loadable() -> str | None:
-    try:
-        _load(_library())
-    except UnavailableError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def _load(library: str):
-    """The operators of the library."""
-    try:
-        torch.ops.load_library(library)
-        return torch.ops._flashkda_C.fwd, torch.ops._flashkda_C.get_workspace_size
-    except (OSError, AttributeError) as error:
-        raise UnavailableError(f"{library} cannot be loaded: {one_line(error)}") from error
 
 
 def run(inputs: Inputs) -> Outputs:
@@ -78,7 +52,7 @@ def run(inputs: Inputs) -> Outputs:
     Raises:
         InputError: a tensor that goes in as it is does not start at a multiple of 16 bytes.
     """
-    fwd, get_workspace_size = _load(_library())
+    fwd, get_workspace_size = LIBRARY.load()
     check_inputs(inputs)
     q, cu_seqlens, options = inputs.q, inputs.cu_seqlens, inputs.options
     pooled = inputs.state_indices is not None

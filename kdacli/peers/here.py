@@ -1,14 +1,17 @@
 """Whether a peer can run on this machine: its package, the GPU, and what fails when it is imported."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,25 +29,61 @@ def missing_package(packages: Sequence[str], how: str) -> str | None:
     return f"{packages[0]} is not installed: {how}"
 
 
-def vllm_library(variable: str, stem: str) -> str | None:
-    """The file of a library that vLLM ships, whose name begins with `stem`: in an installed vllm, which is not imported
-    for it, or where the environment variable says; None where there is none.
+@dataclasses.dataclass(frozen=True)
+class VllmLibrary:
+    """A library of operators that vLLM ships: in an installed vllm, which is not imported for it, or where an
+    environment variable says.
+
+    Attributes:
+        variable: that environment variable.
+        stem: how the file's name begins.
+        operators: "namespace.name" of each, in `torch.ops`.
     """
-    if said := os.environ.get(variable):
-        return said
-    spec = importlib.util.find_spec("vllm")
-    folders = spec.submodule_search_locations or () if spec else ()
-    return next((str(file) for folder in folders for file in sorted(Path(folder).glob(f"{stem}*.so"))), None)
+
+    variable: str
+    stem: str
+    operators: tuple[str, ...]
+
+    @property
+    def file(self) -> str | None:
+        """None where there is none."""
+        if said := os.environ.get(self.variable):
+            return said
+        spec = importlib.util.find_spec("vllm")
+        folders = spec.submodule_search_locations or () if spec else ()
+        found = (str(file) for folder in folders for file in sorted(Path(folder).glob(f"{self.stem}*.so")))
+        return next(found, None)
+
+    def missing(self) -> str | None:
+        """Why there is no such library; None if there is one."""
+        if said := os.environ.get(self.variable):
+            return None if Path(said).is_file() else f"{self.variable} is {said}: there is no such file"
+        how = f"pip install vllm, or set {self.variable} to its {self.stem}.abi3.so"
+        if (reason := missing_package(("vllm",), how)) is not None:
+            return reason
+        older = f"vllm has no {self.stem}: 0.33.0 or newer is needed, or set {self.variable}"
+        return older if self.file is None else None
+
+    def not_loadable(self) -> str | None:
+        """Why `load` would raise; None if it would not."""
+        try:
+            self.load()
+        except UnavailableError as error:
+            return str(error)
+        return None
+
+    def load(self) -> tuple[Any, ...]:
+        """The operators. Raises `UnavailableError`."""
+        return _operators(self.file, self.operators)
 
 
-def no_vllm_library(variable: str, stem: str) -> str | None:
-    """Why there is no such library; None if there is one."""
-    if said := os.environ.get(variable):
-        return None if Path(said).is_file() else f"{variable} is {said}: there is no such file"
-    if (reason := missing_package(("vllm",), f"pip install vllm, or set {variable} to its {stem}.abi3.so")) is not None:
-        return reason
-    found = vllm_library(variable, stem)
-    return None if found else f"vllm has no {stem}: 0.33.0 or newer is needed, or set {variable}"
+@functools.cache
+def _operators(file: str | None, names: tuple[str, ...]) -> tuple[Any, ...]:
+    try:
+        torch.ops.load_library(file)
+        return tuple(operator.attrgetter(name)(torch.ops) for name in names)
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(f"{file} cannot be loaded: {one_line(error)}") from error
 
 
 def wrong_gpu(who: str, majors: Collection[int], needs: str) -> str | None:

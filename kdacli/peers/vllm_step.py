@@ -4,21 +4,17 @@ The library is vLLM's `_C_stable_libtorch.abi3.so` (written against 0.33.0): fou
 imported for it, or where the environment variable KDA_VLLM_LIB says.
 """
 
-import functools
-from typing import Any
-
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
-from kda_kernels.errors import UnavailableError, one_line
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.peers import here
 from kdacli.peers.given import gate_parameters, parameter
 
-LIBRARY = "KDA_VLLM_LIB"
+LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
 # From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. A_log, dt_bias and
 # the norm's weight go in as fp32, which narrower ones become without loss.
@@ -41,33 +37,10 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     return (
         (CONTRACT.refusal(problem) if problem is not None else None)
-        or here.no_vllm_library(LIBRARY, "_C_stable_libtorch")
+        or LIBRARY.missing()
         or here.wrong_gpu("vLLM's fused decode", (9, 10, 12), "Hopper or Blackwell (sm_90, sm_10x, sm_12x)")
-        or _not_loadable()
+        or LIBRARY.not_loadable()
     )
-
-
-def _library() -> str | None:
-    """The file to load."""
-    return here.vllm_library(LIBRARY, "_C_stable_libtorch")
-
-
-def _not_loadable() -> str | None:
-    try:
-        _load(_library())
-    except UnavailableError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def _load(library: str | None) -> Any:
-    """The operator."""
-    try:
-        torch.ops.load_library(library)
-        return torch.ops._C.fused_kda_decode
-    except (OSError, AttributeError) as error:
-        raise UnavailableError(f"{library} cannot be loaded: {one_line(error)}") from error
 
 
 def run(inputs: Inputs) -> Outputs:
@@ -75,7 +48,7 @@ def run(inputs: Inputs) -> Outputs:
 
     The convolution's weight is laid out anew once, as vLLM does when it loads a model.
     """
-    step = _load(_library())
+    (step,) = LIBRARY.load()
     check_inputs(inputs)
     conv, norm, N = inputs.conv, inputs.norm, inputs.N
     assert conv is not None, "its contract asks for a convolution"

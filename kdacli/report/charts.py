@@ -3,7 +3,7 @@
 import functools
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdacli.profile.records.record import Record
@@ -73,13 +73,13 @@ def _svg(draw: "Callable[[Axes], None]", height: float) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>c{_drawn}-", svg)
 
 
-def lines(label: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """us per call against something, one curve a kernel."""
+def lines(label: str, curves: Mapping[str, Sequence[tuple[float, float]]], what: str = "us per call, median") -> str:
+    """`what` against something, one curve per kernel."""
 
     def draw(panel: "Axes") -> None:
         for kernel, points in curves.items():
             panel.plot(*zip(*points, strict=True), label=kernel, linewidth=1.2)
-        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="us per call, median")
+        panel.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
         panel.grid(True, which="both", alpha=0.25)
         panel.legend(fontsize=9)
 

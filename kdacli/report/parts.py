@@ -106,6 +106,39 @@ def verify_runs(data: Data) -> list[Part]:
     return found
 
 
+def replay(data: Data) -> list[Part]:
+    """A capture replayed: call by call, and decode traces by themselves, with their drift."""
+    wrong = [*data["wrong"], *data["broken"]]
+    verdict = _judged(len(wrong), f"{len(wrong)} results are wrong", "everything within tolerance")
+    part = Part(f"kda verify --dump {data['dump']}", data["provenance"], verdict, [*wrong, *data["notes"]])
+    rows = [
+        _row(r["kernel"] or "as recorded", r["op"], r["tensor"], r["calls"], _number(r["error"]), _number(r["bound"]),
+             r["call"], Cell(f"{r['failed']} failed", BAD) if r["failed"] else Cell("passed", GOOD))
+        for r in data["rows"]
+    ]  # fmt: skip
+    columns = ("result of", "op", "tensor", "calls", "worst error", "tolerance", "in", "")
+    part.tables.append(Table(columns, rows, "From the recorded states"))
+    for tensor in ("o", "states"):
+        for name in dict.fromkeys(one["trace"] for one in data["traces"] if one[tensor]):
+            mine = [one for one in data["traces"] if one["trace"] == name and one[tensor]]
+            curves = {one["kernel"]: list(enumerate(map(float, one[tensor]), 1)) for one in mine}
+            part.charts.append(charts.lines(f"{tensor}, step of {name}", curves, "relative error"))
+    return [part]
+
+
+def over_ranks(data: Data) -> list[Part]:
+    """`kda verify --cp`."""
+    bad = sum(not row["passed"] for row in data["rows"])
+    verdict = _judged(bad, f"{bad} of {len(data['rows'])} tensors are wrong", f"{len(data['rows'])} tensors passed")
+    rows = [
+        _row(r["case"], r["tensor"], _number(r["error"]), _number(r["bound"]),
+             _status("pass" if r["passed"] else "fail"), r["note"])
+        for r in data["rows"]
+    ]  # fmt: skip
+    table = Table(("case", "tensor", "error", "tolerance", "", "note"), rows)
+    return [Part(f"kda verify --cp, {data['ranks']} ranks", data["provenance"], verdict, tables=[table])]
+
+
 def _kernels(rows: Iterable[Data]) -> list[str]:
     return list(dict.fromkeys(row["kernel"] for row in rows))
 

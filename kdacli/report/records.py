@@ -1,5 +1,6 @@
 """Records as they lie on a disk: read, told apart by their schema, and joined where they are shards of one run."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ class Source(NamedTuple):
 SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.verify/1": parts.verify,
     "kda.verify-record/1": parts.verify_runs,
+    "kda.verify-replay/1": parts.replay,
+    "kda.verify-cp/1": parts.over_ranks,
     "kda.profile/2": parts.profile,
     "kda.profile/2 (rows cut to a few keys)": parts.cut_sweeps,
     "kda.profile-cp/1": parts.context_parallel,
@@ -52,7 +55,8 @@ def shown(source: Source) -> list[Part]:
 def joined(sources: Sequence[Source]) -> list[Source]:
     """The shards of one `kda verify --shard I/N` as one record, in the place of the first; others as they are.
 
-    Shards belong together where all but their number is the same: kda, its commit, the seed, the device.
+    Shards belong together where all but their number is the same: kda, its commit, the seed, the device, and the
+    command but for its files.
 
     Raises:
         InputError: a shard is missing, or given twice.
@@ -66,9 +70,9 @@ def joined(sources: Sequence[Source]) -> list[Source]:
 
 def _run_of(data: Data) -> str:
     made = data["provenance"]
-    return repr(
-        [made.get(key) for key in ("kda", "commit", "seed")] + [data["shard"].split("/")[1], data.get("device")]
-    )
+    words = re.sub(r"--(shard|json|junit|save)[ =]\S+|--force\b", "", str(made.get("command"))).split()
+    same = [made.get(key) for key in ("kda", "commit", "seed")]
+    return repr([*same, data["shard"].split("/")[1], data["device"], words])
 
 
 def _join(run: list[Source]) -> Source:

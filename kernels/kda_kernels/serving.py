@@ -97,7 +97,7 @@ def kda_decode(
     call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
         has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, None, False, None,
-        None,
+        None, None, None,
     )  # fmt: skip
     _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
@@ -198,7 +198,7 @@ def kda_prefill(
     )
     call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
-        has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu,
+        has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu, None, None,
     )  # fmt: skip
     _require_pool(state, state_indices)
     if group is not None:

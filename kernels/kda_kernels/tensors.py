@@ -180,7 +180,7 @@ class Inputs:
     norm: GatedNorm | None = None
 
     def fields(self) -> tuple:
-        """All of them, in order: `Inputs(*fields)`. Repeated calls are passed on so; new fields come last."""
+        """All of them, in order: `Inputs(*fields)`. Repeated calls are passed on so, and `picker` takes some out."""
         return _FIELDS(self)
 
     @property
@@ -288,7 +288,13 @@ class Inputs:
         )
 
 
-_FIELDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Inputs)))
+_NAMES = [field.name for field in dataclasses.fields(Inputs)]
+_FIELDS = operator.attrgetter(*_NAMES)
+
+
+def picker(*names: str) -> Callable[[tuple], Any]:
+    """What takes the fields with these names out of `Inputs.fields()`: two or more of them, in this order."""
+    return operator.itemgetter(*map(_NAMES.index, names))
 
 
 def _once(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -93,17 +93,17 @@ def _print(wanted: Wanted, found: Replay, broken: Sequence[str]) -> None:
         )
         for row in found.summary()
     ]
-    console().print(table(title, ("result of", "tensor", "calls", "worst error", "its bound", "in", ""), cells))
-    drifts = [
-        (drift.kernel, v.tensor, str(steps), _curve(drift, v.tensor), fmt_sci(v.bound), _word(v.passed))
-        for _, steps, drift in found.drifts
-        for v in drift.verdicts
-    ]
-    for name in dict.fromkeys(name for name, _, drift in found.drifts if drift.verdicts):
-        say(f"decode trace {name}")
-    if drifts:
-        columns = ("by itself", "tensor", "steps", "error after the first, middle and last step", "bound", "")
-        console().print(table(None, columns, drifts))
+    say(f"{title}:")
+    console().print(table(None, ("result of", "tensor", "calls", "worst", "bound", "in", ""), cells))
+    for name, steps in dict.fromkeys((name, steps) for name, steps, drift in found.drifts if drift.verdicts):
+        say(f"{name}: {steps} steps, each kernel by itself; errors after the first, the middle and the last step:")
+        drifts = [drift for trace_name, _, drift in found.drifts if trace_name == name]
+        rows = [
+            (drift.kernel, v.tensor, *_curve(drift, v.tensor), fmt_sci(v.bound), _word(v.passed))
+            for drift in drifts
+            for v in drift.verdicts
+        ]
+        console().print(table(None, ("by itself", "tensor", "first", "middle", "last", "bound", ""), rows))
     for (kernel, reason), calls in found.not_run.items():
         console().print(dim(f"not run: {kernel}: {reason} ({calls} of the calls)"), soft_wrap=True)
     for note in found.notes:
@@ -118,6 +118,6 @@ def _word(passed: bool) -> Any:
     return good("ok") if passed else bad("FAIL")
 
 
-def _curve(drift: trace.Drift, tensor: str) -> str:
+def _curve(drift: trace.Drift, tensor: str) -> list[str]:
     errors = drift.o if tensor == "o" else drift.states
-    return ", ".join(fmt_sci(errors[i]) for i in (0, len(errors) // 2, -1)) if errors else "-"
+    return [fmt_sci(errors[i]) for i in (0, len(errors) // 2, -1)] if errors else ["-"] * 3

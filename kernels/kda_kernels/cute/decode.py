@@ -23,7 +23,7 @@ from kda_kernels.cute.runtime import architecture, unsupported_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Convolution, GatedNorm, Inputs, Outputs, picker
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.variant import H100, Gpu
 
@@ -51,21 +51,29 @@ class _Last:
     for_count: dict[int, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
+# What is taken out of a call, by the names of its fields.
+_SIZED = picker("q", "v", "options", "cu_seqlens", "update_state", "conv", "norm")
+_PASSED_ON = picker(
+    *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "state_v_first"),
+    *("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices"),
+)
+_OF_PARTS = picker("q", "v", "state_indices", "cu_seqlens", "num_accepted_tokens", "conv", "norm")
+
+
 def _sizes(call: tuple) -> tuple[tuple, int]:
     """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
     whether the pool is written, one token per sequence, H, K, HV, V, device, `_parts_of`); the number of sequences."""
-    q, offsets = call[0], call[10]
+    q, v, options, offsets, update, conv, norm = _SIZED(call)
     B, T, H, K = q.shape
-    _, _, HV, V = call[2].shape
-    parts = _parts_of(call, HV // H) if len(call) > 23 else None
+    _, _, HV, V = v.shape
+    parts = None if conv is None and norm is None else _parts_of(conv, norm, HV // H)
     if offsets is None:
-        return (call[5], call[16], T == 1, H, K, HV, V, q.device, parts), B
-    return (call[5], call[16], False, H, K, HV, V, q.device, parts), offsets.shape[0] - 1
+        return (options, update, T == 1, H, K, HV, V, q.device, parts), B
+    return (options, update, False, H, K, HV, V, q.device, parts), offsets.shape[0] - 1
 
 
-def _parts_of(call: tuple, group: int) -> tuple[int, bool] | None:
+def _parts_of(conv: Convolution | None, norm: GatedNorm | None, group: int) -> tuple[int, bool] | None:
     """Value heads that share a convolution or a norm, and whether the former's states have tokens first."""
-    conv, norm = call[23], call[24]
     if conv is not None:
         return group, conv.tokens_first
     return None if norm is None else (1, False)
@@ -196,8 +204,8 @@ def _call(
     Raises:
         Exception: it does not take these tensors; nothing was launched.
     """
-    (q, k, v, g, beta, _, A_log, bias, h0, indices, offsets, v_first, _, null_slot, started, accepted, _, kept,
-     kept_rows, *_) = call  # fmt: skip
+    (q, k, v, g, beta, A_log, bias, h0, indices, offsets, v_first, null_slot, started, accepted, kept,
+     kept_rows) = _PASSED_ON(call)  # fmt: skip
     _, _, _, _, K, HV, V, _, parts = key
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not v_first and (h0 is not None or ht is not None):
@@ -236,8 +244,7 @@ def _call(
 
 def _parts(call: tuple, N: int) -> tuple:
     """What a function takes for a convolution and a norm. Raises `ValueError` for what it cannot see."""
-    q, _, v, *_ = call
-    indices, offsets, accepted, conv, norm = call[9], call[10], call[15], call[23], call[24]
+    q, v, indices, offsets, accepted, conv, norm = _OF_PARTS(call)
     convolution: tuple = _NO_PARTS[:4]
     ending: tuple = _NO_PARTS[:3]
     if conv is not None:

@@ -37,7 +37,7 @@ from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Checkpoints, Inputs, Outputs
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs, picker
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.variant import H100, Gpu, Variant
 
@@ -88,14 +88,29 @@ class _Sizes(NamedTuple):
     HV: int
 
 
+# What is taken out of a call, by the names of its fields.
+_SIZED = picker("q", "v", "options", "cu_seqlens", "batch_invariant")
+_PLANNED = picker("cu_seqlens", "batch_invariant", "workspace", "cu_seqlens_cpu")
+_SCANNED = picker("state", "state_indices", "cu_seqlens", "null_slot", "checkpoints")
+_UNSEEN = picker(
+    *("q", "k", "v", "g", "dt_bias", "state", "state_indices", "cu_seqlens", "state_v_first", "has_initial_state"),
+    *("checkpoints", "workspace"),
+)
+_PASSED_ON = picker(
+    *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "null_slot"),
+    *("has_initial_state", "checkpoints"),
+)
+_ROOM = picker("q", "workspace")
+
+
 def _sizes(call: tuple) -> tuple[tuple, _Sizes]:
     """Of the fields of `Inputs`: what compiled functions cannot see of their tensors, or are not compiled for (options,
     batch_invariant, H, K, HV, V, device); and its sizes."""
-    q, offsets = call[0], call[10]
+    q, v, options, offsets, batch_invariant = _SIZED(call)
     B, T, H, K = q.shape
-    _, _, HV, V = call[2].shape
+    _, _, HV, V = v.shape
     N = B if offsets is None else offsets.shape[0] - 1
-    return (call[5], call[20], H, K, HV, V, q.device), _Sizes(B, T, N, HV)
+    return (options, batch_invariant, H, K, HV, V, q.device), _Sizes(B, T, N, HV)
 
 
 _last = _Last()
@@ -245,7 +260,7 @@ def _launch(
             _call(last.functions[Part.WHOLE], tensors, ht, None, 0, *numbers, 0, 0, 0, 0)
         return
     scan, outputs = _segment_kernels()
-    pool, indices, offsets, null_slot, kept = call[8], call[9], call[10], call[13], call[19]
+    pool, indices, offsets, null_slot, kept = _SCANNED(call)
     function = last.functions[Part.SPLIT]
     to_kept = last.functions[Part.KEPT] if kept is not None else None
     N, tokens, packed = sizes.N, sizes.B * sizes.T, offsets is not None
@@ -278,8 +293,7 @@ def _segment_kernels() -> tuple[ModuleType, ModuleType]:
 def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
     """What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
     rows that lie on each other. Raises `_RefusedError`."""
-    (q, k, v, g, _, _, _, bias, h0, indices, offsets, v_first, _, _, started, _, _, _, _, kept, _, given,
-     *_) = call  # fmt: skip
+    q, k, v, g, bias, h0, indices, offsets, v_first, started, kept, given = _UNSEEN(call)
     assert last.key is not None
     N, (_, _, _, K, HV, V, device) = sizes.N, last.key
     if not v_first and (h0 is not None or ht is not None):
@@ -308,8 +322,7 @@ def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: 
 
 def _arguments(call: tuple, o: torch.Tensor) -> tuple:
     """Those of `PrefillKernel.__call__` that all launches share: before `ht`, between it and workspace, behind it."""
-    (q, k, v, g, beta, _, A_log, bias, h0, indices, cu_seqlens, _, _, null_slot, started, _, _, _, _, kept,
-     *_) = call  # fmt: skip
+    q, k, v, g, beta, A_log, bias, h0, indices, cu_seqlens, null_slot, started, kept = _PASSED_ON(call)
     rows = offsets = states = None
     every = 0
     if kept is not None:
@@ -411,9 +424,9 @@ def _split_bytes(split: Split, N: int, units: int, HV: int) -> int:
 
 def _workspace(call: tuple, sizes: _Sizes, split: Split, units: int) -> torch.Tensor:
     """fp32, of one dimension: the caller's, if there is one."""
-    size, given = _split_bytes(split, sizes.N, units, sizes.HV), call[21]
+    size, (q, given) = _split_bytes(split, sizes.N, units, sizes.HV), _ROOM(call)
     if given is None:
-        return torch.empty(size // 4, dtype=torch.float32, device=call[0].device)
+        return torch.empty(size // 4, dtype=torch.float32, device=q.device)
     skipped = -given.data_ptr() % WORKSPACE_ALIGNMENT
     return given[skipped : skipped + size].view(torch.float32)
 
@@ -421,10 +434,11 @@ def _workspace(call: tuple, sizes: _Sizes, split: Split, units: int) -> torch.Te
 def _split_of(call: tuple, sizes: _Sizes, sms: int) -> Split | None:
     """How the sequences of a call are cut. None: they stay whole, as they do where nothing may depend on the batch, or
     where the caller's workspace is too small."""
-    packed, batch_invariant, given, ends = call[10] is not None, call[20], call[21], call[22]
+    cu_seqlens, batch_invariant, given, ends = _PLANNED(call)
     if batch_invariant:
         return None
     B, T, N, HV = sizes
+    packed = cu_seqlens is not None
     if ends is None:
         split = _split(N, B * T, HV, sms)
     else:

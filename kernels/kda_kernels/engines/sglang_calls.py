@@ -146,8 +146,8 @@ class KdaKernel:
         """Prefill; returns o, or (o, None) where the states of all chunks are asked for beside `track_state`.
 
         Args:
-            track_state: fp32 [N, HV, V, K], where the state before chunk track_chunk_idx[n] of sequence n goes; nowhere
-                if that is negative.
+            track_state: fp32 [N, HV, V, K], where the state before chunk track_chunk_idx[n] of sequence n goes; if that
+                is negative, which nobody reads, the state that came in.
         Raises:
             NotImplementedError: states inside the prompts are to be read from anywhere else.
         """
