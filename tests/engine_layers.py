@@ -25,7 +25,9 @@ from unittest import mock
 
 import torch
 
+from kda_kernels import registry
 from kda_kernels.engines import sglang, vllm
+from kdacli.peers import vllm_step
 
 H, D, WIDTH = 12, 128, 4  # Kimi K3's heads on one of 8 GPUs; its convolution
 CHANNELS = 3 * H * D
@@ -232,13 +234,29 @@ def _of_vllm() -> dict[str, dict[str, Any]]:
         "vllm.forward_context": {"get_forward_context": lambda: CONTEXT},
         f"{mamba}.mamba_utils": {"is_conv_state_dim_first": lambda: False},
         f"{mamba}.ops.scatter_states": {"scatter_states": _scatter},
-        "vllm._custom_ops": {"fused_kda_decode": _not_here},
+        "vllm._custom_ops": {"fused_kda_decode": _fused_kda_decode},
         "vllm.compilation.breakable_cudagraph": {"eager_break_during_capture": lambda function: function},
     }  # fmt: skip
 
 
-def _not_here(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("vLLM's compiled operators are not here")
+def vllm_fused() -> str | None:
+    """Why vLLM's own fused step cannot run here; None if it can."""
+    return vllm_step.unsupported()
+
+
+def _fused_kda_decode(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, conv_state: torch.Tensor, raw_g: torch.Tensor,
+    raw_beta: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, state_indices: torch.Tensor,
+    state: torch.Tensor, out: torch.Tensor, lower_bound: float | None, output_gate: torch.Tensor,
+    norm_weight: torch.Tensor, norm_eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """What vLLM's own does where `out` is given, as its layer does: `vllm._custom_ops` imports too much."""
+    (step,) = vllm_step.LIBRARY.load()
+    step(
+        x, weight, bias, conv_state, raw_g, raw_beta, A_log, dt_bias, state_indices, state, out, lower_bound,
+        output_gate, norm_weight, norm_eps,
+    )  # fmt: skip
+    return out
 
 
 def _scatter(pool: torch.Tensor, states: torch.Tensor, slots: torch.Tensor) -> None:
@@ -587,6 +605,22 @@ def _sglang_metadata(batch: Batch) -> Any:
         track_ssm_h_src=index, track_ssm_h_dst=ints(41), track_ssm_h_batch_src=index, state_checkpoint_cu_starts=None,
         num_state_checkpoints=None, state_checkpoint_every_n_tokens=None, state_checkpoint_indices=None,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def kernels_seen() -> Iterator[set[str]]:
+    """Inside, the names of our kernels that calls choose are collected; none goes the way of the call before it."""
+    names: set[str] = set()
+    choose = registry.kernel_for
+
+    def noted(*args: Any) -> registry.Kernel:
+        kernel = choose(*args)
+        names.add(kernel.name)
+        return kernel
+
+    known = {name: lambda call, out: False for name in ("decode_again", "prefill_again")}
+    with mock.patch.multiple(registry, kernel_for=noted, **known):
+        yield names
 
 
 @contextlib.contextmanager

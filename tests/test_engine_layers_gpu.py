@@ -8,8 +8,11 @@ import dataclasses
 
 import pytest
 import torch
+from triton.runtime.autotuner import Autotuner
 
+from kda_kernels.cute import runtime
 from kda_kernels.tensors import Outputs
+from kdacli import autotuning
 from kdacli.capture import capture
 from kdacli.dumps import load_all
 from kdacli.dumps.strides import copy_of
@@ -32,13 +35,23 @@ VLLM = BATCHES | {
 }
 
 
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch):
+    """The engines' kernels in their first configuration: to tune each takes minutes."""
+    monkeypatch.setattr(autotuning, "_taken", None)
+    monkeypatch.setattr(Autotuner, "run", Autotuner.run)
+    autotuning.take(0)
+
+
 def compare(theirs, mine, ours) -> None:
     """`theirs` with the engine's kernels and, inside `ours`, `mine` with ours, on the same tensors."""
     torch.manual_seed(0)
     left = [theirs().results()]
-    with ours():
+    with ours(), engine_layers.kernels_seen() as seen:
         torch.manual_seed(0)
         left.append(mine().results())
+    fast = "cute" if runtime.unsupported_here() is None else "triton"
+    assert seen and all(name.startswith(fast) for name in seen), f"{seen or 'none of ours'} ran"
     theirs, mine = left
     assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
     for name, want in theirs.items():
@@ -64,7 +77,7 @@ def test_vllm_k3_layer(batch, bound):
     if batch.checkpoint and (bound is None or not engine_layers.flashkda()):
         pytest.skip("vLLM keeps checkpoints with FlashKDA only, which is not here or has no such gate")
     with engine_layers.load("vllm", engine_sources.folder("vllm").parent):
-        theirs = dataclasses.replace(batch, fused=False)  # the compiled operators of vLLM are not here
+        theirs = dataclasses.replace(batch, fused=batch.fused and engine_layers.vllm_fused() is None)
         compare(
             lambda: engine_layers.k3(theirs, bound), lambda: engine_layers.k3(batch, bound), engine_layers.ours_in_vllm
         )

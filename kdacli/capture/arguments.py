@@ -92,7 +92,10 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
         elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
             call.options[key] = value
     if site.step:
-        tensors, options = steps.ARRANGEMENTS[site.step](arguments)
+        try:
+            tensors, options = steps.ARRANGEMENTS[site.step](arguments)
+        except ValueError as reason:
+            raise NotKdaError(str(reason)) from reason
         call.tensors |= tensors
         call.options |= options
         call.left_out.clear()  # every argument has its place
@@ -148,7 +151,7 @@ def _present(value: Any) -> bool:
 
 
 def _unpack(call: Call, mixed: torch.Tensor) -> None:
-    """q, k and v of `mixed` [N, 2 H K + HV V], one token per row, as views [1, N, heads, size]."""
+    """q, k and v of `mixed` [N, 2 H K + HV V] as views [1, N, heads, size]; of [N, S, D] as [N, S, heads, size]."""
     if "state" not in call.tensors or call.tensors["state"].ndim != 4:
         raise NotKdaError("q, k and v are packed and no state says which sizes they have")
     HV, V, K = call.tensors["state"].shape[1:]
@@ -156,11 +159,13 @@ def _unpack(call: Call, mixed: torch.Tensor) -> None:
     sizes = {"q": (keys, K), "k": (keys, K), "v": (HV * V, V)}
     parts = mixed.detach().split([width for width, _ in sizes.values()], dim=-1)
     for (name, (_, size)), part in zip(sizes.items(), parts, strict=True):
-        call.tensors[name] = part.unflatten(-1, (-1, size)).unsqueeze(0)
+        tokens = part.unflatten(-1, (-1, size))
+        call.tensors[name] = tokens.unsqueeze(0) if mixed.ndim == 2 else tokens
 
 
 def mark_padding(call: Call, null_slot: int | None) -> None:
     """Padding slots become -1; more slots than sequences are the rest of a buffer. Computes on the call's device."""
+    null_slot = call.options.pop("null_slot", null_slot)
     if not call.pooled:
         return
     tensors = call.tensors

@@ -202,7 +202,8 @@ def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]
     inputs, outputs = (
         {name: copy_with_strides(buffer.view()) for name, buffer in x.items()} for x in (call.inputs, call.outputs)
     )
-    for name, pools in (("state_indices", ("state", "final_state")), ("token_state_indices", ("token_states",))):
+    slots_of = {"state_indices": ("state", "final_state", "conv_states"), "token_state_indices": ("token_states",)}
+    for name, pools in slots_of.items():
         if (indices := inputs.get(name)) is None:
             continue
         used = indices.flatten() >= 0

@@ -28,7 +28,7 @@ class Site:
         own: {argument's name: attribute of self} of what a method does not receive.
         ignored: arguments that are no part of the call, whatever they are called.
         checkpoints: (where states inside the prompts go, at which position of each sequence, tokens a position).
-        step: which of the arrangements of a fused step's arguments it has, see `kdacli.capture.steps`; "" for none.
+        step: how its arguments beside the recurrence are arranged, see `kdacli.capture.steps`; "" where it has none.
         seen_only: why its calls are counted and not recorded; "" if they are recorded.
         since, until: the first release known to have it, and the first known to have it no more; "" where not known.
     """
@@ -62,6 +62,16 @@ _RECORDS = "its states are kept as records that a later call folds in, which a d
 _TREE = {"retrieve_parent_token": "a tree of drafts"}
 _FUSED_ACCEPT = {"fused_accept_state_indices": "its states come from the drafts' own buffer"}
 _OUTPUTS = ("final_state", "workspace", "seq_order")
+
+
+def _kda() -> tuple[Site, ...]:
+    """Ours, where an engine calls them itself."""
+    ranks = {"group": "its tokens are spread over the ranks of a group"}
+    return (
+        Site("kda_kernels.api:kda_decode", "decode", _V_FIRST),
+        Site("kda_kernels.api:kda_step", "step", _V_FIRST, packed_qkv="mixed_qkv", step="kda"),
+        Site("kda_kernels.api:kda_prefill", "prefill", _V_FIRST, not_if=ranks, step="kda"),
+    )
 
 
 def _fla() -> tuple[Site, ...]:
@@ -158,7 +168,7 @@ def _vllm() -> tuple[Site, ...]:
     return tuple(sites)
 
 
-ENGINES: dict[str, tuple[Site, ...]] = {"fla": _fla(), "sglang": _sglang(), "vllm": _vllm()}
+ENGINES: dict[str, tuple[Site, ...]] = {"kda": _kda(), "fla": _fla(), "sglang": _sglang(), "vllm": _vllm()}
 
 SITES = {site.target: site for sites in ENGINES.values() for site in sites}
 

@@ -1,4 +1,5 @@
-"""The parts of a fused step, of the arguments that engines give it: convolution and gated norm, by a dump's names.
+"""The parts of a call beside the recurrence, of the arguments that engines give it, by a dump's names: of a fused step
+convolution and gated norm; of ours checkpoints too.
 
 Nothing is copied but weights, which engines keep width by width.
 """
@@ -29,6 +30,28 @@ def sglang(arguments: Mapping[str, Any]) -> Parts:
     return _common(tensors, states, arguments["ssm_states"], arguments["onorm_g"], arguments["onorm_eps"])
 
 
+def kda(arguments: Mapping[str, Any]) -> Parts:
+    """Ours, `kda_step` and `kda_prefill`: the parts are objects, or None.
+
+    Raises:
+        ValueError: the convolution has slots of its own.
+    """
+    tensors: dict[str, torch.Tensor | None] = {}
+    options: dict[str, Any] = {}
+    if (conv := arguments.get("conv")) is not None:
+        if conv.indices is not None:
+            raise ValueError("its convolution has slots of its own, which a dump of the slots in use does not hold")
+        tensors |= {"conv_weight": conv.weight, "conv_bias": conv.bias, "conv_states": conv.states}
+        options["conv_tokens_first"] = conv.tokens_first
+    if (norm := arguments.get("norm")) is not None:
+        tensors |= {"norm_gate": _by_head(norm.gate, arguments["state"]), "norm_weight": norm.weight}
+        options["norm_eps"] = norm.eps
+    if (kept := arguments.get("checkpoints")) is not None:
+        tensors |= {f"checkpoint_{name}": getattr(kept, name) for name in ("states", "rows", "offsets")}
+        options |= {} if kept.every is None else {"checkpoint_every": kept.every}
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}, options
+
+
 def _common(
     tensors: dict[str, Any], states: torch.Tensor, pool: torch.Tensor, gate: torch.Tensor | None, eps: float
 ) -> Parts:
@@ -39,9 +62,15 @@ def _common(
     if gate is None:
         tensors["norm_weight"] = None
     else:
-        tensors["norm_gate"] = (gate.unflatten(-1, pool.shape[1:3]) if gate.ndim == 2 else gate).unsqueeze(0)
+        tensors["norm_gate"] = _by_head(gate, pool)
         options["norm_eps"] = eps
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}, options
 
 
-ARRANGEMENTS = {"vllm": vllm, "sglang": sglang}
+def _by_head(gate: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+    """[B, T, HV, V] of [N, HV, V] or [N, HV * V], or of the same with two dimensions of tokens."""
+    gate = gate if gate.shape[-2:] == pool.shape[1:3] else gate.unflatten(-1, pool.shape[1:3])
+    return gate.unsqueeze(0) if gate.ndim == 3 else gate
+
+
+ARRANGEMENTS = {"kda": kda, "vllm": vllm, "sglang": sglang}

@@ -37,7 +37,7 @@ class Bytes(click.ParamType):
     multiple=True,
     required=True,
     metavar="TARGET",
-    help="module:function, or fla, sglang or vllm for all of an engine's; repeatable.",
+    help="module:function, or all of sglang's, vllm's, fla's or (kda) ours; repeatable.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder for the dumps, made if it is not there.")
 @click.option("--calls", type=Count(), default=1, help="How many calls of each target to take. Default: 1.")
