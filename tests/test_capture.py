@@ -251,6 +251,29 @@ class TestInProcess:
         assert not {path.suffix for path in tmp_path.iterdir()} & {".pt", ".safetensors", ".json"}
         assert "the disk took only a part of it" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("links", [True, False])
+    def test_a_dump_has_its_name_once_it_is_whole(self, engine, tmp_path, monkeypatch, links):
+        """So that a process killed at any time leaves whole dumps, and what --force removes."""
+        whole = []
+
+        def link(part, path, linked=os.link):
+            whole.append(dumps.load(part) is not None and not path.exists())
+            if not links:
+                raise PermissionError("no links on this file system")
+            linked(part, path)
+
+        monkeypatch.setattr(os, "link", link)
+        out = tmp_path / "d"
+        for force in (False, True):
+            with capture("engine_for_test:chunk_kda", out=out, force=force) as files:
+                engine.chunk_kda(**prefill()[1])
+            begun = out / ".writing-killed"
+            assert all(whole) and len(whole) == (1 + force) * (2 - links) and not begun.exists()
+            assert [path for path in out.iterdir() if path.suffix == ".pt"] == files and dumps.load(files[0])
+            begun.mkdir()
+            (begun / "dump.pt").write_bytes(b"torn")
+            assert list(dumps.load_all(out)), "a file that was begun is no call"
+
     def test_bytes(self, engine, tmp_path, capsys):
         with capture("engine_for_test:chunk_kda", out=tmp_path / "d", calls=9, max_bytes=20_000) as files:
             for _ in range(9):

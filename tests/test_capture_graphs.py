@@ -1,16 +1,19 @@
 """Calls in CUDA graphs: recorded by copies in the graph, replays written by number, results those without it."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from kda_kernels.problem import Options, Problem
+from kda_kernels import api, registry
+from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import plain_recurrent
-from kda_kernels.tensors import Inputs
+from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli import dumps
 from kdacli.capture import capture, journal
+from kdacli.judge import Reference, judge
 from kdacli.main import cli
 from kdacli.synthetic import make_inputs
 
@@ -34,6 +37,8 @@ PROBLEM = Problem(
     padding=1,
     options=Options(gate="safe", lower_bound=-5.0),
 )
+
+ONE_OF_EACH = ((Op.STEP, (1, 1, 1, 1)), (Op.PREFILL, (70, 5)))
 
 
 @pytest.fixture
@@ -112,6 +117,49 @@ def test_which_replays_are_written_and_of_what(loop, no_gpu, tmp_path, monkeypat
     monkeypatch.undo()
     result = CliRunner().invoke(cli, ["compare", str(files[0]), "--kernel", "torch-decode"])
     assert result.exit_code == 0, result.output
+
+
+def test_our_own_functions_and_a_padded_step_of_theirs(no_gpu, tmp_path, monkeypatch):
+    """Rows of padding between others, as pools and windows of a graph's step are numbered anew."""
+    monkeypatch.setattr(registry, "kernel_for", lambda op, inputs, out=None: registry.get(f"torch-{op}"))
+    step, prefill = (Problem(op, lens, 2, 2, 16, 16, pool_slots=6, options=PROBLEM.options) for op, lens in ONE_OF_EACH)
+    x, p = (make_inputs(problem) for problem in (step, prefill))
+    for pool in (x.state, x.conv.states, p.state):
+        pool.nan_to_num_(0.5)
+    x.state_indices.copy_(torch.tensor([3, 4, -1, 1]))
+    rows = [part.flatten(0, 1).flatten(1) for part in (x.q, x.k, x.v)]
+    gates = {"A_log": x.A_log, "dt_bias": x.dt_bias, "lower_bound": -5.0}
+    kept = Checkpoints(torch.zeros_like(p.state), torch.tensor([5, -1]), torch.tensor([64, 0]))
+    norm = dataclasses.replace(x.norm, gate=x.norm.gate.reshape(4, -1))
+    with capture("kda", out=tmp_path / "d", replays=(1,)) as files:
+        named = {"state": x.state, "state_indices": x.state_indices, "conv": x.conv, "norm": norm, "null_slot": 4}
+        graph = Graph()
+        captured(graph, no_gpu, lambda: api.kda_step(torch.cat(rows, 1), x.g[0], x.beta[0], **named, **gates), {})
+        graph.replay()
+        api.kda_prefill(
+            p.q, p.k, p.v, p.g, p.beta, state=p.state, state_indices=p.state_indices, cu_seqlens=p.cu_seqlens,
+            checkpoints=kept, **gates,
+        )  # fmt: skip
+    found = {dump.op: dump for dump in map(dumps.load, files)}
+    assert found["step"].meta["slots"] == [3, 1]
+    assert found["step"].inputs.state_indices.tolist() == [0, -1, -1, 1]
+    for dump in found.values():
+        verdicts = judge(Reference(dump.inputs, dump.op), dump.outputs, partial=True)
+        assert all(verdict.passed for verdict in verdicts), verdicts
+        extra = "conv_states" if dump.op == "step" else "checkpoints"
+        assert {verdict.tensor for verdict in verdicts} == {"o", "final_state", extra}
+
+
+def test_graphs_that_are_gone_give_their_memory_back(loop, no_gpu, tmp_path, monkeypatch):
+    """An engine that captures its graphs anew; each graph has a number of its own."""
+    monkeypatch.setattr(loop, "decode", lambda q, k, v, g, beta, A_log, dt_bias, state, state_indices: v)
+    call = call_of(make_inputs(PROBLEM))
+    with capture(TARGET, out=tmp_path / "d", replays=(1,), graph_bytes=3_000_000) as files:
+        for _ in range(4):
+            graph = Graph()
+            captured(graph, no_gpu, loop.decode, call)
+            graph.replay()
+    assert {file.name for file in files} == {f"decode.rank0.graph{n}.replay0001.call0000.pt" for n in range(4)}
 
 
 def plain(q, k, v, g, beta, *, A_log, dt_bias, lower_bound, state, state_indices):

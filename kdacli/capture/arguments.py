@@ -94,8 +94,8 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
     if site.step:
         try:
             tensors, options = steps.ARRANGEMENTS[site.step](arguments)
-        except ValueError as reason:
-            raise NotKdaError(str(reason)) from reason
+        except ValueError as error:
+            raise NotKdaError(str(error)) from error
         call.tensors |= tensors
         call.options |= options
         call.left_out.clear()  # every argument has its place

@@ -6,6 +6,7 @@ buffers go to pinned host memory on the same stream, which the next replay waits
 """
 
 import dataclasses
+import itertools
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kda_kernels.errors import one_line
 from kdacli.capture import taken
 from kdacli.capture.arguments import Call
 from kdacli.capture.settings import Settings
@@ -61,14 +63,17 @@ class _InGraph:
 
 @dataclasses.dataclass
 class GraphCall:
-    """One call of a graph: what its buffers hold after each replay. `bytes`: of them."""
+    """One call of a graph: what its buffers hold after each replay. `bytes`: theirs; `hosts`: how often on the host."""
 
     call: Call
     meta: Meta
     bytes: int
     inputs: dict[str, Buffer]
     outputs: dict[str, Buffer] = dataclasses.field(default_factory=dict)
-    spare: list["GraphCall"] = dataclasses.field(default_factory=list)  # its likes on the host, free to be filled
+    hosts: int = 0
+    spare: list["GraphCall"] = dataclasses.field(
+        default_factory=list
+    )  # of its likes on the host, those free to be filled
 
     def finish(self, result: Any) -> None:
         """The call returned `result`, still under capture."""
@@ -76,6 +81,7 @@ class GraphCall:
         self.call = dataclasses.replace(self.call, tensors={}, out=None)  # their memory is the graph's to use again
 
     def pinned(self) -> "GraphCall":
+        self.hosts += 1
         inputs, outputs = ({name: buffer.pinned() for name, buffer in x.items()} for x in (self.inputs, self.outputs))
         return dataclasses.replace(self, inputs=inputs, outputs=outputs)
 
@@ -97,7 +103,8 @@ class Graphs:
     def __init__(self, settings: Settings, write: Write, tell: Callable[[str, str], None]) -> None:
         self.replays, self.limit, self.write, self.tell = frozenset(settings.replays), settings.graph_bytes, write, tell
         self._used = self._pinned = 0  # bytes on the GPU, and on the host
-        self._pending: list[GraphCall] = []  # of the graph that is being captured
+        self._capturing = threading.local()  # `calls`: of the graph that a thread captures
+        self._numbers = itertools.count()
         self._known: weakref.WeakKeyDictionary[Any, tuple[int, list[GraphCall]]] = weakref.WeakKeyDictionary()
         self._replayed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, GraphCall, Meta]] = queue.SimpleQueue()
@@ -106,6 +113,11 @@ class Graphs:
         for name, original in self._undo:
             setattr(torch.cuda.CUDAGraph, name, self._around(original, getattr(self, f"_{name}")))
         threading.Thread(target=self._write_all, name="kda-capture", daemon=True).start()
+
+    @property
+    def _pending(self) -> list[GraphCall]:
+        """The calls of the graph that this thread captures."""
+        return vars(self._capturing).setdefault("calls", [])
 
     def has_room(self, need: int) -> bool:
         return self._used + need <= self.limit
@@ -138,7 +150,7 @@ class Graphs:
     def _capture_begin(self, graph: Any, original: Callable) -> Any:
         with self._gate:  # while a stream is captured, no thread may ask the GPU anything
             self._captures += 1
-        self._pending = []
+        self._pending.clear()
         return original()
 
     def _capture_end(self, graph: Any, original: Callable) -> Any:
@@ -147,12 +159,18 @@ class Graphs:
         finally:
             with self._gate:
                 self._captures -= 1
-            if self._pending:
-                self._known[graph] = (len(self._known), self._pending)
-            for call in self._pending:
+            if calls := [*self._pending]:
+                self._known[graph] = (next(self._numbers), calls)
+                weakref.finalize(graph, self._forget, calls).atexit = False
+            for call in calls:
                 self._pinned += call.bytes
                 call.spare.append(call.pinned())
-            self._pending = []
+            self._pending.clear()
+
+    def _forget(self, calls: list[GraphCall]) -> None:
+        """Their graph is no more."""
+        self._used -= sum(call.bytes for call in calls)
+        self._pinned -= sum(call.bytes * call.hosts for call in calls)
 
     def _replay(self, graph: Any, original: Callable) -> Any:
         result = original()
@@ -186,11 +204,15 @@ class Graphs:
             event, host, meta = self._queue.get()
             while not self._over(event):
                 time.sleep(0.002)
-            inputs, outputs = _tensors(host, meta)
-            host.spare.append(host)
-            self.write(inputs, outputs, host.call.options, meta)
-            with self._gate:
-                self._unwritten -= 1
+            try:
+                inputs, outputs = _tensors(host, meta)
+                host.spare.append(host)
+                self.write(inputs, outputs, host.call.options, meta)
+            except Exception as error:  # the next one may be smaller
+                self.tell(f"not recorded: {one_line(error, 200)}", "")
+            finally:
+                with self._gate:
+                    self._unwritten -= 1
 
     def _over(self, event: torch.cuda.Event) -> bool:
         with self._gate:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 NAME = "capture.jsonl"
 _BUDGET = ".capture-bytes"
+WRITING = ".writing-"  # how folders begin where a dump is written before it has its name
 _VALUES = {  # what an event of each kind holds
     "found": {"target"},
     "missing": {"target"},
@@ -66,10 +68,12 @@ def reserve(out: str | Path, size: int, limit: int) -> bool:
 
 
 def clear(out: str | Path) -> None:
-    """Removes what an earlier capture wrote into the folder, and nothing else."""
+    """Removes what an earlier capture wrote into the folder, begun files of killed processes too, and nothing else."""
     for event in events(out)[0]:
         if event["event"] == "written" and Path(event["file"]).name == event["file"] and event["file"].endswith(".pt"):
             (Path(out) / event["file"]).unlink(missing_ok=True)
+    for begun in Path(out).glob(f"{WRITING}*"):
+        shutil.rmtree(begun, ignore_errors=True)
     for name in (NAME, _BUDGET):
         (Path(out) / name).unlink(missing_ok=True)
 

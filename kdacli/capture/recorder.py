@@ -199,26 +199,31 @@ class Recorder:
     ) -> None:
         """Writes the dump of a call."""
         tree = {"inputs": inputs, "outputs": outputs, "options": options, "meta": meta}
-        with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=".writing-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=journal.WRITING) as folder:
             write_pt(tree, part := Path(folder) / "dump.pt")
-            path = self._place(meta)
-            os.replace(part, path)
+            path = self._place(part, meta)
         self.files.append(path)
         bytes_ = path.stat().st_size
         journal.record(self.settings.out, "written", target=meta["target"], file=path.name, bytes=bytes_)
         journal.note(f"{path.name}, {fmt_bytes(bytes_)}{', of a call that raised' if 'raised' in meta else ''}")
 
-    def _place(self, meta: dict[str, Any]) -> Path:
-        """A file of this call's own, empty."""
+    def _place(self, part: Path, meta: dict[str, Any]) -> Path:
+        """Gives the written file a name that no other has, at once: whoever is killed leaves a whole dump or none."""
         layer = f".layer{meta['layer']}" if "layer" in meta else ""
         replay = f".graph{meta['graph']}.replay{meta['replay']:04d}" if "replay" in meta else ""
         stem = f"{meta['target'].rpartition(':')[2]}.rank{meta['rank']}{layer}{replay}.call{meta['call_number']:04d}"
-        for name in (f"{stem}.pt", f"{stem}.pid{os.getpid()}.pt"):
+        own = f"{stem}.pid{os.getpid()}.pt"
+        for name in (f"{stem}.pt", own):
+            path = Path(self.settings.out) / name
             try:
-                (path := Path(self.settings.out) / name).touch(exist_ok=False)
+                os.link(part, path)
                 return path
             except FileExistsError:
                 continue
+            except OSError:  # a file system without links; nobody else takes this process's own name
+                if name == own and not path.exists():
+                    os.replace(part, path)
+                    return path
         raise FileExistsError(f"{stem} was written twice by process {os.getpid()}")
 
     def end(self) -> None:
