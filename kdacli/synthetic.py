@@ -23,6 +23,7 @@ import torch
 from kda_kernels.dtypes import torch_dtype
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Options, Parts, Problem
+from kda_kernels.reference.stored import stored
 from kda_kernels.tensors import Convolution, GatedNorm, Inputs
 
 LARGE = 1 << 24  # elements
@@ -78,7 +79,7 @@ def make_inputs(
     if keys not in KEYS:
         raise InputError("keys", f"is {keys}", f"it should be one of {', '.join(KEYS)}")
     parts = problem.parts or Parts(width=0, norm=False)
-    if others := problem.features - parts.features:
+    if others := problem.features - parts.features - {"state_scales", "rounding_seed"}:
         raise InputError("features", f"are {', '.join(sorted(others))}", "synthetic inputs have none of them")
     draw = _Draw(seed, device, on_device=elements(problem) >= LARGE)
     B, T = (1, problem.T) if problem.packed else (problem.N, problem.T // max(problem.N, 1))
@@ -94,7 +95,7 @@ def make_inputs(
     beta = draw.normal("beta", (B, T, problem.HV)).add_(4.0 if keys == "near-collinear" else 0.0)
     g, A_log, dt_bias = _gate(draw, GATES[gates], options, (B, T, problem.HV, problem.K))
     param_dtype = torch_dtype(problem.param_dtype)
-    state, state_indices = _state(draw, problem)
+    state, state_indices, scales = _state(draw, problem)
     return Inputs(
         q=q,
         k=k,
@@ -111,6 +112,8 @@ def make_inputs(
         output_final_state=problem.final_state,
         conv=_convolution(draw, problem, parts, state_indices) if parts.width else None,
         norm=_norm(draw, parts, v) if parts.norm else None,
+        state_scales=scales,
+        rounding_seed=draw.integer("rounding_seed") if "rounding_seed" in problem.features else None,
     )
 
 
@@ -131,6 +134,11 @@ class _Draw:
 
     def uniform(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         return torch.rand(*shape, generator=self._generator(name), device=self.source).to(self.device)
+
+    def integer(self, name: str) -> torch.Tensor:
+        """int64 [1], positive."""
+        drawn = torch.randint(2**62, (1,), generator=self._generator(name), device=self.source)
+        return drawn.to(self.device)
 
     def permutation(self, name: str, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._generator(name), device=self.source).to(self.device)
@@ -167,24 +175,32 @@ def _gate(
     return torch.sigmoid(x.mul_(A)).mul_(options.lower_bound), None, None
 
 
-def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The initial state, or the pool and the slot of each sequence."""
+def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The initial state, or the pool, the slot of each sequence, and the scales of a pool in int16."""
     rows, columns = (problem.V, problem.K) if problem.state_v_first else (problem.K, problem.V)
     dtype = torch_dtype(problem.state_dtype)
     if problem.pool_slots is None:
         if not problem.initial_state:
-            return None, None
-        return draw.normal("state", (problem.N, problem.HV, rows, columns)).mul_(STATE_STD).to(dtype), None
+            return None, None, None
+        return draw.normal("state", (problem.N, problem.HV, rows, columns)).mul_(STATE_STD).to(dtype), None, None
     indices = draw.permutation("slots", problem.pool_slots)[: problem.N - problem.padding]
     if torch.equal(indices, torch.arange(len(indices), device=draw.device)):
         indices = indices.roll(1)  # a kernel that ignores the indices must not pass by luck
-    pool = torch.full((problem.pool_slots, problem.HV, rows, columns), torch.nan, dtype=dtype, device=draw.device)
     used = draw.normal("state", (len(indices), problem.HV, rows, columns)).mul_(STATE_STD)
-    pool[indices] = used.to(dtype) if problem.initial_state else torch.zeros_like(used, dtype=dtype)
+    held, scales = stored(used if problem.initial_state else torch.zeros_like(used), dtype)
+    pool, scales = (None if x is None else _pool(problem.pool_slots, indices, x) for x in (held, scales))
     state_indices = torch.full((problem.N,), -1, dtype=torch.int32, device=draw.device)
     live = draw.permutation("padding", problem.N)[problem.padding :].sort().values
     state_indices[live] = indices.to(torch.int32)
-    return pool, state_indices
+    return pool, state_indices, scales
+
+
+def _pool(slots: int, indices: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """`used` in the slots of a pool that is NaN elsewhere; of integers, the least one."""
+    nothing = torch.nan if used.is_floating_point() else torch.iinfo(used.dtype).min
+    pool = used.new_full((slots, *used.shape[1:]), nothing)
+    pool[indices] = used
+    return pool
 
 
 def _projection(*tensors: torch.Tensor) -> list[torch.Tensor]:

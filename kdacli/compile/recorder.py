@@ -17,7 +17,7 @@ from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Checkpoints, Inputs
-from kda_kernels.variant import step_arguments
+from kda_kernels.variant import step_arguments, stored_arguments
 from kdacli.compile import pretend
 from kdacli.compile.arch import Arch
 from kdacli.compile.specialised import Specialised
@@ -112,7 +112,7 @@ def blank(problem: Problem) -> Inputs:
         token_state_indices=nowhere if "token_state_indices" in has else None,
         checkpoints=Checkpoints(kept, nowhere, nowhere) if "checkpoints" in has else None,
     )
-    return dataclasses.replace(inputs, **step_arguments(problem, zeros))
+    return dataclasses.replace(inputs, **step_arguments(problem, zeros), **stored_arguments(problem, zeros))
 
 
 def _slots(problem: Problem) -> torch.Tensor:

@@ -34,6 +34,29 @@ def options_of(
     )
 
 
+def seed_of(state_rounding: str, seed: torch.Tensor | int | None, owner: torch.Tensor) -> torch.Tensor | None:
+    """`Inputs.rounding_seed` of a call that rounds states "nearest" or "stochastic"; None: to nearest.
+
+    Args:
+        seed: int64 [1]; a number becomes one on the device of `owner`, by a launch of its own.
+
+    Raises:
+        InputError: the two do not fit together.
+    """
+    if state_rounding == "nearest" and seed is None:  # nearly every call
+        return None
+    if state_rounding not in ("nearest", "stochastic"):
+        raise InputError("state_rounding", f"is {state_rounding}", "it should be nearest or stochastic")
+    if (state_rounding == "nearest") != (seed is None):
+        found = "is missing" if seed is None else "is given"
+        raise InputError("rounding_seed", f"{found} and state_rounding is {state_rounding}", "give both or neither")
+    if not isinstance(seed, int):
+        return seed
+    if not -(2**63) <= seed < 2**63:
+        raise InputError("rounding_seed", f"is {seed}", "it should fit 64 bits with a sign")
+    return torch.full((1,), seed, dtype=torch.int64, device=owner.device)
+
+
 def check(inputs: Inputs, names: Mapping[str, str] | None = None) -> None:
     """`check_inputs`, with the caller's names for the arguments in its message; the tensors must have memory."""
     try:

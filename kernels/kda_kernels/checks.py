@@ -278,6 +278,8 @@ def _check_state(inputs: Inputs, dims: Dims) -> None:
         raise InputError("state_indices", "is given without a state", "it should come with a state pool")
     slots = "N" if indices is None else "P"
     check_states("state", state, inputs, slots, written=indices is not None)
+    if state.dtype is torch.int16 and inputs.state_scales is None:
+        raise InputError("state_scales", "is missing", "a pool in int16 should come with it")
     if indices is None:
         if state.shape[0] != dims.N:
             expected = f"{layout(inputs, slots)} = {list(inputs.state_shape(dims.N))}, one for each sequence"

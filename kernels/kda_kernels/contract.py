@@ -7,7 +7,7 @@ is refused here never runs, so whatever does run and comes out wrong is the peer
 import dataclasses
 from collections.abc import Iterator
 
-from kda_kernels.dtypes import FLOATS
+from kda_kernels.dtypes import FLOATS, STATES
 from kda_kernels.problem import CONV_WIDTHS, Gate, Parts, Problem
 
 
@@ -128,7 +128,7 @@ class Contract:
         # without an incoming state the final one is asked for in fp32
         dtype = problem.state_dtype if pooled or problem.initial_state else "float32"
         if stateful and dtype not in self.state_dtypes:
-            yield f"the state is {FLOATS[dtype].short}: it takes {_names(self.state_dtypes)}"
+            yield f"the state is {STATES[dtype].short}: it takes {_names(self.state_dtypes)}"
         if pooled and not self.pool:
             yield "it has no state pool"
         if not pooled and not self.plain_state:

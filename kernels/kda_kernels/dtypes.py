@@ -34,6 +34,9 @@ FLOATS = {
         Float("bfloat16", "bf16", 2, 8, 2.0**-126),
     )
 }
+# What a pool of states may hold: the same, or integers with an fp32 scale for each row of K channels. Their digits and
+# `smallest` are relative to, and of, the largest element of a row: see `kda_kernels.reference.stored`.
+STATES = FLOATS | {"int16": Float("int16", "int16", 2, 16, 2.0**-110)}
 INDICES = ("int32", "int64")
 
 

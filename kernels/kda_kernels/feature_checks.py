@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 
+from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, CONV_WIDTHS
 from kda_kernels.tensor_checks import (
@@ -19,6 +20,8 @@ from kda_kernels.tensors import Checkpoints, Convolution, Dims, GatedNorm, Input
 
 _BOOL = frozenset((torch.bool,))
 _BYTES = frozenset((torch.uint8,))
+_FP32 = frozenset((torch.float32,))
+_INT64 = frozenset((torch.int64,))
 
 
 def check_features(inputs: Inputs, dims: Dims) -> None:
@@ -45,6 +48,10 @@ def check_features(inputs: Inputs, dims: Dims) -> None:
         _check_token_states(inputs, dims)
     if inputs.checkpoints is not None:
         _check_checkpoints(inputs.checkpoints, inputs, N)
+    if inputs.state_scales is not None:
+        _check_scales(inputs.state_scales, inputs)
+    if inputs.rounding_seed is not None:
+        _check_seed(inputs.rounding_seed, inputs, dims)
     if inputs.workspace is not None:
         check_tensor("workspace", inputs.workspace, _BYTES, inputs.q, "q")
         check_contiguous("workspace", inputs.workspace)
@@ -52,6 +59,32 @@ def check_features(inputs: Inputs, dims: Dims) -> None:
         _check_conv(inputs.conv, inputs, dims)
     if inputs.norm is not None:
         _check_norm(inputs.norm, inputs, dims)
+
+
+def _check_scales(scales: torch.Tensor, inputs: Inputs) -> None:
+    state = inputs.state
+    if state is None or state.dtype is not torch.int16:
+        found = "no state" if state is None else f"a state in {name_of(state.dtype)}"
+        raise InputError("state_scales", f"is given with {found}", "it should come with a pool in int16 only")
+    if not inputs.state_v_first:
+        raise InputError("state", "is int16 and K-first", "a pool in int16 should be V-first: [P, HV, V, K]")
+    check_tensor("state_scales", scales, _FP32, inputs.q, "q")
+    if scales.shape != state.shape[:3]:
+        raise shape_error("state_scales", scales, f"[P, HV, V] = {list(state.shape[:3])}, one for each row of a state")
+    size = scales[:1].numel()
+    if not scales[:1].is_contiguous() or (len(scales) > 1 and scales.stride(0) < size):
+        wanted = f"slots should be contiguous, and HV * V = {size} or more apart"
+        raise InputError("state_scales", f"has strides {list(scales.stride())}", wanted)
+
+
+def _check_seed(seed: torch.Tensor, inputs: Inputs, dims: Dims) -> None:
+    check_tensor("rounding_seed", seed, _INT64, inputs.q, "q")
+    if seed.shape != (1,):
+        raise shape_error("rounding_seed", seed, "[1]")
+    if inputs.state is None or inputs.state_indices is None or inputs.state.dtype is torch.float32:
+        raise InputError("rounding_seed", "is given", "it should come with a pool in bfloat16, float16 or int16 only")
+    if dims.K % 8:
+        raise InputError("rounding_seed", f"is given with K = {dims.K}", "K should be a multiple of 8")
 
 
 def _check_conv(conv: Convolution, inputs: Inputs, dims: Dims) -> None:

@@ -15,7 +15,7 @@ from kda_kernels.problem import Op
 from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 
 
-@torch.library.custom_op("kda::decode", mutates_args=("out", "state", "final_state", "token_states"))
+@torch.library.custom_op("kda::decode", mutates_args=("out", "state", "final_state", "token_states", "state_scales"))
 def decode(
     q: Tensor,
     k: Tensor,
@@ -43,6 +43,8 @@ def decode(
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
     kernel_name: str | None = None,
+    state_scales: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """`kda_kernels.api.kda_decode` into `out`, and without a pool the final states into `final_state`."""
     from kda_kernels.boundary import options_of
@@ -55,12 +57,15 @@ def decode(
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, state_v_first,
         final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state,
         num_accepted_tokens=num_accepted_tokens, update_state=update_state, token_states=token_states,
-        token_state_indices=token_state_indices,
+        token_state_indices=token_state_indices, state_scales=state_scales, rounding_seed=rounding_seed,
     )  # fmt: skip
     run_decode(inputs, out, final_state, kernel_name)
 
 
-@torch.library.custom_op("kda::prefill", mutates_args=("out", "state", "final_state", "checkpoint_states", "workspace"))
+@torch.library.custom_op(
+    "kda::prefill",
+    mutates_args=("out", "state", "final_state", "checkpoint_states", "workspace", "state_scales"),
+)
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -93,6 +98,8 @@ def prefill(
     scale: float | None = None,
     promise: float | None = None,
     kernel_name: str | None = None,
+    state_scales: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """`kda_kernels.api.kda_prefill` into `out`, and without a pool the final states into `final_state`."""
     from kda_kernels.boundary import options_of
@@ -109,13 +116,14 @@ def prefill(
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, state_v_first,
         final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state, checkpoints=kept,
         batch_invariant=batch_invariant, workspace=workspace, cu_seqlens_cpu=cu_seqlens_cpu,
+        state_scales=state_scales, rounding_seed=rounding_seed,
     )  # fmt: skip
     outputs = run_prefill(inputs, out, chunk_indices, kernel_name)
     if final_state is not None and outputs.final_state is not None:
         final_state.copy_(outputs.final_state)
 
 
-@torch.library.custom_op("kda::step", mutates_args=("out", "state", "token_states", "conv_states"))
+@torch.library.custom_op("kda::step", mutates_args=("out", "state", "token_states", "conv_states", "state_scales"))
 def step(
     q: Tensor,
     k: Tensor,
@@ -149,6 +157,8 @@ def step(
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
     kernel_name: str | None = None,
+    state_scales: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """`kda_kernels.api.kda_step` into `out`, on q, k and v [B, T, ..] that it split."""
     from kda_kernels.boundary import options_of
@@ -166,6 +176,7 @@ def step(
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, null_slot=null_slot,
         has_initial_state=has_initial_state, num_accepted_tokens=num_accepted_tokens, update_state=update_state,
         token_states=token_states, token_state_indices=token_state_indices, conv=conv, norm=norm,
+        state_scales=state_scales, rounding_seed=rounding_seed,
     )  # fmt: skip
     run_decode(inputs, out, None, kernel_name, op=Op.STEP)
 

@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from kda_kernels.dtypes import FLOATS
+from kda_kernels.dtypes import FLOATS, STATES
 from kda_kernels.errors import InputError, one_line
 
 CHUNK = 64  # tokens per chunk of the prefill pipeline
@@ -24,6 +24,8 @@ FEATURES = frozenset(
     (
         *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
         *("token_state_indices", "checkpoints", "batch_invariant", "workspace", "conv", "norm"),
+        "rounding_seed",  # states of two bytes that are rounded stochastically
+        "state_scales",  # a pool in int16
         "strided_indices",  # state_indices that are not contiguous
         "tail",  # tokens behind the last sequence of a packed batch
     )
@@ -166,6 +168,7 @@ class Problem:
         K, V: head sizes of keys and values.
         packed: True: tensors are [1, sum(seq_lens), ...] with cu_seqlens. False: [N, T, ...], all lengths equal.
         dtype: of q, k, v and the output. g_dtype, beta_dtype, param_dtype (A_log, dt_bias), state_dtype: as named.
+            Of the states a pool may have int16 too, which is the feature "state_scales".
         initial_state: whether a state comes in; final_state: whether it goes out.
         pool_slots: None for a plain [N, HV, V, K] state that is not modified; else the slots of a state pool that is
             updated in place through state_indices.
@@ -211,8 +214,10 @@ class Problem:
         if not self.packed and len(set(self.seq_lens)) > 1:
             raise InputError("seq_lens", "differ but packed is False", "a dense batch needs equal lengths")
         for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype"):
-            if getattr(self, name) not in FLOATS:
-                raise InputError(name, f"is {getattr(self, name)}", f"it should be one of {', '.join(FLOATS)}")
+            known = STATES if name == "state_dtype" else FLOATS
+            if getattr(self, name) not in known:
+                raise InputError(name, f"is {getattr(self, name)}", f"it should be one of {', '.join(known)}")
+        self._check_stored()
         if self.pool_slots is not None and self.pool_slots < self.N - self.padding:
             needed = f"{self.N - self.padding} sequences need a slot each"
             raise InputError("pool_slots", f"is {self.pool_slots}", needed)
@@ -223,7 +228,20 @@ class Problem:
         if self.parts is None and self.op is Op.STEP:
             object.__setattr__(self, "parts", Parts())
         own = frozenset() if self.parts is None else self.parts.features
-        object.__setattr__(self, "features", (self.features - {"conv", "norm"}) | own)
+        own |= {"state_scales"} if self.state_dtype == "int16" else set()
+        object.__setattr__(self, "features", (self.features - {"conv", "norm", "state_scales"}) | own)
+
+    def _check_stored(self) -> None:
+        """What a pool may be stored in, and how it may be rounded."""
+        if self.state_dtype == "int16" and self.pool_slots is None:
+            raise InputError("state_dtype", "is int16", "only a pool has that: give pool_slots")
+        if self.state_dtype == "int16" and not self.state_v_first:
+            raise InputError("state_dtype", "is int16", "it should be another where states are K-first")
+        if "rounding_seed" in self.features and (self.pool_slots is None or self.state_dtype == "float32"):
+            wanted = "only a pool of bfloat16, float16 or int16 is rounded stochastically"
+            raise InputError("rounding_seed", f"is used with states in {self.state_dtype}", wanted)
+        if "rounding_seed" in self.features and self.K % 8:
+            raise InputError("rounding_seed", f"is used with K = {self.K}", "K should be a multiple of 8")
 
     @property
     def N(self) -> int:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kda_kernels import checks, ops, registry  # noqa: F401  `ops` registers torch.ops.kda
-from kda_kernels.boundary import check, check_chunk_indices, check_out, forward_only, forward_only_traced, options_of
+from kda_kernels.boundary import (
+    check,
+    check_chunk_indices,
+    check_out,
+    forward_only,
+    forward_only_traced,
+    options_of,
+    seed_of,
+)
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
@@ -45,6 +53,9 @@ def kda_decode(
     has_initial_state: torch.Tensor | None = None,
     num_accepted_tokens: torch.Tensor | None = None,
     update_state: bool = True,
+    state_scales: torch.Tensor | None = None,
+    state_rounding: str = "nearest",
+    rounding_seed: torch.Tensor | int | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """One or a few tokens of each sequence, on a state pool that is updated in place.
@@ -53,7 +64,8 @@ def kda_decode(
         q, k: [B, T, H, K]; v: [B, T, HV, V]; g: [B, T, HV, K] or [B, T, HV * K]; beta: [B, T, HV]. Dense, [N, T, ..],
             or packed, [1, total tokens, ..], with cu_seqlens. Any strides with a contiguous last dimension: nothing is
             copied.
-        state: pool [P, HV, V, K], fp32, bf16 or fp16; slots may lie apart, a slot is contiguous.
+        state: pool [P, HV, V, K], fp32, bf16 or fp16, or int16 with state_scales; slots may lie apart, a slot is
+            contiguous.
         state_indices: int32 or int64 [N] with any stride, the slot of each sequence, none twice; there may be more than
             N. A negative one is padding: nothing is read or written, and its rows of o are zero. One >= P touches
             nothing, and its rows of o are NaN; on a CPU it is an `InputError`.
@@ -71,6 +83,14 @@ def kda_decode(
             from the state in column num_accepted_tokens[n] - 1, and its state after token t goes to column t. Where the
             former is padding so is the sequence; where the latter is, nothing is written.
         update_state: False leaves the pool as it is, as an engine's verify needs it; see `token_states`.
+        state_scales: fp32 [P, HV, V], slots may lie apart: of a pool in int16 what each row of K channels is multiplied
+            by; updated in place, too. An int16 pool is V-first.
+        state_rounding: "nearest", or "stochastic" for pools in bf16, fp16 and int16: each state that is stored is
+            rounded up or down at random, so that updates smaller than half a last place are not lost on average. Bits
+            depend on rounding_seed, the slot that the sequence loads from and the token's position in the call, and not
+            on the batch: see `kda_kernels.reference.stored`. K is then a multiple of 8.
+        rounding_seed: int64 [1] on the device, as a CUDA graph needs it, or an int, which costs a launch. It should be
+            another one in each call.
         kernel: "cute-decode", "triton-decode" or "torch-decode"; `kda_kernels.registry` says which one is the default.
 
     Returns:
@@ -83,12 +103,14 @@ def kda_decode(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
     g = by_head(g, v)
+    seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         torch.ops.kda.decode(
             q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
             num_accepted_tokens, token_states, token_state_indices, True, null_slot, update_state, use_gate_in_kernel,
             lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, kernel,
+            state_scales, seed,
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
@@ -97,10 +119,11 @@ def kda_decode(
     call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
         has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, None, False, None,
-        None, None, None,
+        None, None, None, state_scales, seed,
     )  # fmt: skip
     _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
     if plain and out is not None and registry.decode_again(call, out):
         return out
     inputs = Inputs(*call)
@@ -155,6 +178,9 @@ def kda_prefill(
     workspace: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     group: "ContextParallel | ProcessGroup | None" = None,
+    state_scales: torch.Tensor | None = None,
+    state_rounding: str = "nearest",
+    rounding_seed: torch.Tensor | int | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Whole prompts, on the same pool as `kda_decode`: a sequence is decoded from where its prefill left it.
@@ -180,6 +206,7 @@ def kda_prefill(
     if not use_gate_in_kernel:
         A_log = dt_bias = None
     g = by_head(g, v)
+    seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         if group is not None:
             raise InputError("group", "is given", "it is not supported in a call that is traced")
@@ -190,7 +217,7 @@ def kda_prefill(
             q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
             chunk_indices, *kept[:3], workspace, cu_seqlens_cpu, True, null_slot, kept[3], batch_invariant,
             use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale, None, kernel,
+            scale, None, kernel, state_scales, seed,
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
@@ -199,11 +226,13 @@ def kda_prefill(
     call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
         has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu, None, None,
+        state_scales, seed,
     )  # fmt: skip
     _require_pool(state, state_indices)
     if group is not None:
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
     if plain and out is not None and chunk_indices is None and registry.prefill_again(call, out):
         return out
     inputs = Inputs(*call)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kda_kernels import checks, ops, registry  # noqa: F401  `ops` registers torch.ops.kda
-from kda_kernels.boundary import forward_only, forward_only_traced, options_of
+from kda_kernels.boundary import forward_only, forward_only_traced, options_of, seed_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
 from kda_kernels.serving import run_decode
@@ -43,6 +43,9 @@ def kda_step(
     has_initial_state: torch.Tensor | None = None,
     num_accepted_tokens: torch.Tensor | None = None,
     update_state: bool = True,
+    state_scales: torch.Tensor | None = None,
+    state_rounding: str = "nearest",
+    rounding_seed: torch.Tensor | int | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Convolution of q, k and v, one or a few tokens of the recurrence, and the gated norm of its output.
@@ -79,6 +82,7 @@ def kda_step(
         norm = GatedNorm(_by_head(_tokens(norm.gate, axis), HV, V), norm.weight, norm.eps)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else _tokens(out, axis)
     shape = o.shape if axis is None else o.squeeze(axis).shape
+    seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         torch.ops.kda.step(
             q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, has_initial_state,
@@ -87,7 +91,7 @@ def kda_step(
             *((None,) * 2 if norm is None else (norm.gate, norm.weight)),
             conv is not None and conv.tokens_first, 1e-5 if norm is None else norm.eps, null_slot, update_state,
             use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale, kernel,
+            scale, kernel, state_scales, seed,
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state)).view(shape)
     options = options_of(
@@ -96,9 +100,10 @@ def kda_step(
     call = (
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, True, True, null_slot,
         has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, None, False, None,
-        None, conv, norm,
+        None, conv, norm, state_scales, seed,
     )  # fmt: skip
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
     if plain and registry.decode_again(call, o):
         return o.view(shape) if out is None else out
     inputs = Inputs(*call)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from kda_kernels.dtypes import FLOATS, INDICES, name_of, torch_dtypes
+from kda_kernels.dtypes import FLOATS, INDICES, STATES, name_of, torch_dtypes
 from kda_kernels.errors import InputError
 from kda_kernels.tensors import Inputs
 
 FLOAT_DTYPES = torch_dtypes(FLOATS)
+POOL_DTYPES = torch_dtypes(STATES)
 INDEX_DTYPES = torch_dtypes(INDICES)
 
 
@@ -44,7 +45,8 @@ def check_states(name: str, states: torch.Tensor, inputs: Inputs, slots: str, *,
         slots: what their number is called.
         written: so no two of them may share memory.
     """
-    check_tensor(name, states, FLOAT_DTYPES, inputs.q, "q")
+    pool = inputs.state_indices is not None and states is inputs.state
+    check_tensor(name, states, POOL_DTYPES if pool else FLOAT_DTYPES, inputs.q, "q")
     inner = inputs.state_shape(1)[1:]
     if states.ndim != 4 or states.shape[1:] != inner:
         raise shape_error(name, states, f"{layout(inputs, slots)} = [{slots}, {', '.join(map(str, inner))}]")

@@ -125,7 +125,7 @@ class Inputs:
         q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K]; beta [B, T, HV]
         A_log [HV]; dt_bias [HV * K] or [HV, K]; both None when the gate is given activated
         state: None; or [N, HV, V, K] ([N, HV, K, V] unless state_v_first), which is not modified; or, when
-            state_indices is given, a pool [P, HV, V, K] that is updated in place; fp32, bf16 or fp16
+            state_indices is given, a pool [P, HV, V, K] that is updated in place; fp32, bf16 or fp16, a pool also int16
         state_indices: int32 or int64 [N], slots in the pool, or [N, C] with num_accepted_tokens; any strides. A
             negative one is padding: no read, no write, and the rows of o are zero. One >= P touches nothing, and the
             rows of o are NaN.
@@ -148,6 +148,11 @@ class Inputs:
         workspace: uint8, `kda_kernels.api.prefill_workspace_bytes()` of it: the call allocates no other scratch memory.
         conv: q, k and v are what the projection wrote: see `Convolution`. They are normalised after it.
         norm: see `GatedNorm`.
+        state_scales: fp32 [P, HV, V], slots may lie apart: of a V-first pool in int16 what its rows of K channels are
+            multiplied by. Updated with the pool; checkpoints in int16 go to that pool only.
+        rounding_seed: int64 [1]. Given, every state of two bytes that the call stores (in the pool, token_states or
+            checkpoints) is rounded up or down at random, keyed by this seed, the slot that its sequence loads from and
+            its token: see `kda_kernels.reference.stored`. K is a multiple of 8. None: rounded to nearest.
 
     And what a kernel may use or not:
         cu_seqlens_cpu: cu_seqlens on the host.
@@ -178,6 +183,8 @@ class Inputs:
     cu_seqlens_cpu: torch.Tensor | None = None
     conv: Convolution | None = None
     norm: GatedNorm | None = None
+    state_scales: torch.Tensor | None = None
+    rounding_seed: torch.Tensor | None = None
 
     def fields(self) -> tuple:
         """All of them, in order: `Inputs(*fields)`. Repeated calls are passed on so, and `picker` takes some out."""
@@ -226,13 +233,14 @@ class Inputs:
             and (self.null_slot is None and self.has_initial_state is None and self.num_accepted_tokens is None)
             and (self.token_states is None and self.token_state_indices is None and self.checkpoints is None)
             and (self.workspace is None and self.update_state and self.conv is None and self.norm is None)
-            and not self.batch_invariant
+            and (self.state_scales is None and self.rounding_seed is None and not self.batch_invariant)
         ):  # nearly every call, and on the way of each
             return _NO_FEATURES
-        given = ("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices")
-        used = {
-            name for name in (*given, "checkpoints", "workspace", "conv", "norm") if getattr(self, name) is not None
-        }
+        given = (
+            *("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices"),
+            *("checkpoints", "workspace", "conv", "norm", "state_scales", "rounding_seed"),
+        )
+        used = {name for name in given if getattr(self, name) is not None}
         used |= {"update_state"} if not self.update_state else set()
         used |= {"batch_invariant"} if self.batch_invariant else set()
         used |= {"strided_indices"} if strided else set()
@@ -272,7 +280,7 @@ class Inputs:
         return self.map(lambda t: t.to(device))
 
     def fresh(self) -> "Inputs":
-        """A copy whose state, token_states, checkpoints and conv may be written without touching this one's.
+        """A copy whose state and state_scales, token_states, checkpoints and conv may be written, this one's untouched.
 
         Strides and gaps of each are kept, and checkpoints that go to the pool go to the copy of the pool.
         """
@@ -283,6 +291,7 @@ class Inputs:
             self,
             conv=None if conv is None else dataclasses.replace(conv, states=copy(conv.states)),
             state=None if self.state is None else copy(self.state),
+            state_scales=None if self.state_scales is None else copy(self.state_scales),
             token_states=None if self.token_states is None else copy(self.token_states),
             checkpoints=None if kept is None else dataclasses.replace(kept, states=copy(kept.states)),
         )
@@ -310,7 +319,8 @@ class Outputs:
     o: [B, T, HV, V] in the dtype of v. For the op `gate`: the chunk-local cumsum, float32 [B, T, HV, K].
     final_state: [N, HV, V, K] ([N, HV, K, V] unless state_v_first) in the dtype of the incoming state, fp32 if there
         was none; the pool itself when there is one; None if not asked for.
-    token_states, checkpoints, conv_states: where those of `Inputs` were written. Kernels may leave them out.
+    token_states, checkpoints, conv_states, state_scales: where those of `Inputs` were written. Kernels may leave them
+        out.
     """
 
     o: torch.Tensor
@@ -318,6 +328,7 @@ class Outputs:
     token_states: torch.Tensor | None = None
     checkpoints: torch.Tensor | None = None
     conv_states: torch.Tensor | None = None
+    state_scales: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by name."""

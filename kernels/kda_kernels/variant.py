@@ -92,6 +92,15 @@ def step_arguments(problem: Problem, tensor: "Callable[..., torch.Tensor]") -> d
     return found
 
 
+def stored_arguments(problem: Problem, tensor: "Callable[..., torch.Tensor]") -> dict[str, Any]:
+    """What a pool in two bytes comes with, as arguments of `Inputs`; `tensor`: as in `step_arguments`."""
+    has, slots = problem.features, problem.pool_slots
+    return {
+        "state_scales": tensor(slots, problem.HV, problem.V, dtype="float32") if "state_scales" in has else None,
+        "rounding_seed": tensor(1, dtype="int64") if "rounding_seed" in has else None,
+    }
+
+
 class Variant(Protocol):
     """One specialisation of a kernel, as a launch would build it."""
 

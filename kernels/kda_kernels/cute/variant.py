@@ -15,7 +15,7 @@ from kda_kernels.dtypes import name_of, torch_dtype
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Checkpoints, Inputs
-from kda_kernels.variant import Built, step_arguments
+from kda_kernels.variant import Built, step_arguments, stored_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def pretended(problem: Problem) -> Inputs:
         output_final_state=problem.final_state,
         **features,
     )
-    return dataclasses.replace(inputs, **step_arguments(problem, tensor))
+    return dataclasses.replace(inputs, **step_arguments(problem, tensor), **stored_arguments(problem, tensor))
 
 
 def _features(problem: Problem, tensor: Callable[..., torch.Tensor]) -> dict[str, Any]:

@@ -209,8 +209,8 @@ def _local(inputs: Inputs, context: ContextParallel) -> Inputs:
     if inputs.q.ndim != 4 or tuple(inputs.q.shape[:2]) != (1, context.tokens):
         wanted = f"it should be [1, {context.tokens}, H, K], this rank's tokens"
         raise InputError("q", f"has shape {list(inputs.q.shape)}", wanted)
-    for name in ("workspace", "batch_invariant"):
-        if getattr(inputs, name):
+    for name in ("workspace", "batch_invariant", "state_scales", "rounding_seed"):
+        if name in inputs.features():
             raise InputError(name, "is given", "it is not supported over several ranks; leave it out")
     tables = {"state_indices": inputs.state_indices, "has_initial_state": inputs.has_initial_state}
     if inputs.checkpoints is not None:

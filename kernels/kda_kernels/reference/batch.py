@@ -12,6 +12,7 @@ import torch
 from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
 from kda_kernels.reference.fused import convolved
 from kda_kernels.reference.gate import beta_values, l2norm, log_decay
+from kda_kernels.reference.stored import Stored
 from kda_kernels.tensors import Dims, Inputs
 
 
@@ -82,7 +83,9 @@ def load_states(inputs: Inputs, batch: Batch) -> torch.Tensor:
     dims, n = batch.dims, len(batch.sequences)
     if inputs.state is None:
         return batch.q.new_zeros(n, dims.HV, dims.V, dims.K)
-    states = inputs.state[batch.index([s.slot for s in batch.sequences])].to(batch.q.dtype)
+    slots = batch.index([s.slot for s in batch.sequences])
+    scales = None if inputs.state_scales is None else inputs.state_scales[slots]
+    states = Stored(inputs.state[slots], scales).values(batch.q.dtype)
     if inputs.has_initial_state is not None:
         empty = ~inputs.has_initial_state[batch.index([s.number for s in batch.sequences])]
         states[empty] = 0.0

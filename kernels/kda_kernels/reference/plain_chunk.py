@@ -11,7 +11,12 @@ from kda_kernels.reference.targets import run_batch
 from kda_kernels.tensors import Inputs, Outputs
 
 CAUSAL_IN_BITS = True
-FEATURES = frozenset(("null_slot", "has_initial_state", "checkpoints", "workspace", "strided_indices", "tail"))
+FEATURES = frozenset(
+    (
+        *("null_slot", "has_initial_state", "checkpoints", "workspace", "strided_indices", "tail"),
+        *("rounding_seed", "state_scales"),
+    )
+)
 
 
 def unsupported(problem: Problem | None) -> str | None:

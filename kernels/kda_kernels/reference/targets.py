@@ -11,6 +11,7 @@ from kda_kernels.feature_checks import stored_slots
 from kda_kernels.reference.batch import Batch, load_states, prepare
 from kda_kernels.reference.fused import gated_norm, shifted_states
 from kda_kernels.reference.recurrent import After
+from kda_kernels.reference.stored import pool_values, stored
 from kda_kernels.tensors import Inputs, Outputs
 
 Recurrence = Callable[[Batch, torch.Tensor, After], torch.Tensor]
@@ -121,13 +122,20 @@ def store(
     given = {name: t for name in every if (t := where.get(name)) is not None}
     made: dict[str, Any] = {n: t if dtype is None else t.to(dtype, copy=True) for n, t in given.items()}
     made["final_state"] = _room(inputs, dtype)
+    seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
+    slots = range(inputs.N) if inputs.state_indices is None else loaded_slots(inputs)
     for name, tensor in made.items():
         for target in every[name]:
             if (state := states.get((target.sequence, target.tokens))) is not None:
+                if dtype is None:
+                    state, scales = stored(state, tensor.dtype, seed, slots[target.sequence], target.tokens - 1)
+                    if scales is not None:
+                        assert inputs.state_scales is not None
+                        inputs.state_scales[target.index] = scales
                 tensor[target.index] = (state if inputs.state_v_first else state.mT).to(tensor.dtype)
     if not inputs.output_final_state:
         del made["final_state"]
-    return Outputs(o, **made)
+    return Outputs(o, **made, state_scales=inputs.state_scales if dtype is None else None)
 
 
 def _room(inputs: Inputs, dtype: torch.dtype | None) -> torch.Tensor:
@@ -137,7 +145,7 @@ def _room(inputs: Inputs, dtype: torch.dtype | None) -> torch.Tensor:
         return inputs.new_final_state().zero_().to(dtype or torch.float32)
     if pooled and dtype is None:
         return state
-    state = state.to(dtype or state.dtype, copy=True)
+    state = pool_values(inputs, dtype or state.dtype)
     if not pooled and inputs.has_initial_state is not None:
         state[~inputs.has_initial_state] = 0.0
     return state

@@ -24,6 +24,7 @@ FEATURES = frozenset(
     (
         *("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
         *("token_state_indices", "batch_invariant", "strided_indices", "tail", "conv", "norm"),
+        *("rounding_seed", "state_scales"),
     )
 )
 # What `kda compile` builds where nothing is said: a pool in place, one token per sequence.
@@ -32,6 +33,10 @@ USUAL = {
     "softplus": _POOL,
     "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus bf16-state": dataclasses.replace(_POOL, state_dtype="bfloat16"),
+    "softplus bf16-state at random": dataclasses.replace(
+        _POOL, state_dtype="bfloat16", features=frozenset({"rounding_seed"})
+    ),
+    "softplus int16-state": dataclasses.replace(_POOL, state_dtype="int16"),
     "softplus packed": dataclasses.replace(_POOL, packed=True),
     "step softplus": (_STEP := dataclasses.replace(_POOL, op=Op.STEP)),
     "step safe": dataclasses.replace(_STEP, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
@@ -103,6 +108,7 @@ def decode(
     _, T, N, H, HV, K, V = inputs.dims
     packed = inputs.cu_seqlens is not None
     h0, kept, indices = inputs.state, inputs.token_states, inputs.state_indices
+    scales, seed = inputs.state_scales, inputs.rounding_seed
     o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
     if indices is not None:
         ht = h0 if inputs.update_state else None
@@ -138,11 +144,11 @@ def decode(
         parts = _parts(inputs, packed) if whole else _NO_PARTS
         kind = None
         if usual(
-            (q, k, v, g, *params, o, h0, ht, kept, *parts[:3], *parts[4:6]),
+            (q, k, v, g, *params, o, h0, ht, kept, *parts[:3], *parts[4:6], scales),
             (*steps, *slots, *(parts[-4:] if whole else ())),
             others,
         ):
-            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6])
+            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6], scales, seed)
             kind = (q.device, config.num_warps, constants, tuple(map(dtype_of, typed)))
         with stage("decode"), on_device(q):
             launch(
@@ -152,7 +158,8 @@ def decode(
                     float(options.scale_for(K)), float(options.lower_bound or 0),
                     N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
                     *((1, 0, 0) if indices is None else _index_layout(indices)),
-                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts, *constants,
+                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts,
+                    scales, 0 if scales is None else scales.stride(0), seed, *constants,
                 ),
                 num_warps=config.num_warps, num_stages=1,
             )  # fmt: skip

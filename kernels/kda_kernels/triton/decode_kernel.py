@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.triton.common import beta_value, cast, exp2, gate_parameters, load_slot, log2_decay, sigmoid
+from kda_kernels.triton.stored import load_state, store_state
 
 
 @triton.jit
@@ -124,6 +125,7 @@ NUMBERS = (
     *("stride_indices_n", "stride_indices_c", "stride_beta_s", "stride_beta_t", "stride_beta_h"),
     *("stride_o_s", "stride_o_t", "stride_o_h"),
     *("conv_indices", "stride_conv_indices", "conv_slots", "conv_length"),
+    *("rounding_seed", "stride_scales_n"),
 )
 
 
@@ -192,6 +194,9 @@ def decode_kernel(
     stride_gate_s: tl.int64,
     stride_gate_t,
     stride_gate_h,
+    state_scales,  # fp32 [pool, HV, V], of an int16 pool; or None
+    stride_scales_n,
+    rounding_seed,  # int64 [1]; None: states are rounded to nearest
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -272,8 +277,16 @@ def decode_kernel(
         if has_initial_state is not None:
             fresh = tl.load(has_initial_state + i_n) == 0
 
+    seed = None
+    if rounding_seed is not None:
+        seed = tl.load(rounding_seed)
+
     for i_g in range(HEADS):
         i_hv = i_first + i_g
+        row = i_hv * V + o_v
+        p_scales = None
+        if state_scales is not None:
+            p_scales = state_scales + slot * stride_scales_n + row
         p_o = p_first + i_g * stride_o_h
         if STATE_V_FIRST:
             o_h = i_hv * (K * V) + o_v[:, None] * K + o_k[None, :]
@@ -283,9 +296,10 @@ def decode_kernel(
         if h0 is not None:
             p_h0 = h0 + slot * stride_h0_n + o_h
             if has_initial_state is not None:
-                b_h = tl.load(p_h0, mask=m_h & tl.load(has_initial_state + i_n), other=0.0).to(tl.float32)
+                has = tl.load(has_initial_state + i_n)
+                b_h = load_state(p_h0, m_h & has, p_scales, m_v & has, 1)
             else:
-                b_h = (tl.load(p_h0) if FULL else tl.load(p_h0, mask=m_h, other=0.0)).to(tl.float32)
+                b_h = load_state(p_h0, None if FULL else m_h, p_scales, m_v, 1)
         if token_states is not None:
             i_kept = first
             if token_state_indices is not None:
@@ -370,21 +384,21 @@ def decode_kernel(
                 kept = m_h
                 if token_state_indices is not None:
                     kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
-                tl.store(p_ts, cast(b_h, p_ts.dtype.element_ty), mask=kept)
+                store_state(p_ts, b_h, kept, None, m_v, seed, slot, t, row, K, BK)
                 p_ts += stride_ts_t
             if (ht is not None) & (num_accepted_tokens is not None):
                 if t < columns:
                     to = load_slot(state_indices + i_n * stride_indices_n, t, stride_indices_c, null_slot)
-                    live = m_h & (to >= 0) & (to < pool)
-                    tl.store(ht + to * stride_ht_n + o_h, cast(b_h, ht.dtype.element_ty), mask=live)
+                    live = (to >= 0) & (to < pool)
+                    p_ht = ht + to * stride_ht_n + o_h
+                    to_scales = None
+                    if state_scales is not None:
+                        to_scales = state_scales + to * stride_scales_n + row
+                    store_state(p_ht, b_h, m_h & live, to_scales, m_v & live, seed, slot, t, row, K, BK)
 
         if (ht is not None) & (num_accepted_tokens is None):
             p_ht = ht + slot * stride_ht_n + o_h
-            b_ht = cast(b_h, p_ht.dtype.element_ty)
-            if FULL:
-                tl.store(p_ht, b_ht)
-            else:
-                tl.store(p_ht, b_ht, mask=m_h)
+            store_state(p_ht, b_h, None if FULL else m_h, p_scales, m_v, seed, slot, n_tokens - 1, row, K, BK)
         if conv_weight is not None:
             if SHIFT & (num_accepted_tokens is None):
                 tl.debug_barrier()  # every warp has read what is shifted now
