@@ -1,20 +1,24 @@
 """GPU time of the KDA part of SGLang's and vLLM's own layers, with their kernels and with ours.
 
-    python -m benchmarks.engine_layers SOURCES [FILE]
+    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--json FILE]
 
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
-from behind the projections to behind (vLLM) or before (SGLang) the gated norm, Kimi K3's 12 heads on one of 8 GPUs.
-Medians in us, of a decode as the replay of a CUDA graph, of a prefill as an eager call, as engines run them, and as a
-graph ("graph"), which leaves out the time of the host; the L2 cache is emptied before each.
+from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
+one of 8 GPUs. Medians in us, of a decode as the replay of a CUDA graph, of a prefill as an eager call, as engines run
+them, and as a graph ("graph"), which leaves out the time of the host; the L2 cache is emptied before each. `apart` is
+how far the outputs and the states lie apart, relative; `kernels` are those of ours that ran.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +34,30 @@ CASES = {
     "verify N=16, 4 tokens": Batch(drafts=4, accepted=(2,) * 16),
     "prefill T=8192": Batch((8192,)),
     "prefill 16 x 512": Batch((512,) * 16),
+    "prefill 4 x 1024, decode 8": Batch((1024,) * 4 + (1,) * 8),
+    "prefill T=4096, a checkpoint": Batch((4096,), checkpoint=2048),
+}
+SLOTS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One of an engine's.
+
+    Attributes:
+        make: the layer's call of a batch with a gate's bound, with ours or with theirs.
+        lacks: what it does not do, of Batch's features.
+    """
+
+    engine: str
+    make: Callable[[Batch, float | None, bool], Run]
+    lacks: tuple[str, ...] = ()
+
+
+LAYERS = {
+    "vLLM, Kimi K3": Layer("vllm", lambda batch, bound, ours: engine_layers.k3(batch, bound, SLOTS)),
+    "vLLM, GLM-5.3-Flash": Layer("vllm", lambda batch, bound, ours: engine_layers.glm(batch, bound, SLOTS), ("fused",)),
+    "SGLang": Layer("sglang", lambda batch, bound, ours: engine_layers.sglang_layer(batch, ours, bound, SLOTS)),
 }
 
 
@@ -60,43 +88,84 @@ def timed(run: Run, graph: bool) -> float:
     return median_us(captured.replay)
 
 
-def main(root: Path, file: str | None) -> None:
+def main(root: Path, names: tuple[str, ...], file: str | None) -> None:
     rows = []
-    for engine in ("vllm", "sglang"):
-        with engine_layers.load(engine, root):
-            if engine == "sglang" and (reason := engine_layers.sglang_cuda(root)) is not None:
-                print(f"SGLang's fused step cannot be built: {reason}", file=sys.stderr)
-            for bound, (name, batch) in itertools.product((-5.0, None), CASES.items()):
-                row = {"engine": engine, "case": name, "gate": "softplus" if bound is None else "safe"}
-                for whose in ("theirs", "ours"):
-                    graph = batch.decode or bool(batch.drafts)
-                    row[whose] = measured(engine, whose == "ours", batch, bound, graph)
-                    if not graph:
-                        row[f"{whose}, graph"] = measured(engine, whose == "ours", batch, bound, True)
-                rows.append(row)
-                print(row, flush=True)
+    for name in names:
+        layer = LAYERS[name]
+        with engine_layers.load(layer.engine, root):
+            for bound, (case, batch) in itertools.product((-5.0, None), CASES.items()):
+                if any(getattr(batch, feature) for feature in layer.lacks):
+                    continue
+                row = {"layer": name, "case": case, "gate": "softplus" if bound is None else "safe"}
+                rows.append(row | compared(layer, root, batch, bound))
+                print(rows[-1], flush=True)
                 if file:
-                    report = {"schema": "kda.engine-layers/1", "provenance": collect(0), "rows": rows}
+                    report = {"schema": "kda.engine-layers/2", "provenance": collect(0), "rows": rows}
                     Path(file).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measured(engine: str, ours: bool, batch: Batch, bound: float | None, graph: bool) -> float | None:
-    """None where a graph of it cannot be captured."""
-    torch.manual_seed(0)
-    with contextlib.ExitStack() as stack:
-        if engine == "sglang":
-            stack.enter_context(engine_layers.ours_in_sglang())
-            run = engine_layers.sglang_layer(batch, ours, bound, slots=128)
-        else:
-            if ours:
-                stack.enter_context(engine_layers.ours_in_vllm())
-            run = engine_layers.k3(batch, bound, slots=128)
+def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dict[str, Any]:
+    """A row: times of both, how far they lie apart; or why there is none."""
+    if batch.checkpoint and layer.engine == "vllm" and (bound is None or not engine_layers.flashkda()):
+        return {"note": "vLLM keeps checkpoints with FlashKDA only, which is not here or has no such gate"}
+    graph = batch.decode or bool(batch.drafts)
+    row: dict[str, Any] = {}
+    if reason := fused_reason(layer, root, batch):
+        row["note"] = f"theirs is not their fused step: {reason}"
+        if layer.engine == "sglang":  # whose model, and not the backend, then has the norm
+            return row
+    left = []
+    for whose in ("theirs", "ours"):
+        unfused = whose == "theirs" and layer.engine == "vllm" and "note" in row
+        chosen = dataclasses.replace(batch, fused=False) if unfused else batch
+        torch.manual_seed(0)
         try:
-            return round(timed(run, graph), 1)
+            with contextlib.ExitStack() as stack:
+                if layer.engine == "sglang" or whose == "ours":
+                    stack.enter_context(OURS[layer.engine]())
+                run = layer.make(chosen, bound, whose == "ours")
+                with engine_layers.kernels_seen() as seen:
+                    left.append(run.results())
+                row |= {"kernels": sorted(seen)} if seen else {}
+                row[whose] = round(timed(run, graph), 1)
+                if not graph:
+                    row[f"{whose}, graph"] = graphed(run)
         except (NotImplementedError, RuntimeError) as error:
-            print(f"{engine}, {'ours' if ours else 'theirs'}: {str(error).splitlines()[0]}", file=sys.stderr)
-            return None
+            return row | {"note": f"{whose} failed: {str(error).splitlines()[0]}"}
+    return row | {"apart": dict(apart(*left))}
+
+
+OURS = {"vllm": engine_layers.ours_in_vllm, "sglang": engine_layers.ours_in_sglang}
+
+
+def fused_reason(layer: Layer, root: Path, batch: Batch) -> str | None:
+    """Why the engine's own fused step does not run a fused batch; None if it does, or there is nothing to fuse."""
+    if not batch.fused:
+        return None
+    return engine_layers.vllm_fused() if layer.engine == "vllm" else engine_layers.sglang_cuda(root)
+
+
+def graphed(run: Run) -> float | None:
+    """None where a graph of it cannot be captured."""
+    try:
+        return round(timed(run, True), 1)
+    except RuntimeError as error:
+        print(f"not in a graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+
+
+def apart(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
+    """Relative distances, of what is not zero everywhere."""
+    for name, want in theirs.items():
+        if want.any():
+            distance = (ours[name].double() - want.double()).norm() / want.double().norm()
+            yield name, float(f"{distance.item():.2g}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", type=Path)
+    parser.add_argument("--layer", action="append", choices=tuple(LAYERS))
+    parser.add_argument("--json")
+    given = parser.parse_args()
+    main(given.sources, tuple(given.layer or LAYERS), given.json)
