@@ -143,6 +143,7 @@ def test_our_own_functions_and_a_padded_step_of_theirs(no_gpu, tmp_path, monkeyp
     found = {dump.op: dump for dump in map(dumps.load, files)}
     assert found["step"].meta["slots"] == [3, 1]
     assert found["step"].inputs.state_indices.tolist() == [0, -1, -1, 1]
+    assert len({getattr(found["step"].inputs, name).untyped_storage().data_ptr() for name in "qkv"}) == 1
     for dump in found.values():
         verdicts = judge(Reference(dump.inputs, dump.op), dump.outputs, partial=True)
         assert all(verdict.passed for verdict in verdicts), verdicts

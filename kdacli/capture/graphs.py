@@ -20,76 +20,72 @@ from kda_kernels.errors import one_line
 from kdacli.capture import taken
 from kdacli.capture.arguments import Call
 from kdacli.capture.settings import Settings
-from kdacli.dumps.strides import copy_with_strides, layout
+from kdacli.dumps.strides import copies
 
 Meta = dict[str, Any]
 Write = Callable[[taken.Tensors, taken.Tensors, dict[str, Any], Meta], None]  # inputs, outputs, options, meta
 
 
-@dataclasses.dataclass
-class Buffer:
-    """A copy of a tensor, with its strides, in memory that only the recorder knows."""
+class _InGraph:
+    """How `taken` keeps tensors here: on their device; of pools, a row for each index, padding included."""
 
-    flat: torch.Tensor
-    shape: torch.Size
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Buffer":
-        elements, strides = layout(tensor)
-        made = cls(torch.empty(elements, dtype=tensor.dtype, device=tensor.device), tensor.shape, strides)
-        made.view().copy_(tensor)
+    def whole(self, tensors: taken.Tensors) -> taken.Tensors:
+        made: taken.Tensors = {}
+        for device in {tensor.device for tensor in tensors.values()}:
+            made |= copies({name: tensor for name, tensor in tensors.items() if tensor.device == device}, device)
         return made
 
-    def view(self) -> torch.Tensor:
-        return self.flat.as_strided(self.shape, self.strides)
-
-    def pinned(self) -> "Buffer":
-        """Room for the same on the host."""
-        host = torch.empty(self.flat.shape, dtype=self.flat.dtype, pin_memory=self.flat.is_cuda)
-        return dataclasses.replace(self, flat=host)
-
-
-class _InGraph:
-    """How `taken` keeps tensors here: in buffers; of pools, a row for each index, padding included."""
-
-    def whole(self, tensors: taken.Tensors) -> dict[str, Buffer]:
-        return {name: Buffer.of(tensor) for name, tensor in tensors.items()}
-
-    def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> Buffer:
-        rows = torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1).long())
-        return Buffer(rows.flatten(), rows.shape, rows.stride())
+    def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1).long())
 
 
 @dataclasses.dataclass
 class GraphCall:
-    """One call of a graph: what its buffers hold after each replay. `bytes`: theirs; `hosts`: how often on the host."""
+    """One call of a graph: copies in memory that only the recorder knows, which each replay fills.
+
+    Attributes:
+        bytes: of them. hosts: how often they are on the host, too; spare: those of them that are free to be filled.
+    """
 
     call: Call
     meta: Meta
     bytes: int
-    inputs: dict[str, Buffer]
-    outputs: dict[str, Buffer] = dataclasses.field(default_factory=dict)
+    inputs: taken.Tensors
+    outputs: taken.Tensors = dataclasses.field(default_factory=dict)
     hosts: int = 0
-    spare: list["GraphCall"] = dataclasses.field(
-        default_factory=list
-    )  # of its likes on the host, those free to be filled
+    spare: list["GraphCall"] = dataclasses.field(default_factory=list)
 
     def finish(self, result: Any) -> None:
         """The call returned `result`, still under capture."""
         self.outputs = taken.after(self.call, result, _InGraph())
         self.call = dataclasses.replace(self.call, tensors={}, out=None)  # their memory is the graph's to use again
 
+    def memory(self) -> dict[Any, torch.Tensor]:
+        """Each storage once, whole."""
+        tensors = (*self.inputs.values(), *self.outputs.values())
+        return {_storage(tensor): tensor.new_empty(0).set_(tensor.untyped_storage()) for tensor in tensors}
+
     def pinned(self) -> "GraphCall":
+        """Room for the same on the host."""
         self.hosts += 1
-        inputs, outputs = ({name: buffer.pinned() for name, buffer in x.items()} for x in (self.inputs, self.outputs))
-        return dataclasses.replace(self, inputs=inputs, outputs=outputs)
+        room = {at: torch.empty(m.shape, dtype=m.dtype, pin_memory=m.is_cuda) for at, m in self.memory().items()}
+
+        def placed(tensors: taken.Tensors) -> taken.Tensors:
+            return {
+                name: room[_storage(t)].as_strided(t.shape, t.stride(), t.storage_offset())
+                for name, t in tensors.items()
+            }
+
+        return dataclasses.replace(self, inputs=placed(self.inputs), outputs=placed(self.outputs))
 
     def fill(self, host: "GraphCall") -> None:
-        """Copies the buffers to those of `host`, which hold it once the current stream has come so far."""
-        for mine, theirs in ((self.inputs, host.inputs), (self.outputs, host.outputs)):
-            for name, buffer in mine.items():
-                theirs[name].flat.copy_(buffer.flat, non_blocking=True)
+        """Copies all to `host`, which holds it once the current stream has come so far."""
+        for mine, theirs in zip(self.memory().values(), host.memory().values(), strict=True):
+            theirs.copy_(mine, non_blocking=True)
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype
 
 
 class Graphs:
@@ -221,9 +217,7 @@ class Graphs:
 
 def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
     """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
-    inputs, outputs = (
-        {name: copy_with_strides(buffer.view()) for name, buffer in x.items()} for x in (call.inputs, call.outputs)
-    )
+    inputs, outputs = copies(call.inputs), copies(call.outputs)
     slots_of = {"state_indices": ("state", "final_state", "conv_states"), "token_state_indices": ("token_states",)}
     for name, pools in slots_of.items():
         if (indices := inputs.get(name)) is None:

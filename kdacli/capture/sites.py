@@ -51,6 +51,11 @@ class Site:
     since: str = ""
     until: str = ""
 
+    @property
+    def releases(self) -> str:
+        """Those known to have it, in words; "" where none is known."""
+        return " ".join([f"from {self.since} on"] * bool(self.since) + [f"before {self.until}"] * bool(self.until))
+
 
 _V_FIRST = {"state_v_first": True}
 _RAW = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_l2norm_in_kernel": True, **_V_FIRST}

@@ -156,6 +156,8 @@ def _report(out: str, settings: "Settings", result: "Result") -> None:
 
 
 def _why_nothing(settings: "Settings", result: "Result") -> str:
+    from kdacli.capture.sites import SITES
+
     what = " or ".join(settings.targets)
     if result.left_out:
         return "nothing was recorded: no call that was seen can be"
@@ -166,5 +168,7 @@ def _why_nothing(settings: "Settings", result: "Result") -> str:
         after = f" more than {settings.skip} times" if settings.skip else ""
         return f"nothing was recorded: {' and '.join(result.found)} was never called from Python{after}{filters}"
     if result.missing:
-        return f"nothing was recorded: {result.missing[0]} is not there, or is no function"
+        site = SITES.get(result.missing[0])
+        known = f" (it is in releases {site.releases})" if site and site.releases else ""
+        return f"nothing was recorded: {result.missing[0]} is not there, or is no function{known}"
     return f"nothing was recorded: the program never imported {what}"
