@@ -13,16 +13,13 @@ from tests.mutants.victim import Chunked, GateStage, Recurrent, VictimKernel
 
 
 def test_quick_kills_nine_in_ten_and_full_the_rest():
-    """What quick killed, full has killed as well, since quick is part of it. And each dies by a case that has to do
-    with it, not by one that kills whatever differs.
-    """
-    quick = score("quick")
-    survivors = [death.mutant for death in quick if death.case is None]
-    assert len(survivors) <= len(quick) / 10, survivors
-    assert len({death.case for death in quick if death.case}) >= 25
+    """And each dies by a case that has to do with it, not by one that kills whatever differs."""
+    deaths = score("full")
+    assert [death.mutant.name for death in deaths if death.case is None] == []
     known = {case.name for case in cases_for("cpu")}
-    more = [case for case in cases_for("cpu", "full") if case.name not in known]
-    assert [death.mutant.name for death in hunt(survivors, more) if death.case is None] == []
+    late = [death for death in deaths if death.case not in known]
+    assert len(late) <= len(deaths) / 10, late
+    assert len({death.case for death in deaths}) >= 25
 
 
 def test_the_table_is_as_large_as_it_claims():

@@ -1,6 +1,7 @@
 """Prints the score: python -m tests.mutants --suite quick. Exit code 1 if it is under --least."""
 
 import argparse
+import json
 import sys
 
 from kdacli.device import pick_device
@@ -13,11 +14,14 @@ def main() -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=float, default=0.0, metavar="SHARE", help="share that must be killed, 0 to 1")
+    parser.add_argument("--record", action="store_true", help="hunt anew, and write killers.json")
     args = parser.parse_args()
     device = pick_device(args.device)
-    from tests.mutants.score import score
+    from tests.mutants.score import KILLERS, score
 
-    deaths = score(args.suite, device, args.seed)
+    deaths = score(args.suite, device, args.seed, anew=args.record)
+    if args.record:
+        KILLERS.write_text(json.dumps({d.mutant.name: d.case for d in deaths if d.case}, indent=1) + "\n")
     killed = [death for death in deaths if death.case is not None]
     rows = [(d.mutant.name, d.mutant.fault, good(d.case) if d.case else bad("survived")) for d in deaths]
     console().print(table(None, ("mutant", "what is wrong with it", "killed by"), rows))

@@ -4,6 +4,7 @@ Their bytes are all ones: NaN in every floating dtype, -1 in every integer, so t
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -55,10 +56,14 @@ class Guarded:
 
     def broken(self) -> str | None:
         """What was overwritten, in words; None if nothing was."""
-        sides = (("before", self.block[:ZONE]), ("after", self.block[-ZONE:]))
-        hit = [(side, int((zone != FILL).sum())) for side, zone in sides]
-        said = " and ".join(f"{count} bytes {side}" for side, count in hit if count)
-        return f"{said} {self.what}" if said else None
+        sides, untouched = (("before", self.block[:ZONE]), ("after", self.block[-ZONE:])), _untouched(self.block.device)
+        hit = [(side, int((zone != FILL).sum())) for side, zone in sides if not torch.equal(zone, untouched)]
+        return f"{' and '.join(f'{count} bytes {side}' for side, count in hit)} {self.what}" if hit else None
+
+
+@functools.cache
+def _untouched(device: torch.device) -> torch.Tensor:
+    return torch.full((ZONE,), FILL, dtype=torch.uint8, device=device)
 
 
 class GuardedAllocations(TorchDispatchMode):

@@ -21,14 +21,26 @@ GATE_CODES = {Gate.NONE: GATE_NONE, Gate.SOFTPLUS: GATE_SOFTPLUS, Gate.SAFE: GAT
 INTERPRETED = tl.constexpr(interpreted())
 
 
+@triton.constexpr_function
+def _bf16_of_interpreter(x):
+    """x.to(tl.bfloat16) as a GPU rounds, on the interpreter's numpy arrays."""
+    import numpy as np  # here, since Triton looks into all global names of a function that it may compile
+    from triton.runtime.interpreter import TensorHandle
+
+    if x.dtype == tl.bfloat16:
+        return x
+    bits = x.handle.data.astype(np.float32).view(np.uint32)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    made = (np.where(np.isnan(x.handle.data), bits, rounded) >> 16).astype(np.uint16)
+    dtype = x.type.with_element_ty(tl.bfloat16) if x.type.is_block() else tl.bfloat16
+    return tl.tensor(TensorHandle(made, tl.bfloat16), dtype)
+
+
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x.to(DTYPE), rounded to nearest even. Triton's interpreter cuts bf16 off; there the bits are rounded first."""
+    """x.to(DTYPE), rounded to nearest even. Triton's interpreter cuts off what bf16 has no room for."""
     if INTERPRETED and DTYPE == tl.bfloat16:
-        x = x.to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+        return _bf16_of_interpreter(x)
     return x.to(DTYPE)
 
 
