@@ -59,6 +59,7 @@ def test_the_rounded_oracle_passes(op, dtype):
     inputs = _inputs(op, dtype=dtype, g_dtype=dtype, beta_dtype=dtype)
     for verdict in judge(inputs, _good(inputs, op), op=op):
         assert verdict.passed and verdict.note == "" and 0 < verdict.error < verdict.bound
+        assert verdict.rounding == pytest.approx(verdict.error)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

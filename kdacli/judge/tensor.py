@@ -40,6 +40,7 @@ class Verdict:
             head, v, k and, in a pool, slot.
         passed: at all three levels, finite, zero where it must be, nothing touched that is nobody's.
         note: what is wrong, in words; "" if nothing is.
+        rounding: what `error` would be if the exact tensor were rounded once, to the dtype that it is in.
     """
 
     tensor: str
@@ -50,6 +51,7 @@ class Verdict:
     where: dict[str, str]
     passed: bool
     note: str = ""
+    rounding: float = math.nan
 
     @classmethod
     def failed(cls, tensor: str, note: str, where: dict[str, str] | None = None) -> "Verdict":
@@ -103,6 +105,7 @@ class TensorJudge:
         self.most = torch.full((2, *shape), -math.inf).double()
         self.at, self.sizes = torch.zeros(2, *shape, 3, dtype=torch.int64), torch.zeros(2, *shape, 2).double()
         self.bad = self.total = 0
+        self.rounded = 0.0  # the sum of squares of what one rounding takes off
         self.first_bad: tuple[str, dict[str, str]] | None = None
 
     def add(self, rows: Rows, out: torch.Tensor) -> None:
@@ -115,6 +118,7 @@ class TensorJudge:
         wrong = (out - rows.exact).abs_()
         for sums, per_row in ((self.norms, rows.exact.square()), (self.wrongs, wrong.square())):
             sums.index_add_(0, owner, per_row.sum(-1).cpu())
+        self.rounded += (rows.exact.to(self.dtype).double() - rows.exact).square().sum().item()
         self.count.index_add_(0, owner, torch.full(out.shape[:2], float(out.shape[-1])).double())
         self.plains.index_add_(1, owner, rows.squares.cpu())
         for largest, worst in zip(self.plain_worst, rows.worst.cpu(), strict=True):
@@ -178,7 +182,8 @@ class TensorJudge:
         if share > 1:
             notes.append(f"the element at {said(where)} is off by {share:.3g} times its bound")
         notes += self._digits()
-        return Verdict(self.tensor, error, bound, worst, worst_bound, where, not notes, "; ".join(notes))
+        rounding = _ratio(math.sqrt(self.rounded), norm)
+        return Verdict(self.tensor, error, bound, worst, worst_bound, where, not notes, "; ".join(notes), rounding)
 
     def _allowed(self, norms: torch.Tensor, usual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """How wrong each block may be, and each element of it beyond its own rounding.

@@ -27,7 +27,10 @@ def print_results(
             columns, rows = (*COLUMNS[:4], COLUMNS[-1]), [(*row[:4], row[-1]) for row in rows]
         if len(described) == 1 and " " in results[0].case:  # long, and every row would repeat it
             say(f"{title}:")
-            console().print(table(results[0].case, columns[1:], [row[1:] for row in rows]))
+            columns = (*columns[1:4], "o/once", *columns[4:])
+            rows = [(*row[1:4], _o_once(result), *row[4:]) for row, result in zip(rows, results, strict=True)]
+            console().print(table(results[0].case, columns, rows))
+            say("o/once: the error of o over that of rounding the exact o once, to its dtype")
         else:
             console().print(table(title, columns, rows))
     else:
@@ -191,6 +194,12 @@ def _cells(result: Result) -> tuple[object, ...]:
         numbers += [None, None] if verdict is None else [fmt_sci(verdict.error), fmt_sci(verdict.bound)]
     word = {"pass": good("pass"), "fail": bad("FAIL"), "error": bad("ERROR"), "refused": dim("refused")}[result.status]
     return (result.case, result.kernel, *numbers, word)
+
+
+def _o_once(result: Result) -> str | None:
+    """The error of o, in those of rounding the exact o once."""
+    o = next((v for v in result.verdicts if v.tensor in ("o", "g_cumsum")), None)
+    return None if o is None or not o.rounding > 0 else f"{o.error / o.rounding:.2f}"
 
 
 def _share(result: Result) -> float:
