@@ -49,7 +49,7 @@ def test_what_is_timed_computes(op):
 
 
 def test_rows_of_calls(monkeypatch):
-    monkeypatch.setattr(host_time, "WARM_UP", 1)
+    monkeypatch.setattr(host_time, "TURN", 1)
     calls = list(host_time.decode_calls(1, "batch", 4, batch=3, device="cpu"))
     ours, torch_decode = host_time.measure(Op.DECODE, 1, "batch", calls, [registry.get("torch-decode")])
     assert (ours.kernel, torch_decode.kernel) == ("kda_decode", "torch-decode")
@@ -64,6 +64,6 @@ def test_gpu_host_times(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(dest.read_text())["rows"]
-    assert {row["shapes"] for row in rows} == {"same", "length", "packed", "batch"}
+    assert {row["shapes"] for row in rows} == {"same", "length", "packed", "batch", "queued"}
     assert {"kda_prefill", "kda_decode", "triton-prefill", "triton-decode"} <= {row["kernel"] for row in rows}
     assert not any(row["error"] for row in rows)
