@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError
@@ -31,6 +32,8 @@ from kda_kernels.tensors import Dims, Inputs
 CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES")
 # Whether a prefill has to be causal to the last bit, also where gates are bounded and it costs time.
 CAUSAL = os.environ.get("KDA_CAUSAL") == "1"
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def values_checked(owner: torch.Tensor) -> bool:
@@ -78,7 +81,7 @@ def require_memory(t: torch.Tensor, name: str = "q") -> None:
 
 def is_traced(t: torch.Tensor) -> bool:
     """Whether a call with `t` computes nothing: it is compiled or exported, or its tensors are fake or on meta."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return True
     if (kind := type(t)) is not torch.Tensor:
         if not isinstance(t, torch.Tensor):  # which a check will say
@@ -87,8 +90,7 @@ def is_traced(t: torch.Tensor) -> bool:
             return True
     if t.is_meta:
         return True
-    modes = torch._C._len_torch_dispatch_stack()
-    return modes > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def require_features(inputs: Inputs, has: Collection[str], who: str) -> None:

@@ -215,7 +215,7 @@ def _call(
     if indices is not None:
         if h0 is None:
             raise ValueError("no pool")
-        if h0.stride(0) < HV * V * K and h0.shape[0] > 1:
+        if h0.stride()[0] < HV * V * K and h0.shape[0] > 1:
             raise ValueError("slots overlap")
         if indices.shape[0] < N:
             raise ValueError("not one for each sequence")
@@ -228,7 +228,7 @@ def _call(
     if bias is not None:
         if bias.ndim != 1:
             bias = _flat(bias, K)
-        if bias.shape[0] != HV * K:
+        if bias.numel() != HV * K:
             raise ValueError("dt_bias is not one for each channel")
     *parts, eps = _NO_PARTS if parts is None else _parts(call, N)
     arguments = (

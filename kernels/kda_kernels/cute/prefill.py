@@ -301,7 +301,7 @@ def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: 
     if indices is not None:
         if h0 is None:
             raise _RefusedError("no pool")
-        if indices.shape[0] < N or (h0.stride(0) < HV * V * K and h0.shape[0] > 1):
+        if indices.shape[0] < N or (h0.stride()[0] < HV * V * K and h0.shape[0] > 1):
             raise _RefusedError("not one for each sequence, or slots overlap")
     if offsets is not None:
         for x in (started, ht, None if kept is None else kept.rows, h0 if indices is None else None):
@@ -315,9 +315,8 @@ def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: 
         every = ALIGNMENT if kept.every is None else kept.every
         if (kept.every is None) == (kept.offsets is None) or every < 1 or every % ALIGNMENT:
             raise _RefusedError("checkpoints have offsets, or a distance that is a multiple of 64")
-    for x in (q, k, v, g, o):
-        if 0 in x.stride():
-            raise _RefusedError("rows lie on each other")
+    if not all((*q.stride(), *k.stride(), *v.stride(), *g.stride(), *o.stride())):
+        raise _RefusedError("rows lie on each other")
 
 
 def _arguments(call: tuple, o: torch.Tensor) -> tuple:

@@ -164,7 +164,7 @@ def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
     for cut, longest, weight in ways:
         others = (total - longest + (N - cut) * START) * weight
         each = -(-longest // cut)
-        bits = max(0, each.bit_length() - 3)
+        bits = max(0, each.bit_length() - 2)
         like, workers = (each + (1 << bits) - 1 >> bits) << bits, sms * longest / (longest + others)
         cuts = _cuts(cut, like, HV, round(workers / 8) * 8)
         if cuts is None:
