@@ -4,9 +4,8 @@
     python3 benchmarks/host_time.py                          prefill and decode, 12, 32 and 96 heads, with the peers
     python3 benchmarks/host_time.py --op decode --heads 96 --no-peers --json host.json
 
-Timed is what a call keeps the CPU, with the GPU idle before it; until it is, the CPU asks again and again, as it is no
-engine's that sleeps between calls and wakes up slowly. Of the shapes "queued" nothing waits: calls follow each other as
-layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by name as
+Timed is what a call keeps the CPU, with the GPU idle before it. Of the shapes "queued" nothing waits: calls follow each
+other as layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by name as
 `kda profile` calls them, their outputs allocated, but peers without the check that their adapter makes. All run in one
 process, in turns.
 """
@@ -27,7 +26,7 @@ from kda_kernels.errors import one_line
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
-from kdacli import output, provenance
+from kdacli import autotuning, output, provenance
 from kdacli.profile.cases.select import candidates
 from kdacli.profile.measuring.timing import Statistics
 from kdacli.synthetic import make_inputs
@@ -122,19 +121,13 @@ def times_us(calls: list[Callable[[], object]], wait: Callable[[], object], unti
     return times
 
 
-def until_idle() -> None:
-    stream = torch.cuda.current_stream()
-    while not stream.query():
-        pass
-
-
 def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: list[Kernel]) -> Iterator[Row]:
     """The public function, then the kernels that can."""
     from kda_kernels.checks import problem_of
 
     largest = max(all_inputs, key=lambda x: x.v.numel())
     out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
-    wait = until_idle if out.is_cuda and shapes != "queued" else lambda: None
+    wait = torch.cuda.synchronize if out.is_cuda and shapes != "queued" else lambda: None
     callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
@@ -171,6 +164,7 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
 @click.option("--calls", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--kernel", "names", multiple=True, help="Beside the public functions only these, not all there are.")
 @click.option("--no-peers", is_flag=True)
+@click.option("--untuned", is_flag=True, help="Autotuned Triton kernels take their first configuration.")
 @click.option("--json", "dest", metavar="FILE")
 @click.option("--force", is_flag=True, help="Overwrite the file.")
 def main(
@@ -179,6 +173,7 @@ def main(
     calls: int,
     names: tuple[str, ...],
     no_peers: bool,
+    untuned: bool,
     dest: str | None,
     force: bool,
 ) -> None:
@@ -186,6 +181,8 @@ def main(
     if not torch.cuda.is_available():
         output.say("Error: host_time.py needs a CUDA GPU and there is none", stderr=True)
         sys.exit(3)
+    if untuned:
+        autotuning.take_first()
     stderr, rows = dest == "-", list[Row]()
     record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
     output.say(f"{'':40} {'calls':>6} {'p50 us':>9} {'p90 us':>9} {'max us':>9}", stderr=stderr)
