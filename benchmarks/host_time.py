@@ -5,9 +5,9 @@
     python3 benchmarks/host_time.py --op decode --heads 96 --no-peers --json host.json
 
 Timed is what a call keeps the CPU, with the GPU idle before it. Of the shapes "queued" nothing waits: calls follow each
-other as layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by name as
-`kda profile` calls them, their outputs allocated, but peers without the check that their adapter makes. All run in one
-process, in turns.
+other as layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by
+name as `kda profile` calls them, their outputs allocated, but peers without the check that their adapter makes. All run
+in one process, in turns.
 """
 
 import dataclasses
