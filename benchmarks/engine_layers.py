@@ -57,6 +57,9 @@ class Layer:
 LAYERS = {
     "vLLM, Kimi K3": Layer("vllm", lambda batch, bound, ours: engine_layers.k3(batch, bound, SLOTS)),
     "vLLM, GLM-5.3-Flash": Layer("vllm", lambda batch, bound, ours: engine_layers.glm(batch, bound, SLOTS), ("fused",)),
+    "vLLM, Kimi-Linear": Layer(
+        "vllm", lambda batch, bound, ours: engine_layers.kimi_linear(batch, bound, SLOTS), ("fused", "checkpoint")
+    ),
     "SGLang": Layer("sglang", lambda batch, bound, ours: engine_layers.sglang_layer(batch, ours, bound, SLOTS)),
 }
 

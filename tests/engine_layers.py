@@ -40,6 +40,7 @@ REAL = {
         "vllm.models.glm5next.common.kda",
         "vllm.models.glm5next.nvidia.ops.third_party.kda",
         "vllm.third_party.flash_linear_attention.ops.",
+        "vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn",
         "vllm.model_executor.layers.mamba.ops.causal_conv1d",
         "vllm.model_executor.layers.mamba.ops.gather_initial_states",
         "vllm.model_executor.layers.mamba.kda_checkpoint",
@@ -330,9 +331,20 @@ class Batch:
 def k3(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
     """vLLM's Kimi K3 layer, from behind the projections to behind the gated norm."""
     module = importlib.import_module("vllm.models.kimi_k3.nvidia.kda")
+    return _kimi(module.KimiK3DeltaAttention, module.KimiK3KDAMetadata, batch, lower_bound, slots)
+
+
+def kimi_linear(batch: Batch, lower_bound: float | None = None, slots: int = 64) -> Run:
+    """vLLM's Kimi-Linear layer, as `k3`; it has neither fused steps nor checkpoints."""
+    module = importlib.import_module("vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn")
+    return _kimi(module.KimiGatedDeltaNetAttention, module.GDNAttentionMetadata, batch, lower_bound, slots)
+
+
+def _kimi(kind: type, metadata: type, batch: Batch, lower_bound: float | None, slots: int) -> Run:
+    module = sys.modules[kind.__module__]
     spec_tokens = batch.drafts * len(batch.accepted)
     tokens = spec_tokens + sum(batch.lens) + batch.padded
-    layer = object.__new__(module.KimiK3DeltaAttention)
+    layer = object.__new__(kind)
     conv = random(slots, WIDTH - 1 + max(batch.drafts - 1, 0), CHANNELS)
     pool = random(slots, H, D, D, scale=0.3, dtype=torch.float32)
     norm = module.FusedRMSNormGated(D, activation="sigmoid").to(DEVICE)
@@ -347,10 +359,11 @@ def k3(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
         kda_decode_backend="native" if batch.fused else "triton", kda_spec_decode_backend="triton",
         decode_conv1d_weight=weight.view(3, H * D, WIDTH).mT.contiguous() if batch.fused else None,
         decode_norm_weight=norm.weight.detach().float() if batch.fused else None, use_recoverssm=False,
-        o_norm=norm, _checkpoint_exporter=module.FlashKDAPrefillCheckpointExporter(),
-        _flashkda_buffer_specs=_specs(tokens, len(batch.lens)) if fast else None,
+        o_norm=norm, _flashkda_buffer_specs=_specs(tokens, len(batch.lens)) if fast else None,
     )  # fmt: skip
-    CONTEXT.attn_metadata = {"layer": _metadata(module.KimiK3KDAMetadata, batch)}
+    if batch.checkpoint:
+        layer._checkpoint_exporter = module.FlashKDAPrefillCheckpointExporter()
+    CONTEXT.attn_metadata = {"layer": _metadata(metadata, batch)}
     projected = random(tokens, CHANNELS + H * D)  # the gate of the norm lies behind q, k and v
     out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
     g, beta = random(1, tokens, H, D), random(1, tokens, H)

@@ -84,12 +84,14 @@ def test_vllm_k3_layer(batch, bound):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layer", [engine_layers.glm, engine_layers.kimi_linear])
 @pytest.mark.parametrize("batch", VLLM.values(), ids=VLLM)
-def test_vllm_glm_layer(batch):
-    if batch.fused or (batch.checkpoint and not engine_layers.flashkda()):
+def test_vllm_layers_without_fused_steps(batch, layer):
+    flashkda = layer is engine_layers.glm and engine_layers.flashkda()
+    if batch.fused or (batch.checkpoint and not flashkda):
         pytest.skip("the layer has no fused step, and keeps checkpoints with FlashKDA only")
     with engine_layers.load("vllm", engine_sources.folder("vllm").parent):
-        compare(lambda: engine_layers.glm(batch), lambda: engine_layers.glm(batch), engine_layers.ours_in_vllm)
+        compare(lambda: layer(batch), lambda: layer(batch), engine_layers.ours_in_vllm)
 
 
 @pytest.mark.gpu
