@@ -361,7 +361,7 @@ def _kimi(kind: type, metadata: type, batch: Batch, lower_bound: float | None, s
         decode_norm_weight=norm.weight.detach().float() if batch.fused else None, use_recoverssm=False,
         o_norm=norm, _flashkda_buffer_specs=_specs(tokens, len(batch.lens)) if fast else None,
     )  # fmt: skip
-    if batch.checkpoint:
+    if fast and kind.__name__ == "KimiK3DeltaAttention":
         layer._checkpoint_exporter = module.FlashKDAPrefillCheckpointExporter()
     CONTEXT.attn_metadata = {"layer": _metadata(metadata, batch)}
     projected = random(tokens, CHANNELS + H * D)  # the gate of the norm lies behind q, k and v
