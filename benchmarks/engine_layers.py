@@ -1,6 +1,6 @@
 """GPU time of the KDA part of SGLang's and vLLM's own layers, with their kernels and with ours.
 
-    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--json FILE]
+    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--gate NAME] [--json FILE]
 
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
 from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
@@ -38,6 +38,7 @@ CASES = {
     "prefill T=4096, a checkpoint": Batch((4096,), checkpoint=2048),
 }
 SLOTS = 128
+BOUNDS = {"safe": -5.0, "softplus": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +47,20 @@ class Layer:
 
     Attributes:
         make: the layer's call of a batch with a gate's bound, with ours or with theirs.
-        lacks: what it does not do, of Batch's features.
+        lacks: what it does not do, of Batch's features. gates: that it has.
     """
 
     engine: str
     make: Callable[[Batch, float | None, bool], Run]
     lacks: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ("safe", "softplus")
 
 
 LAYERS = {
     "vLLM, Kimi K3": Layer("vllm", lambda batch, bound, ours: engine_layers.k3(batch, bound, SLOTS)),
-    "vLLM, GLM-5.3-Flash": Layer("vllm", lambda batch, bound, ours: engine_layers.glm(batch, bound, SLOTS), ("fused",)),
+    "vLLM, GLM-5.3-Flash": Layer(
+        "vllm", lambda batch, bound, ours: engine_layers.glm(batch, bound, SLOTS), ("fused",), ("safe",)
+    ),
     "vLLM, Kimi-Linear": Layer(
         "vllm", lambda batch, bound, ours: engine_layers.kimi_linear(batch, bound, SLOTS), ("fused", "checkpoint")
     ),
@@ -91,16 +95,18 @@ def timed(run: Run, graph: bool) -> float:
     return median_us(captured.replay)
 
 
-def main(root: Path, names: tuple[str, ...], file: str | None) -> None:
+def main(root: Path, names: tuple[str, ...], gates: tuple[str, ...], file: str | None) -> None:
     rows = []
-    for name in names:
+    for gate, name in itertools.product(gates, names):
         layer = LAYERS[name]
+        if gate not in layer.gates:
+            continue
         with engine_layers.load(layer.engine, root):
-            for bound, (case, batch) in itertools.product((-5.0, None), CASES.items()):
+            for case, batch in CASES.items():
                 if any(getattr(batch, feature) for feature in layer.lacks):
                     continue
-                row = {"layer": name, "case": case, "gate": "softplus" if bound is None else "safe"}
-                rows.append(row | compared(layer, root, batch, bound))
+                row = {"layer": name, "case": case, "gate": gate}
+                rows.append(row | compared(layer, root, batch, BOUNDS[gate]))
                 print(rows[-1], flush=True)
                 if file:
                     report = {"schema": "kda.engine-layers/2", "provenance": collect(0), "rows": rows}
@@ -129,6 +135,8 @@ def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dic
                 run = layer.make(chosen, bound, whose == "ours")
                 with engine_layers.kernels_seen() as seen:
                     left.append(run.results())
+                if bool(seen) != (whose == "ours"):
+                    raise AssertionError(f"{whose}: of our kernels {seen or 'none'} ran")
                 row |= {"kernels": sorted(seen)} if seen else {}
                 row[whose] = round(timed(run, graph), 1)
                 if not graph:
@@ -169,6 +177,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
     parser.add_argument("--layer", action="append", choices=tuple(LAYERS))
+    parser.add_argument("--gate", action="append", choices=tuple(BOUNDS))
     parser.add_argument("--json")
     given = parser.parse_args()
-    main(given.sources, tuple(given.layer or LAYERS), given.json)
+    main(given.sources, tuple(given.layer or LAYERS), tuple(given.gate or BOUNDS), given.json)

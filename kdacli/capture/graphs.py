@@ -36,7 +36,7 @@ class _InGraph:
         return made
 
     def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1).long())
+        return torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1))
 
 
 @dataclasses.dataclass
