@@ -211,3 +211,24 @@ def test_a_captured_decode_loop(loop, tmp_path):
     assert result.exit_code == 0, result.output
     events, torn = journal.events(tmp_path / "d")
     assert torn == 0 and sum(event["event"] == "written" for event in events) == 3
+
+
+@pytest.mark.gpu
+def test_streams_of_their_own_whose_buffers_are_used_again(loop, tmp_path):
+    """The copies are made on the stream of the call: after what fills its inputs, and before what comes next there."""
+    made = [make_inputs(PROBLEM, seed=seed, device="cuda") for seed in range(3)]
+    x = made[0].fresh()
+    x.state.nan_to_num_(0.0)
+    torch.cuda.synchronize()
+    with capture(TARGET, out=tmp_path / "d", calls=3) as files:
+        for source in made:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(20_000_000)
+                for name in ("q", "k", "v", "g", "beta"):
+                    getattr(x, name).copy_(getattr(source, name))
+                loop.decode(**call_of(x))
+                x.q.fill_(float("nan"))
+            torch.cuda.synchronize()
+    assert all(torch.equal(dumps.load(file).inputs.q, source.q.cpu()) for file, source in zip(files, made, strict=True))
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d")])
+    assert result.exit_code == 0, result.output
