@@ -151,7 +151,8 @@ def main(file: str | None) -> bool:
             rows.append(measured(op, N, Path(folder) / "dumps"))
         print(rows[-1], flush=True)
         if file:
-            report = {"schema": "kda.capture/1", "provenance": collect(0), "rows": rows}
+            provenance = collect(0) | {"command": "python3 -m benchmarks.capture FILE"}
+            report = {"schema": "kda.capture/1", "provenance": provenance, "rows": rows}
             Path(file).write_text(json.dumps(report, indent=1) + "\n")
     wanted = sorted((*CHOSEN, *LATER))
     return all(row["same_bits"] and row["dumps"] == wanted and row["largest_share_of_bound"] <= 1 for row in rows)

@@ -109,7 +109,8 @@ def main(root: Path, names: tuple[str, ...], gates: tuple[str, ...], file: str |
                 rows.append(row | compared(layer, root, batch, BOUNDS[gate]))
                 print(rows[-1], flush=True)
                 if file:
-                    report = {"schema": "kda.engine-layers/2", "provenance": collect(0), "rows": rows}
+                    provenance = collect(0) | {"command": "python3 -m benchmarks.engine_layers SOURCES --json FILE"}
+                    report = {"schema": "kda.engine-layers/2", "provenance": provenance, "rows": rows}
                     Path(file).write_text(json.dumps(report, indent=1) + "\n")
 
 
