@@ -15,7 +15,8 @@ from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Convolution, Inputs
 from kdacli.options import problem_from
-from kdacli.peers import vllm_step
+from kdacli.peers import sglang_step, vllm_step
+from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 from kdacli.profile.measuring.outputs import Check
 from kdacli.profile.measuring.traffic import traffic
 from kdacli.synthetic import make_inputs
@@ -279,18 +280,22 @@ def test_a_timed_step_is_held_against_the_oracle_with_its_convolutions_states(to
     assert check.error(forgetful) == float("inf")
 
 
-def test_vllms_kernel_is_given_the_projection_itself():
+def test_fused_steps_of_engines_are_given_the_projection_itself():
     inputs = make((1,) * 3, packed=False, HV=1, V=16)
-    rows = vllm_step._projection(inputs)
+    parts = [rows_of(x) for x in (inputs.q, inputs.k, inputs.v)]
+    rows = side_by_side(*parts)
     assert rows.data_ptr() == inputs.q.data_ptr() and rows.shape == (3, 48)
-    assert torch.equal(rows, torch.cat([x.flatten(1) for x in (inputs.q, inputs.k, inputs.v)], 1))
-    apart = dataclasses.replace(inputs, k=inputs.k.clone())
-    assert torch.equal(vllm_step._projection(apart), rows)
+    assert torch.equal(rows, torch.cat(parts, 1)) and torch.equal(
+        side_by_side(parts[0], parts[1].clone(), parts[2]), rows
+    )
     weight = inputs.conv.weight
-    assert torch.equal(vllm_step._by_tap(inputs.conv)[1, 2], weight[16:32, 2])
+    assert torch.equal(vllm_step._by_tap(weight)[1, 2], weight[16:32, 2])
+    assert torch.equal(sglang_step._by_tap(weight)[1][2], weight[16:32, 2].float())
     problem = problem_of(inputs, Op.STEP)
-    assert "H is 1" in str(vllm_step.CONTRACT.refusal(dataclasses.replace(problem, **_AS_VLLM, H=1, HV=1)))
-    assert vllm_step.CONTRACT.refusal(dataclasses.replace(problem, **_AS_VLLM, H=12, HV=12)) is None
+    for peer in (vllm_step, sglang_step):
+        refusal = peer.CONTRACT.refusal
+        assert "H is 1" in str(refusal(dataclasses.replace(problem, **_AS_VLLM, H=1, HV=1)))
+        assert refusal(dataclasses.replace(problem, **_AS_VLLM, H=12, HV=12)) is None
 
 
 _AS_VLLM = {"K": 128, "V": 128, "padding": 0} | dict.fromkeys(("dtype", "g_dtype", "beta_dtype"), "bfloat16")

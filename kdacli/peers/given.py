@@ -6,7 +6,8 @@ graph's.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,21 +15,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kda_kernels.errors import InputError
 from kda_kernels.tensors import Inputs, Outputs
 
-_converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> {dtype: (its version, converted)}
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> {what: (the tensor's version, made of it)}
+_T = TypeVar("_T")
+
+
+def derived(tensor: torch.Tensor, what: Hashable, make: Callable[[torch.Tensor], _T]) -> _T:
+    """`make(tensor)`, called once for as long as the tensor lives and is not modified; `what` tells makers apart."""
+    if tensor.is_inference() or _capturing(tensor):
+        return make(tensor)
+    known = _made.setdefault(tensor, {})
+    version, value = known.get(what, (None, None))
+    if version != tensor._version:
+        value = make(tensor)
+        known[what] = (tensor._version, value)
+    return value
 
 
 def parameter(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor` in `dtype`, converted once for as long as it lives and is not modified."""
-    if tensor.dtype == dtype:
-        return tensor
-    if tensor.is_inference() or _capturing(tensor):
-        return tensor.to(dtype)
-    known = _converted.setdefault(tensor, {})
-    version, value = known.get(dtype, (None, None))
-    if version != tensor._version:
-        value = tensor.to(dtype)
-        known[dtype] = (tensor._version, value)
-    return value
+    """`tensor` in `dtype`, converted once."""
+    return tensor if tensor.dtype == dtype else derived(tensor, dtype, lambda x: x.to(dtype))
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -55,8 +55,8 @@ def run(inputs: Inputs) -> Outputs:
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o = torch.empty(N, 1, HV, V, dtype=inputs.v.dtype, device=inputs.v.device)
         packed_decode(
-            side_by_side(*(_rows(x) for x in (inputs.q, inputs.k, inputs.v))),
-            a=_rows(inputs.g),
+            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            a=rows_of(inputs.g),
             b=inputs.beta.reshape(N, HV),
             A_log=A_log,
             dt_bias=dt_bias.flatten(),
@@ -70,7 +70,7 @@ def run(inputs: Inputs) -> Outputs:
     return Outputs(o.view(inputs.v.shape), inputs.state if inputs.output_final_state else None)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """[N, heads * size] of [N, 1, heads, size] or [1, N, heads, size]; a view where there can be one."""
     return tensor.flatten(0, 1).flatten(1)
 

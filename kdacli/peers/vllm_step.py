@@ -5,14 +5,14 @@ imported for it, or where the environment variable KDA_VLLM_LIB says.
 """
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.problem import Gate, Problem
-from kda_kernels.tensors import Convolution, Inputs, Outputs
+from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import gate_parameters, parameter
+from kdacli.peers.given import derived, gate_parameters, parameter
+from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
@@ -57,8 +57,8 @@ def run(inputs: Inputs) -> Outputs:
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
         step(
-            _projection(inputs),
-            _by_tap(conv),
+            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            derived(conv.weight, "by tap", _by_tap),
             conv.bias,
             conv.by_channel,
             inputs.g.reshape(1, N, HV, -1),
@@ -76,24 +76,6 @@ def run(inputs: Inputs) -> Outputs:
     return Outputs(o, inputs.state if inputs.output_final_state else None, conv_states=conv.states)
 
 
-def _projection(inputs: Inputs) -> torch.Tensor:
-    """q, k and v as the rows [N, D] that they are views of, or a copy."""
-    parts = [x.flatten(0, 1).flatten(1) for x in (inputs.q, inputs.k, inputs.v)]
-    row, at = parts[0].stride(0), parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != at or part.stride() != (row, 1):
-            return torch.cat(parts, 1)
-        at += part.shape[1] * part.element_size()
-    return parts[0].as_strided((len(parts[0]), sum(part.shape[1] for part in parts)), (row, 1))
-
-
-_staged: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (its version, laid out anew)
-
-
-def _by_tap(conv: Convolution) -> torch.Tensor:
+def _by_tap(weight: torch.Tensor) -> torch.Tensor:
     """[3, W, D / 3]: the weights of q, k and v, tap by tap."""
-    version, value = _staged.get(conv.weight, (None, None))
-    if version != conv.weight._version:
-        value = conv.weight.unflatten(0, (3, -1)).transpose(1, 2).contiguous()
-        _staged[conv.weight] = (conv.weight._version, value)
-    return value
+    return weight.unflatten(0, (3, -1)).transpose(1, 2).contiguous()

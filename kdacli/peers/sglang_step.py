@@ -1,0 +1,99 @@
+"""SGLang's fused decode step, `kda_fused_decode` of `sglang.kernels.ops.attention.kda_fused_decode`: CUDA, for Kimi K3.
+
+Written against SGLang 0.5.23, which builds it with nvcc and ninja when it is first called.
+"""
+
+import torch
+
+from kda_kernels.checks import check_inputs
+from kda_kernels.contract import Contract
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Gate, Problem
+from kda_kernels.tensors import Inputs, Outputs
+from kdacli.peers import here
+from kdacli.peers.given import derived, gate_parameters, parameter
+from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
+
+MODULES = ("sglang.kernels.ops.attention.kda_fused_decode",)
+
+# From its docstring and `covered`, and what `kda_backend.py` calls it with. A_log, dt_bias and the weights go in as
+# fp32, which narrower ones become without loss.
+CONTRACT = Contract(
+    state_dtypes=("float32",),
+    square=True,
+    grouped_heads=False,
+    heads=(3, 6, 12),
+    gates=(Gate.SOFTPLUS, Gate.SAFE),
+    one_token=True,
+    plain_state=False,
+    padding=True,
+    features=frozenset(("conv", "norm")),
+    conv_widths=(4,),
+    conv_dtypes=("bfloat16", "float32"),
+)
+
+
+def unsupported(problem: Problem | None = None) -> str | None:
+    """Why this machine cannot run `problem` with this kernel; None if it can."""
+    return (
+        (_refusal(problem) if problem is not None else None)
+        or here.missing_package(("sglang",), "pip install sglang")
+        or here.no_gpu("SGLang's kernels")
+        or here.not_loadable(MODULES)
+    )
+
+
+def _refusal(problem: Problem) -> str | None:
+    parts = problem.parts
+    if parts is not None and not parts.norm:
+        return "it has no step without a norm"
+    if parts is not None and (parts.state_dtype != "bfloat16" or not parts.tokens_first):
+        return "it takes the convolution's states in bf16 with tokens first only"
+    return CONTRACT.refusal(problem)
+
+
+def run(inputs: Inputs) -> Outputs:
+    """Runs the kernel on checked inputs, as SGLang's backend does; both pools are updated in place.
+
+    The weights are laid out anew once, as SGLang does when it loads a model.
+
+    Raises:
+        InputError: the states of the convolution have slots of their own.
+    """
+    step = here.load(MODULES).kda_fused_decode
+    check_inputs(inputs)
+    conv, norm = inputs.conv, inputs.norm
+    assert conv is not None and norm is not None, "its contract asks for both"
+    if conv.indices is not None:
+        raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")
+    pool, indices = inputs.pool
+    with torch.no_grad(), torch.cuda.device_of(inputs.q):
+        A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
+        o = step(
+            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            rows_of(inputs.g),
+            inputs.beta.flatten(0, 1),
+            conv.states,
+            *derived(conv.weight, "by tap", _by_tap),
+            derived(conv.weight, "zeros", _zeros) if conv.bias is None else parameter(conv.bias, torch.float32),
+            A_log,
+            dt_bias.flatten(),
+            rows_of(norm.gate),
+            parameter(norm.weight, torch.float32),
+            pool,
+            indices.to(torch.int32),
+            inputs.scale,
+            norm.eps,
+            inputs.options.lower_bound,
+        )
+    final = inputs.state if inputs.output_final_state else None
+    return Outputs(o.view(inputs.v.shape), final, conv_states=conv.states)
+
+
+def _by_tap(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[W, H K] in fp32 of each of q, k and v."""
+    return tuple(part.T.float().contiguous() for part in weight.chunk(3))
+
+
+def _zeros(weight: torch.Tensor) -> torch.Tensor:
+    return weight.new_zeros(weight.shape[0], dtype=torch.float32)
