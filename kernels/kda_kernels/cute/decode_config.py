@@ -8,6 +8,7 @@ from kda_kernels.problem import Gate
 
 SUMS = 3  # over K: q.q, k.k, q.k
 MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
+BLOCK = 4  # tokens that are prepared at once, where there may be more than one
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
 MOST_CLUSTERED = 8  # CTAs of a cluster that every GPU of sm_90 and newer has room for
 
@@ -174,32 +175,29 @@ class DecodeSpec:
         return -(-self.K // self.config.threads) * self.config.threads
 
     @property
-    def bulk(self) -> bool:
-        """Whether the state goes through shared memory: as one, from where it is written back to."""
-        plain = self.accepted is None and self.update and not self.fresh
-        return self.config.bulk and self.h0 is not None and plain
+    def block(self) -> int:
+        """Tokens whose channels are prepared at once."""
+        return 1 if self.one_token else BLOCK
 
     @property
-    def streamed(self) -> bool:
-        """Whether a state in shared memory is taken a few rows at a time, instead of into registers as a whole."""
-        return (
-            self.bulk and self.pooled and self.one_token and self.token_states is None and bool(self.taps or self.norm)
-        )
+    def bulk(self) -> bool:
+        """Whether the state goes through shared memory, taken from there and written back a few rows at a time."""
+        plain = self.accepted is None and self.update and not self.fresh
+        return self.config.bulk and self.h0 is not None and plain and (self.pooled or not self.packed)
 
     @property
     def pieces(self) -> int:
         """In which a state comes to shared memory, one for each pass."""
-        return self.config.rows * LANES // self.config.threads if self.streamed else 1
+        return self.config.rows * LANES // self.config.threads
 
     @property
     def shared_bytes(self) -> int:
-        """Of a CTA: q, k, the decays and each warp's sums, for two tokens; with `bulk` a tile and its barrier."""
-        channels = 3 * 2 * self.width * 4 + SUMS * 2 * (self.config.threads // 32) * 4
-        tile = self.config.rows * self.K * (4 if self.h0 == "float32" else 2) if self.bulk else 0
-        tile += -(-8 * self.pieces // 16) * 16 if self.bulk else 0
-        values = 2 * self.config.threads * 4 if self.taps else 0
-        outputs = 2 * self.V * 4 + 16 if self.norm else 0
-        return tile + channels + values + outputs
+        """Of a CTA: what `DecodeKernel.shared` has, and outputs under a norm; with `bulk` a tile and its barriers."""
+        words = [self.width] * 3 + [SUMS * (self.config.threads // 32), self.config.threads, 4]
+        tile = [self.config.rows * self.K * (4 if self.h0 == "float32" else 2), 8 * self.pieces] if self.bulk else []
+        halves = 2 if self.slices > 1 and not self.one_token else 1
+        outputs = [4 * self.V * self.block * halves, 16] if self.norm else []
+        return sum(-(-size // 16) * 16 for size in (*tile, *(4 * n * self.block for n in words), *outputs))
 
     @property
     def slices(self) -> int:

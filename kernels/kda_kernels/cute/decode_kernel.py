@@ -37,7 +37,7 @@ class DecodeKernel:
         self.apart = 32 // LANES  # rows that a warp touches with one access
         self.passes = self.rows // (self.warps * self.apart)
         # rows between a thread's passes: a warp's rows lie together, or those of a piece that comes at once
-        self.spacing = self.apart * (self.warps if spec.streamed else 1)
+        self.spacing = self.apart * (self.warps if self.bulk else 1)
         self.windows, self.norm = Windows(spec), Norm(spec)
 
     @property
@@ -147,7 +147,7 @@ class DecodeKernel:
         i_h = i_hv // spec.group
         lane = tid % 32
         row = i_slice * self.rows + (tid // 32) * (self.rows // self.warps) + lane // LANES
-        if cutlass.const_expr(spec.streamed):
+        if cutlass.const_expr(self.bulk):
             row = i_slice * self.rows + (tid // 32) * self.apart + lane // LANES
         col = (lane % LANES) * spec.vector
 
@@ -163,12 +163,16 @@ class DecodeKernel:
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
 
         # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
-        # their way: the channels of the first token do not wait for the slot, and the state only for the slot. A branch
-        # among them, or a plain load, and the compiler puts most of the state's behind the gates.
-        raw = self.fetch(q, k, g, b, first, i_h, i_hv, tid, n_tokens > 0)
+        # their way: the channels of the first tokens do not wait for the slot, and the state only for the slot. A
+        # branch among them, or a plain load, and the compiler puts most of the state's behind the gates.
+        tokens, heads = (q, k, v, g, beta), (i_h, i_hv, i_slice)
+        raw = self.room_for(tokens)
+        self.fetch(raw, tokens, b, first, n_tokens, heads, tid)
         A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
-        rows = self.fetch_rows(v, beta, norm_gate, b, first, i_hv, i_slice, row, tid, n_tokens > 0)
-        lines, raw_taps, weights, past_slot = None, None, None, slot
+        lines, raw_taps, ending, past_slot = None, None, None, slot
+        if cutlass.const_expr(spec.norm is not None):
+            ending = self.norm.room_for(norm_weight, norm_gate)
+            self.norm.fetch_gate(ending, norm_gate, b, first, n_tokens, heads, tid)
         if cutlass.const_expr(spec.taps):
             lines = self.windows.lines(Int32(q.shape[2]), i_h, i_hv * spec.V + i_slice * self.rows, tid)
             raw_taps = self.windows.fetch_taps(taps, taps_bias, lines)
@@ -177,7 +181,7 @@ class DecodeKernel:
             elif cutlass.const_expr(spec.accepted is not None):
                 past_slot = self.unsigned(state_indices[i_n, 0])
         if cutlass.const_expr(spec.norm is not None):
-            weights = self.norm.fetch_weight(norm_weight, self.rows_from(row))
+            self.norm.fetch_weight(ending, norm_weight, heads, tid)
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
@@ -196,12 +200,12 @@ class DecodeKernel:
             self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
         elif live:
             inside = i_hv * (spec.V * spec.K) + row * spec.K + col
-            S = cute.make_rmem_tensor((spec.vector, spec.steps, self.passes), Float32)
-            smem = SmemAllocator()
+            S = None if cutlass.const_expr(self.bulk) else self.registers(self.passes)
+            smem, tile, arrived, target = SmemAllocator(), None, None, None
             if cutlass.const_expr(self.bulk):
                 tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
                 arrived = smem.allocate_array(Int64, spec.pieces)
-            window, values, room, begun = None, None, None, True
+            room, begun = None, True
             if cutlass.const_expr(spec.norm is not None):
                 room = self.norm.begin(smem, tid)
             if cutlass.const_expr(spec.cluster is not None):
@@ -210,11 +214,11 @@ class DecodeKernel:
                 begun = started[i_n]
             if cutlass.const_expr(spec.taps):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
-                values = smem.allocate_tensor(Float32, cute.make_layout((self.threads, 2)), byte_alignment=16)
             if cutlass.const_expr(self.bulk):
                 first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
-                self.fetch_tile(tile, arrived, h0, slot, first_row, tid)
-                mine = tile.iterator + cute.assume(row % self.rows * spec.K + col, divby=spec.vector)
+                self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), tid)
+                if cutlass.const_expr(spec.pooled or spec.ht is not None):
+                    target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
             elif cutlass.const_expr(spec.fresh):
                 S.fill(0.0)
                 if started[i_n]:
@@ -224,61 +228,40 @@ class DecodeKernel:
             else:
                 S.fill(0.0)
 
-            layout = cute.make_layout((spec.width, 2))  # two tokens: one is read while the next is written
-            shared = tuple(smem.allocate_tensor(Float32, layout, byte_alignment=16) for _ in range(3))
-            sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS * self.warps, 2)), byte_alignment=16)
+            shared = self.shared(smem)
+            window, before = None, None
             if cutlass.const_expr(spec.taps):
                 window = self.windows.fp32(raw_past), *(self.windows.fp32(x) for x in raw_taps)
                 if cutlass.const_expr(spec.accepted is not None):
                     before = self.windows.fp32(raw_past)
+            numbers = A, bias, scale, lower_bound, eps
+            kept = token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside
             if cutlass.const_expr(spec.one_token):
-                parts = self.share(raw, A, bias, lower_bound, shared, sums, window, rows[0], values, 0, tid)
+                self.prepare(raw, numbers, shared, window, n_tokens, tid)
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
-                if cutlass.const_expr(spec.streamed):
-                    target = self.start(h0, slot, None, first_row)
-                    out = self.stream(
-                        tile, arrived, target, o, rows, values, scale, shared, parts, room, b, first, i_hv, row, lane
-                    )  # fmt: skip
-                else:
-                    if cutlass.const_expr(self.bulk):
-                        cute.arch.mbarrier_wait(arrived, 0)
-                        self.load_state(S, mine)
-                    out = self.step(S, o, rows, values, scale, shared, parts, room, 0, 0, b, first, i_hv, row, lane)
-                self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, 0, inside)
+                self.recur(S, (tile, arrived, target), o, shared, room, kept, scale, b, Int32(0), n_tokens, heads, tid)
+                if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
+                    self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
+                if cutlass.const_expr(spec.norm is not None):
+                    self.norm.write(o, room, ending, eps, b, first, Int32(0), n_tokens, heads, tid)
             else:
-                if cutlass.const_expr(self.bulk):
-                    cute.arch.sync_threads()  # the barrier is made
-                    cute.arch.mbarrier_wait(arrived, 0)
-                    self.load_state(S, mine)
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
-                for t in cutlass.range(n_tokens, unroll=1):
-                    at = first + t
-                    more = t + 1 < n_tokens
-                    next_raw = self.fetch(q, k, g, b, at + 1, i_h, i_hv, tid, more)
-                    next_rows = self.fetch_rows(v, beta, norm_gate, b, at + 1, i_hv, i_slice, row, tid, more)
-                    parts = self.share(raw, A, bias, lower_bound, shared, sums, window, rows[0], values, t % 2, tid)
-                    out = self.step(
-                        S, o, rows, values, scale, shared, parts, room, t, 0, b, at, i_hv, row, lane
-                    )  # fmt: skip
-                    self.keep_token(S, token_states, token_rows, h0, state_indices, null_slot, i_n, b, first, t, inside)
+                for done in cutlass.range(0, n_tokens, spec.block, unroll=1):
+                    left = n_tokens - done
+                    self.prepare(raw, numbers, shared, window, left, tid)
+                    self.recur(S, (tile, arrived, target), o, shared, room, kept, scale, b, done, left, heads, tid)
                     if cutlass.const_expr(spec.norm is not None):
-                        self.norm.write(
-                            o, room, out, rows[2], weights, eps, t, (b, at, i_hv), self.rows_from(row), tid
-                        )  # fmt: skip
-                    for now, then in zip((*raw, *rows), (*next_raw, *next_rows), strict=True):
-                        now.store(then.load())
-
-            if cutlass.const_expr(self.bulk and spec.pooled and not spec.streamed):
-                self.store_state(S, mine)
-                self.send_tile(tile, h0, slot, first_row, tid)
-            elif cutlass.const_expr(not spec.streamed and (spec.ht is not None or self.in_place)):
-                self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
-            if cutlass.const_expr(spec.norm is not None and spec.one_token):
-                self.norm.write(
-                    o, room, out, rows[2], weights, eps, Int32(0), (b, first, i_hv), self.rows_from(row), tid
-                )  # fmt: skip
+                        self.norm.write(o, room, ending, eps, b, first, done, left, heads, tid)
+                    behind, left = first + done + spec.block, left - spec.block
+                    self.fetch(raw, tokens, b, behind, left, heads, tid)
+                    if cutlass.const_expr(spec.norm is not None):
+                        self.norm.fetch_gate(ending, norm_gate, b, behind, left, heads, tid)
+                    if cutlass.const_expr(spec.norm is None or self.norm.remote):
+                        cute.arch.sync_threads()  # all have used the channels
+                if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
+                    self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
             if cutlass.const_expr(spec.taps and spec.update):
                 if cutlass.const_expr(self.waits):
                     cute.arch.cluster_wait()  # all have read the windows
@@ -291,7 +274,7 @@ class DecodeKernel:
                     self.keep_drafts(
                         past, past_slot, q, k, v, b, first, n_tokens, i_h, i_hv, i_slice, lines, leads, tid
                     )
-            if cutlass.const_expr(spec.streamed):
+            if cutlass.const_expr(self.bulk):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.packed):  # zeros into this sequence's share of what lies behind the last one
             N = Int32(cu_seqlens.shape[0]) - 1
@@ -306,16 +289,27 @@ class DecodeKernel:
             cute.arch.cluster_arrive()  # this one has read the windows
 
     @cute.jit
-    def rows_from(self, row: Int32):
-        """This thread's rows of a state, one a pass."""
-        return tuple(row + p * self.spacing for p in range(self.passes))
+    def registers(self, passes: cutlass.Constexpr[int]):
+        """For a state of so many rows a thread."""
+        return cute.make_rmem_tensor((self.spec.vector, self.spec.steps, passes), Float32)
 
     @cute.jit
-    def keep_token(
-        self, S, token_states, token_rows, h0, state_indices, null_slot: Int32, i_n: Int32, b: Int32, first: Int32,
-        t: Int32, inside: Int32,
-    ):  # fmt: skip
+    def shared(self, smem: SmemAllocator):
+        """Shared memory for what a block of tokens has for all rows: q, k and decays, of all channels; of each warp the
+        sums over them; v; and the scalars that `scalars` returns, of which a lone token's are made by each thread."""
+        block = self.spec.block
+
+        def room(size: int):
+            return smem.allocate_tensor(Float32, cute.make_layout((size, block)), byte_alignment=16)
+
+        channels = tuple(room(self.spec.width) for _ in range(3))
+        return channels, room(SUMS * self.warps), room(self.threads), room(4)
+
+    @cute.jit
+    def keep_token(self, S, kept, b: Int32, t: Int32, first_pass: cutlass.Constexpr[int]):
         """The state after token t of a sequence, to where it is wanted beside the slot of its last one."""
+        token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside = kept
+        inside += first_pass * self.spacing * self.spec.K
         if cutlass.const_expr(self.spec.token_rows is not None):
             place = self.unsigned(token_rows[i_n])
             if self.inside(place, token_states) and t < token_states.shape[1]:
@@ -344,18 +338,32 @@ class DecodeKernel:
         return x
 
     @cute.jit
-    def fetch(self, q, k, g, b: Int32, t: Int32, i_h: Int32, i_hv: Int32, tid: Int32, live):
-        """This thread's channels of q, k and g as they lie in memory; 0 where there is no token."""
-        raw = tuple(cute.make_rmem_tensor(self.channels, x.element_type) for x in (q, k, g))
+    def room_for(self, tokens):
+        """Registers for a block of tokens as they lie in memory: this thread's channels, its row of v, and one beta."""
+        q, k, v, g, beta = tokens
+        block = self.spec.block
+        sizes = ((q, (self.channels, block)), (k, (self.channels, block)), (v, block), (g, (self.channels, block)))
+        raw = tuple(cute.make_rmem_tensor(size, x.element_type) for x, size in (*sizes, (beta, 1)))
         for x in raw:
             x.fill(0.0)
-        if live:
-            for m in cutlass.range_constexpr(self.channels):
-                channel = self.channel(tid, m)
-                raw[0][m] = load_now(q, (b, t, i_h, channel))
-                raw[1][m] = load_now(k, (b, t, i_h, channel))
-                raw[2][m] = load_now(g, (b, t, i_hv, channel))
         return raw
+
+    @cute.jit
+    def fetch(self, raw, tokens, b: Int32, first: Int32, count: Int32, heads, tid: Int32):
+        """Fills `raw` from token `first` on; the last of `count` tokens repeats, and of none nothing is read."""
+        q, k, v, g, beta = tokens
+        i_h, i_hv, i_slice = heads
+        if count > 0:
+            for j in cutlass.range_constexpr(self.spec.block):
+                t = first + cutlass.min(count - 1, j) if cutlass.const_expr(j) else first
+                for m in cutlass.range_constexpr(self.channels):
+                    channel = self.channel(tid, m)
+                    raw[0][m, j] = load_now(q, (b, t, i_h, channel))
+                    raw[1][m, j] = load_now(k, (b, t, i_h, channel))
+                    raw[3][m, j] = load_now(g, (b, t, i_hv, channel))
+                raw[2][j] = load_now(v, (b, t, i_hv, i_slice * self.rows + self.windows.row(tid)))
+            t = first + cutlass.min(count - 1, tid) if cutlass.const_expr(self.spec.block > 1) else first
+            raw[4][0] = load_now(beta, (b, t, i_hv))
 
     @cute.jit
     def gate_parameters(self, A_log, dt_bias, i_hv: Int32, tid: Int32):
@@ -370,124 +378,163 @@ class DecodeKernel:
         return A, bias
 
     @cute.jit
-    def fetch_rows(
-        self, v, beta, norm_gate, b: Int32, t: Int32, i_hv: Int32, i_slice: Int32, row: Int32, tid: Int32, live
-    ):  # fmt: skip
-        """v of this thread's rows, or with a convolution of its line; beta; the norm's gate: as they lie in memory."""
-        lined = cutlass.const_expr(self.spec.taps)
-        raw_v = cute.make_rmem_tensor(1 if lined else self.passes, v.element_type)
-        raw_beta = cute.make_rmem_tensor(1, beta.element_type)
-        raw_v.fill(0.0)
-        raw_beta.fill(0.0)
-        gates = ()
-        if cutlass.const_expr(norm_gate is not None):
-            gates = (cute.make_rmem_tensor(self.passes, norm_gate.element_type),)
-            gates[0].fill(0.0)
-        if live:
-            raw_beta[0] = load_now(beta, (b, t, i_hv))
-            if cutlass.const_expr(lined):
-                raw_v[0] = load_now(v, (b, t, i_hv, i_slice * self.rows + self.windows.row(tid)))
+    def prepare(self, raw, numbers, shared, window, count: Int32, tid: Int32):
+        """What the rows of a state need of a block's tokens, into shared memory: see `shared`."""
+        spec = self.spec
+        A, bias, scale, lower_bound, _ = numbers
+        A = rate(A, spec.exact)
+        _, sums, _, made = shared
+        for j in cutlass.range_constexpr(spec.block):
+            if cutlass.const_expr(j == 0):
+                self.prepare_token(raw, A, bias, lower_bound, shared, window, j, tid)
             else:
-                for p in cutlass.range_constexpr(self.passes):
-                    raw_v[p] = load_now(v, (b, t, i_hv, row + p * self.spacing))
-            if cutlass.const_expr(norm_gate is not None):
-                for p in cutlass.range_constexpr(self.passes):
-                    gates[0][p] = load_now(norm_gate, (b, t, i_hv, row + p * self.spacing))
-        return raw_v, raw_beta, *gates
+                if j < count:
+                    self.prepare_token(raw, A, bias, lower_bound, shared, window, j, tid)
+        if tid < spec.block:
+            beta = raw[4][0].to(Float32)
+            if cutlass.const_expr(spec.beta_is_logit):
+                beta = sigmoid(beta, spec.exact)
+                if cutlass.const_expr(spec.allow_neg_eigval):
+                    beta = 2.0 * beta
+            made[3, tid] = beta
+        cute.arch.sync_threads()
+        if cutlass.const_expr(spec.block > 1):
+            if tid < cutlass.min(count, spec.block):
+                for i, x in enumerate(self.scalars(sums, made, scale, tid)):
+                    made[i, tid] = x
+            cute.arch.sync_threads()
 
     @cute.jit
-    def share(self, raw, A: Float32, bias, lower_bound: Float32, shared, sums, window, raw_v, values, half, tid: Int32):
-        """One thread a channel: q, k and the decay into shared memory, and the sums over K: q.q, k.k and q.k.
+    def prepare_token(
+        self, raw, A: Float32, bias, lower_bound: Float32, shared, window, j: cutlass.Constexpr[int], tid
+    ):
+        """One thread a channel: q, k and the decay, and its warp's part of the sums over K; one thread a row: v.
 
-        With a convolution they and v go through it first, and v lies in `values` then.
+        With a convolution q, k and v go through it first.
         """
+        channels, sums, values, _ = shared
         exact = self.spec.exact
-        A = rate(A, exact)
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
-            x, y = raw[0][m].to(Float32), raw[1][m].to(Float32)
+            x, y = raw[0][m, j].to(Float32), raw[1][m, j].to(Float32)
             if cutlass.const_expr(self.spec.taps):
                 x = self.windows.apply(x, *window, m)
                 y = self.windows.apply(y, *window, self.channels + m)
             x, y = self.once(x, tid, m), self.once(y, tid, m)
             qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
-            log2 = log2_decay(raw[2][m].to(Float32), A, bias[m], lower_bound, self.spec.gate, exact)
-            for target, value in zip(shared, (x, y, exp2(log2, exact)), strict=True):
-                target[tid + m * self.threads, half] = value
+            log2 = log2_decay(raw[3][m, j].to(Float32), A, bias[m], lower_bound, self.spec.gate, exact)
+            for target, value in zip(channels, (x, y, exp2(log2, exact)), strict=True):
+                target[tid + m * self.threads, j] = value
+        value = raw[2][j].to(Float32)
         if cutlass.const_expr(self.spec.taps):
-            values[self.threads - 1 - tid, half] = self.windows.apply(raw_v[0].to(Float32), *window, 2 * self.channels)
+            value = self.windows.apply(value, *window, 2 * self.channels)
+        values[self.threads - 1 - tid, j] = value
         parts = tuple(lane_sum(x, 32) for x in (qq, kk, qk))
         if tid % 32 == 0:
             for i in cutlass.range_constexpr(SUMS):
-                sums[i * self.warps + tid // 32, half] = parts[i]
-        cute.arch.sync_threads()
-        words = sums[None, half].load()
-        return tuple(
-            functools.reduce(operator.add, [words[i * self.warps + w] for w in range(self.warps)]) for i in range(SUMS)
-        )
+                sums[i * self.warps + tid // 32, j] = parts[i]
 
     @cute.jit
-    def stream(
-        self, tile, arrived, target, o, rows, values, scale: Float32, shared, parts, room,
-        b: Int32, t: Int32, i_hv: Int32, row: Int32, lane: Int32,
-    ):  # fmt: skip
-        """`step` of a state in shared memory, a pass at a time: each goes out while the next is on its way.
-
-        A warp's rows of a pass lie in one piece, and go to `target`, where the CTA's rows of the state begin.
-        """
-        out = cute.make_rmem_tensor(self.passes, Float32)
-        K = self.spec.K
-        mine = tile.iterator + cute.assume(
-            row % self.rows * K + lane % LANES * self.spec.vector, divby=self.spec.vector
+    def scalars(self, sums, made, scale: Float32, j):
+        """Of token j: the factors of q and k, being their norms and the scale; their product times k.q; beta."""
+        words = sums[None, j].load()
+        qq, kk, qk = (
+            functools.reduce(operator.add, [words[i * self.warps + w] for w in range(self.warps)]) for i in range(SUMS)
         )
-        warps = cute.make_layout(self.apart * K)
-        atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
-        for p in cutlass.range_constexpr(self.passes):
-            S = cute.make_rmem_tensor((self.spec.vector, self.spec.steps, 1), Float32)
-            cute.arch.mbarrier_wait(arrived + p, 0)
-            self.load_state(S, mine + p * self.spacing * K)
-            out[p] = self.step(S, o, rows, values, scale, shared, parts, room, 0, p, b, t, i_hv, row, lane)[0]
-            self.store_state(S, mine + p * self.spacing * K)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.sync_warp()
-            if lane == 0:
-                first = cute.assume(row % self.rows * K + p * self.spacing * K, divby=self.spec.vector)
-                cute.copy(atom, cute.make_tensor(tile.iterator + first, warps), cute.make_tensor(target + first, warps))
-                cute.arch.cp_async_bulk_commit_group()
-        return out
+        norm_q, norm_k = scale, Float32(1.0)
+        if cutlass.const_expr(self.spec.qk_l2norm):
+            norm_q, norm_k = scale * rsqrt(qq + L2_EPS, self.spec.exact), rsqrt(kk + L2_EPS, self.spec.exact)
+        return norm_q, norm_k, qk * norm_k * norm_q, made[3, j]
+
+    @cute.jit
+    def recur(self, S, bulk, o, shared, room, kept, scale: Float32, b: Int32, done: Int32, count: Int32, heads, tid):
+        """A block's tokens through this CTA's rows of the state. `done`: tokens before them, and `count` are left.
+
+        With bulk copies the rows are taken from shared memory a piece at a time, and each goes out, to `target`, after
+        the last token, while the next is on its way. A warp's rows of a pass lie in one piece.
+        """
+        spec, K = self.spec, self.spec.K
+        if cutlass.const_expr(not self.bulk):
+            self.tokens(S, None, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
+        else:
+            tile, arrived, target = bulk
+            lane = tid % 32
+            row = (tid // 32) * self.apart + lane // LANES
+            mine = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
+            part = cute.make_layout(self.apart * K)  # a warp's, of a piece
+            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
+            held = None
+            if cutlass.const_expr(spec.one_token):
+                held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], lane, 0)
+            for p in cutlass.range_constexpr(self.passes):
+                own = mine + p * self.spacing * K
+                S = self.registers(1)
+                cute.arch.mbarrier_wait(arrived + p, 0)
+                self.load_state(S, own)
+                self.tokens(S, held, o, shared, room, kept, scale, b, done, count, p, heads, tid)
+                if cutlass.const_expr(target is not None or not spec.one_token):
+                    self.store_state(S, own)
+                if cutlass.const_expr(target is not None):
+                    if count <= spec.block:
+                        cute.arch.fence_proxy("async.shared", space="cta")
+                        cute.arch.sync_warp()
+                        if lane == 0:
+                            first = cute.assume((tid // 32 * self.apart + p * self.spacing) * K, divby=spec.vector)
+                            there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
+                            cute.copy(atom, here, there)
+                            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def tokens(self, S, held, o, shared, room, kept, scale: Float32, b, done, count, first_pass, heads, tid):
+        """A block's tokens through the rows in S, which are as many passes as it has, from `first_pass` on."""
+        spec = self.spec
+        if cutlass.const_expr(spec.one_token):
+            self.step(S, held, o, shared, room, scale, b, kept[6], Int32(0), 0, first_pass, heads, tid)
+            self.keep_token(S, kept, b, Int32(0), first_pass)
+        else:
+            for j in cutlass.range(cutlass.min(count, spec.block), unroll=1):
+                self.step(S, held, o, shared, room, scale, b, kept[6], done, j, first_pass, heads, tid)
+                self.keep_token(S, kept, b, done + j, first_pass)
 
     @cute.jit
     def step(
-        self, S, o, rows, values, scale: Float32, shared, parts, room, number, first_pass: cutlass.Constexpr[int],
-        b: Int32, t: Int32, i_hv: Int32, row: Int32, lane: Int32,
+        self, S, held, o, shared, room, scale: Float32, b: Int32, first: Int32, done: Int32, j,
+        first_pass: cutlass.Constexpr[int], heads, tid: Int32,
     ):  # fmt: skip
-        """One token: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k. Returns o.
+        """Token j of a block: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
 
         o is made of the decayed state, so that both sums run together. q and k are raw here: their norms are factors.
-        With a norm o goes to the head's CTAs, and `Norm.write` ends it. S: as many passes as it has, from `first_pass`
-        on. `number`: of the token in its sequence.
+        With a norm o goes to the head's CTAs, and `Norm.write` ends it. `held`: scalars and channels, where registers
+        have them for all rows.
         """
         spec = self.spec
-        raw_v, raw_beta, *_ = rows
-        passes, half = cute.size(S, mode=[2]), number % 2
-        row += first_pass * self.spacing
-        col = (lane % LANES) * spec.vector
-        beta = raw_beta[0].to(Float32)
-        if cutlass.const_expr(spec.beta_is_logit):
-            beta = sigmoid(beta, spec.exact)
-            if cutlass.const_expr(spec.allow_neg_eigval):
-                beta = 2.0 * beta
-        qq, kk, qk = parts
-        norm_q, norm_k = scale, Float32(1.0)
-        if cutlass.const_expr(spec.qk_l2norm):
-            norm_q, norm_k = scale * rsqrt(qq + L2_EPS, spec.exact), rsqrt(kk + L2_EPS, spec.exact)
+        channels, sums, values, made = shared
+        passes, lane = cute.size(S, mode=[2]), tid % 32
+        _, i_hv, i_slice = heads
+        if cutlass.const_expr(self.bulk):
+            row = (tid // 32) * self.apart + lane // LANES + first_pass * self.spacing
+        else:
+            row = (tid // 32) * (self.rows // self.warps) + lane // LANES
+        if cutlass.const_expr(held is not None):
+            norm_q, norm_k, qk, beta = held[0]
+        elif cutlass.const_expr(spec.one_token):
+            norm_q, norm_k, qk, beta = self.scalars(sums, made, scale, 0)
+        else:
+            words = made[None, j].load()
+            norm_q, norm_k, qk, beta = (words[i] for i in range(4))
 
+        columns = held[1] if cutlass.const_expr(held is not None) else None
+        if cutlass.const_expr(self.bulk and held is None):
+            columns = self.all_columns(channels, lane, j)
         hk = cute.make_rmem_tensor(passes, Float32)
         hq = cute.make_rmem_tensor(passes, Float32)
         hk.fill(0.0)
         hq.fill(0.0)
-        for s in cutlass.range_constexpr(self.spec.steps):
-            x, y, d = (self.columns(source, s, col, half) for source in shared)
+        for s in cutlass.range_constexpr(spec.steps):
+            if cutlass.const_expr(columns is not None):
+                x, y, d = columns[s]
+            else:
+                x, y, d = (self.columns(source, s, lane, j) for source in channels)
             for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     decayed = S[i, s, p] * d[i]
@@ -495,25 +542,26 @@ class DecodeKernel:
                     hq[p] += decayed * x[i]
                     S[i, s, p] = decayed
         for p in cutlass.range_constexpr(passes):
-            if cutlass.const_expr(spec.taps):
-                value = values[row % self.rows + p * self.spacing, half]
-            else:
-                value = raw_v[first_pass + p].to(Float32)
-            u = beta * (value - lane_sum(hk[p], LANES) * norm_k)
-            hq[p] = lane_sum(hq[p], LANES) * norm_q + (qk * norm_k * norm_q) * u
+            u = beta * (values[row + p * self.spacing, j] - lane_sum(hk[p], LANES) * norm_k)
+            hq[p] = lane_sum(hq[p], LANES) * norm_q + qk * u
             hk[p] = u * norm_k
         if cutlass.const_expr(spec.norm is not None):
             for p in cutlass.range_constexpr(passes):
-                self.norm.send(room, hq[p], row + p * self.spacing, Int32(number), i_hv, lane)
-        elif col == 0:  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
+                self.norm.send(room, hq[p], i_slice * self.rows + row + p * self.spacing, done, j, i_hv, lane)
+        elif (
+            lane % LANES == 0
+        ):  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
             for p in cutlass.range_constexpr(passes):
-                o[b, t, i_hv, row + p * self.spacing] = hq[p].to(o.element_type)
-        for s in cutlass.range_constexpr(self.spec.steps):
-            y = self.columns(shared[1], s, col, half)
+                at = i_slice * self.rows + row + p * self.spacing
+                o[b, first + done + j, i_hv, at] = hq[p].to(o.element_type)
+        for s in cutlass.range_constexpr(spec.steps):
+            if cutlass.const_expr(columns is not None):
+                _, y, _ = columns[s]
+            else:
+                y = self.columns(channels[1], s, lane, j)
             for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     S[i, s, p] += hk[p] * y[i]
-        return hq
 
     @cute.jit
     def keep_drafts(
@@ -535,9 +583,14 @@ class DecodeKernel:
                     past[self.windows.at(slot, lines[i], self.windows.kept - 1 + t)] = x.to(past.element_type)
 
     @cute.jit
-    def columns(self, source, s: cutlass.Constexpr[int], col: Int32, half):
-        """What shared memory holds for this thread's columns of access s."""
-        offset = col + (s * LANES * self.spec.vector + half * self.spec.width)
+    def all_columns(self, channels, lane: Int32, j):
+        """q, k and decays of token j in this thread's columns, by access."""
+        return tuple(tuple(self.columns(source, s, lane, j) for source in channels) for s in range(self.spec.steps))
+
+    @cute.jit
+    def columns(self, source, s: cutlass.Constexpr[int], lane: Int32, j):
+        """What shared memory holds of token j for this thread's columns of access s."""
+        offset = lane % LANES * self.spec.vector + (s * LANES * self.spec.vector + j * self.spec.width)
         words = source.iterator + cute.assume(offset, divby=4)
         return cute.make_tensor(words, cute.make_layout(self.spec.vector)).load()
 
@@ -550,8 +603,8 @@ class DecodeKernel:
         return state.iterator + cute.assume(offset, divby=self.spec.vector)
 
     @cute.jit
-    def fetch_tile(self, tile, arrived, state, slot, first_row: Int32, tid: Int32):
-        """Asks for the CTA's part of a state, which lies in one piece. Others may wait for it after a barrier."""
+    def fetch_tile(self, tile, arrived, source, tid: Int32):
+        """Asks for the CTA's part of a state, which begins at `source`. Others may wait for it after a barrier."""
         if tid == 0:
             for i in cutlass.range_constexpr(self.spec.pieces):
                 cute.arch.mbarrier_init(arrived + i, 1)
@@ -559,24 +612,14 @@ class DecodeKernel:
         cute.arch.sync_warp()
         if tid == 0:
             size = cute.size(tile) // self.spec.pieces
-            piece, source = cute.make_layout(size), self.start(state, slot, None, first_row)
-            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type)
+            piece, atom = (
+                cute.make_layout(size),
+                cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type),
+            )
             for i in cutlass.range_constexpr(self.spec.pieces):
                 cute.arch.mbarrier_arrive_and_expect_tx(arrived + i, size * tile.element_type.width // 8)
                 there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
                 cute.copy(atom, there, here, mbar_ptr=arrived + i)
-
-    @cute.jit
-    def send_tile(self, tile, state, slot, first_row: Int32, tid: Int32):
-        """Writes the CTA's part of a state back from shared memory."""
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.sync_threads()
-        if tid == 0:
-            target = cute.make_tensor(self.start(state, slot, None, first_row), tile.layout)
-            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
-            cute.copy(atom, tile, target)
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def vectors(self, first: cute.Pointer, s: cutlass.Constexpr[int], p: cutlass.Constexpr[int]):
