@@ -29,7 +29,7 @@ from kda_kernels.variant import H100, Gpu
 
 FEATURES = frozenset(
     ("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states", "token_state_indices")
-) | {"strided_indices", "tail", "conv", "norm"}
+) | {"strided_indices", "tail", "conv", "norm", "rounding_seed", "state_scales"}
 _NO_PARTS: tuple = (None,) * 7
 
 
@@ -52,24 +52,26 @@ class _Last:
 
 
 # What is taken out of a call, by the names of its fields.
-_SIZED = picker("q", "v", "options", "cu_seqlens", "update_state", "conv", "norm")
+_SIZED = picker("q", "v", "options", "cu_seqlens", "update_state", "conv", "norm", "rounding_seed")
 _PASSED_ON = picker(
     *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "state_v_first"),
     *("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices"),
+    *("state_scales", "rounding_seed"),
 )
 _OF_PARTS = picker("q", "v", "state_indices", "cu_seqlens", "num_accepted_tokens", "conv", "norm")
 
 
 def _sizes(call: tuple) -> tuple[tuple, int]:
     """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
-    whether the pool is written, one token per sequence, H, K, HV, V, device, `_parts_of`); the number of sequences."""
-    q, v, options, offsets, update, conv, norm = _SIZED(call)
+    whether the pool is written, one token per sequence, H, K, HV, V, device, `_parts_of`, whether states are rounded to
+    nearest); the number of sequences."""
+    q, v, options, offsets, update, conv, norm, seed = _SIZED(call)
     B, T, H, K = q.shape
     _, _, HV, V = v.shape
     parts = None if conv is None and norm is None else _parts_of(conv, norm, HV // H)
     if offsets is None:
-        return (options, update, T == 1, H, K, HV, V, q.device, parts), B
-    return (options, update, False, H, K, HV, V, q.device, parts), offsets.shape[0] - 1
+        return (options, update, T == 1, H, K, HV, V, q.device, parts, seed is None), B
+    return (options, update, False, H, K, HV, V, q.device, parts, seed is None), offsets.shape[0] - 1
 
 
 def _parts_of(conv: Convolution | None, norm: GatedNorm | None, group: int) -> tuple[int, bool] | None:
@@ -80,7 +82,7 @@ def _parts_of(conv: Convolution | None, norm: GatedNorm | None, group: int) -> t
 
 
 def _config(key: tuple, N: int, narrow: bool, sms: int) -> DecodeConfig:
-    _, _, one_token, _, K, HV, V, _, parts = key
+    _, _, one_token, _, K, HV, V, _, parts, _ = key
     if parts is not None:
         return DecodeConfig.choose_clustered(N * HV, K, V, narrow, one_token, sms, parts[0])
     return DecodeConfig.choose(N * HV, K, V, narrow, one_token, sms)
@@ -205,8 +207,8 @@ def _call(
         Exception: it does not take these tensors; nothing was launched.
     """
     (q, k, v, g, beta, A_log, bias, h0, indices, offsets, v_first, null_slot, started, accepted, kept,
-     kept_rows) = _PASSED_ON(call)  # fmt: skip
-    _, _, _, _, K, HV, V, _, parts = key
+     kept_rows, scales, seed) = _PASSED_ON(call)  # fmt: skip
+    _, _, _, _, K, HV, V, _, parts, _ = key
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
@@ -219,6 +221,8 @@ def _call(
             raise ValueError("slots overlap")
         if indices.shape[0] < N:
             raise ValueError("not one for each sequence")
+        if scales is not None and scales.stride(0) < HV * V and scales.shape[0] > 1:
+            raise ValueError("scales overlap")
     if offsets is not None:
         for x in (accepted, kept_rows, started, ht, h0 if indices is None else None):
             if x is not None and x.shape[0] != N:
@@ -233,7 +237,7 @@ def _call(
     *parts, eps = _NO_PARTS if parts is None else _parts(call, N)
     arguments = (
         q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started, *parts,
-        -1 if null_slot is None else null_slot, scale, bound, eps,
+        scales, seed, -1 if null_slot is None else null_slot, scale, bound, eps,
     )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
@@ -300,7 +304,7 @@ def _kind(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> tupl
         *(None if x is None else x.dtype for x in (inputs.num_accepted_tokens, inputs.token_state_indices)),
         inputs.has_initial_state is not None, inputs.update_state,
         indices is not None and indices.ndim == 1 and not indices.is_contiguous(), inputs.N > MOST_BLOCKS,
-        *_kind_of_parts(inputs),
+        *_kind_of_parts(inputs), inputs.rounding_seed is not None,
     )  # fmt: skip
 
 

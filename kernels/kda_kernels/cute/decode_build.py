@@ -16,6 +16,7 @@ DTYPES = {
     "int32": cutlass.Int32,
     "int64": cutlass.Int64,
     "bool": cutlass.Boolean,
+    "int16": cutlass.Int16,
 }
 
 
@@ -34,7 +35,7 @@ def _arguments(spec: DecodeSpec) -> tuple:
     B = 1 if spec.packed else cute.sym_int()
     T = 1 if spec.one_token else cute.sym_int()
     N = cute.sym_int() if spec.packed else B
-    H = cute.sym_int()
+    H, P = cute.sym_int(), cute.sym_int()
     HV = H if spec.group == 1 else cute.sym_int()
 
     def tokens(dtype: str, *shape, contiguous: bool = True):
@@ -86,7 +87,7 @@ def _arguments(spec: DecodeSpec) -> tuple:
         vector(spec.A_log, HV),
         vector(spec.dt_bias, cute.sym_int()),
         tokens(spec.dtype, HV, spec.V),
-        states(spec.h0, cute.sym_int() if spec.pooled else N),
+        states(spec.h0, P if spec.pooled else N),
         states(spec.ht, N),
         indices(),
         vector(spec.offsets, cute.sym_int()),
@@ -100,6 +101,8 @@ def _arguments(spec: DecodeSpec) -> tuple:
         stand_in(spec.past_index, (cute.sym_int(),), (cute.sym_int64(),)) if spec.past_index else None,
         vector(spec.norm, spec.V),
         tokens(spec.norm_gate, HV, spec.V) if spec.norm_gate else None,
+        stand_in("float32", (P, HV, spec.V), (cute.sym_int64(), spec.V, 1)) if spec.h0 == "int16" else None,
+        vector("int64" if spec.random else None, 1),
         Int32(0),
         Float32(0.0),
         Float32(0.0),

@@ -24,12 +24,14 @@ class DecodeConfig(NamedTuple):
         threads: of a CTA: a multiple of 32.
         ctas: how many of them shall fit on a multiprocessor, which bounds the registers.
         bulk: the state comes and goes by bulk copies through shared memory, instead of through registers.
+        together: of the rows that a thread has, how many it takes from there at once.
     """
 
     rows: int = 16
     threads: int = 128
     ctas: int = 4
     bulk: bool = False
+    together: int = 1
 
     @classmethod
     @functools.cache
@@ -109,6 +111,7 @@ class DecodeSpec:
         tokens_first: whether its states are [P, L, channels], instead of [P, channels, L].
         wide: whether a channel's taps are read at once, so that they have to be aligned.
         norm, norm_gate: dtypes of the weight and the gate of the norm behind the step; None: there is none.
+        random: whether states of two bytes are rounded stochastically.
     """
 
     group: int
@@ -145,6 +148,7 @@ class DecodeSpec:
     wide: bool = False
     norm: str | None = None
     norm_gate: str | None = None
+    random: bool = False
 
     @property
     def pooled(self) -> bool:
@@ -182,13 +186,19 @@ class DecodeSpec:
     @property
     def bulk(self) -> bool:
         """Whether the state goes through shared memory, taken from there and written back a few rows at a time."""
-        plain = self.accepted is None and self.update and not self.fresh
-        return self.config.bulk and self.h0 is not None and plain and (self.pooled or not self.packed)
+        plain = self.accepted is None and self.update and not self.fresh and (self.pooled or not self.packed)
+        # what lies there between blocks of tokens is not rounded
+        return self.config.bulk and self.h0 is not None and plain and (self.one_token or self.h0 == "float32")
+
+    @property
+    def passes(self) -> int:
+        """Rows of a thread."""
+        return self.config.rows * LANES // self.config.threads
 
     @property
     def pieces(self) -> int:
-        """In which a state comes to shared memory, one for each pass."""
-        return self.config.rows * LANES // self.config.threads
+        """In which a state is taken."""
+        return self.passes // self.config.together if self.bulk else 1
 
     @property
     def shared_bytes(self) -> int:

@@ -16,12 +16,13 @@ import operator
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.decode_config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
 from kda_kernels.cute.decode_conv import Windows
 from kda_kernels.cute.decode_norm import Norm
+from kda_kernels.cute.decode_states import States
 from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
 
 
@@ -34,11 +35,7 @@ class DecodeKernel:
         self.bulk = spec.bulk
         self.warps = self.threads // 32
         self.channels = math.ceil(spec.K / self.threads)  # a thread
-        self.apart = 32 // LANES  # rows that a warp touches with one access
-        self.passes = self.rows // (self.warps * self.apart)
-        # rows between a thread's passes: a warp's rows lie together, or those of a piece that comes at once
-        self.spacing = self.apart * (self.warps if self.bulk else 1)
-        self.windows, self.norm = Windows(spec), Norm(spec)
+        self.windows, self.norm, self.states = Windows(spec), Norm(spec), States(spec)
 
     @property
     def in_place(self) -> bool:
@@ -77,6 +74,8 @@ class DecodeKernel:
         past_indices: cute.Tensor | None,  # [N]
         norm_weight: cute.Tensor | None,  # [V]
         norm_gate: cute.Tensor | None,  # [B, T, HV, V]
+        state_scales: cute.Tensor | None,  # of the pool [P, HV, V]
+        seed: cute.Tensor | None,  # rounding_seed [1]
         null_slot: Int32,  # a slot that is padding too; a negative number: none
         scale: Float32,
         lower_bound: Float32,
@@ -86,7 +85,7 @@ class DecodeKernel:
         N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
         tensors = (
             q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, token_states, accepted, token_rows,
-            started, taps, taps_bias, past, past_indices, norm_weight, norm_gate,
+            started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, state_scales, seed,
         )  # fmt: skip
         numbers = null_slot, scale, lower_bound, eps
         if cutlass.const_expr(self.spec.many):
@@ -133,6 +132,8 @@ class DecodeKernel:
         past_indices: cute.Tensor | None,
         norm_weight: cute.Tensor | None,
         norm_gate: cute.Tensor | None,
+        state_scales: cute.Tensor | None,
+        seed: cute.Tensor | None,
         first_n: Int32 | None,
         null_slot: Int32,
         scale: Float32,
@@ -146,9 +147,7 @@ class DecodeKernel:
             i_n = i_n + first_n
         i_h = i_hv // spec.group
         lane = tid % 32
-        row = i_slice * self.rows + (tid // 32) * (self.rows // self.warps) + lane // LANES
-        if cutlass.const_expr(self.bulk):
-            row = i_slice * self.rows + (tid // 32) * self.apart + lane // LANES
+        row = self.first_row((None, i_hv, i_slice), tid)
         col = (lane % LANES) * spec.vector
 
         slot, column = Int64(i_n), Int32(0)
@@ -182,6 +181,10 @@ class DecodeKernel:
                 past_slot = self.unsigned(state_indices[i_n, 0])
         if cutlass.const_expr(spec.norm is not None):
             self.norm.fetch_weight(ending, norm_weight, heads, tid)
+        keys = None
+        if cutlass.const_expr(spec.random):
+            words = cute.recast_tensor(seed, Int32)
+            keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
 
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
@@ -200,7 +203,7 @@ class DecodeKernel:
             self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
         elif live:
             inside = i_hv * (spec.V * spec.K) + row * spec.K + col
-            S = None if cutlass.const_expr(self.bulk) else self.registers(self.passes)
+            S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
             smem, tile, arrived, target = SmemAllocator(), None, None, None
             if cutlass.const_expr(self.bulk):
                 tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
@@ -214,6 +217,9 @@ class DecodeKernel:
                 begun = started[i_n]
             if cutlass.const_expr(spec.taps):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
+            scales = None
+            if cutlass.const_expr(self.states.scaled):
+                scales = self.states.fetch_scales(state_scales, slot, i_hv, row, lane)
             if cutlass.const_expr(self.bulk):
                 first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
                 self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), tid)
@@ -222,9 +228,9 @@ class DecodeKernel:
             elif cutlass.const_expr(spec.fresh):
                 S.fill(0.0)
                 if started[i_n]:
-                    self.load_state(S, self.start(h0, slot, None, inside))
+                    self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
             elif cutlass.const_expr(spec.h0 is not None):
-                self.load_state(S, self.start(h0, slot, None, inside))
+                self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
             else:
                 S.fill(0.0)
 
@@ -235,14 +241,20 @@ class DecodeKernel:
                 if cutlass.const_expr(spec.accepted is not None):
                     before = self.windows.fp32(raw_past)
             numbers = A, bias, scale, lower_bound, eps
-            kept = token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside
+            kept = token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales
+            odd = cute.make_rmem_tensor(self.states.passes, Float32)
+            odd.fill(0.0)
+            stored = scales, odd, (keys, Uint32(slot), i_hv * spec.V + row)
             if cutlass.const_expr(spec.one_token):
                 self.prepare(raw, numbers, shared, window, n_tokens, tid)
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
-                self.recur(S, (tile, arrived, target), o, shared, room, kept, scale, b, Int32(0), n_tokens, heads, tid)
+                self.recur(
+                    S, (tile, arrived, target), stored, o, shared, room, kept, scale, b, Int32(0), n_tokens, heads, tid
+                )
                 if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
-                    self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
+                    there = self.start(h0 if spec.pooled else ht, slot, None, inside)
+                    self.store(S, there, stored, n_tokens - 1, 0, lane)
                 if cutlass.const_expr(spec.norm is not None):
                     self.norm.write(o, room, ending, eps, b, first, Int32(0), n_tokens, heads, tid)
             else:
@@ -251,7 +263,9 @@ class DecodeKernel:
                 for done in cutlass.range(0, n_tokens, spec.block, unroll=1):
                     left = n_tokens - done
                     self.prepare(raw, numbers, shared, window, left, tid)
-                    self.recur(S, (tile, arrived, target), o, shared, room, kept, scale, b, done, left, heads, tid)
+                    self.recur(
+                        S, (tile, arrived, target), stored, o, shared, room, kept, scale, b, done, left, heads, tid
+                    )
                     if cutlass.const_expr(spec.norm is not None):
                         self.norm.write(o, room, ending, eps, b, first, done, left, heads, tid)
                     behind, left = first + done + spec.block, left - spec.block
@@ -261,7 +275,10 @@ class DecodeKernel:
                     if cutlass.const_expr(spec.norm is None or self.norm.remote):
                         cute.arch.sync_threads()  # all have used the channels
                 if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
-                    self.store_state(S, self.start(h0 if spec.pooled else ht, slot, None, inside))
+                    there = self.start(h0 if spec.pooled else ht, slot, None, inside)
+                    self.store(S, there, stored, n_tokens - 1, 0, lane)
+            if cutlass.const_expr(self.states.scaled and self.in_place):
+                self.states.store_scales(state_scales, slot, scales, i_hv, row, lane)
             if cutlass.const_expr(spec.taps and spec.update):
                 if cutlass.const_expr(self.waits):
                     cute.arch.cluster_wait()  # all have read the windows
@@ -289,9 +306,9 @@ class DecodeKernel:
             cute.arch.cluster_arrive()  # this one has read the windows
 
     @cute.jit
-    def registers(self, passes: cutlass.Constexpr[int]):
-        """For a state of so many rows a thread."""
-        return cute.make_rmem_tensor((self.spec.vector, self.spec.steps, passes), Float32)
+    def first_row(self, heads, tid: Int32):
+        """This thread's first row of a state; the others are `States.row` behind it."""
+        return heads[2] * self.rows + tid // 32 * self.states.of_warp + tid % 32 // LANES
 
     @cute.jit
     def shared(self, smem: SmemAllocator):
@@ -306,21 +323,32 @@ class DecodeKernel:
         return channels, room(SUMS * self.warps), room(self.threads), room(4)
 
     @cute.jit
-    def keep_token(self, S, kept, b: Int32, t: Int32, first_pass: cutlass.Constexpr[int]):
+    def store(self, S, first: cute.Pointer, stored, t: Int32, first_pass: cutlass.Constexpr[int], lane: Int32):
+        """S, the rows from `first_pass` on of the state after token t, to where this thread's part of one begins."""
+        scales, odd, (keys, slot, row) = stored
+        stamp = keys, slot, Uint32(t), row
+        self.states.store(S, first, odd, scales, first_pass, stamp, lane)
+
+    @cute.jit
+    def keep_token(self, S, stored, kept, b: Int32, t: Int32, first_pass: cutlass.Constexpr[int], heads, tid: Int32):
         """The state after token t of a sequence, to where it is wanted beside the slot of its last one."""
-        token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside = kept
-        inside += first_pass * self.spacing * self.spec.K
+        token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales = kept
+        lane = tid % 32
+        inside += self.states.row(first_pass) * self.spec.K
         if cutlass.const_expr(self.spec.token_rows is not None):
             place = self.unsigned(token_rows[i_n])
             if self.inside(place, token_states) and t < token_states.shape[1]:
-                self.store_state(S, self.start(token_states, place, t, inside))
+                self.store(S, self.start(token_states, place, t, inside), stored, t, first_pass, lane)
         elif cutlass.const_expr(self.spec.token_states is not None):
-            self.store_state(S, self.start(token_states, b, first + t, inside))
+            self.store(S, self.start(token_states, b, first + t, inside), stored, t, first_pass, lane)
         if cutlass.const_expr(self.spec.accepted is not None and self.spec.update):
             if t < state_indices.shape[1]:
                 slot = self.unsigned(state_indices[i_n, t])
                 if self.inside(slot, h0) and slot != null_slot:
-                    self.store_state(S, self.start(h0, slot, None, inside))
+                    self.store(S, self.start(h0, slot, None, inside), stored, t, first_pass, lane)
+                    if cutlass.const_expr(self.states.scaled):
+                        row = self.first_row(heads, tid)
+                        self.states.store_scales(state_scales, slot, stored[0], heads[1], row, lane)
 
     @cute.jit
     def channel(self, tid: Int32, m: cutlass.Constexpr[int]):
@@ -447,7 +475,9 @@ class DecodeKernel:
         return norm_q, norm_k, qk * norm_k * norm_q, made[3, j]
 
     @cute.jit
-    def recur(self, S, bulk, o, shared, room, kept, scale: Float32, b: Int32, done: Int32, count: Int32, heads, tid):
+    def recur(
+        self, S, bulk, stored, o, shared, room, kept, scale: Float32, b: Int32, done: Int32, count: Int32, heads, tid
+    ):  # fmt: skip
         """A block's tokens through this CTA's rows of the state. `done`: tokens before them, and `count` are left.
 
         With bulk copies the rows are taken from shared memory a piece at a time, and each goes out, to `target`, after
@@ -455,66 +485,66 @@ class DecodeKernel:
         """
         spec, K = self.spec, self.spec.K
         if cutlass.const_expr(not self.bulk):
-            self.tokens(S, None, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
+            self.tokens(S, None, stored, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
         else:
             tile, arrived, target = bulk
             lane = tid % 32
-            row = (tid // 32) * self.apart + lane // LANES
+            row = self.first_row(heads, tid) - heads[2] * self.rows
             mine = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
-            part = cute.make_layout(self.apart * K)  # a warp's, of a piece
+            part = cute.make_layout(self.states.of_warp * K)  # a warp's, of a piece
             atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
             held = None
             if cutlass.const_expr(spec.one_token):
                 held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], lane, 0)
-            for p in cutlass.range_constexpr(self.passes):
-                own = mine + p * self.spacing * K
-                S = self.registers(1)
-                cute.arch.mbarrier_wait(arrived + p, 0)
-                self.load_state(S, own)
-                self.tokens(S, held, o, shared, room, kept, scale, b, done, count, p, heads, tid)
+            for i in cutlass.range_constexpr(spec.pieces):
+                p = i * self.states.together
+                own = mine + self.states.row(p) * K
+                S = self.states.registers(self.states.together)
+                cute.arch.mbarrier_wait(arrived + i, 0)
+                self.states.load(S, own, stored[0], p, lane)
+                self.tokens(S, held, stored, o, shared, room, kept, scale, b, done, count, p, heads, tid)
                 if cutlass.const_expr(target is not None or not spec.one_token):
-                    self.store_state(S, own)
+                    self.store(S, own, stored, done + count - 1, p, lane)
                 if cutlass.const_expr(target is not None):
                     if count <= spec.block:
                         cute.arch.fence_proxy("async.shared", space="cta")
                         cute.arch.sync_warp()
                         if lane == 0:
-                            first = cute.assume((tid // 32 * self.apart + p * self.spacing) * K, divby=spec.vector)
+                            first = cute.assume(
+                                (tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector
+                            )
                             there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
                             cute.copy(atom, here, there)
                             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def tokens(self, S, held, o, shared, room, kept, scale: Float32, b, done, count, first_pass, heads, tid):
+    def tokens(self, S, held, stored, o, shared, room, kept, scale: Float32, b, done, count, first_pass, heads, tid):
         """A block's tokens through the rows in S, which are as many passes as it has, from `first_pass` on."""
         spec = self.spec
         if cutlass.const_expr(spec.one_token):
-            self.step(S, held, o, shared, room, scale, b, kept[6], Int32(0), 0, first_pass, heads, tid)
-            self.keep_token(S, kept, b, Int32(0), first_pass)
+            self.step(S, held, stored[1], o, shared, room, scale, b, kept[6], Int32(0), 0, first_pass, heads, tid)
+            self.keep_token(S, stored, kept, b, Int32(0), first_pass, heads, tid)
         else:
             for j in cutlass.range(cutlass.min(count, spec.block), unroll=1):
-                self.step(S, held, o, shared, room, scale, b, kept[6], done, j, first_pass, heads, tid)
-                self.keep_token(S, kept, b, done + j, first_pass)
+                self.step(S, held, stored[1], o, shared, room, scale, b, kept[6], done, j, first_pass, heads, tid)
+                self.keep_token(S, stored, kept, b, done + j, first_pass, heads, tid)
 
     @cute.jit
     def step(
-        self, S, held, o, shared, room, scale: Float32, b: Int32, first: Int32, done: Int32, j,
+        self, S, held, odd, o, shared, room, scale: Float32, b: Int32, first: Int32, done: Int32, j,
         first_pass: cutlass.Constexpr[int], heads, tid: Int32,
     ):  # fmt: skip
         """Token j of a block: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
 
         o is made of the decayed state, so that both sums run together. q and k are raw here: their norms are factors.
         With a norm o goes to the head's CTAs, and `Norm.write` ends it. `held`: scalars and channels, where registers
-        have them for all rows.
+        have them for all rows. `odd`: not finite afterwards for a row that may hold NaN.
         """
         spec = self.spec
         channels, sums, values, made = shared
         passes, lane = cute.size(S, mode=[2]), tid % 32
         _, i_hv, i_slice = heads
-        if cutlass.const_expr(self.bulk):
-            row = (tid // 32) * self.apart + lane // LANES + first_pass * self.spacing
-        else:
-            row = (tid // 32) * (self.rows // self.warps) + lane // LANES
+        row = self.first_row(heads, tid) - i_slice * self.rows + self.states.row(first_pass)
         if cutlass.const_expr(held is not None):
             norm_q, norm_k, qk, beta = held[0]
         elif cutlass.const_expr(spec.one_token):
@@ -542,17 +572,18 @@ class DecodeKernel:
                     hq[p] += decayed * x[i]
                     S[i, s, p] = decayed
         for p in cutlass.range_constexpr(passes):
-            u = beta * (values[row + p * self.spacing, j] - lane_sum(hk[p], LANES) * norm_k)
+            u = beta * (values[row + self.states.row(p), j] - lane_sum(hk[p], LANES) * norm_k)
             hq[p] = lane_sum(hq[p], LANES) * norm_q + qk * u
             hk[p] = u * norm_k
+            odd[first_pass + p] = hk[p]
         if cutlass.const_expr(spec.norm is not None):
             for p in cutlass.range_constexpr(passes):
-                self.norm.send(room, hq[p], i_slice * self.rows + row + p * self.spacing, done, j, i_hv, lane)
+                self.norm.send(room, hq[p], i_slice * self.rows + row + self.states.row(p), done, j, i_hv, lane)
         elif (
             lane % LANES == 0
         ):  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
             for p in cutlass.range_constexpr(passes):
-                at = i_slice * self.rows + row + p * self.spacing
+                at = i_slice * self.rows + row + self.states.row(p)
                 o[b, first + done + j, i_hv, at] = hq[p].to(o.element_type)
         for s in cutlass.range_constexpr(spec.steps):
             if cutlass.const_expr(columns is not None):
@@ -621,27 +652,6 @@ class DecodeKernel:
                 there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
                 cute.copy(atom, there, here, mbar_ptr=arrived + i)
 
-    @cute.jit
-    def vectors(self, first: cute.Pointer, s: cutlass.Constexpr[int], p: cutlass.Constexpr[int]):
-        """This thread's columns of access s in its row of pass p, `first` being its first element of a state."""
-        offset = p * self.spacing * self.spec.K + s * LANES * self.spec.vector
-        return cute.make_tensor(first + offset, cute.make_layout(self.spec.vector))
-
-    @cute.jit
-    def load_state(self, S, first: cute.Pointer):
-        raw = cute.make_rmem_tensor(S.shape, first.dtype)
-        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
-            for s in cutlass.range_constexpr(self.spec.steps):
-                raw[None, s, p].store(self.vectors(first, s, p).load())
-        S.store(raw.load().to(Float32))
-
-    @cute.jit
-    def store_state(self, S, first: cute.Pointer):
-        """Rounded to the dtype of the state."""
-        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
-            for s in cutlass.range_constexpr(self.spec.steps):
-                self.vectors(first, s, p).store(S[None, s, p].load().to(first.dtype))
-
     def unsigned(self, index):
         """An index, negative ones being larger than any that there is: see `inside`."""
         return (cutlass.Uint32 if index.width == 32 else cutlass.Uint64)(index)
@@ -659,5 +669,5 @@ class DecodeKernel:
         if lane % LANES == 0:
             value = Float32(cutlass.select_(wrong, Float32(float("nan")), Float32(0.0))).to(o.element_type)
             for t in cutlass.range(0, n_tokens, step, unroll=1):
-                for p in cutlass.range_constexpr(self.passes):
-                    o[b, first + t, i_hv, row + p * self.spacing] = value
+                for p in cutlass.range_constexpr(self.states.passes):
+                    o[b, first + t, i_hv, row + self.states.row(p)] = value

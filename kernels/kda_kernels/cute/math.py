@@ -38,7 +38,7 @@ def exp2(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
         shifted = x + 12582912.0  # 1.5 * 2**23: the sum's last bits are x, rounded to an integer
         f = x - (shifted - 12582912.0)
         power = (float_bits(shifted) << 23) + 0x3F800000  # 2**n: what lies over the last 9 bits falls out
-        return _horner(EXP2, f) * _float(power)
+        return _horner(EXP2, f) * float_of(power)
     else:
         return _approx("ex2.approx.ftz.f32", x)
 
@@ -112,7 +112,7 @@ def float_bits(x: Float32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def _float(x: Int32, *, loc=None, ip=None) -> Float32:
+def float_of(x: Int32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.bitcast(T.f32(), Int32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 

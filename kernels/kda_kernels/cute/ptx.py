@@ -117,6 +117,13 @@ def multiply_add(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Fl
     return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc, ip, effects=False))
 
 
+@dsl_user_op
+def floor_to_int(x: Float32, *, loc=None, ip=None) -> Int32:
+    """The largest integer not over x, within those of 32 bits."""
+    operand = Float32(x).ir_value(loc=loc, ip=ip)
+    return Int32(_asm(T.i32(), [operand], "cvt.rmi.s32.f32 $0, $1;", "=r,f", loc, ip, effects=False))
+
+
 @cute.jit
 def rest(exact, rounded):
     """exact - rounded, fp32 [..] and bf16 of an even number of elements, into `exact`.

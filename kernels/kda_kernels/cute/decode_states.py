@@ -1,0 +1,184 @@
+"""How the decode kernel's states lie in memory, on the device: in fp32, or in the two bytes that a pool stores them in.
+
+Eight lanes share a row of K channels. A lane's registers S are [elements an access, accesses a row, rows], fp32.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+
+from kda_kernels.cute.decode_config import LANES, DecodeSpec
+from kda_kernels.cute.math import float_of, load_now
+from kda_kernels.cute.ptx import select
+from kda_kernels.cute.stored import (
+    bf16_at_random,
+    fp16_at_random,
+    halves,
+    int16_at_random,
+    int16_nearest,
+    random_words,
+    row_scales,
+)
+
+
+class States:
+    """Loads and stores a thread's part of a state.
+
+    Arguments that its functions share: `first`, the address of this thread's first element; `scales`, fp32 [1]: of an
+    int16 pool that of the thread's row l, where l is this lane's number among those that share rows.
+
+    Attributes:
+        passes: rows of a thread. together: how many of them are in registers at once. of_warp: rows of its warp then,
+            which lie together.
+    """
+
+    def __init__(self, spec: DecodeSpec):
+        self.spec, self.passes = spec, spec.passes
+        self.together = spec.passes // spec.pieces
+        self.apart = 32 // LANES
+        self.of_warp = self.apart * self.together
+        self.scaled = spec.h0 == "int16"
+
+    @cute.jit
+    def registers(self, passes: cutlass.Constexpr[int]):
+        """For so many rows a thread."""
+        return cute.make_rmem_tensor((self.spec.vector, self.spec.steps, passes), Float32)
+
+    def row(self, p):
+        """How many rows of a state a thread's row p is behind its first."""
+        piece = self.of_warp * (self.spec.config.threads // 32)
+        return p // self.together * piece + p % self.together * self.apart
+
+    @cute.jit
+    def vectors(self, first: cute.Pointer, s: cutlass.Constexpr[int], p: cutlass.Constexpr[int]):
+        """This thread's columns of access s in row p of those that are in registers."""
+        offset = p * self.apart * self.spec.K + s * LANES * self.spec.vector
+        return cute.make_tensor(first + offset, cute.make_layout(self.spec.vector))
+
+    @cute.jit
+    def scale_row(self, row: Int32, lane: Int32):
+        """The row of a state whose scale this lane keeps; `row`: the thread's first."""
+        return row + self.row(cutlass.min(lane % LANES, self.passes - 1))
+
+    @cute.jit
+    def fetch_scales(self, pool: cute.Tensor, slot, i_hv: Int32, row: Int32, lane: Int32):
+        """As `scales`, of a slot [HV, V]."""
+        scales = cute.make_rmem_tensor(1, Float32)
+        scales[0] = load_now(pool, (slot, i_hv, self.scale_row(row, lane)))
+        return scales
+
+    @cute.jit
+    def store_scales(self, pool: cute.Tensor, slot, scales, i_hv: Int32, row: Int32, lane: Int32):
+        if lane % LANES < self.passes:
+            pool[slot, i_hv, self.scale_row(row, lane)] = scales[0]
+
+    @cute.jit
+    def load(self, S, first: cute.Pointer, scales, first_pass: cutlass.Constexpr[int], lane: Int32):
+        """Rows from `first_pass` on."""
+        raw = cute.make_rmem_tensor(S.shape, first.dtype)
+        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
+            for s in cutlass.range_constexpr(self.spec.steps):
+                raw[None, s, p].store(self.vectors(first, s, p).load())
+        S.store(raw.load().to(Float32))
+        if cutlass.const_expr(self.scaled):
+            for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
+                scale = cute.arch.shuffle_sync(scales[0], lane // LANES * LANES + first_pass + p)
+                for s in cutlass.range_constexpr(self.spec.steps):
+                    S[None, s, p].store(S[None, s, p].load() * scale)
+
+    @cute.jit
+    def store(self, S, first: cute.Pointer, odd, scales, first_pass: cutlass.Constexpr[int], stamp, lane: Int32):
+        """Rounds to the dtype of `first`; scales of rows from `first_pass` on go to `scales`.
+
+        Args:
+            odd: [rows] not finite where a row may hold NaN. stamp: what random numbers are keyed by, and the thread's
+                first row among all of a state: (halves of the seed, slot, token, row).
+        """
+        dtype = first.dtype
+        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
+            if cutlass.const_expr(dtype is cutlass.Int16):
+                self.store_int16(S, first, odd, scales, p, first_pass + p, stamp, lane)
+            elif cutlass.const_expr(self.spec.random and dtype.width == 16):
+                for s in cutlass.range_constexpr(self.spec.steps):
+                    words = self.at_random(S, dtype, odd, s, p, first_pass + p, stamp, lane)
+                    self.vectors(first, s, p).store(cute.recast_tensor(words, dtype).load())
+            else:
+                for s in cutlass.range_constexpr(self.spec.steps):
+                    self.vectors(first, s, p).store(S[None, s, p].load().to(dtype))
+
+    @cute.jit
+    def numbers(self, s: cutlass.Constexpr[int], row: cutlass.Constexpr[int], stamp, lane: Int32):
+        """The random numbers of access s in this thread's row, two to a word."""
+        keys, slot, token, first_row = stamp
+        vector, K = self.spec.vector, self.spec.K
+        element = (first_row + self.row(row)) * K + lane % LANES * vector + s * LANES * vector
+        words = random_words(keys, slot, token, Uint32(element // 8))
+        if cutlass.const_expr(vector == 4):
+            upper = element % 8 != 0
+            return tuple(Uint32(cutlass.select_(upper, words[i + 2], words[i])) for i in range(2))
+        else:
+            return words
+
+    @cute.jit
+    def at_random(self, S, dtype: cutlass.Constexpr, odd, s, p, row, stamp, lane: Int32):
+        """Access s of row p in bf16 or fp16, two to a word."""
+        numbers = self.numbers(s, row, stamp, lane)
+        out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
+        for i in cutlass.range_constexpr(self.spec.vector // 2):
+            pair = halves(numbers[i])
+            if cutlass.const_expr(dtype is cutlass.BFloat16):
+                low, high = (bf16_at_random(S[2 * i + j, s, p], pair[j]) for j in range(2))
+                out[i] = Int32(Uint32(low) >> 16) | (high & -0x10000)
+            else:
+                y = cute.make_rmem_tensor(2, Float32)
+                for j in cutlass.range_constexpr(2):
+                    y[j] = fp16_at_random(S[2 * i + j, s, p], pair[j])
+                out[i] = self.pair(y, dtype)
+        finite = odd[p] - odd[p] == 0.0
+        if not finite:
+            self.keep_nan(out, S, dtype, numbers, s, p)
+        return out
+
+    @cute.jit
+    def keep_nan(self, out, S, dtype: cutlass.Constexpr, numbers, s, p):
+        """`at_random` of a row with NaN, which stays."""
+        for i in cutlass.range_constexpr(self.spec.vector // 2):
+            y, pair = cute.make_rmem_tensor(2, Float32), halves(numbers[i])
+            for j in cutlass.range_constexpr(2):
+                x = S[2 * i + j, s, p]
+                if cutlass.const_expr(dtype is cutlass.BFloat16):
+                    rounded = float_of(bf16_at_random(x, pair[j]) & -0x10000)
+                else:
+                    rounded = fp16_at_random(x, pair[j])
+                y[j] = select(x == x, rounded, x)
+            out[i] = self.pair(y, dtype)
+
+    @cute.jit
+    def pair(self, y, dtype: cutlass.Constexpr):
+        """Two numbers that `dtype` has, in a word."""
+        narrow = cute.make_rmem_tensor(2, dtype)
+        narrow.store(y.load().to(dtype))
+        return cute.recast_tensor(narrow, Int32)[0]
+
+    @cute.jit
+    def store_int16(self, S, first: cute.Pointer, odd, scales, p, row, stamp, lane: Int32):
+        most = Float32(0.0)
+        for s in cutlass.range_constexpr(self.spec.steps):
+            for i in cutlass.range_constexpr(self.spec.vector):
+                most = cute.arch.fmax(most, cute.arch.fmax(S[i, s, p], -S[i, s, p]))
+        most = cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
+        w, scale, kept = row_scales(most, odd[p] - odd[p] == 0.0)
+        scales[0] = select(lane % LANES == row, scale, scales[0])
+        for s in cutlass.range_constexpr(self.spec.steps):
+            out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
+            numbers = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.random) else None
+            for i in cutlass.range_constexpr(self.spec.vector // 2):
+                a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
+                if cutlass.const_expr(self.spec.random):
+                    pair = halves(numbers[i])
+                    low, high = int16_at_random(a, w, pair[0]), int16_at_random(b, w, pair[1])
+                    word = Int32(Uint32(low) >> 16) | (high & -0x10000)
+                else:
+                    word = (int16_nearest(a, w) & 0xFFFF) | (int16_nearest(b, w) << 16)
+                out[i] = Int32(cutlass.select_(kept, word, Int32(0)))
+            self.vectors(first, s, p).store(cute.recast_tensor(out, cutlass.Int16).load())

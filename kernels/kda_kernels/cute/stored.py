@@ -1,0 +1,87 @@
+"""States in two bytes on the device: rounded at random, or int16 with a scale a row.
+
+The definition, which these follow to the bit, is `kda_kernels.reference.stored`. Floor: `docs/notes/states.md`.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, Uint64
+
+from kda_kernels.cute.math import float_bits, float_of, reciprocal
+from kda_kernels.cute.ptx import floor_to_int, multiply_add, select
+from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
+
+MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
+SUBNORMAL = 2.0**-14
+INFINITY = float("inf")
+MUCH = 2.0**100
+
+
+@cute.jit
+def random_words(keys, slot: Uint32, token: Uint32, group: Uint32):
+    """Four words of 2 x 16 random bits: of the 8 elements from 8 `group` on of a state. `keys`: halves of the seed."""
+    c0, c1, c2, c3 = group, slot, token, Uint32(0)
+    k0, k1 = keys
+    for _ in cutlass.range_constexpr(ROUNDS):
+        p0, p2 = Uint64(c0) * Uint64(0xD2511F53), Uint64(c2) * Uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = Uint32(p2 >> 32) ^ c1 ^ k0, Uint32(p2), Uint32(p0 >> 32) ^ c3 ^ k1, Uint32(p0)
+        k0, k1 = k0 + Uint32(0x9E3779B9), k1 + Uint32(0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+@cute.jit
+def halves(word: Uint32):
+    """The two random numbers in a word, under 65536."""
+    return Int32(word & Uint32(0xFFFF)), Int32(word >> 16)
+
+
+@cute.jit
+def bf16_at_random(x: Float32, number: Int32) -> Int32:
+    """Its upper half is x in bf16; x is no NaN."""
+    return float_bits(x) + number
+
+
+@cute.jit
+def fp16_at_random(x: Float32, number: Int32) -> Float32:
+    """x as fp16 can have it, or 65536 and more; infinities stay, and x is no NaN."""
+    size = cute.arch.fmax(x, -x)
+    offset = select(size < SUBNORMAL, Float32(SUBNORMAL), Float32(0.0))
+    y = float_of((float_bits(size + offset) + (number & 0x1FFF)) & -0x2000) - offset
+    return float_of(float_bits(y) | (float_bits(x) & (-0x7FFFFFFF - 1)))
+
+
+@cute.jit
+def row_scales(most: Float32, finite):
+    """Of a row whose largest |x| is `most`: what x is multiplied by, the scale, and whether it is kept as numbers."""
+    kept = finite and most >= LEAST_ROW and most < INFINITY
+    size = select(kept, most, Float32(1.0))
+    w, scale = (
+        quotient(Float32(LARGEST), size, reciprocal(size)),
+        quotient(size, Float32(LARGEST), Float32(1 / LARGEST)),
+    )
+    if size > MUCH:  # the reciprocal is no normal number
+        w = Float32(LARGEST) / size
+    other = select(finite and most < LEAST_ROW, Float32(0.0), Float32(float("nan")))
+    return w, select(kept, scale, other), kept
+
+
+@cute.jit
+def quotient(a: Float32, b: Float32, inverse: Float32) -> Float32:
+    """a / b, rounded to nearest, from 1 / b within 1 ulp: Markstein's way, of numbers that are far from the least."""
+    inverse = multiply_add(multiply_add(-b, inverse, Float32(1.0)), inverse, inverse)
+    q = a * inverse
+    return multiply_add(multiply_add(-q, b, a), inverse, q)
+
+
+@cute.jit
+def int16_nearest(x: Float32, w: Float32) -> Int32:
+    """Its lower half is the integer next to x w."""
+    return float_bits(multiply_add(x, w, Float32(MAGIC)))
+
+
+@cute.jit
+def int16_at_random(x: Float32, w: Float32, number: Int32) -> Int32:
+    """Its upper half is the integer."""
+    limit = LARGEST << 16
+    y = floor_to_int((x * w) * 65536.0)
+    return cutlass.min(cutlass.max(y, Int32(-limit)), Int32(limit)) + number
