@@ -27,7 +27,8 @@ class FakeFunction:
 
     def __call__(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, indices, offsets, token_states, accepted, token_rows,
-        started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, null_slot, scale, bound, eps,
+        started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, state_scales, seed,
+        null_slot, scale, bound, eps,
     ):  # fmt: skip
         s, activation = self.spec, self.spec.dtype
         B, T, N = 1 if s.packed else "B", 1 if s.one_token else "T", "N" if s.packed else "B"
@@ -56,6 +57,8 @@ class FakeFunction:
             ("past_indices", past_indices, s.past_index, ("past indices",)),
             ("norm_weight", norm_weight, s.norm, (s.V,)),
             ("norm_gate", norm_gate, s.norm_gate, (B, T, HV, s.V)),
+            ("state_scales", state_scales, "float32" if s.h0 == "int16" else None, ("P", HV, s.V)),
+            ("seed", seed, "int64" if s.random else None, (1,)),
         ]
         check(arguments, q.device)
         self.calls += 1
@@ -68,7 +71,8 @@ class FakeFunction:
             has_initial_state=started, num_accepted_tokens=accepted, update_state=s.update, token_states=token_states,
             token_state_indices=token_rows,
             conv=Convolution(taps, taps_bias, past, past_indices, s.tokens_first) if s.taps else None,
-            norm=GatedNorm(norm_gate, norm_weight, eps) if s.norm else None,
+            norm=GatedNorm(norm_gate, norm_weight, eps) if s.norm else None, state_scales=state_scales,
+            rounding_seed=seed,
         )  # fmt: skip
         if token_states is not None and token_rows is None:  # which the reference does not write
             inputs = dataclasses.replace(inputs, token_states=None)
@@ -105,6 +109,8 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
     inner = (
         3
         if name in ("h0", "ht", "h_kept", "token_states")
+        else 2
+        if name == "state_scales"
         else 0
         if name in ("beta", "state_indices", "past_indices")
         else 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from decode_inputs import close
 
+from kda_kernels import registry
 from kda_kernels.cute import decode as module
 from kda_kernels.cute import step
 from kda_kernels.cute.decode import decode
@@ -66,6 +67,25 @@ def test_steps_after_the_first_take_its_function(made):
         )  # fmt: skip
     close(o, expected.o[:, 0])
     assert made[0].calls == 2
+
+
+@without_gpu
+def test_steps_that_round_stochastically_take_a_function_of_their_own(made):
+    """An int16 pool with and without a seed, each again after the other."""
+    problem = Problem(
+        Op.STEP, (1,) * 3, H=2, HV=4, K=32, V=32, pool_slots=5, packed=False, state_dtype="int16",
+        features=frozenset({"rounding_seed"}),
+    )  # fmt: skip
+    inputs = make_inputs(problem)
+    for seed in (inputs.rounding_seed, None, inputs.rounding_seed):
+        for _ in range(2):
+            mine = dataclasses.replace(inputs.fresh(), rounding_seed=seed)
+            expected = registry.get("torch-step").run(mine.fresh())
+            decode(mine)
+            assert torch.equal(mine.state, expected.final_state)
+    assert len(made) == 2 and [function.calls for function in made] == [4, 2]
+    with pytest.raises(InputError, match="^state_scales has shape"):
+        decode(dataclasses.replace(inputs, state_scales=inputs.state_scales[1:]))
 
 
 WRONG = {

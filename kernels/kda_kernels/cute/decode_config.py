@@ -75,17 +75,18 @@ class DecodeConfig(NamedTuple):
         """As `choose`, where the CTAs of `group` value heads share a convolution, or those of one a norm.
 
         Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller: a
-        whole state where there are many, fp32 in pieces through shared memory. Up to three to a multiprocessor start
-        at once; of more than that two leave more registers to each.
+        whole state where there is one for each multiprocessor, in pieces through shared memory. What is not rounded
+        between two tokens cannot lie there: several tokens of narrow states stay in registers.
         """
-        states = heads / sms
-        least = 32 if states < (2 if narrow or not one_token else 2.5) else 128 if one_token else 64
+        few = heads < sms
+        streamed = one_token or not narrow
         fitting = cls.fitting(K, V, group)
-        rows = next((rows for rows in fitting if rows >= least), fitting[-1])
-        if rows == 128:
-            bulk = one_token and not narrow
-            return cls(rows, threads=256, ctas=3 if bulk and states <= 3 else 2, bulk=bulk)
-        return cls(rows, threads=256, ctas=2) if rows == 64 else cls(rows, ctas=4 if one_token else 3)
+        rows = next((rows for rows in fitting if rows >= (32 if few else 128 if streamed else 64)), fitting[-1])
+        if rows <= 32:
+            return cls(rows, ctas=4 if one_token else 3)
+        if streamed:
+            return cls(rows, ctas=4 if narrow else 3, bulk=True, together=2)
+        return cls(rows, threads=256, ctas=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +187,9 @@ class DecodeSpec:
     @property
     def bulk(self) -> bool:
         """Whether the state goes through shared memory, taken from there and written back a few rows at a time."""
-        plain = self.accepted is None and self.update and not self.fresh and (self.pooled or not self.packed)
-        # what lies there between blocks of tokens is not rounded
-        return self.config.bulk and self.h0 is not None and plain and (self.one_token or self.h0 == "float32")
+        # a sequence without tokens takes nothing from there, and between blocks of tokens nothing is rounded there
+        whole = self.pooled or not self.packed
+        return self.config.bulk and self.h0 is not None and whole and (self.one_token or self.h0 == "float32")
 
     @property
     def passes(self) -> int:

@@ -213,7 +213,7 @@ class DecodeKernel:
                 room = self.norm.begin(smem, tid)
             if cutlass.const_expr(spec.cluster is not None):
                 cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
-            if cutlass.const_expr(spec.taps and spec.fresh):
+            if cutlass.const_expr(spec.fresh):
                 begun = started[i_n]
             if cutlass.const_expr(spec.taps):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
@@ -222,12 +222,12 @@ class DecodeKernel:
                 scales = self.states.fetch_scales(state_scales, slot, i_hv, row, lane)
             if cutlass.const_expr(self.bulk):
                 first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
-                self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), tid)
-                if cutlass.const_expr(spec.pooled or spec.ht is not None):
+                self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), begun, tid)
+                if cutlass.const_expr(spec.ht is not None or self.in_place):
                     target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
             elif cutlass.const_expr(spec.fresh):
                 S.fill(0.0)
-                if started[i_n]:
+                if begun:
                     self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
             elif cutlass.const_expr(spec.h0 is not None):
                 self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
@@ -250,7 +250,19 @@ class DecodeKernel:
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
                 self.recur(
-                    S, (tile, arrived, target), stored, o, shared, room, kept, scale, b, Int32(0), n_tokens, heads, tid
+                    S,
+                    (tile, arrived, target, begun),
+                    stored,
+                    o,
+                    shared,
+                    room,
+                    kept,
+                    scale,
+                    b,
+                    Int32(0),
+                    n_tokens,
+                    heads,
+                    tid,
                 )
                 if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
                     there = self.start(h0 if spec.pooled else ht, slot, None, inside)
@@ -264,7 +276,19 @@ class DecodeKernel:
                     left = n_tokens - done
                     self.prepare(raw, numbers, shared, window, left, tid)
                     self.recur(
-                        S, (tile, arrived, target), stored, o, shared, room, kept, scale, b, done, left, heads, tid
+                        S,
+                        (tile, arrived, target, begun),
+                        stored,
+                        o,
+                        shared,
+                        room,
+                        kept,
+                        scale,
+                        b,
+                        done,
+                        left,
+                        heads,
+                        tid,
                     )
                     if cutlass.const_expr(spec.norm is not None):
                         self.norm.write(o, room, ending, eps, b, first, done, left, heads, tid)
@@ -487,21 +511,26 @@ class DecodeKernel:
         if cutlass.const_expr(not self.bulk):
             self.tokens(S, None, stored, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
         else:
-            tile, arrived, target = bulk
+            tile, arrived, target, begun = bulk
             lane = tid % 32
             row = self.first_row(heads, tid) - heads[2] * self.rows
             mine = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
             part = cute.make_layout(self.states.of_warp * K)  # a warp's, of a piece
             atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
             held = None
-            if cutlass.const_expr(spec.one_token):
+            if cutlass.const_expr(spec.one_token and K <= 128):
                 held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], lane, 0)
             for i in cutlass.range_constexpr(spec.pieces):
                 p = i * self.states.together
                 own = mine + self.states.row(p) * K
                 S = self.states.registers(self.states.together)
                 cute.arch.mbarrier_wait(arrived + i, 0)
-                self.states.load(S, own, stored[0], p, lane)
+                if cutlass.const_expr(spec.fresh):
+                    S.fill(0.0)
+                    if begun or done > 0:
+                        self.states.load(S, own, stored[0], p, lane)
+                else:
+                    self.states.load(S, own, stored[0], p, lane)
                 self.tokens(S, held, stored, o, shared, room, kept, scale, b, done, count, p, heads, tid)
                 if cutlass.const_expr(target is not None or not spec.one_token):
                     self.store(S, own, stored, done + count - 1, p, lane)
@@ -554,7 +583,7 @@ class DecodeKernel:
             norm_q, norm_k, qk, beta = (words[i] for i in range(4))
 
         columns = held[1] if cutlass.const_expr(held is not None) else None
-        if cutlass.const_expr(self.bulk and held is None):
+        if cutlass.const_expr(self.bulk and held is None and spec.K <= 128):
             columns = self.all_columns(channels, lane, j)
         hk = cute.make_rmem_tensor(passes, Float32)
         hq = cute.make_rmem_tensor(passes, Float32)
@@ -634,8 +663,11 @@ class DecodeKernel:
         return state.iterator + cute.assume(offset, divby=self.spec.vector)
 
     @cute.jit
-    def fetch_tile(self, tile, arrived, source, tid: Int32):
-        """Asks for the CTA's part of a state, which begins at `source`. Others may wait for it after a barrier."""
+    def fetch_tile(self, tile, arrived, source, begun, tid: Int32):
+        """Asks for the CTA's part of a state, which begins at `source`, if there is one that has `begun`.
+
+        Others may wait for it after a barrier.
+        """
         if tid == 0:
             for i in cutlass.range_constexpr(self.spec.pieces):
                 cute.arch.mbarrier_init(arrived + i, 1)
@@ -643,14 +675,15 @@ class DecodeKernel:
         cute.arch.sync_warp()
         if tid == 0:
             size = cute.size(tile) // self.spec.pieces
-            piece, atom = (
-                cute.make_layout(size),
-                cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type),
-            )
+            piece = cute.make_layout(size)
+            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type)
             for i in cutlass.range_constexpr(self.spec.pieces):
-                cute.arch.mbarrier_arrive_and_expect_tx(arrived + i, size * tile.element_type.width // 8)
-                there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
-                cute.copy(atom, there, here, mbar_ptr=arrived + i)
+                if begun:
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + i, size * tile.element_type.width // 8)
+                    there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
+                    cute.copy(atom, there, here, mbar_ptr=arrived + i)
+                else:
+                    cute.arch.mbarrier_arrive(arrived + i)
 
     def unsigned(self, index):
         """An index, negative ones being larger than any that there is: see `inside`."""
