@@ -91,7 +91,7 @@ class States:
         """Rounds to the dtype of `first`; scales of rows from `first_pass` on go to `scales`.
 
         Args:
-            odd: [rows] not finite where a row may hold NaN. stamp: what random numbers are keyed by, and the thread's
+            odd: [passes] not finite where a row may hold NaN. stamp: what random numbers are keyed by, and the thread's
                 first row among all of a state: (halves of the seed, slot, token, row).
         """
         dtype = first.dtype
@@ -134,7 +134,7 @@ class States:
                 for j in cutlass.range_constexpr(2):
                     y[j] = fp16_at_random(S[2 * i + j, s, p], pair[j])
                 out[i] = self.pair(y, dtype)
-        finite = odd[p] - odd[p] == 0.0
+        finite = odd[row] - odd[row] == 0.0
         if not finite:
             self.keep_nan(out, S, dtype, numbers, s, p)
         return out
@@ -167,7 +167,7 @@ class States:
             for i in cutlass.range_constexpr(self.spec.vector):
                 most = cute.arch.fmax(most, cute.arch.fmax(S[i, s, p], -S[i, s, p]))
         most = cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
-        w, scale, kept = row_scales(most, odd[p] - odd[p] == 0.0)
+        w, scale, kept = row_scales(most, odd[row] - odd[row] == 0.0)
         scales[0] = select(lane % LANES == row, scale, scales[0])
         for s in cutlass.range_constexpr(self.spec.steps):
             out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
