@@ -8,7 +8,6 @@ from kda_kernels.problem import Gate
 
 SUMS = 3  # over K: q.q, k.k, q.k
 MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
-BLOCK = 4  # tokens that are prepared at once, where there may be more than one
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
 MOST_CLUSTERED = 8  # CTAs of a cluster that every GPU of sm_90 and newer has room for
 
@@ -181,8 +180,8 @@ class DecodeSpec:
 
     @property
     def block(self) -> int:
-        """Tokens whose channels are prepared at once."""
-        return 1 if self.one_token else BLOCK
+        """Tokens whose channels are prepared at once: fewer where the state lies in the registers beside them."""
+        return 1 if self.one_token else 4 if self.bulk else 2
 
     @property
     def bulk(self) -> bool:
