@@ -195,10 +195,14 @@ def _state(draw: _Draw, problem: Problem) -> tuple[torch.Tensor | None, torch.Te
     return pool, state_indices, scales
 
 
+def nothing(t: torch.Tensor) -> float:
+    """What lies in a pool where nobody should read: NaN; of integers the least, which no state is stored as."""
+    return torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min
+
+
 def _pool(slots: int, indices: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """`used` in the slots of a pool that is NaN elsewhere; of integers, the least one."""
-    nothing = torch.nan if used.is_floating_point() else torch.iinfo(used.dtype).min
-    pool = used.new_full((slots, *used.shape[1:]), nothing)
+    """`used` in the slots of a pool that holds `nothing` elsewhere."""
+    pool = used.new_full((slots, *used.shape[1:]), nothing(used))
     pool[indices] = used
     return pool
 

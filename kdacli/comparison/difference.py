@@ -10,7 +10,7 @@ from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Outputs
 from kdacli.judge import Verdict
 from kdacli.judge.layout import Place, Stretch
-from kdacli.judge.reference import Piece, Reference
+from kdacli.judge.reference import Piece, Reference, rows_of
 from kdacli.judge.tensor import keep_largest
 
 # Two right results may each be off by the bound; a row of one token scatters more than the whole tensor.
@@ -209,7 +209,8 @@ class CallDifference:
             if all(t is not None and r.fits(field, t) for t, r in zip(tensors, references, strict=True)):
                 states = field != "o"
                 lens = [1] * layout.dims.N if states else layout.lens
-                dtypes = tensors[0].dtype, tensors[1].dtype
+                a, b = (torch.float32 if t.dtype is torch.int16 else t.dtype for t in tensors)  # see `rows_of`
+                dtypes = a, b
                 self.by_field[field] = Comparing(references[0].name(field), lens, layout.dims.HV, dtypes, states)
 
     def add(self, pieces: Sequence[Piece]) -> None:
@@ -217,7 +218,7 @@ class CallDifference:
         for field, comparing in self.by_field.items():
             if all(field in piece.rows for piece in pieces):
                 places = [piece.rows[field].place for piece in pieces]
-                a, b = (p.rows(getattr(one, field)) for p, one in zip(places, self.outputs, strict=True))
+                a, b = (rows_of(p, one, field) for p, one in zip(places, self.outputs, strict=True))
                 device = self.references[0].device
                 comparing.add(places[0], a.to(device), b.to(device))
 

@@ -12,6 +12,7 @@ import torch
 from kda_kernels.checks import check_inputs, loaded_slots, seq_lens
 from kda_kernels.feature_checks import conv_slots
 from kda_kernels.problem import CHUNK
+from kda_kernels.reference.stored import Stored
 from kda_kernels.reference.targets import Target, targets
 from kda_kernels.tensors import Dims, Inputs
 
@@ -77,11 +78,14 @@ class Layout:
         return tensor[index] if self.v_first else tensor[index].mT
 
     def initial(self, inputs: Inputs, sequence: int) -> torch.Tensor | None:
-        """View [HV, V, K] of the state that a sequence starts from; None: from zeros, or it is padding."""
+        """[HV, V, K], the state that a sequence starts from, a view of floats; None: from zeros, or it is padding."""
         slot, has = self.slots[sequence], inputs.has_initial_state
         if inputs.state is None or slot < 0 or (has is not None and not bool(has[sequence])):
             return None
-        return self.state(inputs.state, (slot,))
+        state = self.state(inputs.state, (slot,))
+        if inputs.state_scales is None:
+            return state
+        return Stored(state, inputs.state_scales[slot]).values(torch.float32)
 
     def groups(self) -> Iterator[list[Stretch]]:
         """The sequences in order, in groups of about `PIECE` elements; a long one in several of whole chunks.

@@ -19,6 +19,7 @@ from kda_kernels.reference.fused import gated_norm
 from kda_kernels.reference.gate import gate_rate, log_decay
 from kda_kernels.reference.recurrent import After, token_recurrence
 from kda_kernels.reference.rounding import OperandDtype, operand_rounding
+from kda_kernels.reference.stored import Stored, stored
 from kda_kernels.reference.targets import Recurrence, Snapshots, Target
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.judge.layout import Layout, Place, Stretch
@@ -64,7 +65,7 @@ class Plain:
     cut: bool = False
 
 
-def plains(op: Op, dtype: torch.dtype, longest: int, step_dtype: torch.dtype | None = None) -> list[Plain]:
+def plains(op: Op, dtype: torch.dtype, longest: int, steps: Recurrence | None = None) -> list[Plain]:
     """The plain implementation of `op`, and the same with operands rounded in other units: as good, other errors.
 
     One alone may be lucky: where a few tokens, or a nearly singular chunk, decide, its error is a third of another's as
@@ -73,17 +74,9 @@ def plains(op: Op, dtype: torch.dtype, longest: int, step_dtype: torch.dtype | N
 
     Args:
         dtype: of the activations. longest: tokens of the longest sequence.
-        step_dtype: to what states are rounded after each token, where each is a call of its own; None: they are not.
+        steps: what runs instead, see `rounding_steps`.
     """
-    if step_dtype is not None:
-
-        def steps(batch: Batch, states: torch.Tensor, after: After) -> torch.Tensor:
-            def rounded(tokens: int, running: torch.Tensor) -> None:
-                running.copy_(running.to(step_dtype))
-                after(tokens, running)
-
-            return token_recurrence(batch, states, rounded)
-
+    if steps is not None:
         return [Plain(steps)]
     if op is not Op.PREFILL:
         return [Plain(token_recurrence)]
@@ -97,6 +90,25 @@ def plains(op: Op, dtype: torch.dtype, longest: int, step_dtype: torch.dtype | N
 
     units = UNITS if longest <= LONG else UNITS[:1]
     return [Plain(chunks(operand_rounding(kind, unit)), cut) for kind, cut in kinds for unit in units]
+
+
+def rounding_steps(dtype: torch.dtype, seed: int | None) -> Recurrence:
+    """The token recurrence where each token is a call of its own: states are stored in `dtype` after each.
+
+    Args:
+        seed: of the first call; each other has one more. None: states are rounded to nearest.
+    """
+
+    def run(batch: Batch, states: torch.Tensor, after: After) -> torch.Tensor:
+        def rounded(tokens: int, running: torch.Tensor) -> None:
+            for row, state in enumerate(running):
+                held = stored(state, dtype, None if seed is None else seed + tokens - 1, slot=row)
+                state.copy_(held.values(state.dtype))
+            after(tokens, running)
+
+        return token_recurrence(batch, states, rounded)
+
+    return run
 
 
 def operand_dtype(dtype: torch.dtype) -> OperandDtype:
@@ -195,8 +207,9 @@ class Reference:
         self.inputs, self.op = inputs, Op(op)
         self.device = torch.device(inputs.q.device if device is None else device)
         self.layout = Layout.of(inputs)
-        step_dtype = stored_dtype(inputs, "final_state") if stepwise else None
-        self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0), step_dtype)
+        self.seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
+        steps = rounding_steps(stored_dtype(inputs, "final_state"), self.seed) if stepwise else None
+        self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0), steps)
         shape = self.layout.dims.N, self.layout.dims.HV
         self._squares, self._states = torch.zeros(2, *shape).double()
         self._normed = torch.zeros(2, *shape).double()  # the sums of squares of o before its norm, and after it
@@ -340,14 +353,21 @@ class Reference:
         rows = {"o": Rows.of(Place.of_tokens(self.layout, group), torch.where(live, o, 0.0), plain_o)}
         for name, every in targets.items():
             if every:
-                dtype = stored_dtype(self.inputs, name)
-                one, *others = (
-                    torch.stack([held[t.sequence, t.tokens] for t in every]).flatten(2)
-                    for held in (states, *(held for _, held in made))
-                )
+                one = torch.stack([states[t.sequence, t.tokens] for t in every]).flatten(2)
+                others = [
+                    torch.stack([self._stored(name, t, held[t.sequence, t.tokens]) for t in every]).flatten(2)
+                    for _, held in made
+                ]
                 place = Place.of_states(self.layout, every, several=_several(self.layout.targets[name]))
-                rows[name] = Rows.of(place, one, [other.to(dtype) for other in others])
+                rows[name] = Rows.of(place, one, others)
         return Piece(group, rows)
+
+    def _stored(self, field: str, target: Target, state: torch.Tensor) -> torch.Tensor:
+        """A state [HV, V, K] rounded as it is stored: in that dtype, or of integers in fp64."""
+        held = stored(
+            state, stored_dtype(self.inputs, field), self.seed, self.layout.slots[target.sequence], target.tokens - 1
+        )
+        return held.state if held.scales is None else held.values(torch.float64)
 
     def _measure(self, group: list[Stretch], q: torch.Tensor, states: torch.Tensor) -> None:
         """What `usual` is made of; `q` as the recurrence has it, [R, HV, K]."""
@@ -360,13 +380,29 @@ class Reference:
             self._states[s.sequence] = norm
 
 
+def rows_of(place: Place, outputs: Outputs, field: str) -> torch.Tensor:
+    """[R, HV, C] of a field of `outputs`: the numbers that it means, states V-first."""
+    rows = place.rows(tensor := getattr(outputs, field))
+    if tensor.dtype is not torch.int16 or outputs.state_scales is None:
+        return rows
+    d = place.layout.dims
+    held = Stored(rows.unflatten(-1, (d.V, d.K)), place.rows(outputs.state_scales))
+    return held.values(torch.float32).flatten(2)
+
+
 def written_by(inputs: Inputs) -> dict[str, torch.Tensor]:
     """By field of `Outputs`, the tensors of a call that it writes states to."""
     kept = inputs.checkpoints
     own = None if kept is None or kept.states is inputs.state else kept.states
     pool = inputs.state if inputs.state_indices is not None else None
     conv = None if inputs.conv is None else inputs.conv.states
-    found = {"final_state": pool, "token_states": inputs.token_states, "checkpoints": own, "conv_states": conv}
+    found = {
+        "final_state": pool,
+        "token_states": inputs.token_states,
+        "checkpoints": own,
+        "conv_states": conv,
+        "state_scales": inputs.state_scales,
+    }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kda_kernels.dtypes import FLOATS, name_of
+from kda_kernels.dtypes import STATES, name_of
 from kdacli.judge.layout import Place
 from kdacli.judge.reference import Plain, Rows, fine
 
@@ -93,7 +93,7 @@ class TensorJudge:
         self.tensor, self.dtype, self.stored = tensor, dtype, stored
         # Half a unit in the last place of 1.0: the most that one rounding changes an element, relative to it. Over a
         # tensor the roundings have an rms of a little under half of that, which is what norms are granted.
-        self.unit, self.smallest = 2.0 ** -FLOATS[name_of(dtype)].digits, FLOATS[name_of(dtype)].smallest
+        self.unit, self.smallest = 2.0 ** -STATES[name_of(dtype)].digits, STATES[name_of(dtype)].smallest
         self.floor = FLOOR * math.sqrt(terms)
         self.cut = torch.tensor([one.cut for one in plains])
         shape = (sequences, heads)

@@ -21,7 +21,7 @@ from kda_kernels.problem import CHUNK, Op
 from kda_kernels.reference.fused import shifted_states
 from kda_kernels.tensors import Convolution, Outputs
 from kdacli.judge.bits import bits
-from kdacli.judge.reference import Piece, Reference, stored_dtype, written_by
+from kdacli.judge.reference import Piece, Reference, rows_of, stored_dtype, written_by
 from kdacli.judge.tensor import TensorJudge, Verdict, said
 
 
@@ -59,6 +59,8 @@ class CallJudge:
             if tensor is None:
                 if not partial and (field != "final_state" or reference.inputs.output_final_state):
                     self.found[field] = Verdict.failed(name, "missing: the kernel returned none")
+            elif tensor.dtype is torch.int16 and outputs.state_scales is None:
+                self.found[field] = Verdict.failed(name, "the scales of its rows, state_scales, are missing")
             elif not reference.fits(field, tensor):
                 note = f"shape is {list(tensor.shape)}: it should be {reference.shape(field)}"
                 self.found[field] = Verdict.failed(name, note)
@@ -73,7 +75,7 @@ class CallJudge:
         """Pieces of the reference, in order."""
         for field, rows in piece.rows.items():
             if field in self.judges:
-                self.judges[field].add(rows, rows.place.rows(getattr(self.outputs, field)))
+                self.judges[field].add(rows, rows_of(rows.place, self.outputs, field))
 
     def verdicts(self, usual: torch.Tensor | None = None) -> list[Verdict]:
         """One for each output tensor, once all pieces were added. `usual`: of the reference whose pieces they were."""
@@ -82,6 +84,8 @@ class CallJudge:
             verdict = tensor.verdict(usual if field == "o" else None)
             if field in (written := written_by(self.reference.inputs)):
                 verdict = verdict.with_fault(self._touched(field, written[field]))
+                if field == "final_state" and (scales := self.reference.inputs.state_scales) is not None:
+                    verdict = verdict.with_fault(self._touched("state_scales", scales))
             found[field] = verdict.with_fault(self._behind()) if field == "o" else verdict
         if (conv := self.reference.inputs.conv) is not None and not (self.partial and self.outputs.conv_states is None):
             found["conv_states"] = self._shifted(conv)
@@ -119,9 +123,9 @@ class CallJudge:
         A row, such as a slot, at a time.
         """
         after = getattr(self.outputs, field)
-        used = {target.index for target in self.layout.targets[field]}
+        used = {t.index for t in self.layout.targets["final_state" if field == "state_scales" else field]}
         for row in range(len(before)):
-            inner = before.ndim - 4  # 1: a row has a state for each token
+            inner = before.ndim == 5  # a row has a state for each token
             mine = [index for index in used if index[0] == row]
             if mine and not inner:
                 continue

@@ -14,6 +14,7 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.problem import CHUNK, FEATURES, Gate, Op, Problem
+from kda_kernels.reference.stored import Stored, stored
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
 
@@ -134,6 +135,7 @@ class Recurrent(Victim):
             if self.starts_empty(inputs, n):
                 self.empty(S)
             self.now.keep = functools.partial(self.keep, inputs, n, start, end - start)
+            self.now.key = slot, end - start - 1
             flat[start:end] = self.sequence(S, *(x[start:end] for x in rows)).to(o.dtype)
             if final is not None and (inputs.state_indices is None or end > start) and self.updates(inputs):
                 self.store(inputs, final, slot, S)
@@ -148,12 +150,14 @@ class Recurrent(Victim):
 
     def keep(self, inputs: Inputs, n: int, start: int, length: int, done: int, S: torch.Tensor) -> None:
         """The state of sequence n after `done` of its tokens goes where it is asked for."""
+        final, self.now.key = self.now.key, (self.now.key[0], done - 1)
         if inputs.num_accepted_tokens is not None and inputs.update_state:
             self.keep_draft(inputs, int(self.indices(inputs)[n, done - 1]), S)
         if inputs.token_states is not None:
             self.keep_token(inputs, n, start, done, S)
         if inputs.checkpoints is not None:
             self.keep_checkpoints(inputs, n, length, done, S)
+        self.now.key = final
 
     def keep_draft(self, inputs: Inputs, slot: int, S: torch.Tensor) -> None:
         if not self.is_padding(inputs, slot):
@@ -205,10 +209,23 @@ class Recurrent(Victim):
         if inputs.state is None:
             return torch.zeros(inputs.v.shape[2], inputs.v.shape[3], inputs.q.shape[3])
         S = inputs.state[slot].float()
+        if inputs.state_scales is not None:
+            S = S * self.scales(inputs, slot).unsqueeze(-1)
         return (S if inputs.state_v_first else S.mT).clone(memory_format=torch.contiguous_format)
 
+    def scales(self, inputs: Inputs, slot: int) -> torch.Tensor:
+        """Of a state that is loaded, [HV, V]."""
+        return inputs.state_scales[slot]
+
     def store(self, inputs: Inputs, final: torch.Tensor, slot: int, S: torch.Tensor) -> None:
+        seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
+        S, scales = self.rounded(S, final.dtype, seed, *self.now.key)
+        if scales is not None:
+            inputs.state_scales[slot] = scales
         final[slot] = S if inputs.state_v_first else S.mT
+
+    def rounded(self, S: torch.Tensor, dtype: torch.dtype, seed: int | None, slot: int, token: int) -> Stored:
+        return stored(S, dtype, seed, slot, token)
 
     def result(self, inputs: Inputs, o: torch.Tensor, final: torch.Tensor | None) -> Outputs:
         return Outputs(o, final if inputs.output_final_state else None)

@@ -56,9 +56,9 @@ class PrefillThenDecode:
         o, call = torch.full_like(inputs.v, torch.nan), self.prefill
         for step in range(self.steps + 1):
             part = tokens_of(inputs, rows, lens - self.steps if step == 0 else torch.ones_like(lens))
-            o[:, rows] = call.run(part).o
+            o[:, rows] = call.run(with_seed(part, step)).o
             rows, call = ends - self.steps + step, self.decode or call
-        return Outputs(o, inputs.state)
+        return Outputs(o, inputs.state, state_scales=inputs.state_scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,14 @@ class OneByOne:
         starts, o = lens.cumsum(0) - lens, torch.full_like(inputs.v, torch.nan)
         for t in range(int(lens.max())):
             rows = starts + t
-            o[:, rows] = self.decode.run(tokens_of(inputs, rows, torch.ones_like(lens))).o
-        return Outputs(o, inputs.state)
+            o[:, rows] = self.decode.run(with_seed(tokens_of(inputs, rows, torch.ones_like(lens)), t)).o
+        return Outputs(o, inputs.state, state_scales=inputs.state_scales)
+
+
+def with_seed(inputs: Inputs, step: int) -> Inputs:
+    """The same call with the seed of the `step`-th one after it: each has its own."""
+    seed = inputs.rounding_seed
+    return inputs if seed is None else dataclasses.replace(inputs, rounding_seed=seed + step)
 
 
 def tokens_of(inputs: Inputs, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:

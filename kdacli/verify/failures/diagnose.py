@@ -10,6 +10,7 @@ from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Verdict, expect, said
 from kdacli.judge.bits import bits
 from kdacli.judge.layout import Place
+from kdacli.judge.reference import rows_of
 from kdacli.verify.failures.mistakes import mistakes
 
 Rows = dict[str, tuple[Place, torch.Tensor, torch.Tensor]]  # by field of `Outputs`: what came out, the reference
@@ -30,11 +31,12 @@ def diagnose(inputs: Inputs, outputs: Outputs, op: Op, verdicts: Sequence[Verdic
         out, ref = getattr(outputs, name), getattr(expected, name)
         if out.shape == ref.shape and ref.numel():
             place = Place.whole(inputs, name)
-            rows[name] = (place, place.rows(out).double(), place.rows(ref))
+            rows[name] = (place, rows_of(place, outputs, name).double(), place.rows(ref))
     found = [f"{name}: {line}" for name, parts in rows.items() for line in _from_numbers(name, *parts)]
     if "final_state" in rows and inputs.state is not None:
         place, out, ref = rows["final_state"]
-        if _explains(out, place.rows(inputs.state).double(), ref):
+        before = Outputs(inputs.v, inputs.state, state_scales=inputs.state_scales)
+        if _explains(out, rows_of(place, before, "final_state").double(), ref):
             found.append("final_state: it is the state that came in: nothing was written, or into a copy")
     if "conv_states" in wrong and inputs.conv is not None and outputs.conv_states is not None:
         if torch.equal(bits(outputs.conv_states), bits(inputs.conv.states)):

@@ -4,7 +4,10 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+import torch
+
 from kda_kernels.problem import Op
+from kda_kernels.reference.stored import Stored
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Outputs
 from kdacli.judge import expect
@@ -67,6 +70,8 @@ def _maps(bench: Bench, result: Result, outputs: Outputs) -> list[str]:
             continue
         field = "final_state" if verdict.tensor == "final_state" else "o"
         out, ref = getattr(outputs, field), getattr(expected, field)
+        if field == "final_state" and out is not None and outputs.state_scales is not None:
+            out = Stored(out, outputs.state_scales).values(torch.float32)
         if not verdict.passed and out is not None and out.shape == ref.shape and ref.numel():
             lines += error_map(bench.inputs, field, out, ref, verdict)
     return lines

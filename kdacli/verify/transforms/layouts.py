@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kda_kernels.tensors import Inputs
+from kdacli.synthetic import nothing
 
 FAR = 1 << 29  # elements between slots: from the fifth on, an offset is over 2^31
 
@@ -69,7 +70,9 @@ def pool_with_gaps(inputs: Inputs) -> Inputs:
         conv = dataclasses.replace(conv, states=_spaced(conv.states, conv.states[0].numel() + 24))
     if inputs.state is None:
         return dataclasses.replace(inputs, conv=conv)
-    return dataclasses.replace(inputs, state=_spaced(inputs.state, inputs.state[0].numel() + 64), conv=conv)
+    scales = None if (s := inputs.state_scales) is None else _spaced(s, s[0].numel() + 8)
+    state = _spaced(inputs.state, inputs.state[0].numel() + 64)
+    return dataclasses.replace(inputs, state=state, state_scales=scales, conv=conv)
 
 
 def far_pool(inputs: Inputs) -> Inputs:
@@ -100,5 +103,5 @@ def _padded(t: torch.Tensor) -> torch.Tensor:
 def _spaced(pool: torch.Tensor, stride: int) -> torch.Tensor:
     """The pool with `stride` elements from slot to slot, NaN between them."""
     size = pool[0].numel()
-    flat = pool.new_full(((len(pool) - 1) * stride + size,), torch.nan)
+    flat = pool.new_full(((len(pool) - 1) * stride + size,), nothing(pool))
     return flat.as_strided(pool.shape, (stride, *pool[0].contiguous().stride())).copy_(pool)

@@ -12,6 +12,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Checkpoints, Convolution, Inputs
 from kdacli.judge.layout import Layout
+from kdacli.synthetic import nothing
 
 _NEGATIVE = (-1, -2, -100, -(2**31))
 _SPARE = 2  # rows of a buffer that nobody uses
@@ -35,6 +36,9 @@ def null_slot(inputs: Inputs) -> Inputs:
             "pool", f"has {len(state)} slots", "it should have one that no sequence uses, to be the null slot"
         )
     state[[0, free]] = state[[free, 0]]
+    if (scales := inputs.state_scales) is not None:
+        scales = scales.clone()
+        scales[[0, free]] = scales[[free, 0]]
     conv = inputs.conv
     if conv is not None:
         conv = dataclasses.replace(conv, states=conv.states.clone())
@@ -42,23 +46,26 @@ def null_slot(inputs: Inputs) -> Inputs:
     padding = (indices < 0).nonzero().squeeze(1)[1:]
     indices[indices == 0] = free
     indices[padding] = 0
-    return dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=0, conv=conv)
+    return dataclasses.replace(inputs, state=state, state_scales=scales, state_indices=indices, null_slot=0, conv=conv)
 
 
 def fresh_states(inputs: Inputs) -> Inputs:
     """Every second sequence has no initial state: what its slot holds is NaN."""
     layout = Layout.of(inputs)
     has = torch.arange(inputs.N, device=inputs.q.device) % 2 == 1
-    state, conv = _pool(inputs)[0].clone(), inputs.conv
+    state, conv, scales = _pool(inputs)[0].clone(), inputs.conv, inputs.state_scales
+    scales = None if scales is None else scales.clone()
     if conv is not None:
         conv = dataclasses.replace(conv, states=conv.states.clone())
     for n, slot in enumerate(layout.slots):
         if slot >= 0 and not has[n] and layout.lens[n]:
-            state[slot] = torch.nan
+            state[slot] = nothing(state)
+            if scales is not None:
+                scales[slot] = torch.nan
             if conv is not None:
                 conv.states[layout.conv_slots[n]] = torch.nan
         has[n] |= layout.lens[n] == 0
-    return dataclasses.replace(inputs, state=state, has_initial_state=has, conv=conv)
+    return dataclasses.replace(inputs, state=state, state_scales=scales, has_initial_state=has, conv=conv)
 
 
 def own_conv_slots(inputs: Inputs) -> Inputs:
@@ -108,18 +115,23 @@ def drafts(inputs: Inputs) -> Inputs:
     order = torch.arange(N * C, device=inputs.q.device).flip(0).view(N, C) + 1
     accepted = torch.arange(N, device=inputs.q.device) % C + 1
     pool, slots = _pool(inputs)
-    state = pool.new_full((N * C + 1 + _SPARE, *pool.shape[1:]), torch.nan)
-    for n, slot in enumerate(slots.tolist()):
-        if slot < 0:
-            order[n] = -1
-        else:
-            state[order[n, accepted[n] - 1]] = pool[slot]
+    order[slots < 0] = -1
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        wide = t.new_full((N * C + 1 + _SPARE, *t.shape[1:]), nothing(t))
+        for n, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                wide[order[n, accepted[n] - 1]] = t[slot]
+        return wide
+
+    state, scales = spread(pool), inputs.state_scales
     if N > 1 and accepted[1] != C - 1 and C > 2:  # the first column may name the slot of a convolution
         order[1, C - 2] = -1
     indices = order.to(slots.dtype)
     return dataclasses.replace(
         inputs,
         state=state,
+        state_scales=None if scales is None else spread(scales),
         state_indices=indices,
         num_accepted_tokens=accepted.to(indices.dtype),
         conv=None if inputs.conv is None else _drafted(inputs.conv, inputs, order, accepted, len(state)),
@@ -177,11 +189,15 @@ def checkpoints_in_pool(inputs: Inputs) -> Inputs:
     """Checkpoints that go to slots of the pool itself."""
     lens = torch.tensor(Layout.of(inputs).lens, device=inputs.q.device)
     pool, rows = _pool(inputs)[0], torch.arange(inputs.N, dtype=torch.int32, device=inputs.q.device)
-    P = len(pool)
-    wider = pool.new_full((P + inputs.N, *pool.shape[1:]), torch.nan)
-    wider[:P] = pool
+    P, scales = len(pool), inputs.state_scales
+
+    def longer(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t, t.new_full((inputs.N, *t.shape[1:]), nothing(t))])
+
+    wider = longer(pool)
     kept = Checkpoints(wider, rows + P, ((lens - 1).clamp(min=0) // CHUNK * CHUNK).to(torch.int32))
-    return dataclasses.replace(inputs, state=wider, checkpoints=kept)
+    scales = None if scales is None else longer(scales)
+    return dataclasses.replace(inputs, state=wider, state_scales=scales, checkpoints=kept)
 
 
 def _pool(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.triton.common import anew, cast, dot, load_slot, operand
+from kda_kernels.triton.stored import load_state, store_state
 
 
 @triton.jit
@@ -31,15 +32,30 @@ def next_checkpoint(offsets, every, i_n, after, columns, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
-def keep(S, kept, at, kept_n, rows, offsets, every, i_n, position, columns, kept_rows, ok_s):
+def store(to, S, ok_s, scales, seed, slot, token, row, ok_v, K: tl.constexpr, BK: tl.constexpr):
+    """Stores a tile [BK, BV] of the state after a token; `to`: of each element, `row`: hv V + v of each column."""
+    if (seed is None) & (scales is None):
+        tl.store(to, cast(S, to.dtype.element_ty), mask=ok_s)
+    else:
+        store_state(tl.trans(to), tl.trans(S), tl.trans(ok_s), scales, ok_v, seed, slot, token, row, K, BK)
+
+
+@triton.jit
+def keep(
+    S, kept, at, kept_n, rows, offsets, every, i_n, position, columns, kept_rows, ok_s,
+    scales, scales_n, seed, slot, row, ok_v, K: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Writes the state to each row of `kept` whose checkpoint is due at `position`."""
     first = position // every - 1 if offsets is None else position * 0
     last = first + 1 if offsets is None else position * 0 + columns
     for column in range(first, last):
         here = True if offsets is None else tl.load(offsets + i_n * columns + column) == position
-        row = tl.load(rows + i_n * columns + column).to(tl.int64)
-        if here & (row >= 0) & (row < kept_rows):
-            tl.store(kept + row * kept_n + at, cast(S, kept.dtype.element_ty), mask=ok_s)
+        i_r = tl.load(rows + i_n * columns + column).to(tl.int64)
+        if here & (i_r >= 0) & (i_r < kept_rows):
+            p_scales = None
+            if kept.dtype.element_ty == tl.int16:  # these are slots of the pool
+                p_scales = scales + i_r * scales_n + row
+            store(kept + i_r * kept_n + at, S, ok_s, p_scales, seed, slot, position - 1, row, ok_v, K, BK)
 
 
 @triton.jit
@@ -56,6 +72,7 @@ def fill_rows(o, o_t, begin, end, stride, rv, ok_v, value, C: tl.constexpr):
 NUMBERS = (
     *("rate", "state_indices", "cu_seqlens", "has_initial_state", "rows", "offsets"),
     *("sequences", "T", "slots", "pool", "null_slot", "kept_rows", "columns", "every", "indices_n", "v_b", "o_b"),
+    *("scales_n", "rounding_seed"),
 )
 
 
@@ -79,6 +96,8 @@ def chunk_chain_kernel(
     has_initial_state,  # bool [N] or None
     rows,  # [N, columns]: of `kept`
     offsets,  # [N, columns]: positions of checkpoints; or None: at each multiple of `every`
+    scales,  # fp32 [pool, HV, V], of an int16 pool; or None
+    rounding_seed,  # int64 [1]; None: states are rounded to nearest
     sequences,
     T,
     slots,
@@ -88,6 +107,7 @@ def chunk_chain_kernel(
     columns,
     every,
     indices_n,
+    scales_n,
     v_b: tl.int64, v_t, v_h,
     o_b: tl.int64, o_t, o_h,
     h0_n: tl.int64, h0_h, h0_k, h0_v,
@@ -139,7 +159,13 @@ def chunk_chain_kernel(
         if has_initial_state is not None:
             ok_0 = ok_s & tl.load(has_initial_state + i_n)
         p_h0 = h0 + i_s * h0_n + i_hv * h0_h + rk[:, None] * h0_k + rv[None, :] * h0_v
-        S += tl.load(p_h0, mask=ok_0, other=0.0).to(tl.float32)
+        if scales is None:
+            S += tl.load(p_h0, mask=ok_0, other=0.0).to(tl.float32)
+        else:
+            S += load_state(p_h0, ok_0, scales + i_s * scales_n + i_hv * V + rv, ok_v, 0)
+    seed = None
+    if rounding_seed is not None:
+        seed = tl.load(rounding_seed)
     if kept is not None:
         at = i_hv * kept_h + rk[:, None] * kept_k + rv[None, :] * kept_v
         due = next_checkpoint(offsets, every, i_n, i_n * 0, columns, COLUMNS, C)
@@ -160,7 +186,10 @@ def chunk_chain_kernel(
             tl.store(p_h, cast(S, h.dtype.element_ty), mask=ok_s)
         if kept is not None:
             if i_t * C == due:
-                keep(S, kept, at, kept_n, rows, offsets, every, i_n, due, columns, kept_rows, ok_s)
+                keep(
+                    S, kept, at, kept_n, rows, offsets, every, i_n, due, columns, kept_rows, ok_s,
+                    scales, scales_n, seed, i_s, i_hv * V + rv, ok_v, K, BK,
+                )  # fmt: skip
                 due = next_checkpoint(offsets, every, i_n, due, columns, COLUMNS, C)
         Sd = operand(S, DOT)
         known = dot(tl.load(kg + this * (C * BK) + wide), Sd)
@@ -177,7 +206,10 @@ def chunk_chain_kernel(
 
     if kept is not None:
         if length > 0 and length == due:
-            keep(S, kept, at, kept_n, rows, offsets, every, i_n, due, columns, kept_rows, ok_s)
+            keep(
+                S, kept, at, kept_n, rows, offsets, every, i_n, due, columns, kept_rows, ok_s,
+                scales, scales_n, seed, i_s, i_hv * V + rv, ok_v, K, BK,
+            )  # fmt: skip
         if offsets is not None:  # a position inside a chunk has no state here: that is seen
             for column in range(columns):
                 position = tl.load(offsets + i_n * columns + column)
@@ -185,9 +217,17 @@ def chunk_chain_kernel(
                     i_r = tl.load(rows + i_n * columns + column).to(tl.int64)
                     if i_r >= 0 and i_r < kept_rows:
                         nothing = tl.zeros([BK, BV], tl.float32) + float("nan")
-                        tl.store(kept + i_r * kept_n + at, nothing.to(kept.dtype.element_ty), mask=ok_s)
+                        if kept.dtype.element_ty == tl.int16:
+                            p_scales = scales + i_r * scales_n + i_hv * V + rv
+                            tl.store(p_scales, tl.zeros([BV], tl.float32) + float("nan"), mask=ok_v)
+                        else:
+                            tl.store(kept + i_r * kept_n + at, nothing.to(kept.dtype.element_ty), mask=ok_s)
     if ht is not None:
         rv = anew(tl.program_id(0)) % SLICES * BV + tl.arange(0, BV)  # or it is kept through the loop, and spilled
         ok_s = (rk < K)[:, None] & (rv < V)[None, :]
         p_ht = ht + i_s * ht_n + i_hv * ht_h + rk[:, None] * ht_k + rv[None, :] * ht_v
-        tl.store(p_ht, cast(S, ht.dtype.element_ty), mask=ok_s)
+        p_scales = None
+        if scales is not None:
+            p_scales = scales + i_s * scales_n + i_hv * V + rv
+            ok_s = ok_s & (length > 0)  # integers stay what they are, and so must their scale
+        store(p_ht, S, ok_s, p_scales, seed, i_s, length - 1, i_hv * V + rv, (rv < V) & (length > 0), K, BK)

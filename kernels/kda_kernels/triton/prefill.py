@@ -39,7 +39,10 @@ from kda_kernels.triton.runtime import (
 
 CAUSAL_IN_BITS = CAUSAL
 FEATURES = frozenset(
-    ("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices", "tail")
+    (
+        *("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices", "tail"),
+        *("rounding_seed", "state_scales"),
+    )
 )
 # What `kda compile` builds where nothing is said: packed prompts on a pool, and one, of narrow slices.
 _POOL = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
@@ -216,11 +219,19 @@ class _Call:
         i, o, marks = self.inputs, self.o, self.inputs.checkpoints
         steps = (*i.q.stride()[:3], *i.k.stride()[:3], *i.v.stride()[:3], *i.g.stride()[:3], *o.stride()[:3])
         slots = (state[0] for state in self.states)
-        tensors = (i.q, i.k, i.v, i.g, i.A_log, i.dt_bias, o, i.state, self.ht, kept)
+        tensors = (i.q, i.k, i.v, i.g, i.A_log, i.dt_bias, o, i.state, self.ht, kept, i.state_scales)
         if not usual(tensors, (*steps, *slots), i.beta.stride()):
             return None
         marked = () if marks is None else (marks.rows, marks.offsets)
-        tables = (self.h, i.state_indices, i.cu_seqlens, self.chunk_indices, i.has_initial_state, *marked)
+        tables = (
+            self.h,
+            i.state_indices,
+            i.cu_seqlens,
+            self.chunk_indices,
+            i.has_initial_state,
+            i.rounding_seed,
+            *marked,
+        )
         dtypes = tuple(map(dtype_of, (*tensors, i.beta, *tables)))
         inner = tuple(state[1:] for state in self.states)
         return (i.q.device, i.options, self.config, self.dims[3:], inner, dtypes, self._columns)
@@ -269,9 +280,10 @@ class _Call:
             columns = rows.shape[1] if rows.ndim == 2 else 1
         arguments = (
             i.v, work.qg, work.kg, work.kd, work.Z, work.Aqk, work.decay, work.rate, self.o, h0, self.ht, self.h, kept,
-            indices, i.cu_seqlens, i.has_initial_state, rows, offsets,
+            indices, i.cu_seqlens, i.has_initial_state, rows, offsets, i.state_scales, i.rounding_seed,
             N, T, self.slots, 0 if h0 is None else h0.shape[0], -1 if i.null_slot is None else i.null_slot,
             0 if kept is None else kept.shape[0], columns, every, 0 if indices is None else indices.stride(0),
+            0 if i.state_scales is None else i.state_scales.stride(0),
             *i.v.stride()[:3], *self.o.stride()[:3], *(step for steps in self.states for step in steps),
             HV, K, V, self.BK, config.BV, CHUNK, self._columns, config.chain_stages,
         )  # fmt: skip

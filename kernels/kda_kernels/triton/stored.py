@@ -20,12 +20,12 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def random_numbers(seed, slot, token, row, K: tl.constexpr, BK: tl.constexpr):
-    """[rows, BK] int32 under 65536: those of the elements of these rows, hv V + v, of a state. Scalars: int64."""
+    """[rows, BK] int32 under 65536: those of the elements of these rows, hv V + v, of a state. seed, slot: int64."""
     group = tl.arange(0, BK // 8)
     c0 = (row.to(tl.uint32)[:, None] * (K // 8) + group.to(tl.uint32)[None, :]).to(tl.uint32)
     zero = tl.zeros_like(c0)
     c1 = zero + slot.to(tl.uint32)
-    c2 = zero + token.to(tl.uint32)
+    c2 = zero + (tl.full([], 0, tl.int64) + token).to(tl.uint32)
     c3 = zero
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -98,7 +98,7 @@ def store_state(p, x, mask, scales, mask_rows, seed, slot, token, row, K: tl.con
 
     Args:
         p, mask, scales, mask_rows: as in `load_state`. seed: None: to nearest.
-        row: hv V + v of each row. slot, token: see `kda_kernels.reference.stored`; int64.
+        row: hv V + v of each row. slot (int64), token: see `kda_kernels.reference.stored`.
     """
     DTYPE: tl.constexpr = p.dtype.element_ty
     numbers = None
