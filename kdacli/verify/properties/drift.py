@@ -7,7 +7,7 @@ import torch
 from kdacli.verify.properties.subject import NotApplicableError, Remark, Subject
 
 REASON = "rounding to nearest swallows small updates, step after step: outputs are twice as wrong after a thousand"
-WINDOW = 64  # tokens at the start and at the end whose outputs are measured
+WINDOW = 64  # tokens at the start, and at the end, whose outputs are measured
 # What the error of o may be at the end; of fp16 if it is rounded at random. bf16 is not among them: to nearest it
 # drifts, and at random its last place alone is more.
 LIMITS = {torch.int16: 2.5e-3, torch.float32: 2.5e-3, torch.float16: 6e-3}
@@ -27,8 +27,7 @@ def check(subject: Subject) -> Iterator[str]:
         for i, here in enumerate((rows.place.token < window, left <= window)):
             sums[i] += torch.stack([x[here].square().sum() for x in (off, rows.exact.cpu())])
     first, last = (sums[:, 0] / sums[:, 1]).sqrt().tolist()
-    random = "" if subject.inputs.rounding_seed is None else ", rounded at random"
-    said = f"{min(lens)} single steps{random}: error of o {first:.1e} in the first {window}, {last:.1e} in the last"
+    said = f"error of o {first:.1e} at first, {last:.1e} after {min(lens)} steps"
     limited = subject.inputs.rounding_seed is not None or state.dtype is not torch.float16
     limit = LIMITS.get(state.dtype) if limited else None
     yield said + f", more than {limit:.1e}" if limit is not None and not last <= limit else Remark(said)

@@ -17,13 +17,13 @@ fp16: with z = |x|, or |x| + 2^-14 in fp32 where |x| < 2^-14 (so that the last b
 y = (bits of z + (r & 0x1fff)) & 0xffffe000, minus the 2^-14 if it was added, with the sign of x: fp16 has y exactly,
 or is infinite from 65536 on. Exact as well, down to the subnormals, but for what |x| + 2^-14 rounds off.
 
-NaN stays NaN and infinities stay themselves, in both.
+NaN stays NaN and infinities stay themselves, in both. What else is in a row of K channels that has NaN may be anything.
 
 int16: of a row of K elements, m is the largest |x|. Its scale is m / 32767, rounded to nearest in fp32; with
 w = 32767 / m, rounded so, too, an element is the integer next to the product x w, which is not rounded before; ties go
 to the even one. At random: y = the largest integer not over fl(fl(x w) 65536), within 32767 * 65536 of 0, and
 (y + r) >> 16. A row whose m is under 2^-110, whose w could overflow, is zeros with the scale 0. A row with NaN or an
-infinity has the scale NaN and zeros. What is stored means the integer times the scale, rounded to fp32.
+infinity has the scale NaN, whatever its integers are. What is stored means integer times scale, rounded to fp32.
 """
 
 from typing import NamedTuple

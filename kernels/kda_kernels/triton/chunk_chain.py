@@ -37,7 +37,8 @@ def store(to, S, ok_s, scales, seed, slot, token, row, ok_v, K: tl.constexpr, BK
     if (seed is None) & (scales is None):
         tl.store(to, cast(S, to.dtype.element_ty), mask=ok_s)
     else:
-        store_state(tl.trans(to), tl.trans(S), tl.trans(ok_s), scales, ok_v, seed, slot, token, row, K, BK)
+        odd = tl.sum(tl.where(S == S, 0.0, float("nan")), 0)
+        store_state(tl.trans(to), tl.trans(S), tl.trans(ok_s), scales, ok_v, odd, seed, slot, token, row, K, BK)
 
 
 @triton.jit

@@ -340,6 +340,7 @@ def decode_kernel(
         if A_log is not None:
             A, b_bias = gate_parameters(tl.load(A_log + i_hv), b_bias, GATE)
 
+        b_odd = tl.zeros([BV], dtype=tl.float32)
         # A loop even for a single token: ptxas reorders freely within a block of straight code, and there it put the
         # loads of the state behind the norms, which wait for q and k: two trips to memory, one after the other.
         for t in range(n_tokens):
@@ -380,11 +381,12 @@ def decode_kernel(
             tl.store(p_o, cast(b_o, p_o.dtype.element_ty), mask=m_v)
             p_o += stride_o_t
             b_h += b_u[:, None] * b_k[None, :]
+            b_odd = b_u  # of a row that has NaN, so is this, or infinite
             if token_states is not None:
                 kept = m_h
                 if token_state_indices is not None:
                     kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
-                store_state(p_ts, b_h, kept, None, m_v, seed, slot, t, row, K, BK)
+                store_state(p_ts, b_h, kept, None, m_v, b_u, seed, slot, t, row, K, BK)
                 p_ts += stride_ts_t
             if (ht is not None) & (num_accepted_tokens is not None):
                 if t < columns:
@@ -394,11 +396,11 @@ def decode_kernel(
                     to_scales = None
                     if state_scales is not None:
                         to_scales = state_scales + to * stride_scales_n + row
-                    store_state(p_ht, b_h, m_h & live, to_scales, m_v & live, seed, slot, t, row, K, BK)
+                    store_state(p_ht, b_h, m_h & live, to_scales, m_v & live, b_u, seed, slot, t, row, K, BK)
 
         if (ht is not None) & (num_accepted_tokens is None):
             p_ht = ht + slot * stride_ht_n + o_h
-            store_state(p_ht, b_h, None if FULL else m_h, p_scales, m_v, seed, slot, n_tokens - 1, row, K, BK)
+            store_state(p_ht, b_h, None if FULL else m_h, p_scales, m_v, b_odd, seed, slot, n_tokens - 1, row, K, BK)
         if conv_weight is not None:
             if SHIFT & (num_accepted_tokens is None):
                 tl.debug_barrier()  # every warp has read what is shifted now

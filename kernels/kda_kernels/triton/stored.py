@@ -7,7 +7,7 @@ Floor of rounding at random, an element: a seventh part of Philox' 7 rounds is 1
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import INTERPRETED, cast
+from kda_kernels.triton.common import INTERPRETED, cast, reciprocal
 
 
 @triton.jit
@@ -19,8 +19,11 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def random_numbers(seed, slot, token, row, K: tl.constexpr, BK: tl.constexpr):
-    """[rows, BK] int32 under 65536: those of the elements of these rows, hv V + v, of a state. seed, slot: int64."""
+def random_numbers(seed, slot, token, row, odd, K: tl.constexpr, BK: tl.constexpr):
+    """[rows, BK] int32 under 65536: those of the elements of these rows, hv V + v, of a state; 0 in rows that are odd.
+
+    seed, slot: int64. odd: see `store_state`.
+    """
     group = tl.arange(0, BK // 8)
     c0 = (row.to(tl.uint32)[:, None] * (K // 8) + group.to(tl.uint32)[None, :]).to(tl.uint32)
     zero = tl.zeros_like(c0)
@@ -33,43 +36,56 @@ def random_numbers(seed, slot, token, row, K: tl.constexpr, BK: tl.constexpr):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    words = tl.join(tl.join(c0, c2), tl.join(c1, c3)).to(tl.int32, bitcast=True)
-    return tl.reshape(tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF), [row.shape[0], BK])
+    used = tl.where(odd - odd == 0, -1, 0).to(tl.uint32, bitcast=True)[:, None]
+    c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32, bitcast=True)
+    return tl.reshape(halves, [row.shape[0], BK])
 
 
 @triton.jit
 def rounded_at_random(x, numbers, DTYPE: tl.constexpr):
-    """fp32 x in bf16 or fp16."""
+    """fp32 x in bf16 or fp16. NaN and infinities stay where the number is 0."""
     if DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        y = ((bits + numbers) & -0x10000).to(tl.float32, bitcast=True)
-    else:
-        size = tl.abs(x)
-        offset = tl.where(size < 6.103515625e-05, 6.103515625e-05, 0.0)
-        bits = (size + offset).to(tl.int32, bitcast=True)
-        y = ((bits + (numbers & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True) - offset
-        sign = x.to(tl.int32, bitcast=True) & -0x80000000
-        y = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(x == x, y, x).to(DTYPE)
+        bits = x.to(tl.int32, bitcast=True) + numbers
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    size = tl.abs(x)
+    offset = tl.where(size < 6.103515625e-05, 6.103515625e-05, 0.0)
+    bits = (size + offset).to(tl.int32, bitcast=True)
+    y = ((bits + (numbers & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True) - offset
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit
-def quantised(x, numbers):
-    """fp32 x [rows, K] in int16, and the scales [rows]; `numbers` None: to nearest."""
-    most = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as integers, whose largest is NaN
-    size = most.to(tl.float32, bitcast=True)
-    finite = most < 0x7F800000
+def _quotient(a, b, inverse):
+    """a / b rounded to nearest, from 1 / b within 1 ulp, of numbers far from the least and the largest (Markstein)."""
+    if INTERPRETED:
+        q = tl.div_rn(a + 0.0 * b, b + 0.0 * a)
+    else:
+        inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
+        q = a * inverse
+        q = tl.fma(tl.fma(-q, b, a), inverse, q)
+    return q
+
+
+@triton.jit
+def quantised(x, numbers, odd):
+    """fp32 x [rows, K] in int16, and the scales [rows]; `numbers` None: to nearest. odd: see `store_state`."""
+    size = tl.max(tl.abs(x), 1)
+    finite = (odd - odd == 0) & (size < float("inf"))
     kept = finite & (size >= 7.703719777548943e-34)  # 2**-110
-    w = tl.where(kept, tl.div_rn(32767.0, tl.where(kept, size, 1.0)), 0.0)[:, None]
-    scales = tl.where(kept, tl.div_rn(size, 32767.0), tl.where(finite, 0.0, float("nan")))
-    x = tl.where(kept[:, None], x, 0.0)
+    size = tl.where(kept, size, 1.0)
+    small = tl.where(size > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)  # over 2**100: 2**-64
+    w = tl.where(kept, _quotient(32767.0, size * small, reciprocal(size * small)) * small, 0.0)[:, None]
+    scales = tl.where(kept, _quotient(size, 32767.0, 3.051850947599719e-05), tl.where(finite, 0.0, float("nan")))
     if numbers is None:
-        # adding 1.5 * 2**23 rounds to an integer, which is in the low bits then
+        # adding 1.5 * 2**23 rounds to an integer, which is in the low half then
         if INTERPRETED:
             y = (x.to(tl.float64) * w.to(tl.float64) + 12582912.0).to(tl.float32)
         else:
             y = tl.fma(x, w, 12582912.0)
-        q = y.to(tl.int32, bitcast=True) - 0x4B400000
+        q = y.to(tl.int32, bitcast=True)
     else:
         y = tl.floor(x * w * 65536.0)
         y = tl.minimum(tl.maximum(y, -2147418112.0), 2147418112.0).to(tl.int32)
@@ -86,26 +102,31 @@ def load_state(p, mask, scales, mask_rows, K_AXIS: tl.constexpr):
         K_AXIS: along which axis of the tile these lie.
     """
     x = tl.load(p) if mask is None else tl.load(p, mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    if scales is not None:
+    if scales is None:
+        x = x.to(tl.float32)
+    else:
+        # 2**23 + 2**15 + x, of which a conversion of its own would take four times as long
+        bits = (x.to(tl.uint16, bitcast=True).to(tl.uint32) ^ 0x8000) | 0x4B000000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True) - 8421376.0
         x *= tl.expand_dims(tl.load(scales, mask=mask_rows, other=0.0), K_AXIS)
     return x
 
 
 @triton.jit
-def store_state(p, x, mask, scales, mask_rows, seed, slot, token, row, K: tl.constexpr, BK: tl.constexpr):
+def store_state(p, x, mask, scales, mask_rows, odd, seed, slot, token, row, K: tl.constexpr, BK: tl.constexpr):
     """Stores a tile x [rows, BK] of a state as its pool holds it.
 
     Args:
-        p, mask, scales, mask_rows: as in `load_state`. seed: None: to nearest.
-        row: hv V + v of each row. slot (int64), token: see `kda_kernels.reference.stored`.
+        p, mask, scales, mask_rows: as in `load_state`.
+        odd: [rows], no finite number where a row has NaN; such rows have no finite number at all.
+        seed: None: to nearest. row: hv V + v of each row. slot (int64), token: see `kda_kernels.reference.stored`.
     """
     DTYPE: tl.constexpr = p.dtype.element_ty
     numbers = None
     if seed is not None and DTYPE != tl.float32:
-        numbers = random_numbers(seed, slot, token, row, K, BK)
+        numbers = random_numbers(seed, slot, token, row, odd, K, BK)
     if DTYPE == tl.int16:
-        y, s = quantised(x, numbers)
+        y, s = quantised(x, numbers, odd)
         tl.store(scales, s, mask=mask_rows)
     elif numbers is not None:
         y = rounded_at_random(x, numbers, DTYPE)
