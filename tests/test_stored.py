@@ -149,7 +149,7 @@ def test_wrong_arguments_are_one_line(change, message):
 def test_the_public_function_takes_a_seed_that_is_a_number():
     from kda_kernels.api import kda_decode
 
-    problem = dataclasses.replace(PROBLEM, features=frozenset({"rounding_seed"}))
+    problem = dataclasses.replace(PROBLEM, state_rounding="stochastic")
     inputs = make_inputs(problem)
     call = {name: getattr(inputs, name) for name in ("state_indices", "A_log", "dt_bias", "cu_seqlens", "state_scales")}
     pools = []

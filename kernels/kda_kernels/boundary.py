@@ -7,7 +7,7 @@ import torch
 
 from kda_kernels.checks import check_inputs, require_memory
 from kda_kernels.errors import InputError, KdaError
-from kda_kernels.problem import Options
+from kda_kernels.problem import ROUNDINGS, Options
 from kda_kernels.tensor_checks import INDEX_DTYPES, check_tensor, shape_error
 from kda_kernels.tensors import Inputs
 
@@ -45,7 +45,7 @@ def seed_of(state_rounding: str, seed: torch.Tensor | int | None, owner: torch.T
     """
     if state_rounding == "nearest" and seed is None:  # nearly every call
         return None
-    if state_rounding not in ("nearest", "stochastic"):
+    if state_rounding not in ROUNDINGS:
         raise InputError("state_rounding", f"is {state_rounding}", "it should be nearest or stochastic")
     if (state_rounding == "nearest") != (seed is None):
         found = "is missing" if seed is None else "is given"

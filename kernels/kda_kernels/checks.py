@@ -172,6 +172,7 @@ def problem_of(inputs: Inputs, op: Op) -> Problem:
         beta_dtype=name_of(inputs.beta.dtype),
         param_dtype="float32" if params is None else name_of(params.dtype),
         state_dtype="float32" if inputs.state is None else name_of(inputs.state.dtype),
+        state_rounding="nearest" if inputs.rounding_seed is None else "stochastic",
         initial_state=inputs.state is not None,
         final_state=inputs.output_final_state,
         pool_slots=inputs.pool[0].shape[0] if pooled else None,

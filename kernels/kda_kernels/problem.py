@@ -30,7 +30,9 @@ FEATURES = frozenset(
         "tail",  # tokens behind the last sequence of a packed batch
     )
 )
+_TOLD = {"conv", "norm", "state_scales", "rounding_seed"}  # by other fields of a `Problem`
 LAYOUTS = frozenset(("strided_indices", "tail"))
+ROUNDINGS = ("nearest", "stochastic")
 CONV_WIDTHS = (2, 3, 4)  # tokens that a convolution looks at
 
 
@@ -169,13 +171,14 @@ class Problem:
         packed: True: tensors are [1, sum(seq_lens), ...] with cu_seqlens. False: [N, T, ...], all lengths equal.
         dtype: of q, k, v and the output. g_dtype, beta_dtype, param_dtype (A_log, dt_bias), state_dtype: as named.
             Of the states a pool may have int16 too, which is the feature "state_scales".
+        state_rounding: of a pool, "nearest" or "stochastic", which is the feature "rounding_seed".
         initial_state: whether a state comes in; final_state: whether it goes out.
         pool_slots: None for a plain [N, HV, V, K] state that is not modified; else the slots of a state pool that is
             updated in place through state_indices.
         padding: how many of the sequences are padding: their state index is negative, or the null slot.
         state_v_first: [.., V, K] (ours) or [.., K, V].
         options: see `Options`.
-        features: what the call uses of `FEATURES`; those that `parts` are need not be named.
+        features: what the call uses of `FEATURES`; those that other fields tell need not be named.
         parts: of a step (all of them if not given) or a decode: what it does beside the recurrence.
     """
 
@@ -191,6 +194,7 @@ class Problem:
     beta_dtype: str = "bfloat16"
     param_dtype: str = "float32"
     state_dtype: str = "float32"
+    state_rounding: str = "nearest"
     initial_state: bool = True
     final_state: bool = True
     pool_slots: int | None = None
@@ -229,7 +233,8 @@ class Problem:
             object.__setattr__(self, "parts", Parts())
         own = frozenset() if self.parts is None else self.parts.features
         own |= {"state_scales"} if self.state_dtype == "int16" else set()
-        object.__setattr__(self, "features", (self.features - {"conv", "norm", "state_scales"}) | own)
+        own |= {"rounding_seed"} if self.state_rounding == "stochastic" else set()
+        object.__setattr__(self, "features", (self.features - _TOLD) | own)
 
     def _check_stored(self) -> None:
         """What a pool may be stored in, and how it may be rounded."""
@@ -237,11 +242,14 @@ class Problem:
             raise InputError("state_dtype", "is int16", "only a pool has that: give pool_slots")
         if self.state_dtype == "int16" and not self.state_v_first:
             raise InputError("state_dtype", "is int16", "it should be another where states are K-first")
-        if "rounding_seed" in self.features and (self.pool_slots is None or self.state_dtype == "float32"):
-            wanted = "only a pool of bfloat16, float16 or int16 is rounded stochastically"
-            raise InputError("rounding_seed", f"is used with states in {self.state_dtype}", wanted)
-        if "rounding_seed" in self.features and self.K % 8:
-            raise InputError("rounding_seed", f"is used with K = {self.K}", "K should be a multiple of 8")
+        if self.state_rounding not in ROUNDINGS:
+            wanted = f"it should be {' or '.join(ROUNDINGS)}"
+            raise InputError("state_rounding", f"is {self.state_rounding}", wanted)
+        if self.state_rounding == "stochastic" and (self.pool_slots is None or self.state_dtype == "float32"):
+            wanted = "only a pool in bfloat16, float16 or int16 is rounded so"
+            raise InputError("state_rounding", f"is stochastic with states in {self.state_dtype}", wanted)
+        if self.state_rounding == "stochastic" and self.K % 8:
+            raise InputError("state_rounding", f"is stochastic with K = {self.K}", "K should be a multiple of 8")
 
     @property
     def N(self) -> int:

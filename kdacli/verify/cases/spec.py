@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op
+from kda_kernels.problem import ROUNDINGS, Gate, Op
 from kdacli.synthetic import GATES, KEYS
 from kdacli.verify.cases.case import Case, row
 from kdacli.verify.cases.suites import NAMES, suite
@@ -77,6 +77,7 @@ FIELDS = {
     "initial_state": Field("problem", "initial_state", _flag),
     "final_state": Field("problem", "final_state", _flag),
     **{name: Field("problem", name, str) for name in ("dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype")},
+    "state_rounding": Field("problem", "state_rounding", _one_of(ROUNDINGS)),
     "conv": Field("parts", "width", _count),
     "conv_bias": Field("parts", "bias", _flag),
     "conv_dtype": Field("parts", "weight_dtype", str),

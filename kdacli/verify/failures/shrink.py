@@ -124,8 +124,17 @@ def _plainer(case: Case) -> Iterator[Step]:
         yield lambda: _problem(case, pool_slots=max(2, problem.N - problem.padding))
     yield lambda: _problem(case, initial_state=False)
     plain = Problem(problem.op, (1,), H=1, HV=1)
-    names = ("packed", "state_v_first", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype", "state_dtype")
-    for name in names:
+    names = (
+        "packed",
+        "state_v_first",
+        "final_state",
+        "dtype",
+        "g_dtype",
+        "beta_dtype",
+        "param_dtype",
+        "state_rounding",
+    )
+    for name in (*names, "state_dtype"):
         yield functools.partial(_problem, case, **{name: getattr(plain, name)})
     plain_options: tuple[Changes, ...] = (
         {"gate": Gate.NONE, "lower_bound": None},

@@ -19,9 +19,7 @@ MOST = 1 / 16
 
 def asked(problem: Problem) -> Problem:
     """The same with a pool in fp32."""
-    return dataclasses.replace(
-        problem, state_dtype="float32", features=problem.features - {"rounding_seed", "state_scales"}
-    )
+    return dataclasses.replace(problem, state_dtype="float32", state_rounding="nearest")
 
 
 def check(subject: Subject) -> Iterator[str]:
