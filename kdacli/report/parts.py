@@ -285,6 +285,21 @@ def host_time(data: Data) -> list[Part]:
     return [Part("Host time of eager calls", data["provenance"], tables=[Table(columns, rows)])]
 
 
+def as_they_are(title: str, data: Data) -> list[Part]:
+    """Rows of a script's record, a column for each key."""
+    columns = tuple(dict.fromkeys(name for row in data["rows"] for name in row))
+    rows = [_row(*(_plain(row.get(name)) for name in columns)) for row in data["rows"]]
+    return [Part(title, data["provenance"], tables=[Table(columns, rows)])]
+
+
+def _plain(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(x)}" for name, x in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return None if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def cut_sweeps(data: Data) -> list[Part]:
     """Sweeps of `kda profile` whose rows were cut to N, the kernel and its times."""
     found = []

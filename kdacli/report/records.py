@@ -1,5 +1,6 @@
 """Records as they lie on a disk: read, told apart by their schema, and joined where they are shards of one run."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.compare/1": parts.compare,
     "kda.compare-dumps/1": parts.compare_dumps,
     "kda.host-time/1": parts.host_time,
+    "kda.capture/1": functools.partial(parts.as_they_are, "A captured decode loop"),
+    "kda.engine-layers/2": functools.partial(parts.as_they_are, "The KDA part of engines' layers"),
 }
 
 
