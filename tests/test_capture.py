@@ -601,24 +601,23 @@ class TestSites:
         assert len(every) == len(set(every)) and all(map(sites.well_formed, every))
 
 
-def run(tmp_path, program, *flags, **environment_):
-    """kda capture in a process of its own, from a folder where nothing of kda is importable but by its own doing."""
-    from kdacli.commands.capture import command  # noqa: F401  (fails here if the command cannot be imported)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """kda capture of a program in a process of its own, from a folder where nothing of kda is importable but by its
+    own doing: its exit code, and what both wrote.
+    """
+    from kdacli.main import cli
 
-    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    starter = "import sys; from kdacli.commands.capture import command; from kdacli.main import COMMANDS, Entry, cli;"
-    starter += "COMMANDS.setdefault('capture', Entry('Work', 'kdacli.commands.capture', ''));"
-    starter += "cli.main(['capture', *sys.argv[1:]])"
-    words = [sys.executable, "-c", starter, *flags, "--out", str(tmp_path / "d"), "--", *program]
-    result = subprocess.run(
-        words,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{path}:{tmp_path}", "OMP_NUM_THREADS": "1", **environment_},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result
+    def run(program, *flags):
+        path = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), str(tmp_path)))
+        monkeypatch.setenv("PYTHONPATH", path)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.chdir(tmp_path)
+        ours = CliRunner().invoke(cli, ["capture", *flags, "--out", str(tmp_path / "d"), "--", *program])
+        theirs = capfd.readouterr()
+        return ours.exit_code, ours.stdout + theirs.out, ours.stderr + theirs.err
+
+    return run
 
 
 class TestPrograms:
@@ -628,7 +627,7 @@ class TestPrograms:
         head = "from making import prefill\nimport engine_for_test\n"
         (tmp_path / "serve.py").write_text(head + textwrap.dedent(body))
 
-    def test_a_script_that_spawns_workers(self, engine, tmp_path):
+    def test_a_script_that_spawns_workers(self, engine, tmp_path, run):
         self.write(
             tmp_path,
             """
@@ -645,21 +644,21 @@ class TestPrograms:
                 print("arguments", *sys.argv[1:])
             """,
         )
-        result = run(tmp_path, ["serve.py", "--port", "1"], *self.TARGET, "--ranks", "0,1")
-        assert result.returncode == 0, result.stderr
-        assert "arguments --port 1" in result.stdout and "2 calls, " in result.stdout
+        code, said, complaints = run(["serve.py", "--port", "1"], *self.TARGET, "--ranks", "0,1")
+        assert code == 0, complaints
+        assert "arguments --port 1" in said and "2 calls, " in said
         names = {f"chunk_kda.rank{rank}.call0000.pt" for rank in (0, 1)}
         assert {path.name for path in (tmp_path / "d").glob("*.pt")} == names
         for rank in (0, 1):
             dump = dumps.load(tmp_path / "d" / f"chunk_kda.rank{rank}.call0000.pt")
             assert torch.equal(dump.inputs.q, prefill(rank)[0].q)
 
-    def test_a_module_and_a_sitecustomize_of_the_users_own(self, engine, tmp_path):
+    def test_a_module_and_a_sitecustomize_of_the_users_own(self, engine, tmp_path, run):
         self.write(tmp_path, "engine_for_test.chunk_kda(**prefill()[1])")
         (tmp_path / "sitecustomize.py").write_text("print('mine ran')")
-        result = run(tmp_path, [sys.executable, "-m", "serve"], *self.TARGET)
-        assert result.returncode == 0, result.stderr
-        assert "mine ran" in result.stdout and len(list((tmp_path / "d").glob("*.pt"))) == 1
+        code, said, complaints = run([sys.executable, "-m", "serve"], *self.TARGET)
+        assert code == 0, complaints
+        assert "mine ran" in said and len(list((tmp_path / "d").glob("*.pt"))) == 1
 
     def test_a_sitecustomize_of_the_users_own_runs_where_ours_cannot(self, tmp_path):
         (tmp_path / "sitecustomize.py").write_text("print('mine ran')")
@@ -668,10 +667,10 @@ class TestPrograms:
         result = subprocess.run([sys.executable, "-c", ""], env=variables, capture_output=True, text=True)
         assert result.stdout == "mine ran\n" and "cannot record in this process: KeyError" in result.stderr
 
-    def test_the_programs_exit_code_is_passed_on(self, engine, tmp_path):
+    def test_the_programs_exit_code_is_passed_on(self, engine, tmp_path, run):
         self.write(tmp_path, "engine_for_test.chunk_kda(**prefill()[1])\nraise SystemExit(7)")
-        result = run(tmp_path, ["serve.py"], *self.TARGET)
-        assert result.returncode == 7 and "1 call, " in result.stdout
+        code, said, _ = run(["serve.py"], *self.TARGET)
+        assert code == 7 and "1 call, " in said
 
     @pytest.mark.parametrize(
         ("target", "words"),

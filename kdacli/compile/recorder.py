@@ -8,6 +8,8 @@ configuration that its pruning leaves: which one would win only a GPU can tell.
 
 import contextlib
 import dataclasses
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,7 +77,9 @@ def blank(problem: Problem) -> Inputs:
     """Contiguous zeros of the problem's shapes; only cu_seqlens and state_indices hold what they should."""
 
     def zeros(*shape: int, dtype: str) -> torch.Tensor:
-        return torch.zeros(shape, dtype=getattr(torch, dtype))
+        kind, size = getattr(torch, dtype), math.prod(shape)
+        memory = mmap.mmap(-1, max(1, size * kind.itemsize))  # of a pool of gigabytes only what is touched is there
+        return torch.frombuffer(memory, dtype=torch.uint8)[: size * kind.itemsize].view(kind).view(shape)
 
     B, T = (1, problem.T) if problem.packed else (problem.N, max(problem.seq_lens, default=0))
     H, HV, K, V, dtype = problem.H, problem.HV, problem.K, problem.V, problem.dtype
