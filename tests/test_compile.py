@@ -139,8 +139,8 @@ def test_keys_do_not_depend_on_what_ran_before(monkeypatch):
         "    if os.fork():\n"  # what follows runs in a process that has seen no kernel
         "        os.wait()\n"
         "        continue\n"
-        "    kernels = [getattr(importlib.import_module(f'kda_kernels.triton.{m}'), k) for m, k in map(str.split, order)]\n"
-        "    print(json.dumps({kernel.__name__: kernel.cache_key for kernel in kernels}), flush=True)\n"
+        "    named = [(importlib.import_module(f'kda_kernels.triton.{m}'), k) for m, k in map(str.split, order)]\n"
+        "    print(json.dumps({k: getattr(module, k).cache_key for module, k in named}), flush=True)\n"
         "    os._exit(0)\n"
     )
     kernels = [

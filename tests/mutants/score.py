@@ -11,7 +11,7 @@ from kdacli.verify.cases.case import Case
 from kdacli.verify.cases.suites import cases_for
 from kdacli.verify.checks.check import Bench, check
 from kdacli.verify.failures.explanation import wrong_lines
-from tests.mutants import activations, memory, ranges, recurrence, serving, states, step  # noqa: F401  they fill the table
+from tests.mutants import activations, blocks, memory, ranges, recurrence, serving, states, step  # noqa: F401  mutants
 from tests.mutants.table import MUTANTS, Mutant
 
 # By mutant, the case of the CPU's suites that killed it last. No result: only where to look first.

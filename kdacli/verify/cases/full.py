@@ -51,7 +51,7 @@ FULL = (
     row("alone-chunks", _P, (130, 9, 5), PROPERTIES["alone"].reason, options=SOFTPLUS, dim=32, properties=("alone",)),
     row("checkpoints-of-chunks", _P, (130, 70, 5), "several checkpoints a sequence, some nowhere, as SGLang keeps them",
         options=SOFTPLUS, dim=32, pool_slots=4, transforms=("checkpoints-of-chunks",)),
-    row("checkpoints-every", _P, (130, 64), "a checkpoint every 64 tokens in bf16, as FlashInfer keeps them", dim=32,
+    row("checkpoints-every", _P, (200, 64), "a checkpoint every 64 tokens in bf16, as FlashInfer keeps them", dim=32,
         transforms=("checkpoints-every",)),
     row("checkpoints-k-first", _P, (65, 3), "checkpoints stored K-first", dim=32, state_v_first=False,
         transforms=("checkpoint-of-each",)),

@@ -118,8 +118,9 @@ def tiny_keys(inputs: Inputs) -> Inputs:
 
 
 def extreme_betas(inputs: Inputs) -> Inputs:
-    """betas of 0 and next to it, 1/2, next to 1, and 1 (twice that with allow_neg_eigval), in turn."""
-    values = (-100.0, -12.0, 0.0, 5.0, 100.0) if inputs.options.beta_is_logit else (0.0, 1e-5, 0.5, 0.996, 1.0)
+    """betas of 1 (twice that with allow_neg_eigval), small ones, 0, 1/2, next to 1, and next to 0, in turn."""
+    logits, plain = (100.0, -5.5, -100.0, 0.0, 5.0, -12.0), (1.0, 0.004, 0.0, 0.5, 0.996, 1e-5)
+    values = logits if inputs.options.beta_is_logit else plain
     token, head = torch.arange(inputs.beta.shape[1]), torch.arange(inputs.beta.shape[2])
     which = (token.view(1, -1, 1) + head) % len(values)
     return dataclasses.replace(inputs, beta=_like(inputs.beta, torch.tensor(values)[which]))
