@@ -98,6 +98,7 @@ def _fewer(case: Case) -> Iterator[Step]:
         yield lambda: _problem(case, H=1, HV=1)
         yield lambda: _problem(case, H=1, HV=2)
         yield lambda: _problem(case, H=problem.HV)
+        yield lambda: _problem(case, HV=min(2 * problem.H, problem.HV))
         if problem.H % 2 == 0:
             yield lambda: _problem(case, H=problem.H // 2, HV=problem.HV // 2)
     for size in (16, 32, 64):
