@@ -15,8 +15,9 @@ from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
 from kdacli.profile.cases.suites import TimedCase
 from kdacli.profile.reporting import launches, tables
-from kdacli.profile.tools import chrome, inner, ncu, nsys, nvtx
+from kdacli.profile.tools import chrome, inner, ncu, nsys, nvtx, watched
 from kdacli.profile.tools.trace import CALLS, Ranges, trace
+from kdacli.profile.wanted import Profiler
 
 # Ranges and the trace
 
@@ -52,6 +53,23 @@ def test_ranges_cost_nothing_until_enabled():
     with ranges.stage("c"):
         pass
     assert opened == ["b"]
+
+
+def test_without_nvtx_only_nvidias_profilers_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with nvtx.open_range("case", nvtx.shape(SMALL)):
+        assert not nvtx.structured()
+    for name in ("nsys", "ncu"):
+        with pytest.raises(UnavailableError, match="is not installed: pip install nvtx"):
+            watched.prepared(Profiler(name, None, None), [])
+
+
+def test_verify_needs_no_library_of_nvidias():
+    hidden = "import sys; sys.modules |= dict.fromkeys(('nvtx', 'pynvml', 'cutlass', 'cuda'))\n"
+    words = ["verify", "--op", "decode", "-N", "1", "-H", "1", "--kernel", "triton-decode"]
+    code = f"{hidden}from kdacli.main import main; sys.argv[1:] = {words}; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 check: 1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_nvtx_ranges_open_with_no_profiler():

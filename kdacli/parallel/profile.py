@@ -32,8 +32,7 @@ def profile(params: Mapping[str, Any]) -> None:
     regime = {**options.regime_from({**params, "gates": gates}), "gates": gates}
     from kda_kernels import ranges
 
-    if importlib.util.find_spec("nvtx"):
-        ranges.enable(nvtx.open_range)
+    ranges.enable(nvtx.open_range)
     with joined("cuda") as (rank, ranks):
         rows, left_out = _rows(problem, regime, params["seconds"], not params["no_peers"], rank, ranks)
         if rank:

@@ -1,7 +1,13 @@
-"""NVTX ranges of one domain, "kda": cases, calls, and the stages inside a call. Free when no profiler listens."""
+"""NVTX ranges of one domain, "kda": cases, calls, and the stages inside a call. Free when no profiler listens.
 
-from contextlib import AbstractContextManager
+Where the package nvtx is not installed there are none, and only what needs a profiler of NVIDIA's asks for it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from kda_kernels.errors import UnavailableError
 
 if TYPE_CHECKING:
     from kda_kernels.problem import Problem
@@ -15,9 +21,14 @@ FIELDS = ("N", "T", "H", "HV", "K", "V")
 
 def open_range(name: str, payload: Any = None) -> AbstractContextManager:
     """A context manager: an NVTX range in the domain "kda" that a profiler shows by `name`; `payload` is a `shape`."""
-    import nvtx
+    nvtx = _package()
+    return nullcontext() if nvtx is None else nvtx.annotate(name, domain=DOMAIN, payload=payload)
 
-    return nvtx.annotate(name, domain=DOMAIN, payload=payload)
+
+def require() -> None:
+    """Raises `UnavailableError` where ranges cannot be shown."""
+    if _package() is None:
+        raise UnavailableError("nvtx, which names what a profiler sees, is not installed: pip install nvtx")
 
 
 def shape(problem: "Problem") -> Any:
@@ -36,12 +47,17 @@ def shape(problem: "Problem") -> Any:
 
 def structured() -> bool:
     """Whether the package nvtx takes structures as payloads."""
-    import nvtx
-
-    return hasattr(nvtx, "numpy_dtype")  # which came with them
+    return hasattr(_package(), "numpy_dtype")  # which came with them
 
 
 def _listening() -> bool:
-    import nvtx
+    nvtx = _package()
+    return nvtx is not None and type(nvtx.get_domain(DOMAIN)).__name__ != "DummyDomain"
 
-    return type(nvtx.get_domain(DOMAIN)).__name__ != "DummyDomain"
+
+def _package() -> ModuleType | None:
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    return nvtx

@@ -39,8 +39,9 @@ def prepared(profiler: Profiler, words: Sequence[str]) -> Callable[[Wanted, int]
 
     Raises:
         InputError: the report exists, or the path is no program.
-        UnavailableError: the program is not here.
+        UnavailableError: the program, or the package nvtx, is not here.
     """
+    nvtx.require()
     tool = nsys if profiler.name == "nsys" else ncu
     program, path = tool.find(profiler.path), inner.report_path(tool.SUFFIX, profiler.report)
     return lambda wanted, cases: _run(profiler.name, program, path, words, wanted, cases)
