@@ -17,7 +17,9 @@ from kda_kernels import registry
 from kda_kernels.errors import CheckFailedError, InputError, UnavailableError
 from kda_kernels.problem import Gate, Op
 from kdacli import main, options, output, provenance
+from kdacli.commands import kernels
 from kdacli.commands.run import describe_tensor
+from kdacli.compile import arch, pretend
 from kdacli.main import COMMANDS, cli
 from kdacli.values import Count
 
@@ -168,6 +170,15 @@ def test_kernels_answers_for_each_kernel():
     by_name = {row["kernel"]: row for row in report["rows"]}
     assert by_name["torch-decode"]["runs"] and by_name["torch-prefill"]["runs"]
     assert all(row["note"] for row in report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("sm_90a", "yes"), ("sm_100a", "only compiled for such a GPU, never run")]
+)
+def test_kernels_says_where_ours_have_never_run(name, answer):
+    with pretend.gpu(arch.parse(name)):
+        notes = {row["kernel"]: row["note"] for row in kernels.survey({"op": "decode"}, "cuda")}
+    assert notes["triton-decode"].endswith(answer) and notes["torch-decode"] == "yes"
 
 
 def test_kernels_answers_for_a_problem_and_an_op():

@@ -161,11 +161,9 @@ def test_triton_is_no_worse_for_other_gpus(tmp_path, monkeypatch):
 
 
 def test_nothing_that_other_gpus_launch_spills():
-    """But for 32 bytes of a decode on sm_86."""
     rows = json.loads(OTHER_GPUS.read_text())["rows"]
     assert {row["arch"] for row in rows} == {*arch.ARCHS} - {"sm_90a", "sm_87", "sm_121a"}
-    spills = {(row["variant"], row["arch"]): row["spill_bytes"] for row in rows if row.get("spill_bytes") != 0}
-    assert spills == {("decode safe", "sm_86"): 32}
+    assert [(row["variant"], row["arch"]) for row in rows if row.get("spill_bytes") != 0] == []
 
 
 def test_a_worse_kernel_fails_the_gate(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_parameters_that_may_be_missing():
     check(dataclasses.replace(make(), dt_bias=None))
 
 
-@pytest.mark.parametrize(("K", "V"), [(60, 100), (100, 60), (16, 32), (256, 8), (1, 1), (5, 3)])
+@pytest.mark.parametrize(("K", "V"), [(60, 100), (256, 8), (1, 1), (5, 3)])
 @pytest.mark.parametrize("v_first", [True, False])
 def test_head_sizes(K, V, v_first):
     check(with_state(make(N=1, T=2, K=K, V=V, v_first=v_first)))

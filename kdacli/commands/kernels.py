@@ -1,17 +1,22 @@
 """`kda kernels`: what is there, what can run here, and if not why."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from kda_kernels import registry
-from kda_kernels.errors import CheckFailedError
+from kda_kernels.errors import CheckFailedError, InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
 from kdacli import options
 
 FAILED = "failed when it was asked"
+COMPILED_ONLY = {  # by backend
+    "triton": ("triton-*", "sm_80, sm_86, sm_89, sm_100a, sm_103a, sm_120a, gfx942, gfx950"),
+    "cute": ("cute-decode, cute-step", "sm_100a, sm_103a, sm_120a"),
+}
 
 
 @click.command("kernels", cls=options.SectionedCommand)
@@ -70,6 +75,9 @@ def _print(rows: list[dict[str, Any]], device: str) -> None:
             reasons.setdefault(row["note"], []).append(row["kernel"])
     for reason, names in reasons.items():
         say(f"not here: {', '.join(names)}: {reason}")
+    if any(row["ours"] and row["backend"] in COMPILED_ONLY for row in rows):
+        archs = "; ".join(f"{kernels} for {names}" for kernels, names in COMPILED_ONLY.values())
+        say(f"ours have run on sm_90a; compiled only, never run: {archs}")
 
 
 def survey(params: options.Params, device: str, names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -114,17 +122,30 @@ def _row(kernel: Kernel, problem: Problem | None, device: str) -> dict[str, Any]
     reason = kernel.unsupported(problem)
     if kernel.failure:
         reason = f"{FAILED}: {kernel.failure}"
-    interpreted = device == "cpu" and kernel.backend == "triton"
     return {
         "kernel": kernel.name,
         "op": kernel.op,
         "backend": kernel.backend,
         "ours": kernel.ours,
         "runs": reason is None,
-        "note": reason or ("yes, interpreted" if interpreted else "yes"),
+        "note": reason or _how(kernel, device),
         "summary": kernel.summary,
         "problem": problem.name if problem else None,
     }
+
+
+def _how(kernel: Kernel, device: str) -> str:
+    """How a kernel runs that can run here: of ours, whether it has run on such a GPU before."""
+    from kdacli.compile import arch
+
+    if device == "cpu":
+        return "yes, interpreted" if kernel.backend == "triton" else "yes"
+    if not kernel.ours or kernel.backend == "torch":
+        return "yes"
+    with contextlib.suppress(InputError):  # a GPU that is not known here has not been tried either
+        if (here := arch.here()) is not None and here.name in arch.HAVE_RUN:
+            return "yes"
+    return "yes, but only compiled for such a GPU, never run"
 
 
 def _no_kernel(name: str, reason: str) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import dataclasses
 import re
 
 from kda_kernels.errors import InputError
-from kda_kernels.variant import Gpu
+from kda_kernels.variant import SHARED_KIB, Gpu
 
 FALLBACK = "sm_90a"  # where there is no GPU to ask
+HAVE_RUN = ("sm_90a",)  # where kernels of ours have run; for the others they are compiled only
 REGISTERS = 65536  # 32-bit registers a multiprocessor, on every architecture here
 TENSOR_MEMORY = 512  # columns a multiprocessor, where there is any (PTX ISA, tcgen05.alloc)
 RESERVED_SHARED = 1024  # bytes that the system takes of each resident block
@@ -58,29 +59,33 @@ class Arch:
         return None
 
 
-def _nvidia(number: int, product: str, sms: int, warps: int, blocks: int, shared_kib: int) -> Arch:
+def _nvidia(number: int, product: str, sms: int, warps: int, blocks: int) -> Arch:
     """A block may have all of a multiprocessor's shared memory but the KiB that is reserved for it."""
     name = f"sm_{number}" + ("a" if number >= 90 else "")
-    return Arch(name, product, Gpu(sms, (shared_kib - 1) * 1024), warps, blocks, shared_kib * 1024)
+    return Arch(name, product, Gpu(sms, SHARED_KIB[name] * 1024), warps, blocks, (SHARED_KIB[name] + 1) * 1024)
 
 
-# Warps, blocks and KiB of shared memory a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability". gfx942, gfx950: AMD's CDNA3 and CDNA4 ISA guides and LLVM's AMDGPU guide; 4 SIMDs of 8 waves,
-# 64 and 160 KiB of LDS.
+def _amd(name: str, product: str, units: int) -> Arch:
+    """Compute units of 4 SIMDs of 8 waves."""
+    return Arch(name, product, Gpu(units, SHARED_KIB[name] * 1024), 32, 32, SHARED_KIB[name] * 1024, warp=64)
+
+
+# Warps and blocks a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# gfx942, gfx950: AMD's CDNA3 and CDNA4 ISA guides and LLVM's AMDGPU guide.
 ARCHS = {
     arch.name: arch
     for arch in (
-        _nvidia(80, "A100", 108, 64, 32, 164),
-        _nvidia(86, "A10", 72, 48, 16, 100),
-        _nvidia(87, "Jetson AGX Orin", 16, 48, 16, 164),
-        _nvidia(89, "L40S", 142, 48, 24, 100),
-        _nvidia(90, "H100 SXM", 132, 64, 32, 228),
-        _nvidia(100, "B200", 148, 64, 32, 228),
-        _nvidia(103, "B300", 148, 64, 32, 228),
-        _nvidia(120, "RTX PRO 6000", 188, 48, 24, 100),
-        _nvidia(121, "GB10", 48, 48, 24, 100),
-        Arch("gfx942", "MI300X", Gpu(304, 64 * 1024), 32, 32, 64 * 1024, warp=64),
-        Arch("gfx950", "MI350X", Gpu(256, 160 * 1024), 32, 32, 160 * 1024, warp=64),
+        _nvidia(80, "A100", 108, 64, 32),
+        _nvidia(86, "A10", 72, 48, 16),
+        _nvidia(87, "Jetson AGX Orin", 16, 48, 16),
+        _nvidia(89, "L40S", 142, 48, 24),
+        _nvidia(90, "H100 SXM", 132, 64, 32),
+        _nvidia(100, "B200", 148, 64, 32),
+        _nvidia(103, "B300", 148, 64, 32),
+        _nvidia(120, "RTX PRO 6000", 188, 48, 24),
+        _nvidia(121, "GB10", 48, 48, 24),
+        _amd("gfx942", "MI300X", 304),
+        _amd("gfx950", "MI350X", 256),
     )
 }
 

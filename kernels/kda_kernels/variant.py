@@ -33,6 +33,13 @@ class Gpu:
 
 H100 = Gpu(sms=132, shared=232448)
 
+# KiB of shared memory that one block may have, by architecture. CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability"; LDS of AMD's CDNA3 and CDNA4 ISA guides.
+SHARED_KIB = {
+    "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_103a": 227,
+    "sm_120a": 99, "sm_121a": 99, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Built:

@@ -18,7 +18,14 @@ from kda_kernels.tensors import Inputs, Outputs
 from kda_kernels.triton.common import GATE_CODES
 from kda_kernels.triton.decode_kernel import decode_kernel
 from kda_kernels.triton.launch import dtype_of, launch, usual
-from kda_kernels.triton.runtime import multiprocessors, on_device, require_device, unsupported_here
+from kda_kernels.triton.runtime import (
+    generation,
+    multiprocessors,
+    on_device,
+    register_limit,
+    require_device,
+    unsupported_here,
+)
 
 FEATURES = frozenset(
     (
@@ -52,21 +59,30 @@ class DecodeConfig:
             With a convolution or a norm it is all of them.
         num_warps: of a program. With one warp every reduction over K and every change of layout stays inside it: no
             barrier, no shared memory.
+        registers: a limit per thread. On sm_86 ptxas spills to get down to 128, with which 16 programs of a warp share
+            a multiprocessor; with 168, or with the 140 that it takes on sm_80, 12 do. None: ptxas chooses.
     """
 
     BV: int = 16
     num_warps: int = 1
+    registers: int | None = None
 
     @classmethod
     @functools.cache
-    def choose(cls, heads: int, K: int, V: int, state_v_first: bool = True, sms: int = 132) -> "DecodeConfig":
-        """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors."""
+    def choose(
+        cls, heads: int, K: int, V: int, state_v_first: bool = True, sms: int = 132, generation: int = 9
+    ) -> "DecodeConfig":
+        """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors.
+
+        `generation` is `kda_kernels.triton.runtime.generation`.
+        """
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
             return cls(BV=min(32, rows), num_warps=4)
         # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
-        return cls(BV=min(BV * 128 // max(128, next_power_of_2(K)), rows))
+        BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
+        return cls(BV=BV, registers=168 if generation == 8 else None)
 
     @classmethod
     @functools.cache
@@ -120,7 +136,8 @@ def decode(
         config = DecodeConfig.whole(K, V)
     elif config is None:
         sequences = 1 if inputs.batch_invariant else N
-        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, multiprocessors(q.device))
+        gpu = multiprocessors(q.device), generation(q.device)
+        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu)
     if not N:
         o.zero_()
     else:
@@ -147,7 +164,7 @@ def decode(
             others,
         ):
             typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6], scales, seed)
-            kind = (q.device, config.num_warps, constants, tuple(map(dtype_of, typed)))
+            kind = (q.device, config.num_warps, config.registers, constants, tuple(map(dtype_of, typed)))
         with stage("decode"), on_device(q):
             launch(
                 decode_kernel, (cdiv(V, config.BV) * (HV // heads) * N,), kind,
@@ -159,7 +176,7 @@ def decode(
                     *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts,
                     scales, 0 if scales is None else scales.stride(0), seed, *constants,
                 ),
-                num_warps=config.num_warps, num_stages=1,
+                num_warps=config.num_warps, num_stages=1, **register_limit(config.registers),
             )  # fmt: skip
     final = h0 if indices is not None else ht
     shifted = None if conv is None else conv.states

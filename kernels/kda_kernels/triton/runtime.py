@@ -11,6 +11,7 @@ import torch
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Inputs
+from kda_kernels.variant import SHARED_KIB
 
 MIN_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores
 MAX_TOKEN_STRIDE = 2**31 // CHUNK  # elements; no tile has more rows
@@ -89,9 +90,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def tuned_for() -> str | None:
+    """The architecture whose launch configurations KDA_TRITON_ARCH asks for, whatever the GPU; None: the GPU's own.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    name = os.environ.get("KDA_TRITON_ARCH")
+    if name and name not in SHARED_KIB:
+        raise InputError("KDA_TRITON_ARCH", f"is {name}", f"it should be one of {', '.join(SHARED_KIB)}")
+    return name or None
+
+
 @functools.cache
 def generation(device: torch.device) -> int:
     """Of the GPU's matrix units: 8 for NVIDIA's sm_80 and sm_89, 9, 10, 12; 0 for AMD's; 9 for the interpreter."""
+    if name := tuned_for():
+        return 0 if name.startswith("gfx") else int(name.strip("sm_a")) // 10
     if device.type != "cuda":
         return 9
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
@@ -100,6 +115,8 @@ def generation(device: torch.device) -> int:
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have: H100 232448, RTX 4090 101376. The interpreter has no limit."""
+    if name := tuned_for():
+        return SHARED_KIB[name] * 1024
     if device.type != "cuda":
         return 1 << 30
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376)

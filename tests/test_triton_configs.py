@@ -1,0 +1,70 @@
+"""Launch configurations of Triton kernels: by head size, and by architecture, each forced on whatever runs here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kda_kernels import registry
+from kda_kernels.errors import InputError
+from kda_kernels.problem import Op, Parts, Problem
+from kda_kernels.reference import oracle
+from kda_kernels.triton import runtime
+from kda_kernels.triton.decode import DecodeConfig
+from kda_kernels.triton.prefill_config import PrefillConfig
+from kda_kernels.variant import SHARED_KIB
+from kdacli.synthetic import make_inputs
+
+CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = (
+    *("prefill-kimi-k3", "prefill-kimi-linear", "prefill-cut-off/K=128/V=128", "prefill-head-sizes", "prefill-fp16"),
+    *("prefill-k-first-pool/K=128/V=128", "prefill-split/K=128/V=128", "prefill-bench-2048", "prefill-serving"),
+    *("decode-kimi-k3", "decode-kimi-linear", "decode-pool-bf16", "decode-serving", "step-kimi-k3"),
+)
+
+
+@pytest.mark.parametrize(("K", "V"), [(64, 96), (96, 192), (128, 64), (192, 256), (256, 128)])
+@pytest.mark.parametrize("op", [Op.PREFILL, Op.DECODE, Op.STEP])
+def test_head_sizes_of_models(op, K, V):
+    parts = Parts() if op is Op.STEP else None
+    inputs = make_inputs(
+        Problem(op, (17,) if op is Op.PREFILL else (1,), 1, 1, K, V, pool_slots=2, parts=parts), device=DEVICE
+    )
+    expected, written = oracle.recurrence(inputs), inputs.fresh()
+    o = registry.get(f"triton-{op}").run(written).o
+    for got, right in ((o, expected.o), (written.state, expected.final_state)):
+        difference = got.double().cpu() - right.cpu()
+        assert difference.nan_to_num().norm() < 8e-3 * right.nan_to_num().norm()  # nobody's slots hold NaN
+        assert torch.equal(got.isnan().cpu(), right.isnan().cpu())
+
+
+def forced(monkeypatch, arch: str) -> tuple[PrefillConfig, DecodeConfig]:
+    """What a few chains of heads of 128 are launched with."""
+    monkeypatch.setenv("KDA_TRITON_ARCH", arch)
+    generation, shared = (look.__wrapped__(CPU) for look in (runtime.generation, runtime.shared_memory))
+    prefill = PrefillConfig.choose(256, 128, 128, shared=shared, generation=generation)
+    return prefill, DecodeConfig.choose(4096, 128, 128, generation=generation)
+
+
+def test_an_architecture_can_be_forced(monkeypatch):
+    found = {arch: forced(monkeypatch, arch) for arch in SHARED_KIB}
+    assert {prefill.halve_always for prefill, _ in found.values()} == {True, False}
+    assert found["sm_80"] != found["sm_86"] != found["sm_90a"] != found["sm_100a"] != found["gfx942"]
+    assert found["sm_86"][1].registers == 168 and found["sm_90a"][1].registers is None
+    with pytest.raises(InputError, match="KDA_TRITON_ARCH is sm_81: it should be one of sm_80"):
+        forced(monkeypatch, "sm_81")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_100a", "sm_120a", "gfx942", "gfx950"])
+def test_configurations_of_other_gpus_are_right(arch):
+    words = [word for name in ("prefill", "decode", "step") for word in ("--kernel", f"triton-{name}")]
+    words += [word for case in CASES for word in ("--case", case)]
+    env = {**os.environ, "KDA_TRITON_ARCH": arch}
+    command = [sys.executable, "-m", "kdacli", "verify", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(CASES)} checks: {len(CASES)} passed" in done.stdout
