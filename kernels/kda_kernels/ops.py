@@ -1,4 +1,4 @@
-"""The operators `torch.ops.kda.decode`, `prefill` and `step`, for whoever traces a call instead of running it.
+"""The operators `torch.ops.kda.decode` and `prefill`, for whoever traces a call instead of running it.
 
 The public functions call their kernels directly; only under torch.compile, torch.export or FakeTensorMode do they go
 through these (`checks.is_traced`). The operators write to buffers that are given, which they declare as mutated, and
@@ -15,7 +15,9 @@ from kda_kernels.problem import Op
 from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 
 
-@torch.library.custom_op("kda::decode", mutates_args=("out", "state", "final_state", "token_states", "state_scales"))
+@torch.library.custom_op(
+    "kda::decode", mutates_args=("out", "state", "final_state", "token_states", "conv_states", "state_scales")
+)
 def decode(
     q: Tensor,
     k: Tensor,
@@ -45,21 +47,39 @@ def decode(
     kernel_name: str | None = None,
     state_scales: Tensor | None = None,
     rounding_seed: Tensor | None = None,
+    fused: bool = False,
+    conv_weight: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    conv_states: Tensor | None = None,
+    conv_indices: Tensor | None = None,
+    conv_tokens_first: bool = False,
+    norm_gate: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> None:
-    """`kda_kernels.api.kda_decode` into `out`, and without a pool the final states into `final_state`."""
+    """`kda_kernels.api.kda_decode` into `out`, and without a pool the final states into `final_state`.
+
+    With `fused` it is `kda_step`, on q, k and v [B, T, ..] that it split.
+    """
     from kda_kernels.boundary import options_of
     from kda_kernels.serving import run_decode
 
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
+    conv = norm = None
+    if conv_weight is not None and conv_states is not None:
+        conv = Convolution(conv_weight, conv_bias, conv_states, conv_indices, conv_tokens_first)
+    if norm_gate is not None and norm_weight is not None:
+        norm = GatedNorm(norm_gate, norm_weight, norm_eps)
     inputs = Inputs(
         q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, state_v_first,
-        final_state is not None, null_slot=null_slot, has_initial_state=has_initial_state,
+        final_state is not None or fused, null_slot=null_slot, has_initial_state=has_initial_state,
         num_accepted_tokens=num_accepted_tokens, update_state=update_state, token_states=token_states,
-        token_state_indices=token_state_indices, state_scales=state_scales, rounding_seed=rounding_seed,
+        token_state_indices=token_state_indices, conv=conv, norm=norm, state_scales=state_scales,
+        rounding_seed=rounding_seed,
     )  # fmt: skip
-    run_decode(inputs, out, final_state, kernel_name)
+    run_decode(inputs, out, final_state, kernel_name, op=Op.STEP if fused else Op.DECODE)
 
 
 @torch.library.custom_op(
@@ -123,67 +143,8 @@ def prefill(
         final_state.copy_(outputs.final_state)
 
 
-@torch.library.custom_op("kda::step", mutates_args=("out", "state", "token_states", "conv_states", "state_scales"))
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    out: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor,
-    state_indices: Tensor,
-    cu_seqlens: Tensor | None,
-    has_initial_state: Tensor | None = None,
-    num_accepted_tokens: Tensor | None = None,
-    token_states: Tensor | None = None,
-    token_state_indices: Tensor | None = None,
-    conv_weight: Tensor | None = None,
-    conv_bias: Tensor | None = None,
-    conv_states: Tensor | None = None,
-    conv_indices: Tensor | None = None,
-    norm_gate: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    conv_tokens_first: bool = False,
-    norm_eps: float = 1e-5,
-    null_slot: int | None = None,
-    update_state: bool = True,
-    use_gate_in_kernel: bool = True,
-    lower_bound: float | None = None,
-    use_beta_sigmoid_in_kernel: bool = True,
-    allow_neg_eigval: bool = False,
-    use_qk_l2norm_in_kernel: bool = True,
-    scale: float | None = None,
-    kernel_name: str | None = None,
-    state_scales: Tensor | None = None,
-    rounding_seed: Tensor | None = None,
-) -> None:
-    """`kda_kernels.api.kda_step` into `out`, on q, k and v [B, T, ..] that it split."""
-    from kda_kernels.boundary import options_of
-    from kda_kernels.serving import run_decode
-
-    options = options_of(
-        use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
-    )
-    conv = norm = None
-    if conv_weight is not None and conv_states is not None:
-        conv = Convolution(conv_weight, conv_bias, conv_states, conv_indices, conv_tokens_first)
-    if norm_gate is not None and norm_weight is not None:
-        norm = GatedNorm(norm_gate, norm_weight, norm_eps)
-    inputs = Inputs(
-        q, k, v, g, beta, options, A_log, dt_bias, state, state_indices, cu_seqlens, null_slot=null_slot,
-        has_initial_state=has_initial_state, num_accepted_tokens=num_accepted_tokens, update_state=update_state,
-        token_states=token_states, token_state_indices=token_state_indices, conv=conv, norm=norm,
-        state_scales=state_scales, rounding_seed=rounding_seed,
-    )  # fmt: skip
-    run_decode(inputs, out, None, kernel_name, op=Op.STEP)
-
-
 @decode.register_fake
 @prefill.register_fake
-@step.register_fake
 def _(*args, **kwargs) -> None:
     return None
 

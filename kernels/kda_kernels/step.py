@@ -84,14 +84,13 @@ def kda_step(
     shape = o.shape if axis is None else o.squeeze(axis).shape
     seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
-        torch.ops.kda.step(
-            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, has_initial_state,
-            num_accepted_tokens, token_states, token_state_indices,
-            *((None,) * 4 if conv is None else (conv.weight, conv.bias, conv.states, conv.indices)),
-            *((None,) * 2 if norm is None else (norm.gate, norm.weight)),
-            conv is not None and conv.tokens_first, 1e-5 if norm is None else norm.eps, null_slot, update_state,
-            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale, kernel, state_scales, seed,
+        torch.ops.kda.decode(
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
+            num_accepted_tokens, token_states, token_state_indices, True, null_slot, update_state, use_gate_in_kernel,
+            lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, kernel,
+            state_scales, seed, True,
+            *(() if conv is None else (conv.weight, conv.bias, conv.states, conv.indices, conv.tokens_first)),
+            **({} if norm is None else {"norm_gate": norm.gate, "norm_weight": norm.weight, "norm_eps": norm.eps}),
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state)).view(shape)
     options = options_of(
