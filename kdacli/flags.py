@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from kda_kernels.dtypes import STATES
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Op
+from kda_kernels.problem import ROUNDINGS, Gate, Op
 from kdacli.presets import PRESETS
 from kdacli.values import Count, DType, Lens
 
@@ -62,10 +63,19 @@ SECTIONS = {
         _dtype("--g-dtype", "Of the gate. Default: as q."),
         _dtype("--beta-dtype", "Of beta. Default: as q."),
         _dtype("--param-dtype", "Of A_log and dt_bias. Default: fp32."),
-        _dtype("--state-dtype", "Of the state. Default: fp32."),
+        click.option(
+            "--state-dtype",
+            type=DType(STATES),
+            metavar="DTYPE",
+            help="Of the state, a pool's also int16. Default: fp32.",
+        ),
+        _choice("--state-rounding", list(ROUNDINGS), "Of a pool in two bytes. Default: nearest."),
         click.option("--dense/--packed", default=None, help="[N, T, ..], or [1, total, ..] with cu_seqlens."),
         click.option(
-            "--pool", type=Count(0), metavar="SLOTS", help="State pool, updated in place. Decode: 2N; 0: none."
+            "--pool",
+            type=Count(0),
+            metavar="SLOTS",
+            help="State pool, updated in place. Decode, and where one is needed: 2N; 0: none.",
         ),
         click.option("--padding", type=Count(0), help="How many sequences have state index -1."),
         _switch("--no-initial-state", "Start from zero."),

@@ -83,6 +83,7 @@ def problem_from(params: Params, device: str = "cuda", default_op: Op | str = Op
         beta_dtype=_or(params, "beta_dtype", dtype),
         param_dtype=_or(params, "param_dtype", "float32"),
         state_dtype=_or(params, "state_dtype", "float32"),
+        state_rounding=_or(params, "state_rounding", "nearest"),
         initial_state=not params.get("no_initial_state"),
         final_state=not params.get("no_final_state"),
         pool_slots=pool,
@@ -218,7 +219,8 @@ def _pool(params: Params, op: Op, N: int) -> tuple[int | None, int]:
     """Slots of the pool (None: a plain state) and padding rows."""
     padding = _or(params, "padding", 0)
     wanted = params.get("pool")
-    if wanted is None and (op.decodes or padding):
+    stored = params.get("state_dtype") == "int16" or params.get("state_rounding") == "stochastic"
+    if wanted is None and (op.decodes or padding or stored):
         wanted = 2 * N
     if padding and not wanted:
         raise InputError("--padding is given with --pool 0: padding rows need a pool")

@@ -1,13 +1,13 @@
 """Kinds of values on the command line: counts with a suffix, lists of lengths, dtypes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from kda_kernels.dtypes import FLOATS
+from kda_kernels.dtypes import FLOATS, Float
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-_DTYPES = {dtype.short: dtype.name for dtype in FLOATS.values()}
 
 
 class Count(click.ParamType):
@@ -61,12 +61,14 @@ class Part(click.ParamType):
 
 
 class DType(click.ParamType):
-    """bf16, fp16 or fp32, or their long names."""
+    """bf16, fp16 or fp32, or their long names; `known`: the table, where there are others."""
 
-    name = "|".join(_DTYPES)
+    def __init__(self, known: Mapping[str, Float] = FLOATS) -> None:
+        self.known = {name: dtype.name for dtype in known.values() for name in (dtype.short, dtype.name)}
+        self.name = "|".join(dtype.short for dtype in known.values())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         name = value.lower().removeprefix("torch.")
-        if name not in _DTYPES and name not in FLOATS:
-            self.fail(f"{value} is no dtype for it: choose from {', '.join(_DTYPES)}", param, ctx)
-        return _DTYPES.get(name, name)
+        if name not in self.known:
+            self.fail(f"{value} is no dtype for it: choose from {self.name.replace('|', ', ')}", param, ctx)
+        return self.known[name]

@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 
 from kda_kernels import registry
+from kda_kernels.dtypes import STATES
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference import stored as plain
 from kda_kernels.triton import stored as device
+from kdacli.dumps import load, save
+from kdacli.judge import Reference, judge
 from kdacli.synthetic import make_inputs
 
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "int16": tl.int16}
@@ -162,3 +165,38 @@ def test_the_public_function_takes_a_seed_that_is_a_number():
     with pytest.raises(InputError, match="rounding_seed is missing"):
         kda_decode(inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, **call | {"rounding_seed": None},
                    state_rounding="stochastic")  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_dump_holds_scales_and_seed(tmp_path, suffix):
+    inputs = make_inputs(dataclasses.replace(PROBLEM, state_rounding="stochastic"))
+    mine = inputs.fresh()
+    outputs = registry.get("torch-decode").run(mine)
+    save(tmp_path / f"call{suffix}", inputs, outputs, op=Op.DECODE)
+    back = load(tmp_path / f"call{suffix}")
+    assert torch.equal(back.inputs.rounding_seed, inputs.rounding_seed)
+    assert back.inputs.state.dtype is back.outputs.final_state.dtype is torch.int16
+    for have, want in ((back.inputs.state_scales, inputs.state_scales), (back.outputs.state_scales, mine.state_scales)):
+        assert torch.equal(have.nan_to_num(), want.nan_to_num())
+    verdicts = judge(Reference(back.inputs, Op.DECODE), back.outputs)
+    assert [v.tensor for v in verdicts] == ["o", "final_state"] and all(v.passed for v in verdicts)
+
+
+def test_a_dump_of_integers_without_scales_is_refused(tmp_path):
+    inputs = make_inputs(PROBLEM)
+    outputs = registry.get("torch-decode").run(inputs.fresh())
+    save(tmp_path / "call.pt", inputs, dataclasses.replace(outputs, state_scales=None), op=Op.DECODE)
+    with pytest.raises(InputError, match="no state_scales after it"):
+        load(tmp_path / "call.pt")
+
+
+def test_stored_states_are_unbiased_over_seeds():
+    """The mean of 256 draws is nearer by their root, for each element, and for all of them together."""
+    x, draws = torch.randn(1, 4, 16), 256
+    for dtype in DTYPES:
+        every = [plain.stored(x, getattr(torch, dtype), seed, slot=3).values(torch.float64) for seed in range(draws)]
+        off = torch.stack(every).mean(0) - x.double()
+        size = x.abs().amax(-1, keepdim=True) if dtype == "int16" else x.abs()
+        last_place = size.double() * 2.0 ** (1 - STATES[dtype].digits)
+        assert ((off / last_place).abs() <= 5 * 0.5 / draws**0.5).all(), dtype
+        assert (off / last_place).square().mean().sqrt() <= 0.5 / draws**0.5, dtype

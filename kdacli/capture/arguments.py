@@ -89,6 +89,8 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
                 call.out = value.detach()
             else:
                 call.left_out.append(name)
+        elif known in names.INPUTS["rounding_seed"] and isinstance(value, int):
+            call.tensors["rounding_seed"] = torch.tensor([value])
         elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
             call.options[key] = value
     if site.step:

@@ -218,7 +218,10 @@ class Graphs:
 def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
     """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
     inputs, outputs = copies(call.inputs), copies(call.outputs)
-    slots_of = {"state_indices": ("state", "final_state", "conv_states"), "token_state_indices": ("token_states",)}
+    slots_of = {
+        "state_indices": ("state", "final_state", "conv_states", "state_scales"),
+        "token_state_indices": ("token_states",),
+    }
     for name, pools in slots_of.items():
         if (indices := inputs.get(name)) is None:
             continue

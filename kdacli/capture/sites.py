@@ -71,15 +71,11 @@ _OUTPUTS = ("final_state", "workspace", "seq_order")
 
 def _kda() -> tuple[Site, ...]:
     """Ours, where an engine calls them itself."""
-    stored = {
-        "state_scales": "its states have scales, which a dump does not hold",
-        "rounding_seed": "its states are rounded at random by the numbers of their slots, which a dump does not keep",
-    }
     ranks = {"group": "its tokens are spread over the ranks of a group"}
     return (
-        Site("kda_kernels.api:kda_decode", "decode", _V_FIRST, not_if=stored),
-        Site("kda_kernels.api:kda_step", "step", _V_FIRST, not_if=stored, packed_qkv="mixed_qkv", step="kda"),
-        Site("kda_kernels.api:kda_prefill", "prefill", _V_FIRST, not_if=stored | ranks, step="kda"),
+        Site("kda_kernels.api:kda_decode", "decode", _V_FIRST),
+        Site("kda_kernels.api:kda_step", "step", _V_FIRST, packed_qkv="mixed_qkv", step="kda"),
+        Site("kda_kernels.api:kda_prefill", "prefill", _V_FIRST, not_if=ranks, step="kda"),
     )
 
 

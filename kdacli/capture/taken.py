@@ -16,6 +16,9 @@ Tensors = dict[str, torch.Tensor]
 Kept = TypeVar("Kept")
 
 
+POOLS = ("state", "conv_states", "state_scales")
+
+
 class Keeper(Protocol[Kept]):
     """How copies are kept: of whole tensors, and of those rows of a pool that indices name."""
 
@@ -59,11 +62,11 @@ def size(call: Call, whole_pool: bool) -> int:
     total, tensors = 0, call.tensors
     for name, tensor in tensors.items():
         count, times = layout(tensor)[0], 1
-        if name in ("state", "conv_states") and call.pooled and not whole_pool:
+        if name in POOLS and call.pooled and not whole_pool:
             count = tensor[:1].numel() * tensors["state_indices"].numel()
         if name == "token_states":
             count = tensor[:1].numel() * len(tensors["token_state_indices"])
-        if name == "v" or (name in ("state", "conv_states") and call.writes_state):
+        if name == "v" or (name in POOLS and call.writes_state):
             times = 2
         total += times * count * tensor.element_size()
     if "state" not in tensors and call.writes_state:
@@ -75,10 +78,10 @@ def size(call: Call, whole_pool: bool) -> int:
 
 def before(call: Call, keeper: Keeper[Kept]) -> dict[str, Kept]:
     """The inputs; token_states and the states of checkpoints are outputs."""
-    apart = {"token_states", "checkpoint_states"} | ({"state", "conv_states"} if call.pooled else set())
+    apart = {"token_states", "checkpoint_states"} | (set(POOLS) if call.pooled else set())
     kept = keeper.whole({name: tensor for name, tensor in call.tensors.items() if name not in apart})
     if call.pooled:
-        for name in ("state", "conv_states"):
+        for name in POOLS:
             if name in call.tensors:
                 kept[name] = keeper.rows(call.tensors[name], call.tensors["state_indices"])
     return kept
@@ -100,6 +103,7 @@ def after(call: Call, result: Any, keeper: Keeper[Kept]) -> dict[str, Kept]:
         kept["token_states"] = keeper.rows(tensors["token_states"], tensors["token_state_indices"])
     if call.writes_state and call.pooled:
         kept["final_state"] = keeper.rows(tensors["state"], tensors["state_indices"])
-    if call.writes_state and call.pooled and "conv_states" in tensors:
-        kept["conv_states"] = keeper.rows(tensors["conv_states"], tensors["state_indices"])
+    for name in ("conv_states", "state_scales"):
+        if call.writes_state and call.pooled and name in tensors:
+            kept[name] = keeper.rows(tensors[name], tensors["state_indices"])
     return kept

@@ -116,13 +116,20 @@ def run_kernel(kernel: Kernel, inputs: "Inputs") -> "Outputs":
 
 def parts(inputs: "Inputs", outputs: "Outputs") -> "list[tuple[str, torch.Tensor, str | None]]":
     """Each output with its name and a note; of a pool, the slots in use."""
+    import torch
+
+    from kda_kernels.reference.stored import Stored
+
     found = []
     for name, tensor in outputs.tensors().items():
         note = None
-        if name == "final_state" and inputs.state_indices is not None:
+        if name in ("final_state", "state_scales") and inputs.state_indices is not None:
             used = inputs.state_indices[inputs.state_indices >= 0].long()
             note = f"the {len(used)} slots in use, of a pool of {tensor.shape[0]}"
             tensor = tensor[used]
+            if name == "final_state" and (scales := outputs.state_scales) is not None:
+                note += ", times state_scales"
+                tensor = Stored(tensor, scales[used]).values(torch.float32)
         found.append((name, tensor, note))
     return found
 

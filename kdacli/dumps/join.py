@@ -15,7 +15,7 @@ _RANK = re.compile(r"rank(\d+)")
 _HEADS = {  # the dimension of heads; other tensors are the same on every rank
     **dict.fromkeys(("q", "k", "v", "g", "beta", "o", "token_states"), 2),
     **dict.fromkeys(("A_log", "dt_bias"), 0),
-    **dict.fromkeys(("state", "final_state"), 1),
+    **dict.fromkeys(("state", "final_state", "state_scales"), 1),
 }
 
 

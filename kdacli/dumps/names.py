@@ -42,6 +42,8 @@ INPUTS: Aliases = {
     "checkpoint_states": ("checkpoint_states",),
     "checkpoint_rows": ("checkpoint_rows",),
     "checkpoint_offsets": ("checkpoint_offsets",),
+    "state_scales": ("state_scales", "state_scale"),
+    "rounding_seed": ("rounding_seed", "rand_seed"),
     "conv_weight": ("conv_weight",),
     "conv_bias": ("conv_bias",),
     "conv_states": ("conv_states",),
@@ -73,6 +75,7 @@ OUTPUTS_ALONE: Aliases = {
     "token_states": INPUTS["token_states"],
     "checkpoints": ("checkpoints",),
     "conv_states": INPUTS["conv_states"],
+    "state_scales": INPUTS["state_scales"],
 }
 
 # Where a call writes them: an output that stands alone is also the memory that it was written to.

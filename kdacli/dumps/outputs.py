@@ -20,7 +20,7 @@ def build_outputs(
     Raises:
         InputError: an output is no usable tensor or has a shape that does not belong to `inputs`.
     """
-    tensors = {key: _float(name, usable(name, value)) for key, (name, value) in found.items()}
+    tensors = {key: _float(name, usable(name, value), key) for key, (name, value) in found.items()}
     if "o" not in tensors:
         if tensors:
             notes.append(f"{' and '.join(tensors)} not used, since there is no o beside them")
@@ -28,11 +28,17 @@ def build_outputs(
     channels = dims.K if op is Op.GATE else dims.V
     o = _shaped("o", tensors["o"], (dims.B, dims.T, dims.HV, channels), notes)
     if (state := tensors.get("final_state")) is not None:
-        state = _final_state(state, inputs, dims, notes)
+        _check_scales(state, tensors.get("state_scales"), inputs)
+        state = _final_state("final_state", state, inputs.state, inputs.state_shape(1)[1:], inputs, notes)
+        if (scales := tensors.get("state_scales")) is not None:
+            tensors["state_scales"] = _final_state(
+                "state_scales", scales, inputs.state_scales, inputs.state_shape(1)[1:3], inputs, notes
+            )
     into = {
         "token_states": inputs.token_states,
         "checkpoints": None if inputs.checkpoints is None else inputs.checkpoints.states,
         "conv_states": None if inputs.conv is None else inputs.conv.states,
+        "state_scales": inputs.state_scales,
     }
     written = {
         name: _shaped(name, tensors[name], tuple(room.shape), notes)
@@ -42,8 +48,8 @@ def build_outputs(
     return Outputs(o, state, **written)
 
 
-def _float(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in {*FLOAT_DTYPES, torch.float64}:
+def _float(name: str, tensor: torch.Tensor, key: str) -> torch.Tensor:
+    if tensor.dtype not in {*FLOAT_DTYPES, torch.float64, *([torch.int16] if key == "final_state" else [])}:
         raise InputError(
             f"{name} is {tensor.dtype}: it should be a floating type of 16 bits or more".replace("torch.", "")
         )
@@ -57,21 +63,42 @@ def _shaped(name: str, tensor: torch.Tensor, shape: tuple[int, ...], notes: list
     return tensor
 
 
-def _final_state(state: torch.Tensor, inputs: Inputs, dims: Dims, notes: list[str]) -> torch.Tensor:
-    """The final state of each sequence, or the whole pool as it was after the call."""
-    inner = (dims.HV, dims.V, dims.K) if inputs.state_v_first else (dims.HV, dims.K, dims.V)
-    if inputs.state is not None and _same_memory(state, inputs.state):
+def _check_scales(state: torch.Tensor, scales: torch.Tensor | None, inputs: Inputs) -> None:
+    """Integers have scales, and stand for states in the same form before the call."""
+    integers = state.dtype is torch.int16
+    if integers != (scales is not None) or integers != (inputs.state_scales is not None):
+        have = ["no state_scales" if x is None else "state_scales" for x in (inputs.state_scales, scales)]
+        found = f"is {str(state.dtype).removeprefix('torch.')} with {have[0]} before the call and {have[1]} after it"
+        raise InputError("final_state", found, "a pool in int16 should be int16 with scales both before and after")
+
+
+def _final_state(
+    name: str,
+    state: torch.Tensor,
+    before: torch.Tensor | None,
+    inner: tuple[int, ...],
+    inputs: Inputs,
+    notes: list[str],
+) -> torch.Tensor:
+    """Of the final state of each sequence, or the whole pool, as it was after the call.
+
+    Args:
+        name: of `state`: final_state, or state_scales. before: the same before the call. inner: its shape, of one slot.
+    """
+    N = inputs.N
+    if before is not None and _same_memory(state, before):
         raise InputError(
-            "final_state is the same memory as state: the state was dumped after the call, clone it before"
+            f"{name} is the same memory as {'state' if name == 'final_state' else name}: it was dumped after the call,"
+            " clone it before"
         )
-    if inputs.state_indices is None or inputs.state is None:
-        return _shaped("final_state", state, (dims.N, *inner), notes)
-    indices, slots = inputs.state_indices, inputs.state.shape[0]
-    if indices.ndim != 1 or tuple(state.shape) != (dims.N, *inner) or slots == dims.N:
-        return _shaped("final_state", state, (slots, *inner), notes)
-    notes.append("final_state holds one state for each sequence: set into a copy of the pool at state_indices")
-    pool = inputs.state.to(state.dtype, copy=True)
-    indices = indices[: dims.N].long()
+    if inputs.state_indices is None or before is None:
+        return _shaped(name, state, (N, *inner), notes)
+    indices, slots = inputs.state_indices, before.shape[0]
+    if indices.ndim != 1 or tuple(state.shape) != (N, *inner) or slots == N:
+        return _shaped(name, state, (slots, *inner), notes)
+    notes.append(f"{name} holds one state for each sequence: set into a copy of the pool at state_indices")
+    pool = before.to(state.dtype, copy=True)
+    indices = indices[:N].long()
     used = indices >= 0 if inputs.null_slot is None else (indices >= 0) & (indices != inputs.null_slot)
     pool[indices[used]] = state[used]
     return pool

@@ -67,6 +67,8 @@ def normalise(tensors: Mapping[str, torch.Tensor], notes: list[str]) -> Tensors:
             out[name] = fit(name, out[name], shape, notes)
     if "dt_bias" in out and out["dt_bias"].ndim != 1:
         out["dt_bias"] = fit("dt_bias", out["dt_bias"], (HV, K), notes)
+    if "rounding_seed" in out:
+        out["rounding_seed"] = fit("rounding_seed", out["rounding_seed"], (1,), notes)
     if "state" in out and out["state"].ndim == 3:
         notes.append(f"state has shape {list(out['state'].shape)}: taken as that of one sequence")
         out["state"] = out["state"].unsqueeze(0)

@@ -281,6 +281,14 @@ class Problem:
         tokens = f"T={self.N}x{self.seq_lens[0]}" if len(lens) == 1 and self.N > 1 else f"T={self.T}"
         return f"{self.op} N={self.N} {tokens} {heads}"
 
+    @property
+    def state_name(self) -> str:
+        """How a pool differs from the usual one in fp32, for tables: "bf16 state, random", or nothing."""
+        if self.state_dtype == "float32":
+            return ""
+        random = ", random" if self.state_rounding == "stochastic" else ""
+        return f"{STATES[self.state_dtype].short} state{random}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON; `from_dict` is its inverse."""
         out = dataclasses.asdict(self)

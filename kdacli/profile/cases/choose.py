@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Load = Callable[[TimedCase], "Inputs"]
 _WITH_SUITE = {"gates", "keys", "seed"}  # the shape flags that a suite leaves open
-_WITH_LAYER = _WITH_SUITE | {"tp", "tokens", "seqs", "state_dtype"}
+_WITH_LAYER = _WITH_SUITE | {"tp", "tokens", "seqs", "state_dtype", "state_rounding"}
 LAYER_GATES = ("init",)  # what a model starts from: a layer's cost should not rest on gates that forget at once
 
 
@@ -154,5 +154,4 @@ def _dump_case(wanted: Wanted) -> tuple[list[TimedCase], Load]:
 
 def _short(problem: Problem) -> str:
     """The problem's name where the op is said already, and its state where that is not fp32: H=96 N=32 bf16 state."""
-    state = " bf16 state" if problem.state_dtype == "bfloat16" else ""
-    return problem.name.removeprefix(f"{problem.op} ") + state
+    return f"{problem.name.removeprefix(f'{problem.op} ')} {problem.state_name}".rstrip()

@@ -11,6 +11,7 @@ import torch
 
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import chunk_form, gate_cumsum
+from kda_kernels.reference.stored import Stored
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 
 LIMIT = 0.1  # relative error; near-collinear keys cost bf16 kernels up to 0.05
@@ -53,7 +54,9 @@ class Check:
         errors = [_relative(found.o[:, :TOKENS, self.heads], expected.o)]
         if self.whole and found.final_state is not None and expected.final_state is not None:
             used = _used(part)
-            errors.append(_relative(found.final_state[used][:, self.heads], expected.final_state[used]))
+            scales = self.inputs.state_scales
+            held = Stored(found.final_state[used], None if scales is None else scales[used])
+            errors.append(_relative(held.values(torch.float64)[:, self.heads], expected.final_state[used]))
         if self.inputs.conv is not None and expected.conv_states is not None:
             kept = self.inputs.conv.by_channel[:, self._channels()].nan_to_num()
             errors.append(0.0 if torch.equal(kept, expected.conv_states.nan_to_num()) else float("inf"))
@@ -86,6 +89,7 @@ class Check:
             A_log=None if x.A_log is None else x.A_log.reshape(HV)[self.heads],
             dt_bias=None if x.dt_bias is None else x.dt_bias.reshape(HV, -1)[self.heads],
             state=None if x.state is None else x.state[:, self.heads],
+            state_scales=None if x.state_scales is None else x.state_scales[:, self.heads],
             cu_seqlens=None if x.cu_seqlens is None else x.cu_seqlens.clamp(max=TOKENS),
             cu_seqlens_cpu=None,
             token_states=None,

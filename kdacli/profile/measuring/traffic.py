@@ -9,10 +9,10 @@ the time of any kernel.
 
 import dataclasses
 
-from kda_kernels.dtypes import FLOATS
+from kda_kernels.dtypes import STATES
 from kda_kernels.problem import CHUNK, Gate, Op, Problem
 
-SIZEOF = {dtype.name: dtype.bytes for dtype in FLOATS.values()}
+SIZEOF = {dtype.name: dtype.bytes for dtype in STATES.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ def traffic(problem: Problem) -> Traffic:
     read = SIZEOF[p.dtype] * (2 * p.H * p.K + p.HV * p.V) + gate + SIZEOF[p.beta_dtype] * p.HV
     written = SIZEOF[p.dtype] * p.HV * p.V
     passes = p.initial_state + (p.final_state or p.pool_slots is not None)  # a pool is always written back
-    state = passes * (p.N - p.padding) * p.HV * p.K * p.V * SIZEOF[p.state_dtype]
+    row = p.K * SIZEOF[p.state_dtype] + (4 if "state_scales" in p.features else 0)
+    state = passes * (p.N - p.padding) * p.HV * p.V * row
     if (parts := p.parts) is not None:
         channels = 2 * p.H * p.K + p.HV * p.V
         if parts.width:

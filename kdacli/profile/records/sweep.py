@@ -56,7 +56,7 @@ class Series:
         parts = [] if self.axis == "N" or (self.op not in _DECODES and problem.N == 1) else [f"N={problem.N}"]
         parts += [] if self.axis == "T" or self.op in _DECODES else [f"T={problem.seq_lens[0]}"]
         parts += [] if self.axis == "H" else [f"H={problem.H}"]
-        return " ".join([*parts, *(["bf16 state"] if problem.state_dtype == "bfloat16" else [])])
+        return " ".join(filter(None, (*parts, problem.state_name)))
 
     @property
     def label(self) -> str:

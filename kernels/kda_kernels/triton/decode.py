@@ -180,7 +180,7 @@ def decode(
             )  # fmt: skip
     final = h0 if indices is not None else ht
     shifted = None if conv is None else conv.states
-    return Outputs(o, final if inputs.output_final_state else None, conv_states=shifted)
+    return Outputs(o, final if inputs.output_final_state else None, conv_states=shifted, state_scales=scales)
 
 
 _NO_PARTS = (*((None,) * 7), *((0,) * 7))  # a number that is declared int64 cannot be None

@@ -185,7 +185,7 @@ def prefill(
             call.factors(chunks)
             call.inverse(chunks)
             call.chain()
-    outputs = Outputs(o, ht if inputs.output_final_state else None)
+    outputs = Outputs(o, ht if inputs.output_final_state else None, state_scales=inputs.state_scales)
     return (outputs, in_order(h, inputs.cu_seqlens, dims.B)) if h is not None else outputs
 
 
