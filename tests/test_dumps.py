@@ -143,7 +143,8 @@ def test_save_never_overwrites_unless_forced(tmp_path):
 
 def speculative() -> Inputs:
     """A call with what engines ask for beyond the operation itself."""
-    inputs = make_inputs(problem(op="decode", seq_lens=(2, 1), pool_slots=7))
+    stored = {"state_dtype": "int16", "state_rounding": "stochastic"}
+    inputs = make_inputs(problem(op="decode", seq_lens=(2, 1), pool_slots=7, **stored))
     return dataclasses.replace(
         inputs,
         state_indices=torch.tensor([[1, 3], [5, 0]], dtype=torch.int32),

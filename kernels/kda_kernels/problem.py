@@ -298,6 +298,8 @@ class Problem:
         for name in ("features", "parts"):
             if not out[name]:
                 del out[name]
+        if self.state_rounding == "nearest":
+            del out["state_rounding"]
         return out
 
     @classmethod
