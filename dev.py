@@ -5,10 +5,12 @@
     python3 dev.py test [ARGS...]     lint, formatting, types and the tests; ARGS go to pytest
     python3 dev.py kda ARGS...        any other kda command
     python3 dev.py picture            draw docs/kda.svg from a real run
+    python3 dev.py versions [NAME [ARGS...]]   test, and kda compile for every architecture, with other compilers: one
+                                      of VERSIONS below, or all of them; ARGS go to pytest
 
 The set-up is a virtual environment in .venv with what constraints.txt pins, made once and again when pyproject.toml or
-constraints.txt changes. With --no-venv nothing is installed: the Python that runs this file must have the packages,
-as on a GPU machine that reaches no package registry.
+constraints.txt changes; `versions` makes one in .venvs for each. With --no-venv nothing is installed: the Python that
+runs this file must have the packages, as on a GPU machine that reaches no package registry.
 """
 
 from __future__ import annotations
@@ -20,23 +22,39 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-STAMP = VENV / "kda-setup"
+# The compilers that pyproject.toml admits, Triton beside a torch that asks for it. The rest is as in constraints.txt.
+VERSIONS = {
+    name: {"torch": torch, "triton": triton, "nvidia-cutlass-dsl": dsl, **others}
+    for name, torch, triton, dsl, others in (
+        # before 3.7 Triton's interpreter needs an older NumPy
+        ("triton-3.5", "2.9.0", "3.5.0", "4.6.3", {"numpy": "2.3.5"}),
+        ("triton-3.6", "2.11.0", "3.6.0", "4.7.1", {"numpy": "2.3.5", "setuptools": "81.0.0"}),
+        ("triton-3.7", "2.13.0", "3.7.1", "4.8.1", {}),
+        ("triton-3.8", "2.14.1", "3.8.0", "4.8.0", {}),
+        ("triton-3.9", "2.15.0", "3.9.0", "4.8.1", {}),
+    )
+}
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "gfx942", "gfx950")
+UNKNOWN = {"triton-3.5": {"sm_103a"}}  # to the ptxas that comes with it
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-venv", action="store_true", help="use this Python as it is and install nothing")
-    parser.add_argument("command", choices=["verify", "test", "kda", "picture"])
+    parser.add_argument("command", choices=["verify", "test", "kda", "picture", "versions"])
     parser.add_argument("args", nargs=argparse.REMAINDER, help="passed on")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what a Python that is too old meets first
         return fail("this is Python {}.{}: kda needs 3.11 or newer".format(*sys.version_info[:2]))
+    if options.command == "versions":
+        return versions(options.args)
     try:
-        python = sys.executable if options.no_venv else set_up()
+        python = sys.executable if options.no_venv else set_up(VENV)
     except (OSError, subprocess.CalledProcessError) as error:
         return fail(f"the set-up did not finish: {error}")
     env = dict(os.environ)
@@ -50,31 +68,70 @@ def main() -> int:
     return run([python, "-m", "kdacli", *words], env)
 
 
-def set_up() -> str:
-    """Path of the Python in .venv, which is made, or brought up to date, first."""
-    python = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
-    wanted = fingerprint()
-    if python.exists() and STAMP.exists() and STAMP.read_text() == wanted:
+def set_up(folder: Path, pins: Mapping[str, str] | None = None) -> str:
+    """Path of the Python of the virtual environment `folder`, which is made, or brought up to date, first.
+
+    Args:
+        pins: versions by package, instead of those in constraints.txt.
+    """
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    wanted = constraints(pins or {})
+    stamp, constraint_file = folder / "kda-setup", folder / "constraints.txt"
+    mark = hashlib.sha256((wanted + (ROOT / "pyproject.toml").read_text()).encode()).hexdigest()
+    if python.exists() and stamp.exists() and stamp.read_text() == mark:
         return str(python)
-    print("Setting up .venv: some minutes the first time", file=sys.stderr)
+    print(f"Setting up {folder.relative_to(ROOT)}: some minutes the first time", file=sys.stderr)
     own_pip = importlib.util.find_spec("ensurepip") is not None  # Debian's python3 comes without it
     if not python.exists():
-        venv.create(VENV, with_pip=own_pip)
+        venv.create(folder, with_pip=own_pip)
+    constraint_file.write_text(wanted)
     pip = [str(python), "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", str(python)]
-    install = [*pip, "install", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
+    install = [*pip, "install", "--disable-pip-version-check", "-c", str(constraint_file)]
     install += [] if sys.stderr.isatty() else ["--quiet"]
     # stdout belongs to the command that comes after, which may print JSON there
     # torch by itself first: then nothing that follows can choose another one
     subprocess.run([*install, "torch"], check=True, stdout=sys.stderr)
     subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True, stdout=sys.stderr)
-    STAMP.write_text(wanted)
+    stamp.write_text(mark)
     return str(python)
 
 
-def fingerprint() -> str:
-    """Changes whenever what is to be installed does."""
-    files = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+def constraints(pins: Mapping[str, str]) -> str:
+    """constraints.txt with some versions replaced."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    named = ((line.partition("==")[0], line) for line in lines)
+    return "".join(f"{name}=={pins[name]}\n" if name in pins else f"{line}\n" for name, line in named)
+
+
+def versions(args: list[str]) -> int:
+    """Tests and compiles with each of `VERSIONS`, or with the one that `args` names. 0 if all of it passed."""
+    if args and args[0] not in VERSIONS:
+        return fail(f"version is {args[0]}: it should be one of {', '.join(VERSIONS)}", 2)
+    failed = []
+    for name in args[:1] or VERSIONS:
+        print(
+            f"{name}: " + ", ".join(f"{package} {version}" for package, version in VERSIONS[name].items()), flush=True
+        )
+        try:
+            python = set_up(ROOT / ".venvs" / name, VERSIONS[name])
+        except (OSError, subprocess.CalledProcessError) as error:
+            return fail(f"the set-up did not finish: {error}")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        archs = [word for arch in ARCHS if arch not in UNKNOWN.get(name, ()) for word in ("--arch", arch)]
+        report = ROOT / ".venvs" / f"{name}.json"
+        steps = [
+            [*pytest(python), *args[1:]],
+            [python, "-m", "kdacli", "compile", *archs, "--no-cache", "--json", str(report), "--force"],
+        ]
+        failed += [name for step in steps if run(step, env, cwd=ROOT)]
+    if failed:
+        print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def pytest(python: str) -> list[str]:
+    workers = ["-n", "2", "--dist", "worksteal"] if has(python, "xdist") else []
+    return [python, "-m", "pytest", "-q", "-rs", *workers]  # -rs: why tests are skipped
 
 
 def test(python: str, env: dict[str, str], args: list[str]) -> int:
@@ -90,8 +147,7 @@ def test(python: str, env: dict[str, str], args: list[str]) -> int:
         print("mypy is not installed here: types are not checked", file=sys.stderr)
     if not has(python, "pytest"):
         return fail("pytest is not installed here", 3)
-    workers = ["-n", "2", "--dist", "worksteal"] if has(python, "xdist") else []
-    steps.append([python, "-m", "pytest", "-q", "-rs", *workers, *args])  # -rs: why tests are skipped
+    steps.append([*pytest(python), *args])
     env = {**env, "OMP_NUM_THREADS": "1"}
     return max([run(step, env, cwd=ROOT) for step in steps])
 

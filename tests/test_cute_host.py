@@ -352,15 +352,14 @@ def test_missing_packages(h100, monkeypatch, absent, package):
         variant.build("sm_90a")
 
 
-@pytest.mark.parametrize("version", ["4.7.9", "4.0", "3.99.0", "4.7.0.dev1"])
+@pytest.mark.parametrize("version", ["4.6.2", "4.0", "3.99.0", "4.5.9.dev1"])
 def test_a_dsl_that_is_too_old(h100, monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert (
-        module.unsupported() == f'nvidia-cutlass-dsl is {version}: 4.8 or newer is needed, pip install "kdacli[cute]"'
-    )
+    reason = f'nvidia-cutlass-dsl is {version}: 4.6.3 or newer is needed, pip install "kdacli[cute]"'
+    assert module.unsupported() == reason
 
 
-@pytest.mark.parametrize("version", ["4.8.0", "4.8.0.dev0", "4.10.2", "5.0"])
+@pytest.mark.parametrize("version", ["4.6.3", "4.8.0.dev0", "4.10.2", "5.0"])
 def test_a_dsl_that_is_new_enough(h100, monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert module.unsupported() is None

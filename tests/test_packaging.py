@@ -2,6 +2,7 @@
 
 import email
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -151,6 +152,23 @@ def test_dev_passes_exit_codes_on():
 
 def test_dev_refuses_what_it_does_not_know():
     assert dev("--no-venv", "install").returncode == 2
+    done = dev("versions", "triton-1.0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "one of triton-3.5, " in done.stderr
+
+
+def test_versions_are_within_the_ranges_and_ci_runs_each(metadata):
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        found = [pins[requirement.name] for pins in module.VERSIONS.values() if requirement.name in pins]
+        assert all(map(requirement.specifier.contains, found)), requirement
+        if requirement.name in ("torch", "triton", "nvidia-cutlass-dsl"):  # the oldest that is promised is tested
+            assert str(min(map(Version, found))).startswith(min(spec.version for spec in requirement.specifier))
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert f"version: [{', '.join(module.VERSIONS)}]" in workflow
+    pins = module.constraints(module.VERSIONS["triton-3.5"]).splitlines()
+    assert {"triton==3.5.0", "numpy==2.3.5", "click==8.5.1"} <= set(pins)
 
 
 def test_ci_runs_the_test_command():

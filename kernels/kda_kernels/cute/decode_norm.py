@@ -9,9 +9,9 @@ import math
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
-from cutlass.memory import SmemAllocator
 
 from kda_kernels.cute.decode_config import LANES, DecodeSpec
+from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.math import float_bits, lane_sum, load_now, rsqrt, sigmoid
 
 

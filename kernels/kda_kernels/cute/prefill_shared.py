@@ -7,8 +7,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.memory import SmemAllocator
 
+from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind

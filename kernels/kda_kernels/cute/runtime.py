@@ -7,7 +7,7 @@ import re
 
 import torch
 
-OLDEST_DSL = (4, 8)  # the first with cutlass.memory
+OLDEST_DSL = (4, 6, 3)  # 4.5 asks the driver of a GPU while it compiles
 MIN_CAPABILITY = (9, 0)
 HOW = 'pip install "kdacli[cute]"'
 
@@ -33,8 +33,7 @@ def missing_packages() -> str | None:
         have = importlib.metadata.version("nvidia-cutlass-dsl")
     except importlib.metadata.PackageNotFoundError:
         return f"nvidia-cutlass-dsl has no metadata, so its version is unknown: {HOW}"
-    numbers = re.match(r"(\d+)\.(\d+)", have)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_DSL:
+    if tuple(map(int, re.findall(r"\d+", have)[:3])) < OLDEST_DSL:
         return f"nvidia-cutlass-dsl is {have}: {'.'.join(map(str, OLDEST_DSL))} or newer is needed, {HOW}"
     return None
 
