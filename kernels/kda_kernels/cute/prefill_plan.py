@@ -155,8 +155,6 @@ def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
         return Plan(None, whole)
     # as if alone, on the workers that are left for them: what is cut runs once, or twice; or the rest hardly counts
     ways = [(1, chunks[0], 1.0), (1, chunks[0], 0.5)]
-    if 2 * N * HV <= sms:
-        ways.append((1, chunks[0], 0.0))
     if 2 * chunks[1] > chunks[0]:
         several = sum(n * N > total for n in chunks)
         ways.append((several, sum(chunks[:several]), 1.0) if several > 1 else (N, total, 1.0))
