@@ -35,6 +35,7 @@ TOKENS, SEQUENCES, BATCH = 8192, 6, 128  # at most: of a prefill call, packed in
 TURN = 20  # calls of a kernel before the next one's; in the first turn they warm up
 LIMIT_S = 20.0  # for the calls of one row, of which each may compile
 OPS = (Op.PREFILL.value, Op.DECODE.value)
+SHAPES = {Op.PREFILL: ("same", "length", "packed"), Op.DECODE: ("same", "batch", "queued")}
 TOKEN_NAMES = ("q", "k", "v", "g", "beta")
 
 
@@ -150,9 +151,9 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
             if out.is_cuda:
                 torch.cuda.synchronize()
     for name, found in times.items():
-        error = errors.get(name) or (None if found else f"the first {TURN} calls took more than {LIMIT_S:.0f} s")
-        if error is not None:
-            yield Row(op, heads, shapes, name, error=error)
+        said = errors.get(name) or (None if found else f"the first {TURN} calls took more than {LIMIT_S:.0f} s")
+        if said is not None:
+            yield Row(op, heads, shapes, name, error=said)
             continue
         about = Statistics.of(found)
         yield Row(op, heads, shapes, name, len(found), about.median_us, about.p90_us, max(found))
@@ -161,6 +162,7 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
 @click.command(help=__doc__)
 @click.option("--op", "ops", type=click.Choice(OPS), multiple=True, default=OPS)
 @click.option("--heads", type=click.IntRange(1), multiple=True, default=(12, 32, 96))
+@click.option("--shapes", type=click.Choice([*SHAPES[Op.PREFILL], *SHAPES[Op.DECODE][1:]]), multiple=True)
 @click.option("--calls", type=click.IntRange(2), default=200, show_default=True)
 @click.option("--kernel", "names", multiple=True, help="Beside the public functions only these, not all there are.")
 @click.option("--no-peers", is_flag=True)
@@ -170,6 +172,7 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
 def main(
     ops: tuple[str, ...],
     heads: tuple[int, ...],
+    shapes: tuple[str, ...],
     calls: int,
     names: tuple[str, ...],
     no_peers: bool,
@@ -186,7 +189,7 @@ def main(
     stderr, rows = dest == "-", list[Row]()
     record = {"schema": "kda.host-time/1", "provenance": provenance.collect(0), "rows": rows}
     output.say(f"{'':40} {'calls':>6} {'p50 us':>9} {'p90 us':>9} {'max us':>9}", stderr=stderr)
-    for row in rows_of(map(Op, ops), heads, calls, names, peers=not no_peers):
+    for row in rows_of(map(Op, ops), heads, shapes, calls, names, peers=not no_peers):
         times = " ".join(f"{output.fmt_us(us):>9}" for us in (row.p50_us, row.p90_us, row.max_us))
         name = f"{row.op} H={row.heads} {row.shapes:7} {row.kernel}"
         output.say(f"{name:40} {row.calls:>6} {times}  {row.error or ''}".rstrip(), stderr=stderr)
@@ -198,11 +201,13 @@ def main(
         output.write_json(record, "-")
 
 
-def rows_of(ops: Iterable[Op], heads: Iterable[int], calls: int, names: Sequence[str], peers: bool) -> Iterator[Row]:
+def rows_of(
+    ops: Iterable[Op], heads: Iterable[int], wanted: Sequence[str], calls: int, names: Sequence[str], peers: bool
+) -> Iterator[Row]:
     for op, H in itertools.product(ops, heads):
         kernels = [kernel for kernel in candidates([op], names, peers) if kernel.op is op]
         make = prefill_calls if op is Op.PREFILL else decode_calls
-        for shapes in ("same", "length", "packed") if op is Op.PREFILL else ("same", "batch", "queued"):
+        for shapes in [one for one in SHAPES[op] if not wanted or one in wanted]:
             yield from measure(op, H, shapes, list(make(H, shapes, calls + TURN)), kernels)
 
 

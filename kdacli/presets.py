@@ -32,10 +32,10 @@ class Preset:
 
 
 # Kimi-Linear: `linear_attn_config` in the config.json of Kimi-Linear-48B-A3B-Instruct (32 heads of 128, 20 of
-# 27 layers). Kimi K3: our own documents. The other two are second-hand, not read from the models' config files:
-# Ling-3.0-flash from vLLM's pull request 52364 (32 heads at TP=1) and one of llama.cpp's (35 of 42 layers), its head
-# size the usual one; GLM-5.3-Flash from Megatron-LM's 7054 (34 of 45 layers, bound -5) and an issue on a port of it
-# (64 heads of 128).
+# 27 layers). Kimi K3: our own documents. GLM-5.3-Flash: the defaults of `Glm5NextConfig` in SGLang 0.5.23 (64 heads of
+# 128, 45 layers of which each fourth has no KDA), its bound from Megatron-LM's pull request 7054. Ling-3.0-flash is
+# second-hand: vLLM's pull request 52364 (32 heads at TP=1) and one of llama.cpp's (35 of 42 layers), its head size the
+# usual one.
 PRESETS = {
     "kimi-k3": Preset(96, 128, Gate.SAFE, SAFE_BOUND, 69, 93),
     "kimi-linear": Preset(32, 128, Gate.SOFTPLUS, None, 20, 27),

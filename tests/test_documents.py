@@ -3,13 +3,17 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
+import torch
+from click.testing import CliRunner
 
+from kda_kernels.api import kda_decode
 from kdacli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
@@ -33,14 +37,126 @@ def commands() -> list[tuple[str, str]]:
     return sorted((where, words) for words, where in seen.items())
 
 
+def typed(words: str) -> list[str]:
+    """Behind `kda`, without what stands for something else."""
+    words = re.sub(r"\.\.\.| &$", "", words).replace("$i", "1").replace("DIR", ".").replace("shard-*", "shard-1")
+    return shlex.split(words)[1:]
+
+
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda text: text)
 def test_a_command_can_be_typed(where, words):
-    """Its flags and their values are those of the command. What it would do is tested elsewhere."""
-    words = re.sub(r"\.\.\.| &$", "", words).replace("$i", "1").replace("DIR", ".")
-    _, name, *rest = shlex.split(words)
+    """Its flags and their values are those of the command."""
+    name, *rest = typed(words)
     command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"there is no command {name}"
     command.make_context(f"kda {name}", rest)  # raises what the user would read
+
+
+# How commands are changed, so that they compute little: of a flag that is given twice the last counts.
+SMALL = "--lens 3 -H 1 --head-dim 16"
+ONE_CASE = "--kernel torch-decode --case decode-neg-eigval"
+LESS = [
+    (r"^verify( --op decode --fail-fast)?$", rf"verify\1 {ONE_CASE}"),
+    (r"^verify --suite stress --seconds 3600", f"verify --suite stress --seconds 0 {ONE_CASE}"),
+    (r"^verify --kernel mine.py:decode", "verify --kernel mine.py:decode -N 1 -H 1 --head-dim 16 --pool 0"),
+    (r"^verify --kernel (my\w+.py:prefill)( --suite full)?", rf"verify {SMALL} --pool 0 --kernel \1"),
+    (r"^verify (.*--lens .*)", rf"verify \1 {SMALL}"),
+    (r"^verify --cp 4", f"verify --cp 2 {SMALL}"),
+    (r"^run --op decode (.*)", r"run --op decode \1 -N 1 --kernel torch-decode"),
+    (r"^run --lens (.*)", r"run --lens \1 --force --kernel torch-prefill"),
+    (r"^run$", "run --lens 3 -H 1"),
+    (r"^compile( --(?:arch|json|baseline|model).*)?$", r"compile\1 --kernel triton-gate --variant safe"),
+    (r"^compile (--variant .*)", r"compile \1 --kernel triton-gate"),
+    (
+        r"^compile --kernel mine.py:prefill .*",
+        "compile --kernel benchmarks/../examples/triton_kernel.py:decode -N 2 -H 1 --gate softplus",
+    ),
+]
+# What lacks something here: a GPU or a package (3), or an engine that never starts (1); a line says so.
+NEEDED = r"profile(?! --from)|.*--kernel (fla|cudnn)-"
+ENGINES = r"capture --target (sglang|vllm)"
+
+
+# Of programs and engines that commands start: they are found first, and call what is captured.
+CALL = "import torch\nx = torch.ones(1, 2, 1, 16)\n{}(x, x, x, -x, x[..., 0])\n"
+FUNCTION = "def {}(q, k, v, g, beta):\n    return v, None\n"
+PROGRAMS = {
+    "fla/ops/kda.py": FUNCTION.format("chunk_kda"),
+    "mine/kernels.py": FUNCTION.replace("g,", "gates,").format("kda"),
+    "serve.py": "from fla.ops.kda import chunk_kda\n" + CALL.format("chunk_kda"),
+    "train.py": "from mine.kernels import kda\n" + CALL.format("kda"),
+    "bin/python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+    "bin/torchrun": "#!/bin/sh\nexec python train.py\n",
+    "bin/vllm": "#!/bin/sh\n",
+    "sglang/launch_server.py": "",
+    "mine/__init__.py": "",
+    "mine.py": "from kda_kernels.api import chunk_kda as prefill, fused_recurrent_kda as decode\n",
+    "mykernel.py": "from kda_kernels.api import chunk_kda as prefill\n",
+}
+RECORDS = {"prefill": "prefill-h100", "now": "prefill-h100", "profile": "gate-h100", "new": "decode-h100"}
+RECORDS |= {"before": "compile-sm90a", "verify": "verify-h100", "shard-1": "prefill-memory-h100"}
+
+
+def save_steps(folder: Path) -> None:
+    """Two decode steps, the second from the states that the first left."""
+    folder.mkdir()
+    pool, slots = torch.zeros(3, 1, 16, 16), torch.tensor([2, 0], dtype=torch.int32)
+    switches = {"use_gate_in_kernel": False, "use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    for number in range(2):
+        tokens = {name: torch.randn(2, 1, 1, 16) for name in ("q", "k", "v")}
+        tokens |= {"g": -torch.rand(2, 1, 1, 16), "beta": torch.randn(2, 1, 1), "state_indices": slots}
+        inputs = {**tokens, "state": pool.clone()}
+        o = kda_decode(**tokens, **switches, state=pool, kernel="torch-decode")
+        call = {"inputs": inputs, "outputs": {"o": o, "final_state": pool.clone()}}
+        call |= {"options": {**switches, "op": "decode"}, "meta": {"target": "step", "call_number": number}}
+        torch.save(call, folder / f"{number}.pt")
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A folder of the files that commands name."""
+    here = tmp_path_factory.mktemp("documents")
+    small = ["-H", "1", "--head-dim", "16", "--device", "cpu"]
+    prefill = ["run", "--kernel", "torch-prefill", "--lens", "5,3", *small]
+    decode = ["run", "--kernel", "torch-decode", "--op", "decode", "-N", "2", *small]
+    for name, words in (("dump.pt", prefill), ("dump.safetensors", decode), ("step.pt", decode)):
+        assert CliRunner().invoke(cli, [*words, "--save", str(here / name)]).exit_code == 0
+    copies = {"a.pt": "dump.pt", "b.pt": "dump.pt", "tp8/rank0.pt": "dump.pt", "tp1/rank0.pt": "dump.pt"}
+    copies |= {f"{folder}/{i}.pt": "step.pt" for folder in ("before", "after") for i in range(2)}
+    for copy, name in copies.items():
+        (here / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(here / name, here / copy)
+    torch.save({"prefill": torch.load(here / "dump.pt")}, here / "serving.pt")
+    save_steps(here / "dumps")
+    for name, text in PROGRAMS.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+        (here / name).chmod(0o755)
+    for name, record in RECORDS.items():
+        shutil.copy(ROOT / "benchmarks" / f"{record}.json", here / f"{name}.json")
+    (here / "benchmarks").symlink_to(ROOT / "benchmarks")
+    return here
+
+
+@pytest.mark.parametrize(("where", "words"), commands(), ids=lambda text: text)
+def test_a_command_runs(where, words, named, tmp_path, monkeypatch):
+    """On files as it names, with less to compute."""
+    folder = shutil.copytree(named, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+    given = shlex.join(typed(words))
+    for pattern, less in LESS:
+        given = re.sub(pattern, less, given)
+    if given.startswith("capture"):
+        shutil.rmtree("dumps")
+    done = CliRunner().invoke(cli, shlex.split(given))
+    if re.match(ENGINES, given):
+        assert done.exit_code == 1 and "nothing was recorded: the program never imported" in done.stderr
+    elif re.match(NEEDED, given) and not torch.cuda.is_available():
+        assert done.exit_code == 3 and re.search(r"^Error: .*(GPU|is not installed|is not here)", done.stderr, re.M)
+    else:
+        assert done.exit_code == 0, given + done.output + done.stderr
 
 
 def test_the_tutorial_word_by_word(tmp_path):

@@ -6,16 +6,18 @@ import pytest
 from click.testing import CliRunner
 
 from kda_kernels import registry
-from kda_kernels.problem import Gate, Op
+from kda_kernels.checks import check_inputs
+from kda_kernels.problem import Gate, Op, Problem
 from kda_kernels.reference import plain_recurrent
 from kdacli.main import cli
 from kdacli.peers import fla, here
+from kdacli.synthetic import make_inputs
 from kdacli.userkernels import resolve
 from kdacli.verify.adapt import adapt, adapted
 from kdacli.verify.cases import spec
 from kdacli.verify.cases.suites import cases_for
 from kdacli.verify.selection import select_table
-from kdacli.verify.transforms import possible
+from kdacli.verify.transforms import SERVING, possible, transformed
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +147,11 @@ def test_what_a_case_changes_keeps_what_it_needs(tmp_path):
     kernel = resolve(f"{path}:decode")
     for case in cases_for("cpu", "full", Op.DECODE):
         assert possible(adapt(kernel, case).problem, case.transforms), case.name
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_what_engines_ask_for_without_a_pool(name):
+    """Where it means nothing, that is known before tensors are made: `kda verify` would end."""
+    for problem in (Problem(Op.PREFILL, (3, 2), 1, 1, K=16, V=16), Problem(Op.DECODE, (2, 1), 1, 1, K=16, V=16)):
+        if possible(problem, (name,)):
+            check_inputs(transformed(make_inputs(problem), (name,)))

@@ -53,8 +53,8 @@ SERVING: dict[str, Callable[[Inputs], Inputs]] = {
 }
 # What a problem must have for a change of it to mean anything.
 NEED_POOL = frozenset(
-    ("any-negative", "null-slot", "fresh-states", "drafts", "checkpoints-in-pool", "strided-indices", "long-indices")
-)
+    ("any-negative", "null-slot", "fresh-states", "drafts", "read-only", "checkpoints-in-pool", "strided-indices")
+) | {"long-indices"}
 NEED_PACKED = frozenset(("bucket",))
 NEED_PADDING = frozenset(("any-negative", "null-slot"))
 # Values before memory: a regime may make its tensor anew.

@@ -217,7 +217,7 @@ def _call(
     if indices is not None:
         if h0 is None:
             raise ValueError("no pool")
-        if h0.stride()[0] < HV * V * K and h0.shape[0] > 1:
+        if not h0.is_contiguous() and h0.stride()[0] < HV * V * K and h0.shape[0] > 1:
             raise ValueError("slots overlap")
         if indices.shape[0] < N:
             raise ValueError("not one for each sequence")

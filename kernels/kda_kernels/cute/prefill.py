@@ -301,7 +301,8 @@ def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: 
     if indices is not None:
         if h0 is None:
             raise _RefusedError("no pool")
-        if indices.shape[0] < N or (h0.stride()[0] < HV * V * K and h0.shape[0] > 1):
+        overlap = not h0.is_contiguous() and h0.stride()[0] < HV * V * K and h0.shape[0] > 1
+        if overlap or indices.shape[0] < N:
             raise _RefusedError("not one for each sequence, or slots overlap")
     if offsets is not None:
         for x in (started, ht, None if kept is None else kept.rows, h0 if indices is None else None):
