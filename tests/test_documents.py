@@ -55,25 +55,25 @@ def test_a_command_can_be_typed(where, words):
 # How commands are changed, so that they compute little: of a flag that is given twice the last counts.
 SMALL = "--lens 3 -H 1 --head-dim 16"
 ONE_CASE = "--kernel torch-decode --case decode-neg-eigval"
+EXAMPLE = ROOT / "examples" / "triton_kernel.py:decode"
+GATE = "--kernel triton-gate --variant 'gate_cumsum*e*'"
 LESS = [
     (r"^verify( --op decode --fail-fast)?$", rf"verify\1 {ONE_CASE}"),
-    (r"^verify --suite stress --seconds 3600", f"verify --suite stress --seconds 0 {ONE_CASE}"),
+    (r"^verify --suite stress --seconds 3600", "verify --suite stress --seconds 0 --kernel torch-decode --shard 1/99"),
     (r"^verify --kernel mine.py:decode", "verify --kernel mine.py:decode -N 1 -H 1 --head-dim 16 --pool 0"),
-    (r"^verify --kernel (my\w+.py:prefill)( --suite full)?", rf"verify {SMALL} --pool 0 --kernel \1"),
+    (r"^verify --kernel (m\w+.py:prefill)( --suite full)?", rf"verify {SMALL} --pool 0 --kernel \1"),
     (r"^verify (.*--lens .*)", rf"verify \1 {SMALL}"),
-    (r"^verify --cp 4", f"verify --cp 2 {SMALL}"),
     (r"^run --op decode (.*)", r"run --op decode \1 -N 1 --kernel torch-decode"),
     (r"^run --lens (.*)", r"run --lens \1 --force --kernel torch-prefill"),
     (r"^run$", "run --lens 3 -H 1"),
-    (r"^compile( --(?:arch|json|baseline|model).*)?$", r"compile\1 --kernel triton-gate --variant safe"),
-    (r"^compile (--variant .*)", r"compile \1 --kernel triton-gate"),
-    (
-        r"^compile --kernel mine.py:prefill .*",
-        "compile --kernel benchmarks/../examples/triton_kernel.py:decode -N 2 -H 1 --gate softplus",
-    ),
+    (r"^compile( --(?:arch|json|baseline|model).*)?$", rf"compile\1 {GATE} --force"),
+    (r"^compile --variant .* --emit", f"compile {GATE} --emit"),
+    (r"^compile --kernel triton-decode", f"compile {GATE}"),
+    (r"^compile --kernel mine.py:prefill .*", f"compile --kernel {EXAMPLE} -N 2 -H 1 --gate softplus"),
 ]
 # What lacks something here: a GPU or a package (3), or an engine that never starts (1); a line says so.
 NEEDED = r"profile(?! --from)|.*--kernel (fla|cudnn)-"
+ELSEWHERE = ("verify --cp 4",)  # tests/test_parallel.py runs its cases
 ENGINES = r"capture --target (sglang|vllm)"
 
 
@@ -138,7 +138,10 @@ def named(tmp_path_factory):
     return here
 
 
-@pytest.mark.parametrize(("where", "words"), commands(), ids=lambda text: text)
+RUN = [(where, words) for where, words in commands() if shlex.join(typed(words)) not in ELSEWHERE]
+
+
+@pytest.mark.parametrize(("where", "words"), RUN, ids=lambda text: text)
 def test_a_command_runs(where, words, named, tmp_path, monkeypatch):
     """On files as it names, with less to compute."""
     folder = shutil.copytree(named, tmp_path / "here", symlinks=True)
