@@ -14,6 +14,7 @@ from decode_inputs import DEVICE
 
 from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
+from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
 from kda_kernels.parallel.context import _part
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
@@ -122,3 +123,13 @@ def test_a_wrong_context_is_refused():
         prefill._local(inputs, context)
     with pytest.raises(InputError, match="60 tokens of a sequence on former ranks: it should be a multiple of 64"):
         prefill._local(dataclasses.replace(inputs, **part_of(inputs, 60, 80)), context)
+
+
+def test_balanced_parts_are_of_chunks_and_take_equally_long():
+    for tokens, parts, heads in ((1 << 20, 2, 12), (1 << 20, 4, 12), (100_000, 3, 96), (50, 2, 1)):
+        cuts = balanced_cuts(tokens, parts, heads, 132)
+        assert (cuts[0], cuts[-1], len(cuts)) == (0, tokens, parts + 1)
+        assert list(cuts) == sorted(cuts) and all(cut % 64 == 0 for cut in cuts[:-1])
+    cuts = balanced_cuts(1 << 20, 2, 12, 132)
+    first, second = begun_cost(cuts[1], 12, 132), carried_cost(cuts[2] - cuts[1], 12, 132)
+    assert abs(first - second) < 0.02 * second

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from kda_kernels.errors import UnavailableError, one_line
-from kda_kernels.parallel import even_cuts
+from kda_kernels.parallel.balance import balanced_cuts
 from kda_kernels.problem import Op, Problem
+from kda_kernels.triton.runtime import multiprocessors
 from kdacli import options, output, provenance
 from kdacli.parallel.ranks import joined
 from kdacli.parallel.timing import Row, flas, ours
@@ -52,9 +53,10 @@ def _rows(
     """Of rank 0; and what was not timed, with the reason."""
     rows, left_out = [], []
     room = ROOM * torch.cuda.mem_get_info()[1]
+    sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
     for count in sorted({1, ranks, *(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks)}):
         group = dist.new_group(list(range(count)))
-        cuts = even_cuts(problem.T, count)
+        cuts = balanced_cuts(problem.T, count, problem.HV, sms)
         mine = {**regime, "seed": regime["seed"] + rank}
         # drawing takes as much again for the largest tensor, in fp32
         needed = 3 * elements(problem) / problem.T * max(b - a for a, b in zip(cuts, cuts[1:], strict=False))

@@ -1,7 +1,7 @@
-"""A sequence that began on a former rank, in the fused prefill for Hopper.
+"""Sequences that are cut between ranks, in the fused prefill for Hopper.
 
-The launch that cuts a sequence into segments (`cute.prefill`), with a first segment of no tokens: all segments are
-units, which run once from no state and once from the identity.
+Both are the launch that cuts a sequence into segments (`cute.prefill`). Where it began on a former rank its first
+segment has no tokens: all are units, which run once from no state and once from the identity.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ import torch
 
 from kda_kernels.cute import prefill
 from kda_kernels.cute.prefill_config import CHUNK, Part
-from kda_kernels.cute.prefill_plan import SCAN, START
+from kda_kernels.cute.prefill_plan import SCAN, START, plan
 from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.triton.segment_outputs import add_segment_outputs
-from kda_kernels.triton.segment_scan import Segments
+from kda_kernels.triton.segment_scan import Segments, scan_segments
 
 MOST_UNITS = 128
 
@@ -34,30 +34,36 @@ def units_of(tokens: int, HV: int, sms: int) -> int:
     return min(range(1, min(chunks, MOST_UNITS) + 1), key=cost)
 
 
-class HopperCarried:
-    """See `kda_kernels.parallel.prefill.Carried`. Memory: 256 bytes per token and head until `finish`."""
+def begun_split(inputs: Inputs, o: torch.Tensor) -> tuple[int, int] | None:
+    """Tokens of the first and of other segments of a sequence that begins here; None: it stays whole.
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
-        """Args: checked inputs of one sequence, dense. Raises: as `cute.prefill.prefill`."""
+    As `plan` cuts it, but in one round, so that its final state is known before anything is added to outputs.
+    """
+    tokens = o.shape[1]
+    split = plan(1, tokens, o.shape[2], multiprocessors(o.device)).split
+    if split is None:
+        return None
+    rounds = split.rounds(1, tokens, False)
+    return (split.lead * rounds, split.segment * rounds) if split.lead * rounds < tokens else None
+
+
+class _Cut:
+    """The segments of one sequence, dense. Memory: 256 bytes per token and head of units, until outputs are whole."""
+
+    def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int, final: torch.Tensor | None) -> None:
+        """Runs them. Raises: as `cute.prefill.prefill`."""
         self.inputs, self.o = inputs, o
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
-        segment = cdiv(cdiv(tokens, units_of(tokens, HV, multiprocessors(o.device))), CHUNK) * CHUNK
-        units = cdiv(tokens, segment)
+        units = cdiv(max(0, tokens - lead), segment)
         size = HV * (K * K * (1 + 3 * units) + K * units * segment // 2)
         workspace = torch.empty(size, dtype=torch.float32, device=o.device)
-        self.here = (0, segment, 0, units * segment)
-        final = None if inputs.state_indices is None else inputs.state
+        self.here = (lead, segment, 0, lead + units * segment)
         self.segments = Segments(workspace, final, inputs.state_indices, None, 1, units, inputs.null_slot, *self.here)
         with stage("segments"):
             self._launch(Part.SPLIT, dataclasses.replace(inputs, checkpoints=None))
-        self.prefixes = workspace.new_empty((units + 1, HV, 2 * K, K))
-        with stage("prefixes"), on_device(o):
-            prefixes_of(self.segments, self.prefixes)
-        self.summary = self.prefixes[-1]
 
-    def finish(self, summaries: torch.Tensor, ends: bool) -> None:
-        with stage("scan"), on_device(self.o):
-            carry_states(self.segments, self.prefixes, summaries, ends)
+    def complete(self) -> None:
+        """Outputs and checkpoints, once the states before units are there."""
         with stage("outputs"), on_device(self.o):
             add_segment_outputs(self.segments, self.o)
         if self.inputs.checkpoints is not None:
@@ -66,3 +72,39 @@ class HopperCarried:
 
     def _launch(self, part: Part, inputs: Inputs) -> None:
         prefill.launch_part(part, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
+
+
+class HopperBegun(_Cut):
+    """See `kda_kernels.parallel.prefill.Begun`."""
+
+    def __init__(self, inputs: Inputs, o: torch.Tensor, split: tuple[int, int]) -> None:
+        """Args: checked inputs of one sequence, dense, whose pool is its own."""
+        final = inputs.new_final_state() if inputs.state_indices is None else inputs.pool[0]
+        super().__init__(inputs, o, *split, final)
+        HV, K = o.shape[2], inputs.q.shape[3]
+        with stage("scan"), on_device(o):
+            scan_segments(self.segments, o.shape[1], HV)
+        self.summary = final.new_zeros((HV, 2 * K, K))
+        self.summary[:, :K] = final[0]
+
+    def finish(self) -> None:
+        self.complete()
+
+
+class HopperCarried(_Cut):
+    """See `kda_kernels.parallel.prefill.Carried`."""
+
+    def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
+        """Args: checked inputs of one sequence, dense."""
+        tokens, HV, K = o.shape[1], o.shape[2], inputs.q.shape[3]
+        segment = cdiv(cdiv(tokens, units_of(tokens, HV, multiprocessors(o.device))), CHUNK) * CHUNK
+        super().__init__(inputs, o, 0, segment, inputs.state if inputs.state_indices is not None else None)
+        prefixes = torch.empty((self.segments.units + 1, HV, 2 * K, K), dtype=torch.float32, device=o.device)
+        with stage("prefixes"), on_device(o):
+            prefixes_of(self.segments, prefixes)
+        self.prefixes, self.summary = prefixes, prefixes[-1]
+
+    def finish(self, summaries: torch.Tensor, ends: bool) -> None:
+        with stage("scan"), on_device(self.o):
+            carry_states(self.segments, self.prefixes, summaries, ends)
+        self.complete()

@@ -1,4 +1,4 @@
-"""A sequence that began on a former rank, with any prefill kernel: values and the identity side by side."""
+"""Sequences that are cut, with any prefill kernel: values and the identity side by side."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,19 @@ from kda_kernels.problem import MAX_HEAD
 from kda_kernels.tensors import Checkpoints, Inputs
 
 TOKENS = 8192  # whose outputs are summed at once, in fp32
+
+
+class PlainBegun:
+    """See `kda_kernels.parallel.prefill.Begun`: its outputs are complete already."""
+
+    def __init__(self, end: torch.Tensor | None) -> None:
+        """end: [1, HV, V, K], fp32."""
+        assert end is not None  # as there is a pool, or output_final_state
+        _, HV, V, K = end.shape
+        self.summary = torch.cat((end[0], end.new_zeros((HV, K, K))), 1)
+
+    def finish(self) -> None:
+        pass
 
 
 class PlainCarried:

@@ -4,7 +4,8 @@ The recurrence is affine in the state (`kda_kernels.segments`): a rank's tokens 
 rank turn the state S [V, K] before them into S T + E. Each rank runs its tokens from no state, which gives E and
 outputs o', and the identity along with them, which gives T and what each token reads of S, r [K]. E and T are gathered
 from all ranks; then S is known everywhere, and o = o' + S r. Only two sequences of a rank can be cut, its first and its
-last; the others run while summaries are on their way.
+last; the others run while summaries are on their way. What states before segments add to outputs comes after the
+exchange on every rank, also where it could come before: it fills a GPU, and NCCL's kernel would wait for it.
 
 Bits depend on where a sequence is cut, as sums are rounded in another order; not on how many ranks there are beside
 those that have its tokens.
@@ -22,7 +23,7 @@ from kda_kernels.boundary import check, check_out
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel
 from kda_kernels.parallel.exchange import start_gather, wait
-from kda_kernels.parallel.plain import PlainCarried
+from kda_kernels.parallel.plain import PlainBegun, PlainCarried
 from kda_kernels.problem import CHUNK, Op
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs
@@ -43,6 +44,19 @@ class Carried(Protocol):
         Args:
             summaries: [R, HV, V + K, K], of the former ranks that have tokens of the sequence.
         """
+
+
+class Begun(Protocol):
+    """This rank's tokens of a sequence that begins here and goes on elsewhere.
+
+    Attributes:
+        summary: as of `Carried`: E is the state where it ends here, and T is 0, as nothing that came before matters.
+    """
+
+    summary: torch.Tensor
+
+    def finish(self) -> None:
+        """Completes outputs and checkpoints."""
 
 
 def prefill(
@@ -93,6 +107,7 @@ class Call:
     def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None = None) -> None:
         self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
         self.carried: Carried | None = None
+        self.begun: Begun | None = None
 
     def start(self) -> torch.Tensor:
         """Runs what is cut from what is known; returns the summary of what goes on, [HV, V + K, K]."""
@@ -109,7 +124,8 @@ class Call:
         if context.goes_on and summary is None:
             tokens = slice(sum(lens) - lens[-1], sum(lens))
             with stage("begun sequence"):
-                summary = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
+                self.begun = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
+            summary = self.begun.summary
         # what nobody asks for has no values
         return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
 
@@ -130,33 +146,39 @@ class Call:
 
     def finish(self, everyone: torch.Tensor) -> None:
         """With all ranks' summaries [ranks, HV, V + K, K]."""
-        if self.carried is None:
-            return
+        if self.carried is not None:
+            self._finish_carried(self.carried, everyone)
+            self.carried = None
+        if self.begun is not None:
+            self.begun.finish()
+            self.begun = None
+
+    def _finish_carried(self, carried: Carried, everyone: torch.Tensor) -> None:
         sources = self.context.sources
         if sources[-1] - sources[0] + 1 == len(sources):
             summaries = everyone[sources[0] : sources[-1] + 1]
         else:
             summaries = everyone[list(sources)]
         with stage("states between ranks"):
-            self.carried.finish(summaries, not (self.context.goes_on and len(self.context.lens) == 1))
-        self.carried = None
+            carried.finish(summaries, not (self.context.goes_on and len(self.context.lens) == 1))
 
     def _one(self, tokens: slice, n: int) -> Inputs:
         return dataclasses.replace(_sequences(self.inputs, tokens, n, n + 1), cu_seqlens=None, cu_seqlens_cpu=None)
 
 
-def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> torch.Tensor:
-    """From its initial state, in a pool of its own; E is where it ends here, in fp32, and T is 0: nothing that came
-    before matters."""
+def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> Begun:
+    """From its initial state, in a pool of its own, where its state ends in fp32."""
     if inputs.state_indices is not None:
         state, indices = apart(inputs)
         inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
     else:
         inputs = dataclasses.replace(inputs, output_final_state=True)
-    end = _run(inputs, o, kernel)
-    assert end is not None  # as there is a pool, or output_final_state
-    _, HV, _, K = end.shape
-    return torch.cat((end[0], end.new_zeros((HV, K, K))), 1)
+    if _on_hopper(inputs, o, kernel):
+        from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
+
+        if (split := begun_split(inputs, o)) is not None:
+            return HopperBegun(inputs, o, split)
+    return PlainBegun(_run(inputs, o, kernel))
 
 
 def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
