@@ -59,8 +59,8 @@ class _Cut:
         workspace = torch.empty(size, dtype=torch.float32, device=o.device)
         self.here = (lead, segment, 0, lead + units * segment)
         self.segments = Segments(workspace, final, inputs.state_indices, None, 1, units, inputs.null_slot, *self.here)
-        with stage("segments"):
-            self._launch(Part.SPLIT, dataclasses.replace(inputs, checkpoints=None))
+        with stage("segments"):  # a first segment makes its checkpoints here, units when states before them are known
+            self._launch(Part.SPLIT, inputs if lead else dataclasses.replace(inputs, checkpoints=None))
 
     def complete(self) -> None:
         """Outputs and checkpoints, once the states before units are there."""
