@@ -53,6 +53,8 @@ def compare(theirs, mine, ours) -> None:
     fast = "cute" if runtime.unsupported_here() is None else "triton"
     assert seen and all(name.startswith(fast) for name in seen), f"{seen or 'none of ours'} ran"
     theirs, mine = left
+    for found in left:  # slot 0 is vLLM's null block, which its fused step writes for padded rows
+        found |= {name: found[name][1:] for name in ("conv", "pool")}
     assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
     for name, want in theirs.items():
         error = (mine[name].double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)

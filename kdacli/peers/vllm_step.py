@@ -16,8 +16,8 @@ from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
-# From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. A_log, dt_bias and
-# the norm's weight go in as fp32, which narrower ones become without loss.
+# From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. A_log, dt_bias, the
+# convolution's weight and bias and the norm's weight go in as fp32, which narrower ones become without loss.
 CONTRACT = Contract(
     state_dtypes=("float32",),
     square=True,
@@ -59,7 +59,7 @@ def run(inputs: Inputs) -> Outputs:
         step(
             side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
             derived(conv.weight, "by tap", _by_tap),
-            conv.bias,
+            None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
             inputs.g.reshape(1, N, HV, -1),
             inputs.beta.reshape(1, N, HV),
@@ -77,5 +77,5 @@ def run(inputs: Inputs) -> Outputs:
 
 
 def _by_tap(weight: torch.Tensor) -> torch.Tensor:
-    """[3, W, D / 3]: the weights of q, k and v, tap by tap."""
-    return weight.unflatten(0, (3, -1)).transpose(1, 2).contiguous()
+    """fp32 [3, W, D / 3]: the weights of q, k and v, tap by tap."""
+    return weight.float().unflatten(0, (3, -1)).transpose(1, 2).contiguous()
