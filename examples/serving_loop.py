@@ -13,7 +13,8 @@ if DEVICE == "cpu":
 
 from kda_kernels.api import kda_decode, kda_prefill  # noqa: E402
 
-H, K, V, SLOTS = 2, 128, 128, 8
+H, SLOTS = 2, 8
+K = V = 128 if DEVICE == "cuda" else 32  # Triton's interpreter takes its time
 GATE = {"A_log": torch.zeros(H, device=DEVICE), "dt_bias": torch.zeros(H, K, device=DEVICE), "lower_bound": -5.0}
 
 

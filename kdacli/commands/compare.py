@@ -60,8 +60,8 @@ def command(
     (ULPs), where it begins, and whether it grows along the sequence. Since both are judged too, the verdict tells
     "different but equally close to the truth" from "wrong". Exit 1 if one is wrong, however close they are.
 
-    On a CPU, Triton kernels run in Triton's interpreter and take about half a second for 100 tokens of one head: for a
-    large dump, choose calls with --call or kernels with --kernel torch-prefill, or use a machine with a GPU.
+    On a CPU, Triton kernels run in Triton's interpreter and take some tenths of a second for 100 tokens of one head:
+    for a large dump, choose calls with --call or kernels with --kernel torch-prefill, or use a machine with a GPU.
 
     \b
     Examples:

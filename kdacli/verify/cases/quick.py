@@ -1,4 +1,4 @@
-"""The suite `quick`: what every kernel should pass on every commit. A minute on a CPU, seconds on a GPU.
+"""The suite `quick`: what every kernel should pass on every commit. Half a minute on a CPU, seconds on a GPU.
 
 One call each, with the reason why it is there; to add one, add an entry. All but the last few are small enough for
 Triton's interpreter; the large ones need a GPU.
