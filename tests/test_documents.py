@@ -56,7 +56,7 @@ def test_a_command_can_be_typed(where, words):
 SMALL = "--lens 3 -H 1 --head-dim 16"
 ONE_CASE = "--kernel torch-decode --case decode-neg-eigval"
 EXAMPLE = ROOT / "examples" / "triton_kernel.py:decode"
-GATE = "--kernel triton-gate --variant 'gate_cumsum*e*'"
+GATE = "--kernel triton-gate --variant 'gate_cumsum*e*' --jobs 1"
 LESS = [
     (r"^verify( --op decode --fail-fast)?$", rf"verify\1 {ONE_CASE}"),
     (r"^verify --suite stress --seconds 3600", "verify --suite stress --seconds 0 --kernel torch-decode --shard 1/99"),
