@@ -102,13 +102,6 @@ def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
     return functools.partial(function, x.q, x.k, x.v, x.g, x.beta, **given)
 
 
-def by_name(kernel: Kernel, inputs: Inputs) -> Callable[[], object]:
-    """A kernel; a prefill on a plain state, which all take."""
-    if inputs.cu_seqlens is not None:
-        inputs = dataclasses.replace(inputs, state=inputs.state[: inputs.N], state_indices=None)
-    return lambda: kernel.run(inputs)
-
-
 def times_us(calls: list[Callable[[], object]], wait: Callable[[], object], until: float) -> list[float]:
     """Of each call, as many as begin before the clock is at `until`."""
     times = []
@@ -132,7 +125,7 @@ def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: 
     callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
-            callers[kernel.name] = lambda x, kernel=kernel: by_name(kernel, x)
+            callers[kernel.name] = lambda x, kernel=kernel: functools.partial(kernel.run, x)
             if not kernel.ours:  # no engine checks a call before a peer does
                 vars(kernel.code).update(check_inputs=lambda inputs: None)
     times: dict[str, list[float]] = {name: [] for name in callers}

@@ -130,7 +130,7 @@ def carry_states(segments: Segments, prefixes: torch.Tensor, summaries: torch.Te
     starts = segments.workspace[HV * K * K :]
     arguments = (
         prefixes, before, starts, final, indices, units, 0 if final is None else final.shape[0],
-        -1 if segments.null_slot is None else segments.null_slot, stride, HV, K, BV,
+        segments.null_slot, stride, HV, K, BV,
     )  # fmt: skip
     kind = (prefixes.device, dtype_of(final), dtype_of(indices), K)
     launch(apply_kernel, (K // BV, HV, units + 1), kind, arguments, num_warps=WIDE_WARPS)

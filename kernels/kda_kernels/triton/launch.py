@@ -7,7 +7,7 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-_compiled: dict[Hashable, Any] = {}
+_compiled: dict[Hashable, tuple[Any, ...]] = {}  # Triton's compiled kernel, and what of it a launch takes
 
 
 def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple, **options: int) -> None:
@@ -27,15 +27,16 @@ def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple,
     if known is None:
         made = kernel[grid](*arguments, **options)
         if hasattr(made, "packed_metadata"):  # not in the interpreter, nor where launches are recorded
-            _compiled[key] = made
+            _compiled[key] = made, made.run, made.function, made.packed_metadata
         return
+    made, run, function, metadata = known
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-        known[grid](*arguments)
+        made[grid](*arguments)
         return
     gpu = driver.active
     stream = gpu.get_current_stream(gpu.get_current_device())
-    known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *arguments)
+    run(*grid, stream, function, metadata, None, None, None, *arguments)
 
 
 def usual(tensors: Iterable[torch.Tensor | None], steps: Iterable[int], others: Iterable[int] = ()) -> bool:

@@ -111,10 +111,10 @@ def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> No
     _, T, HV, V = o.shape
     batch, token, head, _ = o.stride()
     span = span_of(segments, HV, multiprocessors(o.device) if o.is_cuda else 1)
-    device, _, *tables = segments.kind()
+    device, _, *tables = segments.kind
     arguments = (o, T, batch // 8, token // 8, head // 8, HV, V, K, BT, span)
     kind = (device, *tables, o.dtype, V, K, span)
     launch(
         segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, span)), kind,
-        segments.arguments() + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        segments.arguments + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip

@@ -5,8 +5,6 @@ and T in two bf16 parts each, 16 bits together; sums are fp32. V * K * K multipl
 bytes to read for each BV rows of the state.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
-class Segments(NamedTuple):
+class Segments:
     """One round of a prefill that is split.
 
     Attributes:
@@ -27,35 +25,34 @@ class Segments(NamedTuple):
             and in bf16 `reads` [units * segment, HV, K].
         final: the pool of `state_indices`, or [N, HV, V, K], where final states go; or None.
         N: sequences. units: most segments that are not first ones.
-        null_slot: see `kda_kernels.tensors.Inputs`.
-        lead, segment: tokens of first and of other segments. begin, limit: see `units_of`.
+        null_slot: see `kda_kernels.tensors.Inputs`; -1: none.
+        segment: tokens of segments that are not first ones; those are of `lead`. begin, limit: see `units_of`.
+        arguments: those that all kernels share. kind: what compiled kernels differ by.
     """
 
-    workspace: torch.Tensor
-    final: torch.Tensor | None
-    state_indices: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    N: int
-    units: int
-    null_slot: int | None
-    lead: int
-    segment: int
-    begin: int
-    limit: int
-
-    def arguments(self) -> tuple:
-        """Those that both kernels share."""
-        indices, final = self.state_indices, self.final
-        return (
-            self.workspace, indices, self.cu_seqlens, self.N, self.units, self.lead, self.segment, self.begin,
-            self.limit, 0 if indices is None else indices.stride(0),
-            0 if final is None or indices is None else final.shape[0],
-            -1 if self.null_slot is None else self.null_slot,
+    def __init__(
+        self,
+        workspace: torch.Tensor,
+        final: torch.Tensor | None,
+        state_indices: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        N: int,
+        units: int,
+        null_slot: int | None,
+        lead: int,
+        segment: int,
+        begin: int,
+        limit: int,
+    ) -> None:
+        self.workspace, self.final, self.state_indices, self.N, self.units = workspace, final, state_indices, N, units
+        self.segment, self.null_slot = segment, -1 if null_slot is None else null_slot
+        stride, slots = 0, 0
+        if state_indices is not None:
+            stride, slots = state_indices.stride()[0], 0 if final is None else final.shape[0]
+        self.arguments = (
+            workspace, state_indices, cu_seqlens, N, units, lead, segment, begin, limit, stride, slots, self.null_slot
         )  # fmt: skip
-
-    def kind(self) -> tuple:
-        """What compiled kernels differ by."""
-        return self.workspace.device, dtype_of(self.final), dtype_of(self.state_indices), dtype_of(self.cu_seqlens)
+        self.kind = workspace.device, dtype_of(final), dtype_of(state_indices), dtype_of(cu_seqlens)
 
 
 SHARED = ("N", "units", "lead", "segment", "begin", "limit", "stride_index", "slots", "null_slot", "HV")
@@ -153,6 +150,6 @@ def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 12
     stride = 0 if final is None else final.stride(0) * final.element_size() // 16
     arguments = (final, T, stride, HV, V, K, BV)
     launch(
-        segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind(), V, K), segments.arguments() + arguments,
+        segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind, V, K), segments.arguments + arguments,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
