@@ -1,7 +1,7 @@
 """A call's tensors as a peer wants them: parameters of another type, offsets of a dense batch, aligned addresses.
 
 An engine prepares such things once, when it loads a model or plans a batch, so they are remembered here from call to
-call and do not count in a kernel's time. Nothing is remembered while a CUDA graph is being captured: that memory is the
+call and do not count in a kernel's time. What is made while a CUDA graph is being captured is not: that memory is the
 graph's.
 """
 
@@ -21,12 +21,14 @@ _T = TypeVar("_T")
 
 def derived(tensor: torch.Tensor, what: Hashable, make: Callable[[torch.Tensor], _T]) -> _T:
     """`make(tensor)`, called once for as long as the tensor lives and is not modified; `what` tells makers apart."""
-    if tensor.is_inference() or _capturing(tensor):
+    if tensor.is_inference():
         return make(tensor)
     known = _made.setdefault(tensor, {})
     version, value = known.get(what, (None, None))
-    if version != tensor._version:
-        value = make(tensor)
+    if version == tensor._version:
+        return value
+    value = make(tensor)
+    if not _capturing(tensor):
         known[what] = (tensor._version, value)
     return value
 
