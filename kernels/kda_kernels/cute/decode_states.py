@@ -11,13 +11,16 @@ from kda_kernels.cute.decode_config import LANES, DecodeSpec
 from kda_kernels.cute.math import float_of, load_now
 from kda_kernels.cute.ptx import select
 from kda_kernels.cute.stored import (
+    LARGEST,
     bf16_at_random,
     fp16_at_random,
+    fractions,
     halves,
     int16_at_random,
     int16_nearest,
     random_words,
     row_scales,
+    within_int16,
 )
 
 
@@ -125,7 +128,7 @@ class States:
         numbers = self.numbers(s, row, stamp, lane)
         out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
         for i in cutlass.range_constexpr(self.spec.vector // 2):
-            pair = halves(numbers[i])
+            pair = halves(self.needed(numbers[i], dtype))
             if cutlass.const_expr(dtype is cutlass.BFloat16):
                 low, high = (bf16_at_random(S[2 * i + j, s, p], pair[j]) for j in range(2))
                 out[i] = Int32(Uint32(low) >> 16) | (high & -0x10000)
@@ -139,11 +142,15 @@ class States:
             self.keep_nan(out, S, dtype, numbers, s, p)
         return out
 
+    def needed(self, word: Uint32, dtype: cutlass.Constexpr):
+        """The bits that `dtype` needs of two random numbers in a word."""
+        return word if dtype is cutlass.BFloat16 else word & Uint32(0x1FFF1FFF)
+
     @cute.jit
     def keep_nan(self, out, S, dtype: cutlass.Constexpr, numbers, s, p):
         """`at_random` of a row with NaN, which stays."""
         for i in cutlass.range_constexpr(self.spec.vector // 2):
-            y, pair = cute.make_rmem_tensor(2, Float32), halves(numbers[i])
+            y, pair = cute.make_rmem_tensor(2, Float32), halves(self.needed(numbers[i], dtype))
             for j in cutlass.range_constexpr(2):
                 x = S[2 * i + j, s, p]
                 if cutlass.const_expr(dtype is cutlass.BFloat16):
@@ -175,10 +182,25 @@ class States:
             for i in cutlass.range_constexpr(self.spec.vector // 2):
                 a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                 if cutlass.const_expr(self.spec.random):
-                    pair = halves(numbers[i])
-                    low, high = int16_at_random(a, w, pair[0]), int16_at_random(b, w, pair[1])
-                    word = Int32(Uint32(low) >> 16) | (high & -0x10000)
+                    low, high = fractions(numbers[i])
+                    low, high = int16_at_random(a, w, low), int16_at_random(b, w, high)
                 else:
-                    word = (int16_nearest(a, w) & 0xFFFF) | (int16_nearest(b, w) << 16)
-                out[i] = Int32(cutlass.select_(kept, word, Int32(0)))
+                    low, high = int16_nearest(a, w), int16_nearest(b, w)
+                out[i] = (low & 0xFFFF) | (high << 16)
+            if not kept:
+                out.fill(0)
+            if cutlass.const_expr(self.spec.random):
+                if kept and most * w > LARGEST:  # rounded up: some may be too far from 0
+                    self.keep_within(out, S, s, p)
             self.vectors(first, s, p).store(cute.recast_tensor(out, cutlass.Int16).load())
+
+    @cute.jit
+    def keep_within(self, out, S, s, p):
+        """Access s of row p, two integers to a word, of which few are -32768: see `within_int16`."""
+        found = Int32(0)
+        for i in cutlass.range_constexpr(self.spec.vector // 2):
+            x = out[i] ^ -0x7FFF8000  # 0 in the half
+            found |= (x - 0x00010001) & ~x & -0x7FFF8000
+        if found != 0:
+            for i in cutlass.range_constexpr(self.spec.vector // 2):
+                out[i] = within_int16(out[i], S[2 * i, s, p], S[2 * i + 1, s, p])

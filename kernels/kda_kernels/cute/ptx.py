@@ -118,10 +118,17 @@ def multiply_add(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Fl
 
 
 @dsl_user_op
-def floor_to_int(x: Float32, *, loc=None, ip=None) -> Int32:
-    """The largest integer not over x, within those of 32 bits."""
-    operand = Float32(x).ir_value(loc=loc, ip=ip)
-    return Int32(_asm(T.i32(), [operand], "cvt.rmi.s32.f32 $0, $1;", "=r,f", loc, ip, effects=False))
+def add_down(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """a + b, rounded down."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Float32(_asm(T.f32(), operands, "add.rm.f32 $0, $1, $2;", "=f,f,f", loc, ip, effects=False))
+
+
+@dsl_user_op
+def one_if_less(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """1 where a < b, or 0. One instruction."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Float32(_asm(T.f32(), operands, "set.lt.f32.f32 $0, $1, $2;", "=f,f,f", loc, ip, effects=False))
 
 
 @cute.jit

@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
 from kda_kernels.cute.math import float_bits, float_of, reciprocal
-from kda_kernels.cute.ptx import floor_to_int, multiply_add, select
+from kda_kernels.cute.ptx import add_down, multiply_add, one_if_less, select
 from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 
 MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
@@ -31,7 +31,7 @@ def random_words(keys, slot: Uint32, token: Uint32, group: Uint32):
 
 @cute.jit
 def halves(word: Uint32):
-    """The two random numbers in a word, under 65536."""
+    """The two numbers in a word, under 65536."""
     return Int32(word & Uint32(0xFFFF)), Int32(word >> 16)
 
 
@@ -43,10 +43,11 @@ def bf16_at_random(x: Float32, number: Int32) -> Int32:
 
 @cute.jit
 def fp16_at_random(x: Float32, number: Int32) -> Float32:
-    """x as fp16 can have it, or 65536 and more; infinities stay, and x is no NaN."""
+    """x as fp16 can have it, or 65536 and more; infinities stay, and x is no NaN. `number`: under 0x2000."""
     size = cute.arch.fmax(x, -x)
-    offset = select(size < SUBNORMAL, Float32(SUBNORMAL), Float32(0.0))
-    y = float_of((float_bits(size + offset) + (number & 0x1FFF)) & -0x2000) - offset
+    small = one_if_less(size, Float32(SUBNORMAL))
+    bits = (float_bits(multiply_add(small, Float32(SUBNORMAL), size)) + number) & -0x2000
+    y = multiply_add(small, Float32(-SUBNORMAL), float_of(bits))
     return float_of(float_bits(y) | (float_bits(x) & (-0x7FFFFFFF - 1)))
 
 
@@ -80,8 +81,28 @@ def int16_nearest(x: Float32, w: Float32) -> Int32:
 
 
 @cute.jit
-def int16_at_random(x: Float32, w: Float32, number: Int32) -> Int32:
-    """Its upper half is the integer."""
-    limit = LARGEST << 16
-    y = floor_to_int((x * w) * 65536.0)
-    return cutlass.min(cutlass.max(y, Int32(-limit)), Int32(limit)) + number
+def int16_at_random(x: Float32, w: Float32, fraction: Float32) -> Int32:
+    """Its lower half is the integer; -32768 stands for one that is too far from 0. `fraction`: see `fractions`.
+
+    (floor(65536 a) + r) >> 16 is floor(a + r / 65536), and a sum that is rounded down has the same floor.
+    """
+    return float_bits(add_down(add_down(x * w, fraction), Float32(MAGIC - 1.0)))
+
+
+@cute.jit
+def fractions(word: Uint32):
+    """1 + r / 65536 of the two random numbers in a word."""
+    upper = 0x7FFF80
+    low, high = Int32(word << 7) & upper, Int32(word >> 9) & upper
+    return float_of(low | 0x3F800000), float_of(high | 0x3F800000)
+
+
+@cute.jit
+def within_int16(word: Int32, a: Float32, b: Float32) -> Int32:
+    """Two integers side by side, of numbers with the signs of a and b: 32767 away from 0 instead of -32768."""
+    low, high = word & 0xFFFF, word & -0x10000
+    if low == 0x8000:
+        low = Int32(0x7FFF) + (Int32(a < 0.0) << 1)
+    if high == Int32(-0x80000000):
+        high = (Int32(0x7FFF) + (Int32(b < 0.0) << 1)) << 16
+    return low | high

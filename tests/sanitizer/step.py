@@ -1,0 +1,42 @@
+"""Steps of a few heads, for compute-sanitizer on a Hopper GPU:
+
+compute-sanitizer --tool memcheck python tests/sanitizer/step.py
+compute-sanitizer --tool racecheck --racecheck-report all python tests/sanitizer/step.py
+
+Each says how far it is from the fp64 oracle.
+"""
+
+import torch
+
+from kda_kernels.cute.decode import decode
+from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.reference.oracle import recurrence
+from kdacli.synthetic import make_inputs
+
+STREAMED = DecodeConfig(rows=128, ctas=3, bulk=True, together=2)
+SEED = frozenset({"rounding_seed"})
+RUNS = {
+    "32 rows": (1, "float32", frozenset(), DecodeConfig(rows=32)),
+    "streamed": (1, "float32", frozenset(), STREAMED),
+    "int16 at random": (1, "int16", SEED, STREAMED),
+    "six tokens": (6, "float32", frozenset(), STREAMED),
+    "three tokens in registers": (3, "bfloat16", SEED, DecodeConfig(rows=64, threads=256, ctas=2)),
+}
+
+
+def run(name: str, tokens: int, state_dtype: str, features: frozenset[str], config: DecodeConfig) -> None:
+    problem = Problem(
+        Op.STEP, (tokens,) * 2, H=2, HV=2, packed=False, pool_slots=2 + 2 * tokens, state_dtype=state_dtype,
+        features=features, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND),
+    )  # fmt: skip
+    inputs = make_inputs(problem, device="cuda")
+    expected = recurrence(inputs).o
+    error = (decode(inputs, config=config).o - expected).norm() / expected.norm()
+    print(f"{name}: error of o {float(error):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    for name, what in RUNS.items():
+        run(name, *what)
+    torch.cuda.synchronize()
