@@ -19,8 +19,13 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> {what: (
 _T = TypeVar("_T")
 
 
-def derived(tensor: torch.Tensor, what: Hashable, make: Callable[[torch.Tensor], _T]) -> _T:
-    """`make(tensor)`, called once for as long as the tensor lives and is not modified; `what` tells makers apart."""
+def derived(tensor: torch.Tensor, make: Callable[[torch.Tensor], _T], what: Hashable = None) -> _T:
+    """`make(tensor)`, called once for as long as the tensor lives and is not modified.
+
+    Args:
+        make: what stays is known by it, and by `what` where it is not one function for all calls.
+    """
+    what = what or make
     if tensor.is_inference():
         return make(tensor)
     known = _made.setdefault(tensor, {})
@@ -35,7 +40,7 @@ def derived(tensor: torch.Tensor, what: Hashable, make: Callable[[torch.Tensor],
 
 def parameter(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`, converted once."""
-    return tensor if tensor.dtype == dtype else derived(tensor, dtype, lambda x: x.to(dtype))
+    return tensor if tensor.dtype == dtype else derived(tensor, lambda x: x.to(dtype), dtype)
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

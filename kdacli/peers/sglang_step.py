@@ -29,7 +29,7 @@ CONTRACT = Contract(
     padding=True,
     features=frozenset(("conv", "norm")),
     conv_widths=(4,),
-    conv_dtypes=("bfloat16", "float32"),
+    conv_state_dtypes=("bfloat16",),
 )
 
 
@@ -47,8 +47,8 @@ def _refusal(problem: Problem) -> str | None:
     parts = problem.parts
     if parts is not None and not parts.norm:
         return "it has no step without a norm"
-    if parts is not None and (parts.state_dtype != "bfloat16" or not parts.tokens_first):
-        return "it takes the convolution's states in bf16 with tokens first only"
+    if parts is not None and not parts.tokens_first:
+        return "the states of the convolution have channels first: it takes them with tokens first"
     return CONTRACT.refusal(problem)
 
 
@@ -74,8 +74,8 @@ def run(inputs: Inputs) -> Outputs:
             rows_of(inputs.g),
             inputs.beta.flatten(0, 1),
             conv.states,
-            *derived(conv.weight, "by tap", _by_tap),
-            derived(conv.weight, "zeros", _zeros) if conv.bias is None else parameter(conv.bias, torch.float32),
+            *derived(conv.weight, _by_tap),
+            derived(conv.weight, _zeros) if conv.bias is None else parameter(conv.bias, torch.float32),
             A_log,
             dt_bias.flatten(),
             rows_of(norm.gate),

@@ -16,8 +16,8 @@ from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
-# From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. A_log, dt_bias, the
-# convolution's weight and bias and the norm's weight go in as fp32, which narrower ones become without loss.
+# From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. Parameters go in as
+# fp32, which narrower ones become without loss.
 CONTRACT = Contract(
     state_dtypes=("float32",),
     square=True,
@@ -29,7 +29,7 @@ CONTRACT = Contract(
     plain_state=False,
     features=frozenset(("conv", "norm")),
     conv_widths=(4,),
-    conv_dtypes=("bfloat16",),
+    conv_state_dtypes=("bfloat16",),
 )
 
 
@@ -58,7 +58,7 @@ def run(inputs: Inputs) -> Outputs:
         o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
         step(
             side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
-            derived(conv.weight, "by tap", _by_tap),
+            derived(conv.weight, _by_tap),
             None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
             inputs.g.reshape(1, N, HV, -1),
@@ -78,4 +78,4 @@ def run(inputs: Inputs) -> Outputs:
 
 def _by_tap(weight: torch.Tensor) -> torch.Tensor:
     """fp32 [3, W, D / 3]: the weights of q, k and v, tap by tap."""
-    return weight.float().unflatten(0, (3, -1)).transpose(1, 2).contiguous()
+    return weight.unflatten(0, (3, -1)).transpose(1, 2).float().contiguous()

@@ -30,8 +30,8 @@ class Contract:
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
         padding: takes negative state indices.
         features: what it has of `kda_kernels.problem.FEATURES`.
-        conv_widths, conv_dtypes: of a convolution: tokens it looks at, and dtypes of its weight and of its states; 0
-            among the widths: it does without one.
+        conv_widths, conv_dtypes, conv_state_dtypes: of a convolution: tokens it looks at, and dtypes of its weight and
+            of its states; 0 among the widths: it does without one.
         aligned: names of the tensors whose addresses should be multiples of 16 bytes. A `Problem` says nothing of
             addresses: the adapter refuses them when it runs, by `given.require_aligned`.
         why: reasons to print in place of the plain ones: (field, reason).
@@ -62,6 +62,7 @@ class Contract:
     features: frozenset[str] = frozenset()
     conv_widths: tuple[int, ...] = (0, *CONV_WIDTHS)
     conv_dtypes: tuple[str, ...] = tuple(FLOATS)
+    conv_state_dtypes: tuple[str, ...] = tuple(FLOATS)
     aligned: tuple[str, ...] = ()
     why: tuple[tuple[str, str], ...] = ()
 
@@ -140,9 +141,12 @@ class Contract:
         if parts.width not in self.conv_widths:
             found = f"has width {parts.width}" if parts.width else "is missing"
             yield f"the convolution {found}: it takes {' or '.join(map(str, self.conv_widths))}"
-        for what, dtype in (("weight", parts.weight_dtype), ("states", parts.state_dtype)):
-            if parts.width and dtype not in self.conv_dtypes:
-                yield f"the {what} of the convolution: {FLOATS[dtype].short}, where it takes {_names(self.conv_dtypes)}"
+        for what, dtype, takes in (
+            ("weight", parts.weight_dtype, self.conv_dtypes),
+            ("states", parts.state_dtype, self.conv_state_dtypes),
+        ):
+            if parts.width and dtype not in takes:
+                yield f"the {what} of the convolution: {FLOATS[dtype].short}, where it takes {_names(takes)}"
 
     def _because(self, field: str, plain: str) -> str:
         return dict(self.why).get(field, plain)

@@ -3,6 +3,8 @@
 Eight lanes share a row of K channels. A lane's registers S are [elements an access, accesses a row, rows], fp32.
 """
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
@@ -178,7 +180,7 @@ class States:
         scales[0] = select(lane % LANES == row, scale, scales[0])
         for s in cutlass.range_constexpr(self.spec.steps):
             out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
-            numbers = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.random) else None
+            numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.random) else None
             for i in cutlass.range_constexpr(self.spec.vector // 2):
                 a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                 if cutlass.const_expr(self.spec.random):
