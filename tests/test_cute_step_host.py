@@ -74,7 +74,7 @@ def test_steps_that_round_stochastically_take_a_function_of_their_own(made):
     """An int16 pool with and without a seed, each again after the other."""
     problem = Problem(
         Op.STEP, (1,) * 3, H=2, HV=4, K=32, V=32, pool_slots=5, packed=False, state_dtype="int16",
-        features=frozenset({"rounding_seed"}),
+        state_rounding="stochastic",
     )  # fmt: skip
     inputs = make_inputs(problem)
     for seed in (inputs.rounding_seed, None, inputs.rounding_seed):

@@ -33,8 +33,8 @@ def decaying(dtype: str, at_random: bool, T: int, K: int = 128) -> Inputs:
     """Steps that only decay: no sum can change their fp32 state. A row has NaN, and another is 0."""
     options = dataclasses.replace(SAFE, beta_is_logit=False)
     shape = {"H": 2, "HV": 2, "K": K, "V": 128, "packed": False, "pool_slots": 7, "state_dtype": dtype}
-    features = frozenset({"rounding_seed"} if at_random else ())
-    problem = Problem(Op.DECODE, (T,) * 3, dtype="float32", options=options, features=features, **shape)
+    rounding = "stochastic" if at_random else "nearest"
+    problem = Problem(Op.DECODE, (T,) * 3, dtype="float32", options=options, state_rounding=rounding, **shape)
     inputs = make_inputs(problem, device=DEVICE)
     start = torch.randn(7, 2, 128, K) * torch.logspace(-9, 3, 128)[:, None]
     start[:, 0, 69, 3], start[:, 1, 8] = torch.nan, 0.0

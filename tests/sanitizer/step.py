@@ -15,20 +15,19 @@ from kda_kernels.reference.oracle import recurrence
 from kdacli.synthetic import make_inputs
 
 STREAMED = DecodeConfig(rows=128, ctas=3, bulk=True, together=2)
-SEED = frozenset({"rounding_seed"})
 RUNS = {
-    "32 rows": (1, "float32", frozenset(), DecodeConfig(rows=32)),
-    "streamed": (1, "float32", frozenset(), STREAMED),
-    "int16 at random": (1, "int16", SEED, STREAMED),
-    "six tokens": (6, "float32", frozenset(), STREAMED),
-    "three tokens in registers": (3, "bfloat16", SEED, DecodeConfig(rows=64, threads=256, ctas=2)),
+    "32 rows": (1, "float32", "nearest", DecodeConfig(rows=32)),
+    "streamed": (1, "float32", "nearest", STREAMED),
+    "int16 at random": (1, "int16", "stochastic", STREAMED),
+    "six tokens": (6, "float32", "nearest", STREAMED),
+    "three tokens in registers": (3, "bfloat16", "stochastic", DecodeConfig(rows=64, threads=256, ctas=2)),
 }
 
 
-def run(name: str, tokens: int, state_dtype: str, features: frozenset[str], config: DecodeConfig) -> None:
+def run(name: str, tokens: int, state_dtype: str, rounding: str, config: DecodeConfig) -> None:
     problem = Problem(
         Op.STEP, (tokens,) * 2, H=2, HV=2, packed=False, pool_slots=2 + 2 * tokens, state_dtype=state_dtype,
-        features=features, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND),
+        state_rounding=rounding, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND),
     )  # fmt: skip
     inputs = make_inputs(problem, device="cuda")
     expected = recurrence(inputs).o
