@@ -81,8 +81,13 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane)
             warpgroup.wait_group(0)
-            late = cutlass.const_expr(spec.bounded and (keeps or spec.invariant))  # the decays are still to be read
-            if cutlass.const_expr(not late):
+            # the stage is not empty where its decays are read once more
+            late, position = False, work.begin + (chunk + 1) * CHUNK
+            if cutlass.const_expr(spec.bounded and spec.invariant):
+                late = chunk & 1 == 1
+            elif cutlass.const_expr(spec.bounded and keeps):
+                late = position % ALIGNMENT == 0
+            if not late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
                 self.write_out(shared, atoms, tiles, o, work, group, chunk, tokens, p)
@@ -91,8 +96,8 @@ class Consumer:
                     self.end(S, decay + spec.K, col)
             if cutlass.const_expr(keeps):
                 if tokens >= CHUNK and work.kind == 0 and work.index == 0:
-                    self.keep(S, decay + spec.K, states, work, work.begin + (chunk + 1) * CHUNK, inside)
-            if cutlass.const_expr(late):
+                    self.keep(S, decay + spec.K, states, work, position, inside)
+            if late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -221,15 +226,52 @@ class Consumer:
                     S[4 * j + 2 * h + e] = pair[e].to(Float32)
 
     @cute.jit
-    def store_state(self, S, states, slot: Int64, inside: Int32):
-        """Rounded to the dtype of the states."""
-        for j in cutlass.range_constexpr(self.spec.K // 8):
-            for h in cutlass.range_constexpr(2):
-                pair = cute.make_rmem_tensor(2, Float32)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = S[4 * j + 2 * h + e]
-                target = vector(states.iterator, slot * states.stride[0] + (inside + 8 * h * self.spec.K + 8 * j))
-                target.store(pair.load().to(states.element_type))
+    def store_state(self, S, states, slot: Int64, inside: Int32, decay=None):
+        """S diag(2^decay), or S, rounded to the dtype of the states."""
+        start, K = slot * states.stride[0], self.spec.K
+        narrow = cutlass.const_expr(states.element_type.width == 16)
+        col = 2 * (cute.arch.lane_idx() & 3)
+        for block in cutlass.range_constexpr(K // 32):
+            words = [[], []]
+            for j in cutlass.range_constexpr(4 * block, 4 * block + 4):
+                factors = None
+                if cutlass.const_expr(decay is not None):
+                    exponents = vector(decay, 8 * j + col).load()
+                    factors = [exp2_approx(exponents[e]) for e in range(2)]
+                for h in cutlass.range_constexpr(2):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    for e in cutlass.range_constexpr(2):
+                        pair[e] = S[4 * j + 2 * h + e]
+                        if cutlass.const_expr(factors is not None):
+                            pair[e] = pair[e] * factors[e]
+                    rounded = pair.load().to(states.element_type)
+                    if cutlass.const_expr(narrow):
+                        word = cute.make_rmem_tensor(2, states.element_type)
+                        word.store(rounded)
+                        words[h].append(cute.recast_tensor(word, Int32)[0])
+                    else:
+                        vector(states.iterator, start + (inside + 8 * h * K + 8 * j)).store(rounded)
+            if cutlass.const_expr(narrow):  # 16 bytes a lane: whole sectors, in a quarter of the stores
+                for h in cutlass.range_constexpr(2):
+                    place = start + (inside - col + 8 * h * K + 32 * block + 4 * col)
+                    target = vector(cute.recast_ptr(states.iterator, dtype=Int32), place >> 1, 4)
+                    target.store(self.across_quad(words[h], col >> 1).load())
+
+    @cute.jit
+    def across_quad(self, words: list, c: Int32):
+        """Of four lanes the c-th gets word c of each."""
+        odd, high = c & 1 == 1, c >= 2
+        for i in (0, 2):
+            got = cute.arch.shuffle_sync_bfly(Int32(cutlass.select_(odd, words[i], words[i + 1])), 1)
+            words[i], words[i + 1] = (
+                Int32(cutlass.select_(odd, got, words[i])), Int32(cutlass.select_(odd, words[i + 1], got))
+            )  # fmt: skip
+        out = cute.make_rmem_tensor(4, Int32)
+        for i in (0, 1):
+            got = cute.arch.shuffle_sync_bfly(Int32(cutlass.select_(high, words[i], words[i + 2])), 2)
+            out[i] = Int32(cutlass.select_(high, got, words[i]))
+            out[i + 2] = Int32(cutlass.select_(high, words[i + 2], got))
+        return out
 
     @cute.jit
     def store_parts(self, S, states, slot: Int64, i_hv: Int32, inside: Int32):
@@ -330,19 +372,14 @@ class Consumer:
     @cute.jit
     def keep_row(self, S, decay, states: States, i_n: Int32, column: Int32, inside: Int32):
         """Of S in the middle of a chunk what it is at its end."""
-        if cutlass.const_expr(self.spec.invariant or not self.spec.bounded):
-            self.store_row(S, states, i_n, column, inside)
-        else:
-            ended = cute.make_rmem_tensor(S.shape, Float32)
-            ended.store(S.load())
-            self.end(ended, decay, 2 * (cute.arch.lane_idx() & 3))
-            self.store_row(ended, states, i_n, column, inside)
+        as_it_is = cutlass.const_expr(self.spec.invariant or not self.spec.bounded)
+        self.store_row(S, states, i_n, column, inside, None if as_it_is else decay)
 
     @cute.jit
-    def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32):
+    def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32, decay=None):
         row = Int64(states.rows[i_n, column])
         if row >= 0 and row < states.kept.shape[0]:
-            self.store_state(S, states.kept, row, inside)
+            self.store_state(S, states.kept, row, inside, decay)
 
     @cute.jit
     def mark_unaligned(self, states: States, work: Work, inside: Int32):
