@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kda_kernels import checks
-from kda_kernels.checks import check_gate, check_inputs, problem_of, require_features, require_no_tail
+from kda_kernels.checks import check_gate, check_inputs, problem_of, require_features
 from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.problem import FEATURES, Gate, Op, Options
 from kda_kernels.tensors import Checkpoints, Dims, Inputs
@@ -362,9 +362,6 @@ def test_features_are_seen_and_asked_for(changes):
 def test_tokens_behind_the_last_sequence():
     inputs = packed(cu_seqlens=torch.tensor([0, 5, 5, 11]))
     assert check_inputs(inputs).T == T
-    require_no_tail(packed(), "kernel")
-    with pytest.raises(InputError, match="^cu_seqlens ends at 11: kernel needs it to end at T"):
-        require_no_tail(inputs, "kernel")
 
 
 def test_more_slots_than_sequences_are_the_rest_of_a_buffer():

@@ -99,12 +99,6 @@ def require_features(inputs: Inputs, has: Collection[str], who: str) -> None:
         raise InputError(min(lacking), "is used", f"{who} does not support it")
 
 
-def require_no_tail(inputs: Inputs, who: str) -> None:
-    """Raises `InputError` where tokens of a checked call lie behind its last sequence, as far as values are checked."""
-    if inputs.cu_seqlens is not None and values_checked(inputs.q) and inputs.cu_seqlens[-1] < inputs.q.shape[1]:
-        raise InputError("cu_seqlens", f"ends at {int(inputs.cu_seqlens[-1])}", f"{who} needs it to end at T")
-
-
 def check_gate(
     g: torch.Tensor,
     A_log: torch.Tensor | None,
