@@ -424,10 +424,11 @@ def test_a_gigabyte_in_little_memory(tmp_path):
 
         import torch
         from kdacli.comparison.pair import compare_pairs, match
-        from kdacli.judge import reference
+        from kdacli.judge import plain, reference
         from kdacli.dumps import load_all
         reference.token_recurrence = lambda batch, *rest: torch.zeros_like(batch.v)  # zeros: saves a minute
-        reference.chunk_recurrence = lambda batch, *rest: torch.zeros_like(batch.v)
+        plain.token_recurrence = reference.token_recurrence
+        plain.chunk_recurrence = lambda batch, *rest: torch.zeros_like(batch.v)
 
         sizes = [sparse(f"{sys.argv[1]}/{name}.safetensors") for name in "ab"]
         before, most, done = anonymous(), 0, False

@@ -13,7 +13,7 @@ from kda_kernels.reference.gate import log_decay
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Reference, Verdict, expect
 from kdacli.judge import judge as judge_by
-from kdacli.judge.reference import DRAWS, LONG, operand_dtype, plains
+from kdacli.judge.plain import DRAWS, LONG, operand_dtype, plains
 from kdacli.synthetic import make_inputs
 from kdacli.verify.cases import spec
 from kdacli.verify.checks.check import Bench

@@ -13,7 +13,8 @@ import torch
 
 from kda_kernels.dtypes import STATES, name_of
 from kdacli.judge.layout import Place
-from kdacli.judge.reference import Plain, Rows, fine
+from kdacli.judge.plain import Plain
+from kdacli.judge.reference import Rows, fine
 
 # Another legal order of the same roundings (other sub-chunks, other reduction trees) makes an error of the same size:
 # three kernels by three houses lie within 1.6x of each other on the same inputs. Twice that is another arithmetic.
