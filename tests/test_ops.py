@@ -19,10 +19,11 @@ from kda_kernels.api import (
     prefill_workspace_bytes,
 )
 from kda_kernels.errors import InputError
-from kda_kernels.problem import Op
+from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import get
 from kda_kernels.tensors import Inputs
 from kda_kernels.triton.gate import kda_gate_chunk_cumsum
+from kdacli.synthetic import make_inputs
 
 TOKENS = ("q", "k", "v", "g", "beta")
 POOL = ("A_log", "dt_bias", "state", "state_indices", "cu_seqlens")
@@ -115,6 +116,29 @@ def test_opcheck(name):
     given = {"lower_bound": inputs.options.lower_bound}
     op = getattr(torch.ops.kda, name).default
     torch.library.opcheck(op, (*tensors, torch.zeros_like(inputs.v), *last), given)
+
+
+def test_states_in_int16_with_a_seed():
+    """The schema says that scales are written; the operator does what the function does."""
+    problem = Problem(Op.DECODE, (1, 2), H=1, HV=1, K=16, V=8, pool_slots=3, state_dtype="int16",
+                      state_rounding="stochastic")  # fmt: skip
+    inputs = make_inputs(problem)
+    inputs.state_scales.nan_to_num_(nan=1.0)  # a NaN is not equal to itself
+
+    def given(x):
+        stored = {name: getattr(x, name) for name in ("state_scales", "rounding_seed")}
+        tensors = [getattr(x, name) for name in TOKENS]
+        return (*tensors, torch.zeros_like(x.v), *(getattr(x, name) for name in POOL)), stored
+
+    more = {"lower_bound": inputs.options.lower_bound, "kernel_name": "torch-decode"}
+    op = torch.ops.kda.decode.default
+    arguments, stored = given(inputs)
+    torch.library.opcheck(op, arguments, more | stored, test_utils=("test_schema", "test_faketensor"))
+    one, other = inputs.fresh(), inputs.fresh()
+    arguments, stored = given(one)
+    op(*arguments, **more, **stored)
+    registry.get("torch-decode").run(other)
+    assert torch.equal(one.state, other.state) and torch.equal(one.state_scales, other.state_scales)
 
 
 def test_no_argument_has_a_name_that_inductor_takes():

@@ -58,7 +58,7 @@ def _default_op(wanted: Wanted) -> Op:
 
 def _suite_cases(name: str, wanted: Wanted) -> list[TimedCase]:
     _leave_open(wanted.shape, _WITH_SUITE, "--suite, which sets the shapes")
-    if wanted.op not in (None, name.removesuffix("-bf16")):
+    if wanted.op not in (None, name.removesuffix("-bf16").removesuffix("-states")):
         raise InputError(f"--op is {wanted.op} with --suite {name}: leave one out")
     return suite(name, wanted.regimes)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.problem import ROUNDINGS, SAFE_BOUND, Gate, Op, Options, Problem
 
 SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
 SOFTPLUS = Options(gate=Gate.SOFTPLUS)
@@ -88,6 +88,17 @@ def decode_bf16_problems() -> Iterator[tuple[str, Problem]]:
         yield f"{name},bf16", dataclasses.replace(problem, state_dtype="bfloat16")
 
 
+def decode_states_problems() -> Iterator[tuple[str, Problem]]:
+    """2048 states and more, in all that a pool may hold: what halving their bytes is worth."""
+    for heads, n in ((32, 64), (32, 128), (96, 32)):
+        wide = Problem(Op.DECODE, (1,) * n, heads, heads, packed=False, pool_slots=2 * n, options=SAFE)
+        yield f"D:H={heads},N={n}", wide
+        for dtype in ("bfloat16", "float16", "int16"):
+            for rounding in ROUNDINGS:
+                problem = dataclasses.replace(wide, state_dtype=dtype, state_rounding=rounding)
+                yield f"D:H={heads},N={n},{problem.state_name}", problem
+
+
 def step_problems() -> Iterator[tuple[str, Problem]]:
     """One token per sequence with convolution and gated norm, as Kimi K3 decodes on 8 GPUs and one: a float32 pool."""
     for heads in STEP_HEADS:
@@ -119,6 +130,7 @@ SUITES: dict[str, tuple[Callable[[], Iterator[tuple[str, Problem]]], tuple[str, 
     "prefill-nvidia": (prefill_nvidia_problems, ("bench", "init")),
     "decode": (decode_problems, ("bench",)),
     "decode-bf16": (decode_bf16_problems, ("bench",)),
+    "decode-states": (decode_states_problems, ("bench",)),
     "step": (step_problems, ("bench",)),
     "step-bf16": (step_bf16_problems, ("bench",)),
     "gate": (gate_problems, ("bench",)),
