@@ -81,13 +81,13 @@ FULL = (
         options=change(SAFE, lower_bound=-12.0), dim=32, transforms=("gate-range",), about="lower_bound"),
     row("wide-heads", _D, (1, 2), "heads of 192: channels after the 128th", dim=192, about="K"),
     *(
-        row(f"drift-{dtype}", _D, (4096,), "4096 single steps: what each loses adds up", dim=32,
+        row(f"drift-{dtype}", _D, (4096,), "4096 single steps: what each loses adds up", dim=128,
             pool_slots=2, state_dtype=dtype, gates="weak", decode_steps=4096,
             properties=("drift",), gpu_only=True)
         for dtype in ("float32", "bfloat16", "float16", "int16")
     ),
     *(
-        row(f"drift-{dtype}-random", _D, (4096,), "the same, rounded at random", dim=32,
+        row(f"drift-{dtype}-random", _D, (4096,), "the same, rounded at random", dim=128,
             pool_slots=2, state_dtype=dtype, gates="weak", decode_steps=4096,
             properties=("drift",), gpu_only=True, **RANDOM)
         for dtype in ("bfloat16", "float16", "int16")
