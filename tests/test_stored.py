@@ -13,9 +13,11 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference import stored as plain
 from kda_kernels.triton import stored as device
+from kda_kernels.triton.widened import widened
 from kdacli.dumps import load, save
 from kdacli.judge import Reference, judge
 from kdacli.synthetic import make_inputs
+from kdacli.verify.transforms import transformed
 
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "int16": tl.int16}
 
@@ -200,3 +202,21 @@ def test_stored_states_are_unbiased_over_seeds():
         last_place = size.double() * 2.0 ** (1 - STATES[dtype].digits)
         assert ((off / last_place).abs() <= 5 * 0.5 / draws**0.5).all(), dtype
         assert (off / last_place).square().mean().sqrt() <= 0.5 / draws**0.5, dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prefill_of_fp32_states_serves_other_pools(dtype):
+    """To the bit what the same prefill makes when it stores states itself: padding, new sequences, checkpoints."""
+    problem = Problem(
+        Op.PREFILL, (5, 65, 0, 3, 2), H=1, HV=2, K=16, V=24, pool_slots=7, padding=1, state_dtype=dtype,
+        state_rounding="stochastic",
+    )  # fmt: skip
+    transforms = ("fresh-states", "checkpoints-in-pool" if dtype == "int16" else "checkpoints-every")
+    inputs = transformed(make_inputs(problem), transforms)
+    kernel, direct, wide = registry.get("torch-prefill"), inputs.fresh(), inputs.fresh()
+    expected, made = kernel.run(direct), widened(wide, kernel.run)
+    assert torch.equal(made.o, expected.o)
+    for have, want in ((wide.state, direct.state), (wide.checkpoints.states, direct.checkpoints.states)):
+        assert torch.equal(have.view(torch.int16), want.view(torch.int16))
+    if dtype == "int16":
+        assert torch.equal(wide.state_scales.nan_to_num(), direct.state_scales.nan_to_num())

@@ -39,6 +39,7 @@ from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs, picker
 from kda_kernels.triton.runtime import multiprocessors, on_device
+from kda_kernels.triton.widened import is_widened, widened
 from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
@@ -56,12 +57,18 @@ CONTRACT = Contract(
     neg_eigval=True,
     l2norm=(True, False),
     padding=True,
-    state_dtypes=("float32", "bfloat16", "float16"),
+    state_dtypes=("float32", "bfloat16", "float16", "int16"),
     features=frozenset(
-        ("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices", "tail")
+        (
+            *("null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace", "strided_indices"),
+            *("tail", "rounding_seed", "state_scales"),
+        )
     ),
     aligned=("q", "k", "v", "g", "state"),
 )
+
+
+_WIDE_NEEDS_MEMORY = "states that are rounded at random or in int16 take memory beside a workspace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,10 @@ def prefill(
         InputError: this kernel does not take these tensors.
         UnavailableError: it cannot run on this machine.
     """
+    if is_widened(inputs) and not return_intermediate_states:
+        if (reason := unsupported_tensors(inputs, out)) is not None:
+            raise InputError(f"cute-prefill: {reason}")
+        return widened(inputs, lambda wide: _outputs(prefill(wide, out)))
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
     on_the_way = _states_on_the_way(inputs) if return_intermediate_states else None
@@ -151,6 +162,12 @@ def prefill(
     from kda_kernels.triton.chunk_indices import in_order
 
     return outputs, in_order(on_the_way.states, inputs.cu_seqlens, inputs.q.shape[0]).mT.contiguous()
+
+
+def _outputs(made: Outputs | tuple[Outputs, torch.Tensor]) -> Outputs:
+    """Of a prefill that returns no intermediate states."""
+    assert isinstance(made, Outputs)
+    return made
 
 
 def _states_on_the_way(inputs: Inputs) -> Checkpoints:
@@ -519,6 +536,8 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     if problem is not None and (reason := CONTRACT.refusal(problem)) is not None:
         return reason
+    if problem is not None and "workspace" in problem.features and problem.features & {"rounding_seed", "state_scales"}:
+        return _WIDE_NEEDS_MEMORY
     return unsupported_here()
 
 
@@ -533,8 +552,9 @@ def unsupported_here(device: torch.device | None = None) -> str | None:
 
 def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str | None:
     """Why this kernel cannot run these checked tensors, on whatever machine; None if it can."""
-    q, v, state = inputs.q, inputs.v, inputs.state
-    has_state = state is not None or inputs.output_final_state
+    q, v, wide = inputs.q, inputs.v, is_widened(inputs)
+    state = None if wide else inputs.state  # which is then read and written by others
+    has_state = inputs.state is not None or inputs.output_final_state
     reason = _unsupported_kind(
         inputs.options, q.shape[2], v.shape[2], q.shape[3], v.shape[3], q.dtype, inputs.g.dtype, inputs.beta.dtype,
         tuple(x.dtype for x in (inputs.A_log, inputs.dt_bias) if x is not None),
@@ -544,6 +564,8 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
         return reason
     if lacking := inputs.features() - CONTRACT.features:
         return f"it does not support {min(lacking)}"
+    if wide and inputs.workspace is not None:
+        return _WIDE_NEEDS_MEMORY
     for name, x in (("q", q), ("k", inputs.k), ("v", v), ("g", inputs.g), ("out", out)):
         if x is not None and not _by_tma(x):
             return (
@@ -551,6 +573,7 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
                 "all but the last stride should be multiples of 16 bytes, as the beginning, and none 0"
             )
     kept = None if inputs.checkpoints is None else inputs.checkpoints.states
+    kept = None if wide and kept is not None and kept.dtype is not torch.float32 else kept
     for name, x in (("the state", state), ("checkpoints.states", kept)):
         if x is not None and (x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16):
             return f"a slot of {name} is not 16-byte aligned"
@@ -636,6 +659,8 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
 
 
 def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
+    if problem.features & {"rounding_seed", "state_scales"}:  # as `widened` calls it
+        problem = dataclasses.replace(problem, state_dtype="float32", state_rounding="nearest")
     inputs = pretended(problem)
     return spec_of(
         part, inputs, inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
