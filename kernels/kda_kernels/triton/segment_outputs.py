@@ -25,7 +25,7 @@ NUM_WARPS, NUM_STAGES = 4, 2
 
 
 @triton.jit(
-    do_not_specialize=[*SHARED, "T", "stride_b", "stride_t", "stride_h"],
+    do_not_specialize=[*SHARED, "T", "stride_b", "stride_t", "stride_h", "span"],
     do_not_specialize_on_alignment=["state_indices", "cu_seqlens"],
 )
 def segment_outputs_kernel(
@@ -47,10 +47,10 @@ def segment_outputs_kernel(
     stride_t,
     stride_h,
     HV,
+    span,  # tokens a program
     V: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
     # last tokens first: they were written last, and are in the cache still
     i_hv, unit, i_s = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
@@ -75,7 +75,7 @@ def segment_outputs_kernel(
 
     offset = lead + index * segment
     n_tokens = tl.minimum(tl.minimum(length - begin, limit) - offset, segment)
-    if i_s * SPAN >= n_tokens:
+    if i_s * span >= n_tokens:
         return
     first += begin + offset
     rows, k = tl.arange(0, V), tl.arange(0, K)
@@ -83,8 +83,8 @@ def segment_outputs_kernel(
     state = workspace + (N + unit) * size + i_hv * (V * K)
     reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), tl.bfloat16)  # [K, V]
-    start = i_s * SPAN
-    stop = tl.minimum(start + SPAN, n_tokens)
+    start = i_s * span
+    stop = tl.minimum(start + span, n_tokens)
     o += i_hv.to(tl.int64) * stride_h * 8 + rows[None, :]
     reads += (unit.to(tl.int64) * segment * HV + i_hv) * K + k[None, :]
     t = start + tl.arange(0, BT)
@@ -112,8 +112,8 @@ def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> No
     batch, token, head, _ = o.stride()
     span = span_of(segments, HV, multiprocessors(o.device) if o.is_cuda else 1)
     device, _, *tables = segments.kind
-    arguments = (o, T, batch // 8, token // 8, head // 8, HV, V, K, BT, span)
-    kind = (device, *tables, o.dtype, V, K, span)
+    arguments = (o, T, batch // 8, token // 8, head // 8, HV, span, V, K, BT)
+    kind = (device, *tables, o.dtype, V, K)
     launch(
         segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, span)), kind,
         segments.arguments + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
