@@ -64,6 +64,9 @@ LAYERS = {
     "vLLM, Kimi-Linear": Layer(
         "vllm", lambda batch, bound, ours: engine_layers.kimi_linear(batch, bound, SLOTS), ("fused", "checkpoint")
     ),
+    "vLLM, Ling-3.0-flash": Layer(
+        "vllm", lambda batch, bound, ours: engine_layers.ling(batch, bound, SLOTS), ("fused", "checkpoint")
+    ),
     "SGLang": Layer("sglang", lambda batch, bound, ours: engine_layers.sglang_layer(batch, ours, bound, SLOTS)),
 }
 

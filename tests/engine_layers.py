@@ -39,6 +39,7 @@ REAL = {
         "vllm.models.kimi_k3.nvidia.ops.third_party.kda",
         "vllm.models.glm5next.common.kda",
         "vllm.models.glm5next.nvidia.ops.third_party.kda",
+        "vllm.model_executor.models.bailing_moe_v3",
         "vllm.third_party.flash_linear_attention.ops.",
         "vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn",
         "vllm.model_executor.layers.mamba.ops.causal_conv1d",
@@ -149,7 +150,11 @@ def load(engine: str, root: Path) -> Iterator[None]:
     """Inside, an engine's modules can be imported; nothing of them is left behind."""
     given = _of_vllm() if engine == "vllm" else _of_sglang(root)
     finder = Finder(engine, root, given)
-    added = ["transformers", *(name for name in ("einops", "msgspec") if importlib.util.find_spec(name) is None)]
+    added = [
+        "transformers",
+        "transformers.configuration_utils",
+        *(name for name in ("einops", "msgspec", "regex") if importlib.util.find_spec(name) is None),
+    ]
     before = {name: sys.modules[name] for name in added if name in sys.modules}
     sys.modules.update({name: _small(name) for name in added})
     sys.meta_path.insert(0, finder)
@@ -411,6 +416,34 @@ def glm(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
     return Run(go, lambda: out[:, : tokens - batch.padded], {"conv": conv, "pool": pool})
 
 
+def ling(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
+    """vLLM's Ling-3.0-flash layer, from behind the gate's activation to before the gated norm."""
+    module = importlib.import_module("vllm.model_executor.models.bailing_moe_v3")
+    tokens = batch.drafts * len(batch.accepted) + sum(batch.lens) + batch.padded
+    layer = object.__new__(module.BailingMoeV3KimiDeltaAttention)
+    conv = random(slots, WIDTH - 1 + max(batch.drafts - 1, 0), CHANNELS)
+    pool = random(slots, H, D, D, scale=0.3, dtype=torch.float32)
+    vars(layer).update(
+        prefix="layer", kv_cache=(conv, pool), head_dim=D, local_num_heads=H, lower_bound=lower_bound,
+        safe_gate=lower_bound is not None, A_log=random(1, 1, H, 1, dtype=torch.float32).abs(),
+    )  # fmt: skip
+    for name in "qkv":
+        weight = random(H * D, 1, WIDTH, scale=0.5, dtype=torch.float32)
+        setattr(layer, f"{name}_conv1d", types.SimpleNamespace(weight=weight, bias=None))
+    CONTEXT.attn_metadata = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
+    qkv = random(tokens, CHANNELS).split(H * D, 1)
+    raw, bias = random(tokens, H * D), random(H * D, dtype=torch.float32)
+    g = module.fused_kda_gate(raw, layer.A_log, D, g_bias=bias, lower_bound=lower_bound).unsqueeze(0)
+    beta = random(1, tokens, H).float().sigmoid()
+    out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
+
+    def go() -> None:
+        out.zero_()
+        layer._forward(*qkv, g, beta, out)
+
+    return Run(go, lambda: out[:, : tokens - batch.padded], {"conv": conv, "pool": pool})
+
+
 def _metadata(kind: type, batch: Batch) -> Any:
     """A layer's metadata as the builder makes it: speculative tokens first, then the others."""
     N, S = len(batch.lens), len(batch.accepted)
@@ -424,7 +457,7 @@ def _metadata(kind: type, batch: Batch) -> Any:
         has_initial_state=torch.tensor([n % 2 == 0 for n in range(N)], device=DEVICE),
         non_spec_query_start_loc=offsets(batch.lens), non_spec_state_indices_tensor=ints(*rows),
         spec_sequence_masks=order[:S] if S else None, spec_token_indx=order[:spec_tokens] if S else None,
-        non_spec_token_indx=order[spec_tokens:] if N and S else None,
+        non_spec_token_indx=order[spec_tokens:] if S else None,
         spec_state_indices_tensor=ints(*([N + 1 + n * batch.drafts + t for t in range(batch.drafts)] for n in range(S)))
         if S else None,
         spec_query_start_loc=offsets([batch.drafts] * S), num_accepted_tokens=ints(*batch.accepted),

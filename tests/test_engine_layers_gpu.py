@@ -86,7 +86,7 @@ def test_vllm_k3_layer(batch, bound):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layer", [engine_layers.glm, engine_layers.kimi_linear])
+@pytest.mark.parametrize("layer", [engine_layers.glm, engine_layers.kimi_linear, engine_layers.ling])
 @pytest.mark.parametrize("batch", VLLM.values(), ids=VLLM)
 def test_vllm_layers_without_fused_steps(batch, layer):
     flashkda = layer is engine_layers.glm and engine_layers.flashkda()

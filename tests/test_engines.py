@@ -34,7 +34,7 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr(registry, "kernel_for", lambda op, inputs, out=None: registry.get(f"torch-{op}"))
 
 
-SAFE, SOFTPLUS = Options(Gate.SAFE, -5.0), Options(Gate.SOFTPLUS)
+SAFE, SOFTPLUS, NONE = Options(Gate.SAFE, -5.0), Options(Gate.SOFTPLUS), Options(Gate.NONE, beta_is_logit=False)
 
 
 def inputs_of(op: Op, lens: tuple[int, ...], options: Options = SAFE) -> Inputs:
@@ -58,9 +58,9 @@ def gates(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias.flatten()}
 
 
-def drafts() -> tuple[Inputs, torch.Tensor]:
+def drafts(options: Options = SAFE) -> tuple[Inputs, torch.Tensor]:
     """Two sequences of three tokens, and a pool with a slot for each token; the first has two tokens accepted."""
-    made = inputs_of(Op.DECODE, (3, 3))
+    made = inputs_of(Op.DECODE, (3, 3), options)
     pool = torch.randn(8, *made.state.shape[1:])
     slots = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
     accepted = torch.tensor([2, 1], dtype=torch.int32)
@@ -216,6 +216,28 @@ def test_vllm_prefill_without_flashkda():
     ):
         same(o, want.o)
         same(final, want.final_state)
+
+
+def test_vllm_ling_has_log_decays():
+    inputs = inputs_of(Op.PREFILL, (9, 3), NONE)
+    before = inputs.state[inputs.state_indices.long()]
+    want = recurrence(dataclasses.replace(inputs, state=before, state_indices=None))
+    tokens = ("q", "k", "v", "g", "beta")
+    o, final = vllm_calls.ling_chunk_kda(
+        *(getattr(inputs, name) for name in tokens), initial_state=before, output_final_state=True,
+        use_qk_l2norm_in_kernel=True, cu_seqlens=inputs.cu_seqlens, safe_gate=False, lower_bound=-5.0,
+    )  # fmt: skip
+    same(o, want.o)
+    same(final, want.final_state)
+    inputs, accepted = drafts(NONE)
+    want = recurrence(inputs)
+    o, pool = vllm_calls.ling_fused_recurrent_kda_fwd(
+        **{name: getattr(inputs, name) for name in tokens}, scale=inputs.scale, initial_state=inputs.state,
+        cu_seqlens=inputs.cu_seqlens, ssm_state_indices=inputs.state_indices, num_accepted_tokens=accepted,
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    same(o, want.o)
+    same(pool, want.final_state)
 
 
 # --- SGLang

@@ -18,6 +18,7 @@ _CALLS = "kda_kernels.engines.vllm_calls"
 _K3, _GLM, _LING = "Kimi K3 and Kimi-Linear", "GLM-5.3-Flash", "Ling-3.0-flash"
 _K3_OPS = "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
 _GLM_OPS = "vllm.models.glm5next.nvidia.ops.third_party.kda"
+_LING_OPS = "vllm.third_party.flash_linear_attention.ops.kda"
 _CHECKPOINTS = "vllm.model_executor.layers.mamba.kda_checkpoint:kda_prefill_checkpoint_alignment"
 _GLM_PREFILL = "vllm.models.glm5next.common.kda:Glm5NextLinearAttention._flashkda_prefill"
 
@@ -38,12 +39,9 @@ SITES = (
     Site(_GLM, "prefill", f"{_GLM_OPS}:chunk_kda_with_fused_gate", f"{_CALLS}:glm_chunk_kda_with_fused_gate"),
     Site(_GLM, "decode, speculation", f"{_GLM_OPS}:fused_recurrent_kda", f"{_CALLS}:glm_fused_recurrent_kda"),
     Site(_GLM, "checkpoints", _CHECKPOINTS, f"{_CALLS}:checkpoint_alignment"),
-    Site(
-        _LING,
-        "all",
-        "vllm.model_executor.models.bailing_moe_v3:BailingMoeV3KimiDeltaAttention",
-        why_not="nothing of ours is wired in",
-    ),
+    Site(_LING, "prefill", f"{_LING_OPS}:chunk_kda", f"{_CALLS}:ling_chunk_kda"),
+    Site(_LING, "decode", f"{_LING_OPS}:fused_recurrent_kda", f"{_CALLS}:glm_fused_recurrent_kda"),
+    Site(_LING, "speculation", f"{_LING_OPS}:fused_recurrent_kda_fwd", f"{_CALLS}:ling_fused_recurrent_kda_fwd"),
 )
 
 log = logging.getLogger("vllm.kda")  # vLLM shows what its own loggers say, and those below them

@@ -284,6 +284,50 @@ def glm_fused_recurrent_kda(
     return o, initial_state
 
 
+def ling_chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prefill with log decays, which with `safe_gate` are not below `lower_bound`, and activated betas."""
+    return chunk_kda_fwd(
+        q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        lower_bound=lower_bound if safe_gate else None,
+    )  # fmt: skip
+
+
+def ling_fused_recurrent_kda_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor,
+    inplace_final_state: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    ssm_state_indices: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafts with log decays and activated betas; see `glm_fused_recurrent_kda`, which is also Ling's decode."""
+    return glm_fused_recurrent_kda(
+        q, k, v, g, beta, scale, initial_state, inplace_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
+        ssm_state_indices, num_accepted_tokens,
+    )  # fmt: skip
+
+
 def split_packed(mixed_qkv: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k [N, 1, H, K] and v [N, 1, HV, V] of rows [N, 2 H K + HV V], as views; sizes from the pool [P, HV, V, K]."""
     HV, V, K = pool.shape[1:]
