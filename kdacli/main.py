@@ -151,7 +151,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def cli(ctx: click.Context) -> None:
     """The workbench for Kimi Delta Attention (KDA) kernels.
 
-    Compiles, runs, verifies, profiles and compares decode, prefill and gate kernels, ours and other people's, on
+    Compiles, runs, verifies, profiles and compares decode, step, prefill and gate kernels, ours and other people's, on
     synthetic tensors or on tensors dumped from a live engine. Every kernel is judged against one fp64 recurrence, every
     time names its gate regime, and what ran is always said. Without a GPU the Triton kernels run in Triton's
     interpreter. Each command explains itself: kda COMMAND --help.
