@@ -21,7 +21,7 @@ from kda_kernels.triton.stored import load_state, store_state
 @triton.jit
 def _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, live):
     """The tensors of one token as they lie in memory, 0 where there is none."""
-    m_k = (m_k & live) != 0  # != 0: to the interpreter the conjunction is an int
+    m_k = (m_k & live) != 0  # to the interpreter the conjunction with a single value is an int, and no mask
     m_v = (m_v & live) != 0
     b_q = tl.load(p_q, mask=m_k, other=0.0)
     b_k = tl.load(p_k, mask=m_k, other=0.0)
@@ -68,20 +68,20 @@ def _window(p_states, channels, mask, first, length, W: tl.constexpr, D: tl.cons
     """The raw tokens before the first, fp32, the newest first; zeros for those that the convolution does not see."""
     entry = first + (W - 2)
     x1 = tl.load(
-        _entries(p_states, channels, entry, length, D, TOKENS_FIRST), mask=mask & (entry < length), other=0.0
+        _entries(p_states, channels, entry, length, D, TOKENS_FIRST), mask=(mask & (entry < length)) != 0, other=0.0
     ).to(tl.float32)
     x2 = tl.zeros_like(x1)
     x3 = tl.zeros_like(x1)
     if W > 2:
         x2 = tl.load(
             _entries(p_states, channels, entry - 1, length, D, TOKENS_FIRST),
-            mask=mask & (entry - 1 < length),
+            mask=(mask & (entry - 1 < length)) != 0,
             other=0.0,
         ).to(tl.float32)
     if W > 3:
         x3 = tl.load(
             _entries(p_states, channels, entry - 2, length, D, TOKENS_FIRST),
-            mask=mask & (entry - 2 < length),
+            mask=(mask & (entry - 2 < length)) != 0,
             other=0.0,
         ).to(tl.float32)
     return x1, x2, x3
@@ -112,7 +112,7 @@ def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
     """By the last sequence, the first row behind which is `p_o`: what is behind it becomes zero."""
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + sequences).to(tl.int32) if i_n == sequences - 1 else T
-        for _ in range(first, T):
+        for _ in range(T - first):  # from 0: Triton 3.5 fails where a branch chooses where a loop begins
             _fill_row(p_o, 0.0, m_v)
             p_o += stride_o_t
 
@@ -297,7 +297,7 @@ def decode_kernel(
             p_h0 = h0 + slot * stride_h0_n + o_h
             if has_initial_state is not None:
                 has = tl.load(has_initial_state + i_n)
-                b_h = load_state(p_h0, m_h & has, p_scales, m_v & has, 1)
+                b_h = load_state(p_h0, (m_h & has) != 0, p_scales, (m_v & has) != 0, 1)
             else:
                 b_h = load_state(p_h0, None if FULL else m_h, p_scales, m_v, 1)
         if token_states is not None:
