@@ -158,7 +158,7 @@ def chunk_chain_kernel(
     if h0 is not None:
         ok_0 = ok_s
         if has_initial_state is not None:
-            ok_0 = ok_s & tl.load(has_initial_state + i_n)
+            ok_0 = (ok_s & tl.load(has_initial_state + i_n)) != 0  # to the interpreter, an int, and no mask
         p_h0 = h0 + i_s * h0_n + i_hv * h0_h + rk[:, None] * h0_k + rv[None, :] * h0_v
         if scales is None:
             S += tl.load(p_h0, mask=ok_0, other=0.0).to(tl.float32)
@@ -230,5 +230,5 @@ def chunk_chain_kernel(
         p_scales = None
         if scales is not None:
             p_scales = scales + i_s * scales_n + i_hv * V + rv
-            ok_s = ok_s & (length > 0)  # integers stay what they are, and so must their scale
-        store(p_ht, S, ok_s, p_scales, seed, i_s, length - 1, i_hv * V + rv, (rv < V) & (length > 0), K, BK)
+            ok_s = (ok_s & (length > 0)) != 0  # integers stay what they are, and so must their scale
+        store(p_ht, S, ok_s, p_scales, seed, i_s, length - 1, i_hv * V + rv, ((rv < V) & (length > 0)) != 0, K, BK)

@@ -91,7 +91,7 @@ def _window(p_states, channels, mask, first, length, W: tl.constexpr, D: tl.cons
 def _keep(p_states, channels, mask, x, entry, length, D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
     """An entry of a state becomes `x`, if there is such an entry."""
     p = _entries(p_states, channels, entry, length, D, TOKENS_FIRST)
-    tl.store(p, cast(x, p.dtype.element_ty), mask=mask & (entry >= 0) & (entry < length))
+    tl.store(p, cast(x, p.dtype.element_ty), mask=(mask & (entry >= 0) & (entry < length)) != 0)
 
 
 @triton.jit
@@ -385,7 +385,7 @@ def decode_kernel(
             if token_states is not None:
                 kept = m_h
                 if token_state_indices is not None:
-                    kept = m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)
+                    kept = (m_h & (i_kept >= 0) & (i_kept < kept_rows) & (t < kept_tokens)) != 0
                 store_state(p_ts, b_h, kept, None, m_v, b_u, seed, slot, t, row, K, BK)
                 p_ts += stride_ts_t
             if (ht is not None) & (num_accepted_tokens is not None):
@@ -396,7 +396,8 @@ def decode_kernel(
                     to_scales = None
                     if state_scales is not None:
                         to_scales = state_scales + to * stride_scales_n + row
-                    store_state(p_ht, b_h, m_h & live, to_scales, m_v & live, b_u, seed, slot, t, row, K, BK)
+                    m_to, m_rows = (m_h & live) != 0, (m_v & live) != 0
+                    store_state(p_ht, b_h, m_to, to_scales, m_rows, b_u, seed, slot, t, row, K, BK)
 
         if (ht is not None) & (num_accepted_tokens is None):
             p_ht = ht + slot * stride_ht_n + o_h
