@@ -1,4 +1,4 @@
-"""A whole and a split prefill of a few tokens, for compute-sanitizer on a Hopper GPU:
+"""A whole and a split prefill of a few tokens, gates with and without a bound, for compute-sanitizer on a Hopper GPU:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
 KDA_SANITIZE=1 compute-sanitizer --tool racecheck --racecheck-report all python tests/sanitizer/prefill.py
@@ -15,18 +15,19 @@ from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.synthetic import make_inputs
 
-SAFE = Options(gate=Gate.SAFE, lower_bound=-5.0)
+GATES = (Options(gate=Gate.SAFE, lower_bound=-5.0), Options(gate=Gate.SOFTPLUS))
 
 
-def run(lens: tuple[int, ...], split: Split | None) -> None:
-    inputs = make_inputs(Problem(Op.PREFILL, lens, H=1, HV=1, options=SAFE), device="cuda")
+def run(options: Options, lens: tuple[int, ...], split: Split | None) -> None:
+    inputs = make_inputs(Problem(Op.PREFILL, lens, H=1, HV=1, options=options), device="cuda")
     check_inputs(inputs)
     module._split = lambda *shape: split
     outputs = module.prefill(inputs)
     torch.cuda.synchronize()
-    print("split" if split else "whole", "finite:", bool(outputs.o.isfinite().all()))
+    print(options.gate, "split" if split else "whole", "finite:", bool(outputs.o.isfinite().all()))
 
 
 if __name__ == "__main__":
-    run((70, 0, 33, 1), None)
-    run((130, 20), Split(lead=64, segment=64, limit=192))
+    for options in GATES:
+        run(options, (70, 0, 33, 1), None)
+        run(options, (200, 20), Split(lead=64, segment=64, limit=256))

@@ -57,12 +57,16 @@ class Consumer:
             decay = shared.decay + stage * (2 * spec.K)
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, col, True)
+            else:
+                self.invert_in_turn(shared, chunk, stage, group, warp, lane)
             self.round(S, S_operand)
             self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
             warpgroup.wait_group(0)
             self.residual(shared, stage, words, read, w, out, col)
             self.round(w, w_operand)
+            if cutlass.const_expr(not spec.bounded):
+                cute.arch.mbarrier_wait(shared.summed + stage, chunk // STAGES & 1)
             for part in cutlass.range_constexpr(spec.inverse_parts):
                 self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk

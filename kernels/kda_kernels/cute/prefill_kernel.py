@@ -338,12 +338,11 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
                 each = self.spec.each_arrives
-                # v, and three warps' last pieces
-                cute.arch.mbarrier_init(
-                    shared.full + s, 1 + ((128 if each else 3) if self.spec.bounded else (32 if each else 1))
-                )
+                # v, and the warps' last pieces
+                cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3 if self.spec.bounded else 4))
                 cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
-                cute.arch.mbarrier_init(shared.summed + s, 64 if each else 2)
+                warps = 2 if self.spec.bounded else 1
+                cute.arch.mbarrier_init(shared.summed + s, 32 * warps if each else warps)
             for s in cutlass.range_constexpr(2):
                 cute.arch.mbarrier_init(shared.loaded + s, 1)
             cute.arch.mbarrier_init_fence()

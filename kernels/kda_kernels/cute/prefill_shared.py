@@ -34,7 +34,7 @@ class Shared:
     out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
-    summed: for each stage, that G_31 - m is there
+    summed: for each stage, that G_31 - m is there; where gates have no bound, that the inverse is there
     solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup, and for this and its next chunk, q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]

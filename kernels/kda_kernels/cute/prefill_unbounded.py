@@ -6,10 +6,12 @@ exp(G_i - G_j) is exp(G_i - G_m) exp(G_m - G_j), where m is the border between t
 that part them. So all exponents are sums of log decays: nothing overflows or is divided by what underflows, whatever
 the gate; and all that token i gets is made of decays up to its own, so no bit of it depends on what follows.
 
-A warp has 32 channels of all tokens, in blocks of 8 tokens. A lane has them as mma.m16n8k8 takes [k; q] of a block from
-the left and k from the right: of token lane // 4 the channels 2 (lane % 4) and the next of each 8. The sums come out in
-the same places: products of a matrix of ones and zeros with log decays, of 12 bits each. So what relates the tokens of
-a chunk stays in registers, but for the sum over warps.
+The inverse is made by the warps that run the chain: they wait for chunks.
+
+A warp has 32 channels of all tokens, in blocks of 8 tokens. A lane has them as mma.m16n8k16 takes [k; q] of a block
+from the left and k from the right: of token lane // 4 the channels 2 (lane % 4) and the next of each 8. The sums come
+out in the same places: products of a matrix of ones and zeros with log decays, of 12 bits each. So what relates the
+tokens of a chunk stays in registers, but for the sum over warps.
 """
 
 import dataclasses
@@ -32,13 +34,13 @@ from kda_kernels.cute.prefill_shared import (
     swizzled,
     vector,
 )
+from kda_kernels.cute.prefill_work import Barrier
 from kda_kernels.cute.ptx import (
     bfloat16_pair,
     exp2_approx,
     fresh,
     load_matrices,
     load_transposed,
-    multiply_16x8x8,
     multiply_16x8x16,
     multiply_pairs,
     multiply_tf32,
@@ -50,7 +52,7 @@ from kda_kernels.cute.ptx import (
 from kda_kernels.problem import Gate
 
 SMEM = cute.AddressSpace.smem
-INVERTER, LOADER = 0, 3  # warps
+LOADER = 0  # the warp that has least to do
 BLOCKS, TILES = CHUNK // BLOCK, 4  # of a chunk; of 8 channels, of a warp
 CLOSED = -1e30  # what log2 decays are at least, so that sums of them are numbers
 
@@ -227,21 +229,27 @@ class Unbounded:
             left, late = self.forwards(at, rates, vacancy, group, warp, lane)
             self.backwards(at, left, late, warp, lane)
             self.barrier(group)
-            self.relate(at, scratch, sums, warp, lane, tokens)
+            if chunk > 1:  # the inverse of the last L is there
+                cute.arch.mbarrier_wait(shared.summed + (chunk - 2) % STAGES, (chunk - 2) // STAGES & 1)
+            read = Barrier.READ + group
+            self.relate(at, scratch, sums, read, warp, lane, tokens)
             if warp == 2:
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
-            # L goes to the warp that inverts, and what the next inputs take the place of is read; nobody else waits
-            if warp == INVERTER or warp == LOADER:  # noqa: SIM109 (values of the GPU)
-                cute.arch.barrier(barrier_id=5 + group, number_of_threads=128)
-            else:
-                cute.arch.barrier_arrive(barrier_id=5 + group, number_of_threads=128)
+            arrive(shared.full + stage, lane, spec.each_arrives)
             if warp == LOADER:
-                self.ask(inputs, loaded, size, chunk + 2, n_chunks)
-            if warp == INVERTER:
-                self.invert_blocks(scratch, self.mix(shared, stage, 0), lane)
+                cute.arch.barrier(barrier_id=read, number_of_threads=128)
                 cute.arch.fence_proxy("async.shared", space="cta")
-                arrive(shared.full + stage, lane, spec.each_arrives)
+                self.ask(inputs, loaded, size, chunk + 2, n_chunks)
+
+    @cute.jit
+    def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+        """One of the warps that run the chain, which wait for chunks anyway, makes the inverse of this one."""
+        if group == chunk & 1 and warp == chunk >> 1 & 3:
+            scratch = piece(shared.solve, chunk & 1, 3 * TILE)
+            self.invert_blocks(scratch, self.mix(shared, stage, 0), lane)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            arrive(shared.summed + stage, lane, self.spec.each_arrives)
 
     @cute.jit
     def take(self, vacancy: Vacancy, warp: Int32):
@@ -424,8 +432,11 @@ class Unbounded:
         vector(at.products(i, j, warp, lane), 0, 4).store(self.four(values).load())
 
     @cute.jit
-    def relate(self, at: Places, scratch, sums, warp: Int32, lane: Int32, tokens: Int32):
-        """The rows of a block a warp, summed over all warps: L to `scratch`, Aqk to `at.mix`."""
+    def relate(self, at: Places, scratch, sums, read: Int32, warp: Int32, lane: Int32, tokens: Int32):
+        """The rows of a block a warp, summed over all warps: L to `scratch`, Aqk to `at.mix`.
+
+        At the barrier `read` the warps say that they have read what the next inputs take the place of.
+        """
         for w in cutlass.range_constexpr(BLOCKS):
             if warp == w:
                 rows_k, rows_q = [], []
@@ -434,6 +445,8 @@ class Unbounded:
                     total = [(x[0][e] + x[1][e]) + (x[2][e] + x[3][e]) for e in range(4)]
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
+                if cutlass.const_expr(w != LOADER):
+                    cute.arch.barrier_arrive(barrier_id=read, number_of_threads=128)
                 self.spread_k(rows_k, scratch, sums, w // 2, w % 2, lane, tokens)
                 if cutlass.const_expr(self.spec.part.reads):
                     self.spread_q(rows_q, at.mix, sums, w // 2, w % 2, lane)
@@ -467,9 +480,9 @@ class Unbounded:
     def with_itself(self, kq: list, factors: list):
         """Products of a block's [k; q] with its k, both times `factors`."""
         words, acc = self.packed(factors), (Float32(0.0),) * 4
-        for t in cutlass.range_constexpr(TILES):
-            a = tuple(multiply_pairs(kq[t // 2][t % 2 * 2 + i], words[t]) for i in range(2))
-            acc = multiply_16x8x8(acc, a, a[0])
+        for s in cutlass.range_constexpr(2):
+            a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
+            acc = multiply_16x8x16(acc, a, (a[0], a[2]))
         return acc
 
     @cute.jit

@@ -58,12 +58,6 @@ def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tu
 
 
 @dsl_user_op
-def multiply_16x8x8(acc: tuple, a: tuple, b: Int32, *, loc=None, ip=None) -> tuple:
-    """mma.m16n8k8 of bf16: acc + a b, fp32."""
-    return _multiply("m16n8k8.row.col.f32.bf16.bf16.f32", acc, a, (b,), loc, ip)
-
-
-@dsl_user_op
 def multiply_tf32(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k8 of fp32 numbers of which the upper 19 bits count: acc + a b, fp32."""
     return _multiply("m16n8k8.row.col.f32.tf32.tf32.f32", acc, a, b, loc, ip)
