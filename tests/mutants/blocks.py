@@ -118,6 +118,38 @@ class GroupsOfTwo:
         return x[:, :, [min(h // 2, x.shape[2] - 1) for h in range(HV)]] if HV > x.shape[2] else x
 
 
+@mutant(Recurrent, Chunked, Step)
+class HeadsAfter16:
+    """Heads after the 16th are zero."""
+
+    def sequence(self, S, *rows):
+        o = super().sequence(S, *rows)
+        o[:, 16:] = 0
+        return o
+
+
+@mutant(Chunked)
+class FourthChunkStale:
+    """The fourth chunk takes the gates of the first."""
+
+    def sequence(self, S, *rows):
+        g = rows[3].clone()
+        g[3 * CHUNK : 4 * CHUNK] = g[:CHUNK][: len(g[3 * CHUNK : 4 * CHUNK])]
+        return super().sequence(S, *rows[:3], g, rows[4])
+
+
+@mutant(Recurrent, Chunked)
+class LastEmptyForgets:
+    """A last sequence without tokens ends in zeros."""
+
+    def result(self, inputs, o, final):
+        if final is not None and inputs.state_indices is None and inputs.cu_seqlens is not None:
+            start, end = self.spans(inputs)[-1]
+            if start == end:
+                final[-1] = 0
+        return super().result(inputs, o, final)
+
+
 @mutant(Recurrent, Chunked)
 class BetaOfTheGroup:
     """beta of the first value head of a group serves the group."""
