@@ -13,6 +13,7 @@ from kda_kernels.reference import plain_recurrent
 from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli import dumps
 from kdacli.capture import capture, journal
+from kdacli.dumps.strides import copy_of
 from kdacli.judge import Reference, judge
 from kdacli.main import cli
 from kdacli.synthetic import make_inputs
@@ -217,7 +218,7 @@ def test_a_captured_decode_loop(loop, tmp_path):
 def test_streams_of_their_own_whose_buffers_are_used_again(loop, tmp_path):
     """The copies are made on the stream of the call: after what fills its inputs, and before what comes next there."""
     made = [make_inputs(PROBLEM, seed=seed, device="cuda") for seed in range(3)]
-    x = made[0].fresh()
+    x = copy_of(made[0], "cuda")
     x.state.nan_to_num_(0.0)
     torch.cuda.synchronize()
     with capture(TARGET, out=tmp_path / "d", calls=3) as files:

@@ -8,10 +8,11 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import derived, gate_parameters, parameter
+from kdacli.peers.given import derived, gate_parameters, parameter, require_aligned
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
@@ -30,6 +31,7 @@ CONTRACT = Contract(
     features=frozenset(("conv", "norm")),
     conv_widths=(4,),
     conv_state_dtypes=("bfloat16",),
+    aligned=("q", "k", "v", "g", "beta", "state"),
 )
 
 
@@ -46,12 +48,19 @@ def unsupported(problem: Problem | None = None) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """Runs the kernel on checked inputs, as vLLM's layer does; both pools are updated in place.
 
-    The convolution's weight is laid out anew once, as vLLM does when it loads a model.
+    The convolution's weight is laid out anew once, as vLLM does when it loads a model. Strided gates are copied first.
+
+    Raises:
+        InputError: the states of the convolution have slots of their own, or a tensor that is read in place does not
+            start at a multiple of 16 bytes.
     """
     (step,) = LIBRARY.load()
     check_inputs(inputs)
     conv, norm, N = inputs.conv, inputs.norm, inputs.N
     assert conv is not None, "its contract asks for a convolution"
+    if conv.indices is not None:
+        raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")
+    require_aligned(inputs, CONTRACT.aligned)
     HV, V = inputs.v.shape[2:]
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
@@ -61,7 +70,7 @@ def run(inputs: Inputs) -> Outputs:
             derived(conv.weight, _by_tap),
             None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
-            inputs.g.reshape(1, N, HV, -1),
+            inputs.g.reshape(1, N, HV, -1).contiguous(),
             inputs.beta.reshape(1, N, HV),
             A_log,
             dt_bias.flatten(),
