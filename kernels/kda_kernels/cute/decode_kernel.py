@@ -245,28 +245,17 @@ class DecodeKernel:
             odd = cute.make_rmem_tensor(self.states.passes, Float32)
             odd.fill(0.0)
             stored = scales, odd, (keys, Uint32(slot), i_hv * spec.V + row)
+            fixed = S, (tile, arrived, target, begun), stored, o, shared, room, kept, scale, b
+            final = None
+            if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
+                final = self.start(h0 if spec.pooled else ht, slot, None, inside)
             if cutlass.const_expr(spec.one_token):
                 self.prepare(raw, numbers, shared, window, n_tokens, tid)
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
-                self.recur(
-                    S,
-                    (tile, arrived, target, begun),
-                    stored,
-                    o,
-                    shared,
-                    room,
-                    kept,
-                    scale,
-                    b,
-                    Int32(0),
-                    n_tokens,
-                    heads,
-                    tid,
-                )
-                if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
-                    there = self.start(h0 if spec.pooled else ht, slot, None, inside)
-                    self.store(S, there, stored, n_tokens - 1, 0, lane)
+                self.recur(*fixed, Int32(0), n_tokens, heads, tid)
+                if cutlass.const_expr(final is not None):
+                    self.store(S, final, stored, n_tokens - 1, 0, lane)
                 if cutlass.const_expr(spec.norm is not None):
                     self.norm.write(o, room, ending, eps, b, first, Int32(0), n_tokens, heads, tid)
             else:
@@ -275,21 +264,7 @@ class DecodeKernel:
                 for done in cutlass.range(0, n_tokens, spec.block, unroll=1):
                     left = n_tokens - done
                     self.prepare(raw, numbers, shared, window, left, tid)
-                    self.recur(
-                        S,
-                        (tile, arrived, target, begun),
-                        stored,
-                        o,
-                        shared,
-                        room,
-                        kept,
-                        scale,
-                        b,
-                        done,
-                        left,
-                        heads,
-                        tid,
-                    )
+                    self.recur(*fixed, done, left, heads, tid)
                     if cutlass.const_expr(spec.norm is not None):
                         self.norm.write(o, room, ending, eps, b, first, done, left, heads, tid)
                     behind, left = first + done + spec.block, left - spec.block
@@ -298,9 +273,8 @@ class DecodeKernel:
                         self.norm.fetch_gate(ending, norm_gate, b, behind, left, heads, tid)
                     if cutlass.const_expr(spec.norm is None or self.norm.remote):
                         cute.arch.sync_threads()  # all have used the channels
-                if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
-                    there = self.start(h0 if spec.pooled else ht, slot, None, inside)
-                    self.store(S, there, stored, n_tokens - 1, 0, lane)
+                if cutlass.const_expr(final is not None):
+                    self.store(S, final, stored, n_tokens - 1, 0, lane)
             if cutlass.const_expr(self.states.scaled and self.in_place):
                 self.states.store_scales(state_scales, slot, scales, i_hv, row, lane)
             if cutlass.const_expr(spec.taps and spec.update):
