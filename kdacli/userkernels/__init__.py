@@ -16,7 +16,8 @@ The calling convention. The function is called with keyword arguments, and only 
     use_gate_in_kernel, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval: booleans, as in FLA
 
     null_slot, has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, checkpoints,
-    batch_invariant, workspace, cu_seqlens_cpu, state_scales, rounding_seed: what engines ask for beyond that, as in `Inputs`
+    batch_invariant, workspace, cu_seqlens_cpu, state_scales, rounding_seed: what engines ask for beyond that, as in
+    `Inputs`
 
 so that a function with FLA's signature works as it is (one with **kwargs gets A_log and dt_bias in it, as FLA's
 `chunk_kda` takes them). The names that dumps may have are accepted too: state, h0, ssm_state_indices, query_start_loc,
