@@ -385,7 +385,7 @@ def test_the_table_covers_what_kernels_get_wrong():
         assert {p.options.gate for p in problems} == set(Gate)
         assert {case.gates for case in cases} == {"bench", "init", "weak"}
         assert {p.dtype for p in problems} == {"bfloat16", "float16", "float32"}
-        assert {p.state_dtype for p in problems} == {"float32", "bfloat16", "float16"}
+        assert {p.state_dtype for p in problems} == {"float32", "bfloat16", "float16", "int16"}
         for name in ("packed", "state_v_first", "initial_state", "final_state"):
             assert {getattr(p, name) for p in problems} == {True, False}, name
         for name in ("beta_is_logit", "allow_neg_eigval", "qk_l2norm"):

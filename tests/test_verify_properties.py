@@ -25,7 +25,10 @@ def test_good_kernels_have_it(op, name):
     if op not in PROPERTIES[name].ops:
         return
     pool = "" if op is Op.GATE else "/pool=5"
-    result = ask(registry.get(kernel), f"{op}-any/lens=9,0,20/param_dtype=bfloat16{pool}/properties={name}")
+    states = "/state_dtype=int16/state_rounding=stochastic" if name == "rounding" else ""
+    lens = "9,3,20" if name == "drift" else "9,0,20"
+    word = f"{op}-any/lens={lens}/param_dtype=bfloat16{pool}{states}/properties={name}"
+    result = ask(registry.get(kernel), word)
     (held,) = result.properties
     refused = (op is Op.GATE and name == "threads") or name == "alone"  # plain torch does not promise it
     assert result.status == "pass" and held.status == ("refused" if refused else "pass"), result
