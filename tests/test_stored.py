@@ -17,6 +17,8 @@ from kda_kernels.triton.widened import widened
 from kdacli.dumps import load, save
 from kdacli.judge import Reference, judge
 from kdacli.synthetic import make_inputs
+from kdacli.verify.cases.spec import parse
+from kdacli.verify.checks.check import Bench, check
 from kdacli.verify.transforms import transformed
 
 DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "int16": tl.int16}
@@ -220,3 +222,10 @@ def test_a_prefill_of_fp32_states_serves_other_pools(dtype):
         assert torch.equal(have.view(torch.int16), want.view(torch.int16))
     if dtype == "int16":
         assert torch.equal(wide.state_scales.nan_to_num(), direct.state_scales.nan_to_num())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["prefill-random-bf16", "prefill-int16", "prefill-int16/state_rounding=stochastic"])
+def test_cute_prefill_stores_as_it_is_defined(case):
+    result = check(registry.get("cute-prefill"), Bench.of_case(parse(f"{case}/K=128/V=128"), 0, "cuda"))
+    assert result.status == "pass", result
