@@ -48,8 +48,8 @@ def seed_of(state_rounding: str, seed: torch.Tensor | int | None, owner: torch.T
     if state_rounding not in ROUNDINGS:
         raise InputError("state_rounding", f"is {state_rounding}", "it should be nearest or stochastic")
     if (state_rounding == "nearest") != (seed is None):
-        found = "is missing" if seed is None else "is given"
-        raise InputError("rounding_seed", f"{found} and state_rounding is {state_rounding}", "give both or neither")
+        found, wanted = ("is missing", "give one") if seed is None else ("is given", "leave it out")
+        raise InputError("rounding_seed", f"{found} and state_rounding is {state_rounding}", wanted)
     if not isinstance(seed, int):
         return seed
     if not -(2**63) <= seed < 2**63:

@@ -283,11 +283,11 @@ class Problem:
 
     @property
     def state_name(self) -> str:
-        """How a pool differs from the usual one in fp32, for tables: "bf16 state, random", or nothing."""
+        """How a pool differs from the usual one in fp32, for tables: "bf16 state, stochastic", or nothing."""
         if self.state_dtype == "float32":
             return ""
-        random = ", random" if self.state_rounding == "stochastic" else ""
-        return f"{STATES[self.state_dtype].short} state{random}"
+        rounding = ", stochastic" if self.state_rounding == "stochastic" else ""
+        return f"{STATES[self.state_dtype].short} state{rounding}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON; `from_dict` is its inverse."""

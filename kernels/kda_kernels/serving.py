@@ -197,8 +197,8 @@ def kda_prefill(
             `kda_kernels.parallel.ContextParallel`, which an engine makes once per batch and passes to every layer, and
             which then holds cu_seqlens; of a plain group one is made here. An initial state is read on the rank of the
             sequence's first token, its final state written on that of its last, a checkpoint on that of the token
-            before it. Cuts lie at multiples of 64 tokens of a sequence that has checkpoints. Not with batch_invariant
-            or workspace.
+            before it. Cuts lie at multiples of 64 tokens of a sequence that has checkpoints. Not with batch_invariant,
+            workspace, state_scales or rounding_seed.
         kernel: "cute-prefill", "triton-prefill" or "torch-prefill"; `kda_kernels.registry` says which one is the
             default.
     """

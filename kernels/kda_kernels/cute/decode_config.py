@@ -74,8 +74,8 @@ class DecodeConfig(NamedTuple):
         """As `choose`, where the CTAs of `group` value heads share a convolution, or those of one a norm.
 
         Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller: a
-        whole state where there is one for each multiprocessor, in pieces through shared memory. What is not rounded
-        between two tokens cannot lie there: several tokens of narrow states stay in registers.
+        whole state where there is one for each multiprocessor, in pieces through shared memory. A state of two
+        bytes is not rounded between two tokens, so it cannot lie there: with several tokens it stays in registers.
         """
         few = heads < sms
         streamed = one_token or not narrow

@@ -68,7 +68,7 @@ CONTRACT = Contract(
 )
 
 
-_WIDE_NEEDS_MEMORY = "states that are rounded at random or in int16 take memory beside a workspace"
+_WIDE_NEEDS_MEMORY = "it does not support a workspace with states rounded stochastically or in int16"
 
 
 @dataclasses.dataclass(frozen=True)
