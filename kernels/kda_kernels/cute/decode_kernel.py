@@ -1,9 +1,10 @@
 """Device half of the CuTe DSL decode: a CTA takes some rows of one head's state through every token of its sequence.
 
-A state tile is read once, held in fp32 registers over all tokens and written once. Eight lanes share a row of the state
-and each access moves 16 bytes per lane, 128 bytes per row: whole lines for the memory, and sums over K of 3 shuffles.
-What a token's channels need once for the whole tile (gate, norms, k.q) is made by one thread a channel and shared
-through shared memory, so that q, k and g may lie at any address.
+A state tile is read once and written once. Over all tokens it is held in fp32 registers, or in shared memory, where
+bulk copies put it and from where it is taken a few rows at a time. Eight lanes share a row of the state and each access
+moves 16 bytes per lane, 128 bytes per row: whole lines for the memory, and sums over K of 3 shuffles. What a block of
+tokens needs once for the whole tile (gate, norms, k.q) is made by one thread a channel and shared through shared
+memory, so that q, k and g may lie at any address.
 
 With a convolution or a norm (`kda_step`) the CTAs of a head are a thread block cluster. Each of them convolves q and k
 for itself, and one shifts their windows after all have read them. Each gets all outputs of the head, so that the sum
