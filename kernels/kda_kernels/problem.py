@@ -30,7 +30,7 @@ FEATURES = frozenset(
         "tail",  # tokens behind the last sequence of a packed batch
     )
 )
-_TOLD = {"conv", "norm", "state_scales", "rounding_seed"}  # by other fields of a `Problem`
+_OF_FIELDS = {"conv", "norm", "state_scales", "rounding_seed"}  # features that other fields of a `Problem` tell
 LAYOUTS = frozenset(("strided_indices", "tail"))
 ROUNDINGS = ("nearest", "stochastic")
 CONV_WIDTHS = (2, 3, 4)  # tokens that a convolution looks at
@@ -234,12 +234,12 @@ class Problem:
         own = frozenset() if self.parts is None else self.parts.features
         own |= {"state_scales"} if self.state_dtype == "int16" else set()
         own |= {"rounding_seed"} if self.state_rounding == "stochastic" else set()
-        object.__setattr__(self, "features", (self.features - _TOLD) | own)
+        object.__setattr__(self, "features", (self.features - _OF_FIELDS) | own)
 
     def _check_stored(self) -> None:
         """What a pool may be stored in, and how it may be rounded."""
         if self.state_dtype == "int16" and self.pool_slots is None:
-            raise InputError("state_dtype", "is int16", "only a pool has that: give pool_slots")
+            raise InputError("state_dtype", "is int16", "it should be another where there is no state pool")
         if self.state_dtype == "int16" and not self.state_v_first:
             raise InputError("state_dtype", "is int16", "it should be another where states are K-first")
         if self.state_rounding not in ROUNDINGS:

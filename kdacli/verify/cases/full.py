@@ -87,7 +87,7 @@ FULL = (
         for dtype in ("float32", "bfloat16", "float16", "int16")
     ),
     *(
-        row(f"drift-{dtype}-random", _D, (4096,), "the same, rounded at random", dim=128,
+        row(f"drift-{dtype}-random", _D, (4096,), "the same, rounded stochastically", dim=128,
             pool_slots=2, state_dtype=dtype, gates="weak", decode_steps=4096,
             properties=("drift",), gpu_only=True, **RANDOM)
         for dtype in ("bfloat16", "float16", "int16")

@@ -8,8 +8,8 @@ from kdacli.verify.properties.subject import NotApplicableError, Remark, Subject
 
 REASON = "rounding to nearest swallows small updates, step after step: outputs are twice as wrong after a thousand"
 WINDOW = 64  # tokens at the start, and at the end, whose outputs are measured
-# What the error of o may be at the end; of fp16 if it is rounded at random. bf16 is not among them: to nearest it
-# drifts, and at random its last place alone is more.
+# What the error of o may be at the end; of fp16 if it is rounded stochastically. bf16 is not among them: to nearest it
+# drifts, and stochastically its last place alone is more.
 LIMITS = {torch.int16: 2.5e-3, torch.float32: 2.5e-3, torch.float16: 6e-3}
 
 

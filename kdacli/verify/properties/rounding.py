@@ -1,4 +1,4 @@
-"""States of two bytes are rounded as defined: at random by seed, slot and token, or to integers with scales."""
+"""States of two bytes are rounded as defined: stochastically by seed, slot and token, or to integers with scales."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from kdacli.judge.bits import bits
 from kdacli.judge.layout import Place
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
-REASON = "rounding that is not at random, or at random in the same way in each step, makes a state drift"
+REASON = "a state drifts that is rounded to nearest, or by the same random numbers in each step"
 # The kernel for fp32 may sum in another order. That moves an element past where it is rounded the other way in one of a
 # thousand to one of thirty; another rounding differs in one of four.
 MOST = 1 / 16

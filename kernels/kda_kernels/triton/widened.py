@@ -1,4 +1,4 @@
-"""A prefill on fp32 states, for a pool rounded at random or in int16: states are read before it and stored behind it.
+"""A prefill on fp32 states, for pools rounded stochastically or in int16: states are read before and stored behind it.
 
 A kernel that knows neither runs as it is. Floor: the states of the sequences and their checkpoints read and written
 once more in fp32, 2 * 4 * N * HV * V * K bytes: N=8, H=96: 100 MB, 25 us at 4 TB/s, beside a prefill of 8 * 1024 tokens
