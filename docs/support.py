@@ -25,6 +25,7 @@ MARKS = ("<!-- support: python docs/support.py --write -->", "<!-- /support -->"
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "gfx942", "gfx950")
 SIZES = (16, 32, 48, 64, 96, 128, 192, 256)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+STATES = {**DTYPES, "int16": "int16"}
 OPTIONS = {
     "softplus": Options(),
     "safe": Options(Gate.SAFE, -5.0),
@@ -52,7 +53,7 @@ def _row(kernel: Kernel) -> list[str]:
     keys = has(lambda size: dataclasses.replace(base, K=size), SIZES)
     values = has(lambda size: dataclasses.replace(base, V=size), SIZES)
     dtypes = has(lambda name: dataclasses.replace(base, dtype=DTYPES[name]), DTYPES)
-    states = has(lambda name: dataclasses.replace(base, state_dtype=DTYPES[name]), DTYPES)
+    states = has(lambda name: dataclasses.replace(base, pool_slots=base.N, state_dtype=STATES[name]), STATES)
     where = "all of these" if len(archs) == len(ARCHS) else ", ".join(archs)
     return [
         f"`{kernel.name}`",
