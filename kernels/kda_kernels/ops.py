@@ -5,6 +5,8 @@ through these (`checks.is_traced`). The operators write to buffers that are give
 return nothing, so that their fake implementation is nothing at all.
 
 None of their arguments is called `kernel`: Inductor hands them on by keyword to a function of its own that has one.
+Arguments that are written have no default: torch drops trailing arguments that are as their defaults, and up to 2.11
+looks for each that is written among those that are left.
 """
 
 import torch
@@ -30,10 +32,12 @@ def decode(
     state: Tensor | None,
     state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
-    final_state: Tensor | None = None,
+    final_state: Tensor | None,
+    token_states: Tensor | None,
+    state_scales: Tensor | None,
+    conv_states: Tensor | None,
     has_initial_state: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
-    token_states: Tensor | None = None,
     token_state_indices: Tensor | None = None,
     state_v_first: bool = True,
     null_slot: int | None = None,
@@ -45,12 +49,10 @@ def decode(
     use_qk_l2norm_in_kernel: bool = True,
     scale: float | None = None,
     kernel_name: str | None = None,
-    state_scales: Tensor | None = None,
     rounding_seed: Tensor | None = None,
     fused: bool = False,
     conv_weight: Tensor | None = None,
     conv_bias: Tensor | None = None,
-    conv_states: Tensor | None = None,
     conv_indices: Tensor | None = None,
     conv_tokens_first: bool = False,
     norm_gate: Tensor | None = None,
@@ -98,13 +100,14 @@ def prefill(
     state: Tensor | None,
     state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
-    final_state: Tensor | None = None,
+    final_state: Tensor | None,
+    checkpoint_states: Tensor | None,
+    workspace: Tensor | None,
+    state_scales: Tensor | None,
     has_initial_state: Tensor | None = None,
     chunk_indices: Tensor | None = None,
-    checkpoint_states: Tensor | None = None,
     checkpoint_rows: Tensor | None = None,
     checkpoint_offsets: Tensor | None = None,
-    workspace: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     state_v_first: bool = True,
     null_slot: int | None = None,
@@ -118,7 +121,6 @@ def prefill(
     scale: float | None = None,
     promise: float | None = None,
     kernel_name: str | None = None,
-    state_scales: Tensor | None = None,
     rounding_seed: Tensor | None = None,
 ) -> None:
     """`kda_kernels.api.kda_prefill` into `out`, and without a pool the final states into `final_state`."""

@@ -107,10 +107,10 @@ def kda_decode(
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         torch.ops.kda.decode(
-            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
-            num_accepted_tokens, token_states, token_state_indices, True, null_slot, update_state, use_gate_in_kernel,
-            lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, kernel,
-            state_scales, seed,
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, token_states, state_scales,
+            None, has_initial_state, num_accepted_tokens, token_state_indices, True, null_slot, update_state,
+            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
+            scale, kernel, seed,
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
@@ -213,10 +213,10 @@ def kda_prefill(
         c = checkpoints
         kept = (None, None, None, None) if c is None else (c.states, c.rows, c.offsets, c.every)
         torch.ops.kda.prefill(
-            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
-            chunk_indices, *kept[:3], workspace, cu_seqlens_cpu, True, null_slot, kept[3], batch_invariant,
-            use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel,
-            scale, None, kernel, state_scales, seed,
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, kept[0], workspace,
+            state_scales, has_initial_state, chunk_indices, *kept[1:3], cu_seqlens_cpu, True, null_slot, kept[3],
+            batch_invariant, use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            use_qk_l2norm_in_kernel, scale, None, kernel, seed,
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state))
     options = options_of(
@@ -385,7 +385,7 @@ def traced(
         dtype = torch.float32 if state is None else state.dtype
         final_state = q.new_empty((N, v.shape[2], *sizes), dtype=dtype)
     A_log, dt_bias = given.pop("A_log"), given.pop("dt_bias")
-    op(*tokens, o, A_log, dt_bias, state, state_indices, cu_seqlens, final_state, **given)
+    op(*tokens, o, A_log, dt_bias, state, state_indices, cu_seqlens, final_state, None, None, None, **given)
     o = forward_only_traced(o, (*tokens, A_log, dt_bias, state))
     return o, (final_state if state_indices is None else state) if output_final_state else None
 

@@ -85,11 +85,11 @@ def kda_step(
     seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         torch.ops.kda.decode(
-            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, has_initial_state,
-            num_accepted_tokens, token_states, token_state_indices, True, null_slot, update_state, use_gate_in_kernel,
-            lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, kernel,
-            state_scales, seed, True,
-            *(() if conv is None else (conv.weight, conv.bias, conv.states, conv.indices, conv.tokens_first)),
+            q, k, v, g, beta, o, A_log, dt_bias, state, state_indices, cu_seqlens, None, token_states, state_scales,
+            None if conv is None else conv.states, has_initial_state, num_accepted_tokens, token_state_indices, True,
+            null_slot, update_state, use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval,
+            use_qk_l2norm_in_kernel, scale, kernel, seed, True,
+            *(() if conv is None else (conv.weight, conv.bias, conv.indices, conv.tokens_first)),
             **({} if norm is None else {"norm_gate": norm.gate, "norm_weight": norm.weight, "norm_eps": norm.eps}),
         )  # fmt: skip
         return forward_only_traced(o, (q, k, v, g, beta, A_log, dt_bias, state)).view(shape)
