@@ -13,11 +13,13 @@ RECORDS = ROOT / "benchmarks"
 SPEED = {
     "prefill-h100": "Prefill with a bounded gate, P1 to P7, by gate regime",
     "prefill-h200": "The same on an H200, gates of a new layer",
-    "prefill-softplus-h100": "Prefill with the softplus gate, P1 to P7",
-    "prefill-nvidia-h100": "Prefill at the shapes of NVIDIA's benchmark",
+    "prefill-softplus-h200": "Prefill with the softplus gate, P1 to P7, on an H200",
+    "prefill-nvidia-h200": "Prefill at the shapes of NVIDIA's benchmark, on an H200, bench gates",
     "decode-h100": "Decode, fp32 states",
     "decode-bf16-h100": "Decode, bf16 states",
-    "step-h200": "The fused decode step",
+    "decode-states-h200": "Decode on an H200, states in two bytes",
+    "step-h200": "The fused decode step, on an H200",
+    "step-bf16-h200": "The same, bf16 states",
 }
 
 

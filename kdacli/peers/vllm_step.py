@@ -71,7 +71,7 @@ def run(inputs: Inputs) -> Outputs:
             None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
             inputs.g.reshape(1, N, HV, -1).contiguous(),
-            inputs.beta.reshape(1, N, HV),
+            inputs.beta.reshape(1, N, HV).contiguous(),
             A_log,
             dt_bias.flatten(),
             inputs.pool[1].to(torch.int32),
