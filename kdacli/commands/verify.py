@@ -127,7 +127,7 @@ def command(
     A kernel passes when its error against the fp64 token recurrence is within a tolerance: twice the error of a plain
     implementation that rounds where the kernel must round, plus one rounding of the output. It holds over each output,
     over each head of each sequence, and for each element. A prefill has eight plain implementations, which round in
-    different units, and the largest error counts. Where products are in tf32, what cutting operands adds counts once.
+    different units, and the largest error counts. For products in tf32, the error of truncated operands is added once.
     NaN, Inf and unwritten elements never pass. Nor does a float32 state that was rounded to less on its way, unless the
     kernel declares so (carried_state). A kernel must not touch its inputs, the unused slots of a pool, nor memory
     around any tensor, and a second call must give the same bits (but in the interpreter). Cases name more that must
