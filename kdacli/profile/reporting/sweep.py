@@ -63,7 +63,7 @@ def spaced(values: Sequence[int], wanted: Collection[int] = (), most: int = MOST
 
 def _lines(group: Sequence[Series]) -> "tuple[Table, list[str]]":
     unit = UNITS[group[0].axis]
-    columns = ("kernel", f"us a {unit}", "±", "us at 0", "off the line", f"over {BUMP:.0%}", "worst vs peer")
+    columns = ("kernel", f"us per {unit}", "±", "us at 0", "off the line", f"over {BUMP:.0%}", "worst vs peer")
     lines = []
     for one in group:
         line, slowest, over = one.line(), one.slowest(), len(one.bumps())
