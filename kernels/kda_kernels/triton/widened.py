@@ -19,10 +19,10 @@ from kda_kernels.triton.common import load_slot
 from kda_kernels.triton.runtime import on_device
 from kda_kernels.triton.stored import load_state, store_state
 
-BV = 16  # rows of a state a program
+BV = 16  # rows of a state per program
 
 
-@triton.jit(do_not_specialize=["pool", "null_slot", "indices_n", "scales_n"])
+@triton.jit(do_not_specialize=["pool", "null_slot", "indices_n", "scales_n", "HV"])
 def read_kernel(
     state,  # [pool, HV, V, K], slots pool_n apart
     scales,  # fp32 [pool, HV, V] or None
@@ -34,7 +34,7 @@ def read_kernel(
     indices_n,
     scales_n,
     pool_n: tl.int64,
-    HV: tl.constexpr,
+    HV,
     V: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
@@ -61,7 +61,7 @@ def read_kernel(
     tl.store(wide + i_n * (HV * V * K) + at, x, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T", "pool", "null_slot", "indices_n", "scales_n", "kept", "columns", "every"])
+@triton.jit(do_not_specialize=["T", "pool", "null_slot", "indices_n", "scales_n", "kept", "columns", "every", "HV"])
 def store_kernel(
     wide,  # fp32 [N, HV, V, K], or of checkpoints [N * columns, ..]
     state,  # where they go, [kept, HV, V, K], slots state_n apart
@@ -80,7 +80,7 @@ def store_kernel(
     columns,
     every,
     state_n: tl.int64,
-    HV: tl.constexpr,
+    HV,
     V: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
