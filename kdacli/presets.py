@@ -31,11 +31,13 @@ class Preset:
         return self.heads // tp
 
 
-# Kimi-Linear: `linear_attn_config` in the config.json of Kimi-Linear-48B-A3B-Instruct (32 heads of 128, 20 of
-# 27 layers). Kimi K3: our own documents. GLM-5.3-Flash: the defaults of `Glm5NextConfig` in SGLang 0.5.23 (64 heads of
-# 128, 45 layers of which each fourth has no KDA), its bound from Megatron-LM's pull request 7054. Ling-3.0-flash is
-# second-hand: vLLM's pull request 52364 (32 heads at TP=1) and one of llama.cpp's (35 of 42 layers), its head size the
-# usual one.
+# Sources. Kimi-Linear: `linear_attn_config` in the config.json of Kimi-Linear-48B-A3B-Instruct (32 heads of 128, 20
+# of 27 layers). Kimi K3: our own documents; Megatron-Bridge's tests quote its config.json (96 heads of 128,
+# `gate_lower_bound` -5). GLM-5.3-Flash: the defaults of `Glm5NextConfig` in SGLang 0.5.23 (64 heads of 128, 45 layers
+# of which each fourth has no KDA); vLLM's tests of its tensor parallelism quote its config.json (`gate_lower_bound`
+# -5). Ling-3.0-flash: the same of vLLM's `BailingMoeV3TextConfig` (42 layers, the last of each six without KDA) and
+# of pull request 63 of AtomicBot-ai/atomic-llama-cpp-turboquant (`kda_lower_bound` -5; 35 KDA layers), 32 heads of
+# 128.
 PRESETS = {
     "kimi-k3": Preset(96, 128, Gate.SAFE, SAFE_BOUND, 69, 93),
     "kimi-linear": Preset(32, 128, Gate.SOFTPLUS, None, 20, 27),
