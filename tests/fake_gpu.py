@@ -58,7 +58,7 @@ class FakeFunction:
             ("norm_weight", norm_weight, s.norm, (s.V,)),
             ("norm_gate", norm_gate, s.norm_gate, (B, T, HV, s.V)),
             ("state_scales", state_scales, "float32" if s.h0 == "int16" else None, ("P", HV, s.V)),
-            ("seed", seed, "int64" if s.random else None, (1,)),
+            ("seed", seed, "int64" if s.stochastic else None, (1,)),
         ]
         check(arguments, q.device)
         self.calls += 1

@@ -29,11 +29,11 @@ def files(tmp_path_factory):
         yield
 
 
-def decaying(dtype: str, at_random: bool, T: int, K: int = 128) -> Inputs:
+def decaying(dtype: str, stochastic: bool, T: int, K: int = 128) -> Inputs:
     """Steps that only decay: no sum can change their fp32 state. A row has NaN, and another is 0."""
     options = dataclasses.replace(SAFE, beta_is_logit=False)
     shape = {"H": 2, "HV": 2, "K": K, "V": 128, "packed": False, "pool_slots": 7, "state_dtype": dtype}
-    rounding = "stochastic" if at_random else "nearest"
+    rounding = "stochastic" if stochastic else "nearest"
     problem = Problem(Op.DECODE, (T,) * 3, dtype="float32", options=options, state_rounding=rounding, **shape)
     inputs = make_inputs(problem, device=DEVICE)
     start = torch.randn(7, 2, 128, K) * torch.logspace(-9, 3, 128)[:, None]
@@ -47,10 +47,10 @@ def decaying(dtype: str, at_random: bool, T: int, K: int = 128) -> Inputs:
 
 
 @pytest.mark.parametrize(("config", "T", "K"), [("registers", 2, 128), ("bulk", 1, 128), ("registers", 1, 96)])
-@pytest.mark.parametrize("at_random", [True, False])
+@pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int16"])
-def test_bits_are_those_of_the_definition(dtype, at_random, config, T, K):
-    inputs = decaying(dtype, at_random, T, K)
+def test_bits_are_those_of_the_definition(dtype, stochastic, config, T, K):
+    inputs = decaying(dtype, stochastic, T, K)
     values = Stored(inputs.state, inputs.state_scales).values(torch.float32)
     wide = decode(dataclasses.replace(inputs, state=values, state_scales=None, rounding_seed=None)).final_state
     decode(inputs, config=CONFIGS[config])

@@ -1,4 +1,4 @@
-"""States in two bytes: rounded at random, or in int16 with scales, in torch and, to the same bits, in Triton."""
+"""States in two bytes: rounded stochastically, or in int16 with scales, in torch and, to the same bits, in Triton."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_each_neighbour_is_as_likely_as_it_is_near(dtype):
     """Over all random numbers there are: exact in bf16, to 2^-13 of the distance between neighbours in fp16."""
     x = torch.tensor([1.0, 1.2345678, -3.7e-5, -(2.0**-14) * 0.99999, 1e-7, 2.0**-24, 0.0, 1e-20, 65519.0, -1.9999999])
     every = torch.arange(65536)[:, None].expand(-1, len(x))
-    made = plain.rounded_at_random(x.expand(65536, -1), every, dtype).double()
+    made = plain.rounded_stochastically(x.expand(65536, -1), every, dtype).double()
     low, high = made.amin(0), made.amax(0)
     nearest = x.to(dtype)
     assert ((low == nearest) | (high == nearest) | (x == 65519.0)).all()
@@ -61,7 +61,7 @@ def test_what_is_no_number_stays():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 65536.0, -7e4])
     numbers = torch.full_like(x, 65535, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16):
-        made = plain.rounded_at_random(x, numbers, dtype)
+        made = plain.rounded_stochastically(x, numbers, dtype)
         assert made[0].isnan() and made[1:3].tolist() == x[1:3].tolist()
     assert made[3:].tolist() == [float("inf"), -float("inf")]
     q, scales = plain.quantised(torch.tensor([[1.0, float("nan")], [float("inf"), 0.0], [0.0, -0.0], [2.0**-111, 0.0]]))
@@ -100,9 +100,9 @@ def _store_kernel(x, p, scales, seed, slot, token, V: tl.constexpr, K: tl.conste
     )
 
 
-@pytest.mark.parametrize("at_random", [True, False])
+@pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_makes_the_same_bits(dtype, at_random, device_name="cpu"):
+def test_triton_makes_the_same_bits(dtype, stochastic, device_name="cpu"):
     """With seeds of 64 bits and of either sign; K is no power of two."""
     V, K, slot, token = 8, 24, 2**31 - 5, 3
     special = [float("inf"), -float("inf"), 65520.0, -65535.9, 7e4, 6e-8, -3e-5, 6.1e-5, 1e-30, 0.0]
@@ -110,11 +110,11 @@ def test_triton_makes_the_same_bits(dtype, at_random, device_name="cpu"):
         x = torch.randn(V, K) * torch.logspace(-8, 2, V)[:, None]
         x[0, : len(special)] = torch.tensor(special)
         x[1], x[2], x[3] = 0.0, float("nan"), x[3] * 1e34
-        want = plain.stored(x[None], getattr(torch, dtype), seed if at_random else None, slot, token)
+        want = plain.stored(x[None], getattr(torch, dtype), seed if stochastic else None, slot, token)
         x = x.to(device_name)
         made = torch.zeros(V, K, dtype=getattr(torch, dtype), device=device_name)
         scales = torch.full((V,), -1.0, device=device_name) if dtype == "int16" else None
-        number = torch.tensor([seed], device=device_name) if at_random else None
+        number = torch.tensor([seed], device=device_name) if stochastic else None
         _store_kernel[(1,)](x, made, scales, number, slot, token, V, K, 32)
         rows = slice(None)
         if scales is not None:
@@ -124,10 +124,10 @@ def test_triton_makes_the_same_bits(dtype, at_random, device_name="cpu"):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("at_random", [True, False])
+@pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_makes_the_same_bits(dtype, at_random):
-    test_triton_makes_the_same_bits(dtype, at_random, "cuda")
+def test_a_gpu_makes_the_same_bits(dtype, stochastic):
+    test_triton_makes_the_same_bits(dtype, stochastic, "cuda")
 
 
 PROBLEM = Problem(Op.DECODE, (1, 2), H=1, HV=1, K=16, V=8, pool_slots=4, state_dtype="int16")
@@ -225,7 +225,9 @@ def test_a_prefill_of_fp32_states_serves_other_pools(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["prefill-random-bf16", "prefill-int16", "prefill-int16/state_rounding=stochastic"])
+@pytest.mark.parametrize(
+    "case", ["prefill-stochastic-bf16", "prefill-int16", "prefill-int16/state_rounding=stochastic"]
+)
 def test_cute_prefill_stores_as_it_is_defined(case):
     result = check(registry.get("cute-prefill"), Bench.of_case(parse(f"{case}/K=128/V=128"), 0, "cuda"))
     assert result.status == "pass", result

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kda_kernels.reference.stored import Stored, quantised, random_numbers, rounded_at_random, stored
+from kda_kernels.reference.stored import Stored, quantised, random_numbers, rounded_stochastically, stored
 from tests.mutants.table import mutant
 from tests.mutants.victim import Chunked, Recurrent
 
@@ -49,7 +49,7 @@ class RoundedUpTooSeldom:
         numbers = random_numbers(seed, slot, token, S.numel()).view(S.shape) // 2
         if not dtype.is_floating_point:
             return quantised(S, numbers)
-        return Stored(rounded_at_random(S, numbers, dtype))
+        return Stored(rounded_stochastically(S, numbers, dtype))
 
 
 @mutant(Recurrent, Chunked)

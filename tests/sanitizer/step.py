@@ -19,7 +19,7 @@ STREAMED = DecodeConfig(rows=128, ctas=3, bulk=True, together=2)
 RUNS = {
     "32 rows": (1, "float32", "nearest", DecodeConfig(rows=32)),
     "streamed": (1, "float32", "nearest", STREAMED),
-    "int16 at random": (1, "int16", "stochastic", STREAMED),
+    "int16 stochastic": (1, "int16", "stochastic", STREAMED),
     "six tokens": (6, "float32", "nearest", STREAMED),
     "three tokens in registers": (3, "bfloat16", "stochastic", DecodeConfig(rows=64, threads=256, ctas=2)),
 }

@@ -17,7 +17,7 @@ MIXED: dict[str, Any] = {
     "param_dtype": "bfloat16",
     "state_dtype": "bfloat16",
 }
-RANDOM: dict[str, Any] = {"state_rounding": "stochastic", "about": "state_rounding"}
+STOCHASTIC: dict[str, Any] = {"state_rounding": "stochastic", "about": "state_rounding"}
 NO_STATE: dict[str, Any] = {"initial_state": False, "final_state": False}
 _FIELDS = ("HV", "packed", "padding", "initial_state", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype",
            "state_dtype")  # fmt: skip

@@ -1,7 +1,7 @@
 """The suite `full`: `quick`, more of every kind, and every two options together. Minutes on a CPU."""
 
 from kda_kernels.problem import Op
-from kdacli.verify.cases.case import FP32, MIXED, NONE, RANDOM, SAFE, SOFTPLUS, change, row
+from kdacli.verify.cases.case import FP32, MIXED, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
 from kdacli.verify.cases.pairs import pair_cases
 from kdacli.verify.cases.quick import QUICK
 from kdacli.verify.properties import PROPERTIES
@@ -87,9 +87,9 @@ FULL = (
         for dtype in ("float32", "bfloat16", "float16", "int16")
     ),
     *(
-        row(f"drift-{dtype}-random", _D, (4096,), "the same, rounded stochastically", dim=128,
+        row(f"drift-{dtype}-stochastic", _D, (4096,), "the same, rounded stochastically", dim=128,
             pool_slots=2, state_dtype=dtype, gates="weak", decode_steps=4096,
-            properties=("drift",), gpu_only=True, **RANDOM)
+            properties=("drift",), gpu_only=True, **STOCHASTIC)
         for dtype in ("bfloat16", "float16", "int16")
     ),
     row("drafts-dense", _D, (3, 3), "drafts in a dense batch, bf16 slots with gaps", options=SOFTPLUS, dim=32,

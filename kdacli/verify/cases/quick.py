@@ -5,7 +5,7 @@ Triton's interpreter; the large ones need a GPU.
 """
 
 from kda_kernels.problem import Op, Parts
-from kdacli.verify.cases.case import FP16, FP32, MIXED, NO_STATE, NONE, RANDOM, SAFE, SOFTPLUS, change, row
+from kdacli.verify.cases.case import FP16, FP32, MIXED, NO_STATE, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
 from kdacli.verify.properties import PROPERTIES
 
 # Around 16 (a sub-chunk) and 64 (a chunk), with an empty sequence.
@@ -96,8 +96,8 @@ QUICK = (
         pool_slots=4, transforms=("checkpoint-of-each",)),
     row("checkpoints-in-pool", _P, (65, 64), "checkpoints that go to slots of the pool", dim=32, pool_slots=4,
         state_dtype="float16", transforms=("checkpoints-in-pool",)),
-    row("random-bf16", _P, (65, 5), "a bf16 pool rounded stochastically, a checkpoint too", dim=32, pool_slots=4,
-        state_dtype="bfloat16", transforms=("checkpoints-in-pool",), properties=("rounding",), **RANDOM),
+    row("stochastic-bf16", _P, (65, 5), "a bf16 pool rounded stochastically, a checkpoint too", dim=32, pool_slots=4,
+        state_dtype="bfloat16", transforms=("checkpoints-in-pool",), properties=("rounding",), **STOCHASTIC),
     row("int16", _P, (65, 5), "a pool in int16, a checkpoint too", dim=32, pool_slots=4,
         state_dtype="int16", transforms=("checkpoints-in-pool",), properties=("rounding",), about="state_dtype"),
     row("alone", _P, (20, 5), PROPERTIES["alone"].reason, dim=32, pool_slots=5, properties=("alone",)),
@@ -199,14 +199,14 @@ QUICK = (
     row("one-by-one", _D, (3, 3), "a call for each token: what is rounded in each adds up", dim=32, pool_slots=4,
         state_dtype="bfloat16", gates="weak", decode_steps=3),
     row("pool-fp16", _D, (1, 2), "an fp16 pool", dim=32, pool_slots=4, state_dtype="float16"),
-    row("random-bf16", _D, (1, 3), "a bf16 pool rounded stochastically", K=32, V=16, heads=2, pool_slots=4,
-        state_dtype="bfloat16", properties=("rounding",), **RANDOM),
-    row("random-drafts", _D, (3, 2), "an fp16 pool rounded stochastically, a slot for each token's state", dim=32,
-        pool_slots=4, state_dtype="float16", transforms=("drafts",), properties=("rounding",), **RANDOM),
+    row("stochastic-bf16", _D, (1, 3), "a bf16 pool rounded stochastically", K=32, V=16, heads=2, pool_slots=4,
+        state_dtype="bfloat16", properties=("rounding",), **STOCHASTIC),
+    row("stochastic-drafts", _D, (3, 2), "an fp16 pool rounded stochastically, a slot for each token's state", dim=32,
+        pool_slots=4, state_dtype="float16", transforms=("drafts",), properties=("rounding",), **STOCHASTIC),
     row("int16", _D, (1, 2, 1), "a pool in int16, slots and scales with gaps", K=32, V=16, heads=2, pool_slots=5,
         padding=1, state_dtype="int16", transforms=("pool-with-gaps",), properties=("rounding",), about="state_dtype"),
-    row("int16-random", _D, (2, 1), "a pool in int16 rounded stochastically", dim=32, pool_slots=4, state_dtype="int16",
-        transforms=("drafts", "fresh-states"), properties=("rounding",), **RANDOM),
+    row("int16-stochastic", _D, (2, 1), "a pool in int16 rounded stochastically", dim=32, pool_slots=4,
+        state_dtype="int16", transforms=("drafts", "fresh-states"), properties=("rounding",), **STOCHASTIC),
     row("drift", _D, (48,), PROPERTIES["drift"].reason, dim=32, pool_slots=2, state_dtype="int16", gates="weak",
         decode_steps=48, properties=("drift",)),
     row("alone", _D, (2, 1, 1), PROPERTIES["alone"].reason, dim=32, pool_slots=5, properties=("alone",)),
@@ -239,8 +239,8 @@ QUICK = (
         parts=Parts(weight_dtype="float32", state_dtype="float32", norm_dtype="float32"), **FP32),
     row("bf16-state", _S, (1, 2), "a bf16 pool, and 17 heads", dim=32, heads=17, pool_slots=4, state_dtype="bfloat16",
         about="state_dtype"),
-    row("random-bf16", _S, (1, 2), "a bf16 pool rounded stochastically", dim=32, pool_slots=4, state_dtype="bfloat16",
-        properties=("rounding",), **RANDOM),
+    row("stochastic-bf16", _S, (1, 2), "a bf16 pool rounded stochastically", dim=32, pool_slots=4,
+        state_dtype="bfloat16", properties=("rounding",), **STOCHASTIC),
     row("int16", _S, (1, 2), "a pool in int16", dim=32, pool_slots=4, state_dtype="int16", properties=("rounding",),
         about="state_dtype"),
     row("odd-sizes", _S, (1, 2), "heads of 40 and 24 channels: tiles overhang", pool_slots=3, K=40, V=24, dim=32),

@@ -102,7 +102,7 @@ def _arguments(spec: DecodeSpec) -> tuple:
         vector(spec.norm, spec.V),
         tokens(spec.norm_gate, HV, spec.V) if spec.norm_gate else None,
         stand_in("float32", (P, HV, spec.V), (cute.sym_int64(), spec.V, 1)) if spec.h0 == "int16" else None,
-        vector("int64" if spec.random else None, 1),
+        vector("int64" if spec.stochastic else None, 1),
         Int32(0),
         Float32(0.0),
         Float32(0.0),

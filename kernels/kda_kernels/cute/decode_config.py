@@ -111,7 +111,7 @@ class DecodeSpec:
         tokens_first: whether its states are [P, L, channels], instead of [P, channels, L].
         wide: whether a channel's taps are read at once, so that they have to be aligned.
         norm, norm_gate: dtypes of the weight and the gate of the norm behind the step; None: there is none.
-        random: whether states of two bytes are rounded stochastically.
+        stochastic: whether states of two bytes are rounded stochastically.
     """
 
     group: int
@@ -148,7 +148,7 @@ class DecodeSpec:
     wide: bool = False
     norm: str | None = None
     norm_gate: str | None = None
-    random: bool = False
+    stochastic: bool = False
 
     @property
     def pooled(self) -> bool:

@@ -183,7 +183,7 @@ class DecodeKernel:
         if cutlass.const_expr(spec.norm is not None):
             self.norm.fetch_weight(ending, norm_weight, heads, tid)
         keys = None
-        if cutlass.const_expr(spec.random):
+        if cutlass.const_expr(spec.stochastic):
             words = cute.recast_tensor(seed, Int32)
             keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
 

@@ -14,12 +14,12 @@ from kda_kernels.cute.math import float_of, load_now
 from kda_kernels.cute.ptx import select
 from kda_kernels.cute.stored import (
     LARGEST,
-    bf16_at_random,
-    fp16_at_random,
+    bf16_stochastic,
+    fp16_stochastic,
     fractions,
     halves,
-    int16_at_random,
     int16_nearest,
+    int16_stochastic,
     random_words,
     row_scales,
     within_int16,
@@ -103,9 +103,9 @@ class States:
         for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
             if cutlass.const_expr(dtype is cutlass.Int16):
                 self.store_int16(S, first, odd, scales, p, first_pass + p, stamp, lane)
-            elif cutlass.const_expr(self.spec.random and dtype.width == 16):
+            elif cutlass.const_expr(self.spec.stochastic and dtype.width == 16):
                 for s in cutlass.range_constexpr(self.spec.steps):
-                    words = self.at_random(S, dtype, odd, s, p, first_pass + p, stamp, lane)
+                    words = self.rounded(S, dtype, odd, s, p, first_pass + p, stamp, lane)
                     self.vectors(first, s, p).store(cute.recast_tensor(words, dtype).load())
             else:
                 for s in cutlass.range_constexpr(self.spec.steps):
@@ -125,19 +125,19 @@ class States:
             return words
 
     @cute.jit
-    def at_random(self, S, dtype: cutlass.Constexpr, odd, s, p, row, stamp, lane: Int32):
-        """Access s of row p in bf16 or fp16, two to a word."""
+    def rounded(self, S, dtype: cutlass.Constexpr, odd, s, p, row, stamp, lane: Int32):
+        """Access s of row p, rounded stochastically to bf16 or fp16, two to a word."""
         numbers = self.numbers(s, row, stamp, lane)
         out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
         for i in cutlass.range_constexpr(self.spec.vector // 2):
             pair = halves(self.needed(numbers[i], dtype))
             if cutlass.const_expr(dtype is cutlass.BFloat16):
-                low, high = (bf16_at_random(S[2 * i + j, s, p], pair[j]) for j in range(2))
+                low, high = (bf16_stochastic(S[2 * i + j, s, p], pair[j]) for j in range(2))
                 out[i] = Int32(Uint32(low) >> 16) | (high & -0x10000)
             else:
                 y = cute.make_rmem_tensor(2, Float32)
                 for j in cutlass.range_constexpr(2):
-                    y[j] = fp16_at_random(S[2 * i + j, s, p], pair[j])
+                    y[j] = fp16_stochastic(S[2 * i + j, s, p], pair[j])
                 out[i] = self.pair(y, dtype)
         finite = odd[row] - odd[row] == 0.0
         if not finite:
@@ -150,15 +150,15 @@ class States:
 
     @cute.jit
     def keep_nan(self, out, S, dtype: cutlass.Constexpr, numbers, s, p):
-        """`at_random` of a row with NaN, which stays."""
+        """`rounded` of a row with NaN, which stays."""
         for i in cutlass.range_constexpr(self.spec.vector // 2):
             y, pair = cute.make_rmem_tensor(2, Float32), halves(self.needed(numbers[i], dtype))
             for j in cutlass.range_constexpr(2):
                 x = S[2 * i + j, s, p]
                 if cutlass.const_expr(dtype is cutlass.BFloat16):
-                    rounded = float_of(bf16_at_random(x, pair[j]) & -0x10000)
+                    rounded = float_of(bf16_stochastic(x, pair[j]) & -0x10000)
                 else:
-                    rounded = fp16_at_random(x, pair[j])
+                    rounded = fp16_stochastic(x, pair[j])
                 y[j] = select(x == x, rounded, x)
             out[i] = self.pair(y, dtype)
 
@@ -180,18 +180,18 @@ class States:
         scales[0] = select(lane % LANES == row, scale, scales[0])
         for s in cutlass.range_constexpr(self.spec.steps):
             out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
-            numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.random) else None
+            numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.stochastic) else None
             for i in cutlass.range_constexpr(self.spec.vector // 2):
                 a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
-                if cutlass.const_expr(self.spec.random):
+                if cutlass.const_expr(self.spec.stochastic):
                     low, high = fractions(numbers[i])
-                    low, high = int16_at_random(a, w, low), int16_at_random(b, w, high)
+                    low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
                 else:
                     low, high = int16_nearest(a, w), int16_nearest(b, w)
                 out[i] = (low & 0xFFFF) | (high << 16)
             if not kept:
                 out.fill(0)
-            if cutlass.const_expr(self.spec.random):
+            if cutlass.const_expr(self.spec.stochastic):
                 if kept and most * w > LARGEST:  # rounded up: some may be too far from 0
                     self.keep_within(out, S, s, p)
             self.vectors(first, s, p).store(cute.recast_tensor(out, cutlass.Int16).load())

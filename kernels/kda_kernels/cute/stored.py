@@ -1,4 +1,4 @@
-"""States in two bytes on the device: rounded at random, or int16 with a scale a row.
+"""States in two bytes on the device: rounded stochastically, or int16 with a scale a row.
 
 The definition, which these follow to the bit, is `kda_kernels.reference.stored`. Floor: `docs/notes/states.md`.
 """
@@ -36,13 +36,13 @@ def halves(word: Uint32):
 
 
 @cute.jit
-def bf16_at_random(x: Float32, number: Int32) -> Int32:
+def bf16_stochastic(x: Float32, number: Int32) -> Int32:
     """Its upper half is x in bf16; x is no NaN."""
     return float_bits(x) + number
 
 
 @cute.jit
-def fp16_at_random(x: Float32, number: Int32) -> Float32:
+def fp16_stochastic(x: Float32, number: Int32) -> Float32:
     """x as fp16 can have it, or 65536 and more; infinities stay, and x is no NaN. `number`: under 0x2000."""
     size = cute.arch.fmax(x, -x)
     small = one_if_less(size, Float32(SUBNORMAL))
@@ -81,7 +81,7 @@ def int16_nearest(x: Float32, w: Float32) -> Int32:
 
 
 @cute.jit
-def int16_at_random(x: Float32, w: Float32, fraction: Float32) -> Int32:
+def int16_stochastic(x: Float32, w: Float32, fraction: Float32) -> Int32:
     """Its lower half is the integer; -32768 stands for one that is too far from 0. `fraction`: see `fractions`.
 
     (floor(65536 a) + r) >> 16 is floor(a + r / 65536), and a sum that is rounded down has the same floor.

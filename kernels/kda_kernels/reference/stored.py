@@ -21,7 +21,7 @@ NaN stays NaN and infinities stay themselves, in both. What else is in a row of 
 
 int16: of a row of K elements, m is the largest |x|. Its scale is m / 32767, rounded to nearest in fp32; with
 w = 32767 / m, rounded so, too, an element is the integer next to the product x w, which is not rounded before; ties go
-to the even one. At random: y = the largest integer not over fl(fl(x w) 65536), within 32767 * 65536 of 0, and
+to the even one. Stochastically: y = the largest integer not over fl(fl(x w) 65536), within 32767 * 65536 of 0, and
 (y + r) >> 16. A row whose m is under 2^-110, whose w could overflow, is zeros with the scale 0. A row with NaN or an
 infinity has the scale NaN, whatever its integers are. What is stored means integer times scale, rounded to fp32.
 """
@@ -69,11 +69,11 @@ def stored(x: torch.Tensor, dtype: torch.dtype, seed: int | None = None, slot: i
     if seed is not None and dtype is not torch.float32:
         HV, V, K = x.shape
         numbers = random_numbers(seed, slot, token, HV * V * K, x.device).view(HV, V, K)
-        return quantised(x, numbers) if dtype is torch.int16 else Stored(rounded_at_random(x, numbers, dtype))
+        return quantised(x, numbers) if dtype is torch.int16 else Stored(rounded_stochastically(x, numbers, dtype))
     return quantised(x) if dtype is torch.int16 else Stored(x.to(dtype))
 
 
-def rounded_at_random(x: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def rounded_stochastically(x: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """fp32 `x` in bf16 or fp16; `numbers`: the random one of each element, int64 under 65536."""
     if dtype is torch.bfloat16:
         upper = (x.contiguous().view(torch.int32) + numbers.int()) & -0x10000
@@ -84,12 +84,12 @@ def rounded_at_random(x: torch.Tensor, numbers: torch.Tensor, dtype: torch.dtype
         bits = ((size + offset).view(torch.int32) + (numbers.int() & 0x1FFF)) & -0x2000
         y = torch.copysign(bits.view(torch.float32) - offset, x)
     else:
-        raise ValueError(f"{name_of(dtype)} has no rounding at random")
+        raise ValueError(f"{name_of(dtype)} has no stochastic rounding")
     return torch.where(x.isfinite(), y, x).to(dtype)
 
 
 def quantised(x: torch.Tensor, numbers: torch.Tensor | None = None) -> Stored:
-    """fp32 `x` [.., V, K] in int16; `numbers`: as in `rounded_at_random`, or None."""
+    """fp32 `x` [.., V, K] in int16; `numbers`: as in `rounded_stochastically`, or None."""
     most = x.abs().amax(-1)
     kept = (most >= LEAST_ROW) & most.isfinite()
     largest = torch.full_like(most, LARGEST)  # a number instead of a tensor would be multiplied with a reciprocal

@@ -40,7 +40,7 @@ USUAL = {
     "softplus": _POOL,
     "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus bf16-state": dataclasses.replace(_POOL, state_dtype="bfloat16"),
-    "softplus bf16-state at random": dataclasses.replace(_POOL, state_dtype="bfloat16", state_rounding="stochastic"),
+    "softplus bf16-state stochastic": dataclasses.replace(_POOL, state_dtype="bfloat16", state_rounding="stochastic"),
     "softplus int16-state": dataclasses.replace(_POOL, state_dtype="int16"),
     "softplus packed": dataclasses.replace(_POOL, packed=True),
     "step softplus": (_STEP := dataclasses.replace(_POOL, op=Op.STEP)),

@@ -1,13 +1,17 @@
 """Device functions that load and store states, in all that a pool may hold: see `kda_kernels.reference.stored`.
 
-Floor of rounding at random, an element: a seventh part of Philox' 7 rounds is 1.75 products of 32 x 32 to 64 bits and
+Floor of stochastic rounding, an element: a seventh part of Philox' 7 rounds is 1.75 products of 32 x 32 to 64 bits and
 1.75 three-way XORs, and there are 2 (bf16) to 6 instructions more.
 """
 
 import triton
 import triton.language as tl
 
+from kda_kernels.reference import stored as definition
 from kda_kernels.triton.common import INTERPRETED, cast, reciprocal
+
+ROUNDS = tl.constexpr(definition.ROUNDS)
+LEAST_ROW = tl.constexpr(definition.LEAST_ROW)
 
 
 @triton.jit
@@ -32,7 +36,7 @@ def random_numbers(seed, slot, token, row, odd, K: tl.constexpr, BK: tl.constexp
     c3 = zero
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(7):
+    for _ in tl.static_range(ROUNDS):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
@@ -44,7 +48,7 @@ def random_numbers(seed, slot, token, row, odd, K: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
-def rounded_at_random(x, numbers, DTYPE: tl.constexpr):
+def rounded_stochastically(x, numbers, DTYPE: tl.constexpr):
     """fp32 x in bf16 or fp16. NaN and infinities stay where the number is 0."""
     if DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True) + numbers
@@ -74,7 +78,7 @@ def quantised(x, numbers, odd):
     """fp32 x [rows, K] in int16, and the scales [rows]; `numbers` None: to nearest. odd: see `store_state`."""
     size = tl.max(tl.abs(x), 1)
     finite = (odd - odd == 0) & (size < float("inf"))
-    kept = finite & (size >= 7.703719777548943e-34)  # 2**-110
+    kept = finite & (size >= LEAST_ROW)
     size = tl.where(kept, size, 1.0)
     small = tl.where(size > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)  # over 2**100: 2**-64
     w = tl.where(kept, _quotient(32767.0, size * small, reciprocal(size * small)) * small, 0.0)[:, None]
@@ -129,7 +133,7 @@ def store_state(p, x, mask, scales, mask_rows, odd, seed, slot, token, row, K: t
         y, s = quantised(x, numbers, odd)
         tl.store(scales, s, mask=mask_rows)
     elif numbers is not None:
-        y = rounded_at_random(x, numbers, DTYPE)
+        y = rounded_stochastically(x, numbers, DTYPE)
     else:
         y = cast(x, DTYPE)
     if mask is None:
