@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import warpgroup
 from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.prefill_work import Barrier, Products, States, Work
-from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, load_transposed, rest, select, store_transposed
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, load_transposed, rest, select, store_transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Consumer:
     """
 
     spec: PrefillSpec
+    element: type
 
     @cute.jit
     def consume(self, shared, atoms, tiles, o, states: States, work: Work, products: Products, group: Int32):
@@ -43,8 +44,8 @@ class Consumer:
         read = cute.make_rmem_tensor(products.read.partition_shape_C((64, CHUNK if summary else 2 * CHUNK)), Float32)
         w = cute.make_rmem_tensor(products.mix.partition_shape_C((64, CHUNK)), Float32)
         out = cute.make_rmem_tensor(w.shape, Float32)
-        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), BFloat16)
-        w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), BFloat16)
+        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), self.element)
+        w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
         keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
         squares = 1 + spec.inverse_parts  # a stage
 
@@ -169,7 +170,7 @@ class Consumer:
         token = (lane >> 4) * 8 + (lane & 7)
         zeros = (shared.zeros.toint() - shared.v.toint()).to(Int32) >> 1
         place = stage * (CHUNK * spec.V)
-        place = place + swizzled(token, ((64 * group + 16 * warp) >> 3) + (lane >> 3 & 1), 8, BFloat16)
+        place = place + swizzled(token, ((64 * group + 16 * warp) >> 3) + (lane >> 3 & 1), 8, self.element)
         words = []
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
             # what follows the last token in memory is another's, and may be no number
@@ -186,7 +187,7 @@ class Consumer:
         for j in cutlass.range_constexpr(CHUNK // 8):
             a, b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
             for h in cutlass.range_constexpr(2):
-                v = bfloat16_pair(words[2 * j + h])
+                v = float_pair(words[2 * j + h], self.element)
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * h + e
                     w[i] = a[e] * v[e] - b[e] * read[i]
@@ -306,8 +307,8 @@ class Consumer:
 
     @cute.jit
     def round(self, acc, target):
-        """Accumulators as the left operand of the next product: the same places, in bf16."""
-        cute.make_tensor(target.iterator, acc.layout).store(acc.load().to(BFloat16))
+        """Accumulators as the left operand of the next product: the same places."""
+        cute.make_tensor(target.iterator, acc.layout).store(acc.load().to(target.element_type))
 
     @cute.jit
     def product(
@@ -336,19 +337,19 @@ class Consumer:
     def stage_out(self, out, shared, group: Int32, chunk: Int32, stage: Int32, warp: Int32, lane: Int32):
         """o of this chunk into shared memory."""
         factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane & 3)
-        rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
+        rounded = cute.make_rmem_tensor(cute.size(out), self.element)
         for j in cutlass.range_constexpr(CHUNK // 8):
             scale = vector(factors, 8 * j).load()
             for h in cutlass.range_constexpr(2):
                 for e in cutlass.range_constexpr(2):
-                    rounded[4 * j + 2 * h + e] = (out[4 * j + 2 * h + e] * scale[e]).to(BFloat16)
+                    rounded[4 * j + 2 * h + e] = (out[4 * j + 2 * h + e] * scale[e]).to(self.element)
         self.stage(rounded, self.buffer(shared, group, chunk & 1), warp, lane)
 
     @cute.jit
     def stage(self, rounded, buffer, warp: Int32, lane: Int32):
-        """32 columns of accumulators, in bf16, as rows of a tile of 64 value channels."""
+        """32 columns of accumulators, rounded, as rows of a tile of 64 value channels."""
         words = cute.recast_tensor(rounded, Int32)
-        target = buffer + swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16)
+        target = buffer + swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, self.element)
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
             store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
 
@@ -424,4 +425,4 @@ class Consumer:
             )
             for row in cutlass.range(p >> 3, tokens, 16, unroll=1):
                 target = vector(o.iterator, offset + row * o.stride[1] + (64 * group + 8 * (p & 7)), 8)
-                target.store(vector(source, swizzled(row, p & 7, 8, BFloat16), 8).load())
+                target.store(vector(source, swizzled(row, p & 7, 8, self.element), 8).load())

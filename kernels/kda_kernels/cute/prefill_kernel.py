@@ -25,10 +25,11 @@ second half the other way. So nothing overflows unless q or k is longer than 2^3
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
+from kda_kernels.cute.decode_build import DTYPES
 from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_consume import Consumer
 from kda_kernels.cute.prefill_produce import Producer
@@ -47,6 +48,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
 
     def __init__(self, spec: PrefillSpec) -> None:
         self.spec = spec
+        self.element = DTYPES[spec.dtype]
 
     @cute.jit
     def __call__(
@@ -106,7 +108,9 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         rmem = warpgroup.OperandSource.RMEM
 
         def product(n, b_major=K_MAJOR, source=rmem):
-            return make_trivial_tiled_mma(BFloat16, BFloat16, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source)
+            return make_trivial_tiled_mma(
+                self.element, self.element, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source
+            )
 
         products = (
             product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
@@ -334,7 +338,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         """One head of one sequence or segment."""
         tid = cute.arch.thread_idx()[0]
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
-        shared = allocate(self.spec, g_dtype)
+        shared = allocate(self.spec, self.element, g_dtype)
         if tid == 0:
             for s in cutlass.range_constexpr(STAGES):
                 each = self.spec.each_arrives
@@ -347,7 +351,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 cute.arch.mbarrier_init(shared.loaded + s, 1)
             cute.arch.mbarrier_init_fence()
         if tid < 8:
-            vector(shared.zeros, tid, 1)[0] = BFloat16(0.0)
+            vector(shared.zeros, tid, 1)[0] = self.element(0.0)
         words = STAGES * (1 + self.spec.inverse_parts) * CHUNK * CHUNK // 2
         for i in cutlass.range(tid, words, THREADS, unroll=1):  # zero over the diagonals
             vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)

@@ -7,7 +7,7 @@ from cutlass import BFloat16, Float32, Int32
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
 from kda_kernels.cute.prefill_config import CHUNK, PARTS, SHIFT, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import arrive, swizzled, vector
-from kda_kernels.cute.ptx import bfloat16_pair, exp2_approx, fresh, multiply_add, multiply_pairs, rest
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs, rest
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
@@ -39,8 +39,8 @@ class Preparer:
     @cute.jit
     def pair_of(self, raw, i: cutlass.Constexpr[int]):
         """Pair i of `raw_pairs`, fp32."""
-        if cutlass.const_expr(raw.element_type is BFloat16):
-            return bfloat16_pair(cute.recast_tensor(raw, Int32)[i])
+        if cutlass.const_expr(raw.element_type.width == 16):
+            return float_pair(cute.recast_tensor(raw, Int32)[i], raw.element_type)
         else:
             return raw[0, i].to(Float32), raw[1, i].to(Float32)
 

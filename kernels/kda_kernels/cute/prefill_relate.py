@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32
+from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, rsqrt
 from kda_kernels.cute.prefill_config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
@@ -14,6 +14,7 @@ class Relater:
     """Norms, what becomes of [kE; qE] kI^T, and the inverse. Thread p is lane p % 32 of warp p // 32."""
 
     spec: PrefillSpec
+    element: type
 
     @cute.jit
     def squares(self, raw, sums, warp: Int32, lane: Int32):
@@ -23,9 +24,9 @@ class Relater:
         with_k, with_q = ((Float32(0.0),) * 4,) * 2
         for i in cutlass.range_constexpr(self.spec.K // 16):
             a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
-            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]))
+            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]), self.element)
             if cutlass.const_expr(not summary):
-                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]))
+                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]), self.element)
         if lane & 3 == lane >> 3:
             odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
             vector(sums, CHUNK + token, 1)[0] = select(odd, with_k[3], with_k[2])
@@ -81,17 +82,17 @@ class Relater:
         norm_k, norm_q = self.norms(sums, 16 * w + row)
         factor = vector(sums, 3 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
         factor = select(16 * w + row < tokens, factor, Float32(0.0))
-        diagonal, tiles = scratch + (w * L_HALF + row), cute.recast_ptr(scratch, dtype=BFloat16)
+        diagonal, tiles = scratch + (w * L_HALF + row), cute.recast_ptr(scratch, dtype=self.element)
         for j in cutlass.range_constexpr(2 * w + h + 1):
             values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
             if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
                 pair = cute.make_rmem_tensor(2, Float32)
                 for e in cutlass.range_constexpr(2):
                     pair[e] = values[e]
-                rounded = cute.make_rmem_tensor(2, BFloat16)
+                rounded = cute.make_rmem_tensor(2, self.element)
                 place = 4 * TILE + row * TILE_PITCH + 8 * j + col
                 for part in cutlass.range_constexpr(2):
-                    rounded.store(pair.load().to(BFloat16))
+                    rounded.store(pair.load().to(self.element))
                     vector(tiles, place + part * TILE).store(rounded.load())
                     rest(pair, rounded)
             else:
@@ -109,17 +110,17 @@ class Relater:
                 if cutlass.const_expr(j == 2 * w + h):
                     pair[e] = select(col + e < lane >> 2, pair[e], Float32(0.0))
                     pair[e] = select(col + e == lane >> 2, vector(sums, 2 * CHUNK + row, 1)[0], pair[e])
-            vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(BFloat16))
+            vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(self.element))
 
     @cute.jit
     def invert(self, scratch, mix, lane: Int32):
         """(I + L)^-1 - I to `mix`, transposed; its second part behind it.
 
         The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
-        diagonal is not used). Then the lower left block: products of operands in two bf16 parts, 16 bits together.
+        diagonal is not used). Then the lower left block: products of operands in two parts, of bf16 16 bits together.
         """
         block, n = lane >> 4, lane & 15
-        L, tiles = scratch + block * L_HALF, cute.recast_ptr(scratch, dtype=BFloat16)
+        L, tiles = scratch + block * L_HALF, cute.recast_ptr(scratch, dtype=self.element)
         x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
         for m in cutlass.range_constexpr(BLOCK - 1):
             for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
@@ -139,7 +140,7 @@ class Relater:
             if cutlass.const_expr(self.spec.inverse_parts == 2):
                 target = CHUNK * CHUNK + row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8
                 vector(mix, target, 8).store(lower[None, piece].load())
-        vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = BFloat16(0.0)  # the diagonal
+        vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = self.element(0.0)  # the diagonal
         cute.arch.sync_warp()
         self.join(tiles, mix, lane)
 
@@ -162,23 +163,23 @@ class Relater:
                     pair[e] = -outer[4 * tile_n + 2 * h + e]
                 j = (lane >> 2) + 8 * h
                 target = j * CHUNK + ((2 + tile_n) ^ (j >> 1 & 3)) * 8 + 2 * (lane & 3)
-                rounded = cute.make_rmem_tensor(2, BFloat16)
+                rounded = cute.make_rmem_tensor(2, self.element)
                 for part in cutlass.range_constexpr(self.spec.inverse_parts):
-                    rounded.store(pair.load().to(BFloat16))
+                    rounded.store(pair.load().to(self.element))
                     vector(mix, target + part * (CHUNK * CHUNK)).store(rounded.load())
                     rest(pair, rounded)
 
     @cute.jit
     def parts(self, values):
-        """16 or 8 numbers as two of bf16 each, [8, n / 8]."""
+        """16 or 8 numbers in two parts, [8, n / 8]."""
         exact = cute.make_rmem_tensor((8, len(values) // 8), Float32)
         for i in cutlass.range_constexpr(len(values)):
             exact[i] = values[i]
-        upper = cute.make_rmem_tensor(exact.shape, BFloat16)
-        lower = cute.make_rmem_tensor(exact.shape, BFloat16)
-        upper.store(exact.load().to(BFloat16))
+        upper = cute.make_rmem_tensor(exact.shape, self.element)
+        lower = cute.make_rmem_tensor(exact.shape, self.element)
+        upper.store(exact.load().to(self.element))
         rest(exact, upper)
-        lower.store(exact.load().to(BFloat16))
+        lower.store(exact.load().to(self.element))
         return upper, lower
 
     @cute.jit
@@ -188,6 +189,6 @@ class Relater:
         for tile_n in cutlass.range_constexpr(2):
             acc = (Float32(0.0),) * 4
             for i, j in ((1, 0), (0, 1), (0, 0)):
-                acc = multiply_16x8x16(acc, a[i], b[j][tile_n])
+                acc = multiply_16x8x16(acc, a[i], b[j][tile_n], self.element)
             out.extend(acc)
         return out

@@ -5,7 +5,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.dsl import SmemAllocator
@@ -61,7 +61,8 @@ class Shared:
     sums: Any
 
 
-def allocate(spec: PrefillSpec, g_dtype) -> Shared:
+def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
+    """`element`: of operands, q, k, v and o."""
     smem = SmemAllocator()
 
     def array(dtype, size, align=16):
@@ -69,12 +70,12 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
 
     K, V = spec.K, spec.V
     return Shared(
-        rows=array(BFloat16, STAGES * 2 * CHUNK * K, 1024),
-        cols=array(BFloat16, STAGES * PARTS * CHUNK * K, 1024),
-        mix=array(BFloat16, STAGES * (1 + spec.inverse_parts) * CHUNK * CHUNK, 1024),
-        v=array(BFloat16, STAGES * CHUNK * V, 1024),
-        out=array(BFloat16, 2 * spec.out_buffers * CHUNK * 64, 1024),
-        raw=array(BFloat16, 2 * 2 * CHUNK * K, 1024),
+        rows=array(element, STAGES * 2 * CHUNK * K, 1024),
+        cols=array(element, STAGES * PARTS * CHUNK * K, 1024),
+        mix=array(element, STAGES * (1 + spec.inverse_parts) * CHUNK * CHUNK, 1024),
+        v=array(element, STAGES * CHUNK * V, 1024),
+        out=array(element, 2 * spec.out_buffers * CHUNK * 64, 1024),
+        raw=array(element, 2 * 2 * CHUNK * K, 1024),
         raw_g=array(g_dtype, 2 * CHUNK * K, 1024),
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
@@ -84,7 +85,7 @@ def allocate(spec: PrefillSpec, g_dtype) -> Shared:
         empty=array(Int64, STAGES, 8),
         loaded=array(Int64, 2, 8),
         summed=array(Int64, STAGES, 8),
-        zeros=array(BFloat16, 8),
+        zeros=array(element, 8),
         bias=None if spec.bounded else array(Float32, K),
     )
 
@@ -100,8 +101,8 @@ def arrive(barrier, lane: Int32, each: cutlass.Constexpr[bool]):
 
 def operand(pointer, kind, shape, order):
     """The tensor at `pointer` that a product reads: atoms of `kind` side by side in `order`, then the stages."""
-    layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, BFloat16), shape, order=order)
-    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, BFloat16), layout.outer)
+    layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, pointer.dtype), shape, order=order)
+    return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, pointer.dtype), layout.outer)
 
 
 def vector(pointer, offset, size: int = 2):

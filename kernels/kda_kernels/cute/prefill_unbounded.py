@@ -19,7 +19,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32
+from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
 from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, STAGES, Part, PrefillSpec
@@ -36,8 +36,8 @@ from kda_kernels.cute.prefill_shared import (
 )
 from kda_kernels.cute.prefill_work import Barrier
 from kda_kernels.cute.ptx import (
-    bfloat16_pair,
     exp2_approx,
+    float_pair,
     fresh,
     load_matrices,
     load_transposed,
@@ -65,17 +65,17 @@ class Slice:
     dtype: type
 
     @staticmethod
-    def of(pointer, warp: Int32, lane: Int32, height: int = CHUNK, dtype=BFloat16) -> "Slice":
+    def of(pointer, warp: Int32, lane: Int32, height: int = CHUNK, dtype=None) -> "Slice":
         """Lane 8 n + r has row r, 8 channels from 8 n. `height`: tokens of the tile."""
         place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
-        return Slice(place + (((4 * (warp & 1) + (lane >> 3)) ^ (lane & 7)) * 16), dtype)
+        return Slice(place + (((4 * (warp & 1) + (lane >> 3)) ^ (lane & 7)) * 16), dtype or pointer.dtype)
 
     @staticmethod
     def paired(pointer, behind: int, warp: Int32, lane: Int32, height: int = CHUNK) -> "Slice":
         """Lane 16 n + r has row r, 8 channels from 8 n; lanes 8 more the same of what is so many elements behind."""
         place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
         place = place + (lane >> 3 & 1) * (2 * behind)
-        return Slice(place + (((4 * (warp & 1) + (lane >> 4)) ^ (lane & 7)) * 16), BFloat16)
+        return Slice(place + (((4 * (warp & 1) + (lane >> 4)) ^ (lane & 7)) * 16), pointer.dtype)
 
     def block(self, b: int, step: int = 0):
         """Of block b; for `paired`, 16 channels from 16 `step`."""
@@ -151,6 +151,7 @@ class Unbounded:
     """A warpgroup that prepares every other chunk. What is the same for any gate is `Producer`'s and `Relater`'s."""
 
     spec: PrefillSpec
+    element: type
 
     @cute.jit
     def produce_unbounded(
@@ -335,8 +336,8 @@ class Unbounded:
         out = []
         for t in cutlass.range_constexpr(TILES):
             own = vector(rates.bias, 32 * warp + 8 * t + (lane >> 2), 1)[0]
-            if cutlass.const_expr(dtype is BFloat16):
-                pair = bfloat16_pair(cute.recast_tensor(raw, Int32)[t])
+            if cutlass.const_expr(dtype.width == 16):
+                pair = float_pair(cute.recast_tensor(raw, Int32)[t], dtype)
             else:
                 pair = (raw[2 * t].to(Float32), raw[2 * t + 1].to(Float32))
             for x in pair:
@@ -450,7 +451,7 @@ class Unbounded:
                 self.spread_k(rows_k, scratch, sums, w // 2, w % 2, lane, tokens)
                 if cutlass.const_expr(self.spec.part.reads):
                     self.spread_q(rows_q, at.mix, sums, w // 2, w % 2, lane)
-                    nothing = cute.make_rmem_tensor(2, BFloat16)
+                    nothing = cute.make_rmem_tensor(2, self.element)
                     nothing.fill(0.0)
                     row = BLOCK * w + (lane >> 2)
                     for j in cutlass.range_constexpr(w + 1, BLOCKS):
@@ -462,19 +463,19 @@ class Unbounded:
 
     @cute.jit
     def packed(self, values):
-        """Numbers as words of two bf16 each."""
+        """Numbers as words of two each."""
         exact = cute.make_rmem_tensor(len(values), Float32)
         for i in cutlass.range_constexpr(len(values)):
             exact[i] = values[i]
-        out = cute.make_rmem_tensor(len(values), BFloat16)
-        out.store(exact.load().to(BFloat16))
+        out = cute.make_rmem_tensor(len(values), self.element)
+        out.store(exact.load().to(self.element))
         words = cute.recast_tensor(out, Int32)
         return [words[i] for i in range(len(values) // 2)]
 
     @cute.jit
     def scaled(self, kq: tuple, factors):
         """[k; q] of 16 channels times what `factors`, two words, say of k and q alike."""
-        return tuple(multiply_pairs(kq[i], factors[i // 2]) for i in range(4))
+        return tuple(multiply_pairs(kq[i], factors[i // 2], self.element) for i in range(4))
 
     @cute.jit
     def with_itself(self, kq: list, factors: list):
@@ -482,7 +483,7 @@ class Unbounded:
         words, acc = self.packed(factors), (Float32(0.0),) * 4
         for s in cutlass.range_constexpr(2):
             a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
-            acc = multiply_16x8x16(acc, a, (a[0], a[2]))
+            acc = multiply_16x8x16(acc, a, (a[0], a[2]), self.element)
         return acc
 
     @cute.jit
@@ -502,7 +503,7 @@ class Unbounded:
         for s in cutlass.range_constexpr(2):
             a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
             for n in cutlass.range_constexpr(len(columns)):
-                out[n] = multiply_16x8x16(out[n], a, (columns[n][2 * s], columns[n][2 * s + 1]))
+                out[n] = multiply_16x8x16(out[n], a, (columns[n][2 * s], columns[n][2 * s + 1]), self.element)
         return out
 
     @cute.jit
@@ -513,7 +514,7 @@ class Unbounded:
             out = list(self.scaled(kq[s], words[2 * s : 2 * s + 2]))
             if cutlass.const_expr(self.spec.part is Part.SPLIT):  # o is rounded twice then: q once
                 for n in cutlass.range_constexpr(2):
-                    pair = bfloat16_pair(kq[s][2 * n + 1])
+                    pair = float_pair(kq[s][2 * n + 1], self.element)
                     out[2 * n + 1] = self.packed([pair[e] * factors[4 * s + 2 * n + e] for e in range(2)])[0]
             store_matrices(target.block(b, s), tuple(out))
 
@@ -522,7 +523,7 @@ class Unbounded:
         """kI of a block in PARTS parts: its rounding is what a state is off by."""
         exact = []
         for word in k:
-            exact.extend(bfloat16_pair(word))
+            exact.extend(float_pair(word, self.element))
         upper, lower = (cute.recast_tensor(part, Int32) for part in self.parts(self.times(exact, factors)))
         columns = Slice.paired(at.columns, CHUNK * self.spec.K, warp, lane)
         for s in cutlass.range_constexpr(2):
@@ -537,7 +538,7 @@ class Unbounded:
     def column(self, k, factors: list):
         """k of a block as a right operand, times `factors`."""
         words = self.packed(factors)
-        return [multiply_pairs(k[t], words[t]) for t in range(TILES)]
+        return [multiply_pairs(k[t], words[t], self.element) for t in range(TILES)]
 
     @cute.jit
     def stashed(self, at: Places, b: cutlass.Constexpr[int], warp: Int32, lane: Int32):
@@ -587,7 +588,7 @@ class Unbounded:
         """As `Relater.invert`, but diagonal squares are joined from blocks of 8, whose inverses substitution makes."""
         block, n, g, col = lane >> 3, lane & 7, lane >> 2, 2 * (lane & 3)
         half, late = block >> 1, block & 1
-        tiles = cute.recast_ptr(scratch, dtype=BFloat16)
+        tiles = cute.recast_ptr(scratch, dtype=self.element)
         L = piece(piece(scratch, half, L_HALF), late, BLOCK * (L_PITCH + 1))
         x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
         for m in cutlass.range_constexpr(BLOCK - 1):
@@ -600,7 +601,7 @@ class Unbounded:
             vector(scratch, i * L_HALF + (col + e) * L_PITCH + (BLOCK + g), 1)[0] for i in range(2) for e in range(2)
         ]
         cute.arch.sync_warp()  # all have read L: X takes its place
-        zeros = cute.make_rmem_tensor(8, BFloat16)
+        zeros = cute.make_rmem_tensor(8, self.element)
         zeros.fill(0.0)
         column = piece(piece(tiles, half, 2 * TILE), BLOCK * late + n, TILE_PITCH)
         for part, values in enumerate(self.parts(x)):
@@ -609,7 +610,7 @@ class Unbounded:
             if cutlass.const_expr(part < self.spec.inverse_parts):
                 place = part * (CHUNK * CHUNK) + lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8
                 vector(mix, place, 8).store(values[None, 0].load())
-        vector(mix, lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8 + n, 1)[0] = BFloat16(0.0)  # the diagonal
+        vector(mix, lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8 + n, 1)[0] = self.element(0.0)  # the diagonal
         cute.arch.sync_warp()
 
         # of both squares at once, one in the upper left of a left operand, one in its lower right
@@ -621,10 +622,10 @@ class Unbounded:
             pair = cute.make_rmem_tensor(2, Float32)
             for e in cutlass.range_constexpr(2):
                 pair[e] = -outer[2 * i + e]
-            rounded = cute.make_rmem_tensor(2, BFloat16)
+            rounded = cute.make_rmem_tensor(2, self.element)
             row = 2 * BLOCK * i + g
             for part in cutlass.range_constexpr(2):
-                rounded.store(pair.load().to(BFloat16))
+                rounded.store(pair.load().to(self.element))
                 vector(tiles, (2 * i + part) * TILE + g * TILE_PITCH + BLOCK + col).store(rounded.load())
                 if cutlass.const_expr(part < self.spec.inverse_parts):
                     target = part * (CHUNK * CHUNK) + row * CHUNK + ((2 * i + 1) ^ (row >> 1 & 3)) * 8 + col
@@ -635,7 +636,7 @@ class Unbounded:
 
     @cute.jit
     def words(self, values):
-        """Four numbers in two bf16 parts: the words of the upper ones, then those of the lower."""
+        """Four numbers in two parts: the words of the upper ones, then those of the lower."""
         upper, lower = self.parts([*values, *(Float32(0.0),) * 4])
         return tuple(cute.recast_tensor(part, Int32)[i] for part in (upper, lower) for i in range(2))
 
@@ -644,5 +645,5 @@ class Unbounded:
         """Products of two pairs of 8 x 8, words of two parts as in `words`, but for those of the lower parts."""
         acc, zero = (Float32(0.0),) * 4, Int32(0)
         for i, j in ((2, 0), (0, 2), (0, 0)):
-            acc = multiply_16x8x16(acc, (a[i], zero, zero, a[i + 1]), (b[j], b[j + 1]))
+            acc = multiply_16x8x16(acc, (a[i], zero, zero, a[i + 1]), (b[j], b[j + 1]), self.element)
         return acc

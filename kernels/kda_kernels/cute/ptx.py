@@ -4,10 +4,12 @@ import struct
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+
+PTX = {BFloat16: "bf16", Float16: "f16"}
 
 
 @dsl_user_op
@@ -52,9 +54,9 @@ def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
-def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
-    """mma.m16n8k16 of bf16: acc + a b, fp32."""
-    return _multiply("m16n8k16.row.col.f32.bf16.bf16.f32", acc, a, b, loc, ip)
+def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, dtype: type = BFloat16, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k16 of bf16 or fp16: acc + a b, fp32."""
+    return _multiply("m16n8k16.row.col.f32.{0}.{0}.f32".format(PTX[dtype]), acc, a, b, loc, ip)
 
 
 @dsl_user_op
@@ -90,18 +92,23 @@ def store_matrices(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -> 
 
 
 @dsl_user_op
-def bfloat16_pair(word: Int32, *, loc=None, ip=None) -> tuple:
-    """Both bf16 halves of a word as fp32, the lower first."""
+def float_pair(word: Int32, dtype: type = BFloat16, *, loc=None, ip=None) -> tuple:
+    """Both halves of a word, in bf16 or fp16, as fp32, the lower first."""
     word = Int32(word)
+    if dtype is Float16:
+        pair = ir.Type.parse("!llvm.struct<(f32, f32)>")
+        text = "{ .reg .f16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        result = _asm(pair, [word.ir_value(loc=loc, ip=ip)], text, "=f,=f,r", loc, ip, effects=False)
+        return tuple(Float32(llvm.extractvalue(T.f32(), result, [i], loc=loc, ip=ip)) for i in range(2))
     halves = (word << 16, word & Int32(-65536))
     return tuple(Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip)) for x in halves)
 
 
 @dsl_user_op
-def multiply_pairs(a: Int32, b: Int32, *, loc=None, ip=None) -> Int32:
-    """The products of two pairs of bf16, rounded to bf16. One instruction."""
+def multiply_pairs(a: Int32, b: Int32, dtype: type = BFloat16, *, loc=None, ip=None) -> Int32:
+    """The products of two pairs of bf16, or of fp16, rounded to the same. One instruction."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
-    return Int32(_asm(T.i32(), operands, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip, effects=False))
+    return Int32(_asm(T.i32(), operands, f"mul.rn.{PTX[dtype]}x2 $0, $1, $2;", "=r,r,r", loc, ip, effects=False))
 
 
 @dsl_user_op
@@ -127,13 +134,13 @@ def one_if_less(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
 
 @cute.jit
 def rest(exact, rounded):
-    """exact - rounded, fp32 [..] and bf16 of an even number of elements, into `exact`.
+    """exact - rounded, fp32 [..] and bf16 or fp16 of an even number of elements, into `exact`.
 
     By words: element by element the compiler rounds again, one conversion an element.
     """
     words = cute.recast_tensor(rounded, Int32)
     for i in cutlass.range_constexpr(cute.size(exact) // 2):
-        low, high = bfloat16_pair(words[i])
+        low, high = float_pair(words[i], rounded.element_type)
         exact[2 * i] = exact[2 * i] - low
         exact[2 * i + 1] = exact[2 * i + 1] - high
 
