@@ -100,7 +100,7 @@ def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Map
             raise NotKdaError(str(error)) from error
         call.tensors |= tensors
         call.options |= options
-        call.left_out.clear()  # every argument has its place
+        call.left_out = [name for name in call.left_out if name in steps.NOT_HELD]
     _apply(site, call, arguments)
     if site.packed_qkv:
         _unpack(call, arguments[site.packed_qkv])

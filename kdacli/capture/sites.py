@@ -62,7 +62,7 @@ _RAW = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True, "use_qk_
 _READY = {"use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 _FUSED_GATE = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": False, **_V_FIRST}
 
-_STEP = "a fused step whose arrangement of drafts or parameters a dump does not hold"
+_PROJECTED = "a fused step that also projects its gate, which a dump does not hold"
 _RECORDS = "its states are kept as records that a later call folds in, which a dump does not hold"
 _TREE = {"retrieve_parent_token": "a tree of drafts"}
 _FUSED_ACCEPT = {"fused_accept_state_indices": "its states come from the drafts' own buffer"}
@@ -99,6 +99,8 @@ def _sglang() -> tuple[Site, ...]:
     cutedsl = "cutedsl_fused_sigmoid_gating_kda_update"
     verify = {**_RAW, "update_state": False}
     kept: dict[str, Any] = {"checkpoints": ("track_state", "track_chunk_idx", 64)}
+    fused_verify = "linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify"
+    drafts: dict[str, Any] = {"op": "step", "options": verify, "not_if": {"replayssm_rawv": _RECORDS}}
     return (
         Site(f"{dispatcher}.extend", "prefill", normed, gate_if="A_log", logit_if="beta_is_raw", **kept, **now),
         Site(f"{dispatcher}.decode", "decode", _RAW, **now),
@@ -111,8 +113,8 @@ def _sglang() -> tuple[Site, ...]:
         Site(f"{ops}.cutedsl_kda:{cutedsl}", "decode", _RAW, **now),
         Site(f"sglang.jit_kernel.cutedsl_kda:{cutedsl}", "decode", _RAW, until="0.5.23"),
         Site(f"{ops}.kda_fused_decode:kda_fused_decode", "step", _RAW, packed_qkv="mixed_qkv", step="sglang", **now),
-        Site(f"{ops}.linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify", seen_only=_STEP, **now),
-        Site(f"{ops}.kda_decode_mtp:fused_kda_decode_mtp_dspark", seen_only=_STEP, **now),
+        Site(f"{ops}.{fused_verify}", **drafts, packed_qkv="mixed_qkv", step="sglang_verify", **now),
+        Site(f"{ops}.kda_decode_mtp:fused_kda_decode_mtp_dspark", **drafts, step="sglang_mtp", **now),
     )
 
 
@@ -121,6 +123,7 @@ def _vllm() -> tuple[Site, ...]:
     k3, glm = "vllm.models.kimi_k3", "vllm.models.glm5next"
     now: dict[str, Any] = {"since": "0.33.0"}
     null: dict[str, Any] = {"null_slot": 0}
+    fused: dict[str, Any] = {"packed_qkv": "x", "step": "vllm", **null}
     sites = [
         Site(
             f"{k3}.nvidia.kda:_flashkda_prefill",
@@ -139,12 +142,12 @@ def _vllm() -> tuple[Site, ...]:
             ignored=("raw_qkv", "conv_state", "recurrent_state"),
             **now,
         ),
-        Site("vllm._custom_ops:fused_kda_decode", "step", _RAW, packed_qkv="x", step="vllm", **null, **now),
-        Site("vllm.utils.flashinfer:flashinfer_fused_kda_decode", seen_only=_STEP, **now),
-        Site("vllm.utils.flashinfer:flashinfer_packed_fused_kda_decode", seen_only=_STEP, **now),
+        Site("vllm._custom_ops:fused_kda_decode", "step", _RAW, **fused, **now),
+        Site("vllm.utils.flashinfer:flashinfer_fused_kda_decode", "step", _RAW, **fused, **now),
+        Site("vllm.utils.flashinfer:flashinfer_packed_fused_kda_decode", "step", _RAW, **fused, **now),
         Site(f"{k3}.nvidia.ops.recoverssm:kda_recoverssm_verify", seen_only=_RECORDS, **now),
         Site(f"{k3}.nvidia.recoverssm.kernels:CuteRecoverSSMVerify.__call__", seen_only=_RECORDS, **now),
-        Site(f"{k3}.nvidia.specialized_decode.cutedsl.kda.prepared:PreparedKda.run", seen_only=_STEP, **now),
+        Site(f"{k3}.nvidia.specialized_decode.cutedsl.kda.prepared:PreparedKda.run", seen_only=_PROJECTED, **now),
     ]
     computed: dict[str, Any] = {"options": _V_FIRST, "gate_if": "compute_gate", "logit_if": "sigmoid_beta", **null}
     gate: dict[str, Any] = {"op": "prefill", "options": _FUSED_GATE, "bound_if_safe": True}

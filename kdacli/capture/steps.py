@@ -1,33 +1,65 @@
 """The parts of a call beside the recurrence, of the arguments that engines give it, by a dump's names: of a fused step
 convolution and gated norm; of ours checkpoints too.
 
-Nothing is copied but weights, which engines keep width by width.
+Nothing is copied but weights, which engines keep tap by tap or apart, and small offsets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from kda_kernels.engines import weights
+
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors and options
+
+# What a call writes and a dump has no place for: the windows of the convolution after each draft.
+NOT_HELD = ("intermediate_conv_window", "intermediate_conv_q", "intermediate_conv_k", "intermediate_conv_v")
 
 
 def vllm(arguments: Mapping[str, Any]) -> Parts:
-    """`fused_kda_decode`: weight [3, W, H K] with q, k and v of one size; conv_state a view [P, D, L]."""
-    tensors = {"conv_weight": arguments["weight"].mT.flatten(0, 1), "conv_bias": arguments["bias"]}
-    tensors["norm_weight"] = arguments["norm_weight"]
-    return _common(
-        tensors, arguments["conv_state"], arguments["state"], arguments["output_gate"], arguments["norm_eps"]
-    )
+    """vLLM's `fused_kda_decode`, and FlashInfer's two, which take no bias, and of which the packed one has drafts.
+
+    weight [3, W, H K], with q, k and v of one size; conv_state a view [P, D, L].
+    """
+    tensors = {"conv_weight": weights.joined(arguments["weight"]), "conv_bias": arguments.get("bias")}
+    norm = arguments["output_gate"], arguments["norm_weight"], arguments["norm_eps"]
+    return _common(tensors, arguments["conv_state"], arguments["state"], norm)
 
 
 def sglang(arguments: Mapping[str, Any]) -> Parts:
     """`kda_fused_decode`: a weight [W, H K] each for q, k and v; conv_states [P, L, D]."""
-    weight = torch.cat([arguments[f"w_{name}_t"].mT for name in "qkv"])
+    weight = weights.apart(*(arguments[f"w_{name}_t"] for name in "qkv"))
+    norm = arguments["onorm_g"], arguments["onorm_weight"], arguments["onorm_eps"]
     tensors = {"conv_weight": weight, "conv_bias": arguments["conv_bias"]}
-    tensors["norm_weight"] = arguments["onorm_weight"]
-    states = arguments["conv_states"].mT
-    return _common(tensors, states, arguments["ssm_states"], arguments["onorm_g"], arguments["onorm_eps"])
+    return _common(tensors, arguments["conv_states"].mT, arguments["ssm_states"], norm)
+
+
+def sglang_verify(arguments: Mapping[str, Any]) -> Parts:
+    """`fused_kda_conv_gating_verify`: T tokens of each sequence; conv_weight [D, W], conv_state a view [P, D, L].
+
+    Raises:
+        ValueError: the convolution has slots of its own.
+    """
+    if not _same(arguments["conv_state_indices"], arguments["cache_indices"]):
+        raise ValueError(_OWN_SLOTS)
+    mixed, tokens = arguments["mixed_qkv"], arguments["T"]
+    offsets = torch.arange(0, len(mixed) + 1, tokens, dtype=torch.int32, device=mixed.device)
+    return _common({"cu_seqlens": offsets}, arguments["conv_state"], arguments["ssm_states"], (None, None, None))
+
+
+def sglang_mtp(arguments: Mapping[str, Any]) -> Parts:
+    """`fused_kda_decode_mtp_dspark`: of q, k and v each has tokens [1, T, H, K], a weight [H K, W] and states
+    [P, H K, L], which are slices of one pool.
+
+    Raises:
+        ValueError: the states are no such slices.
+    """
+    tensors = {name: arguments[f"x_{name}"] for name in "qkv"}
+    tensors["conv_weight"] = torch.cat([arguments[f"w_{name}"] for name in "qkv"])
+    states = _side_by_side([arguments[f"cs_{name}"] for name in "qkv"])
+    norm = arguments["onorm_gate"], arguments["onorm_weight"], arguments["onorm_eps"]
+    return _common(tensors, states, arguments["recurrent_state"], norm)
 
 
 def kda(arguments: Mapping[str, Any]) -> Parts:
@@ -40,7 +72,7 @@ def kda(arguments: Mapping[str, Any]) -> Parts:
     options: dict[str, Any] = {}
     if (conv := arguments.get("conv")) is not None:
         if conv.indices is not None:
-            raise ValueError("its convolution has slots of its own, which a dump of the slots in use does not hold")
+            raise ValueError(_OWN_SLOTS)
         tensors |= {"conv_weight": conv.weight, "conv_bias": conv.bias, "conv_states": conv.states}
         options["conv_tokens_first"] = conv.tokens_first
     if (norm := arguments.get("norm")) is not None:
@@ -52,17 +84,17 @@ def kda(arguments: Mapping[str, Any]) -> Parts:
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}, options
 
 
-def _common(
-    tensors: dict[str, Any], states: torch.Tensor, pool: torch.Tensor, gate: torch.Tensor | None, eps: float
-) -> Parts:
-    """`states`: as [P, D, L]; `gate`: [N, HV, V] or [N, HV * V]; None: there is no norm."""
+_OWN_SLOTS = "its convolution has slots of its own, which a dump of the slots in use does not hold"
+
+
+def _common(tensors: dict[str, Any], states: torch.Tensor, pool: torch.Tensor, norm: tuple[Any, Any, Any]) -> Parts:
+    """`states`: as [P, D, L]; `norm`: its gate [N, HV, V] or [N, HV * V], weight and eps; Nones: there is no norm."""
     tokens_first = states.stride(1) == 1
     tensors["conv_states"] = states.mT if tokens_first else states
     options: dict[str, Any] = {"conv_tokens_first": tokens_first}
-    if gate is None:
-        tensors["norm_weight"] = None
-    else:
-        tensors["norm_gate"] = _by_head(gate, pool)
+    gate, weight, eps = norm
+    if gate is not None:
+        tensors |= {"norm_gate": _by_head(gate, pool), "norm_weight": weight}
         options["norm_eps"] = eps
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}, options
 
@@ -73,4 +105,18 @@ def _by_head(gate: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
     return gate.unsqueeze(0) if gate.ndim == 3 else gate
 
 
-ARRANGEMENTS = {"kda": kda, "vllm": vllm, "sglang": sglang}
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether these are the same elements of one memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The [P, D, L] whose channels these are, one after the other."""
+    first, channels = parts[0], [part.shape[1] for part in parts]
+    whole = first.as_strided((first.shape[0], sum(channels), first.shape[2]), first.stride(), first.storage_offset())
+    if not all(map(_same, whole.split(channels, 1), parts)):
+        raise ValueError("the states of its convolution do not lie side by side")
+    return whole
+
+
+ARRANGEMENTS = {"kda": kda, "vllm": vllm, "sglang": sglang, "sglang_verify": sglang_verify, "sglang_mtp": sglang_mtp}

@@ -83,8 +83,9 @@ def command(
     --graph-bytes on the GPU, and after the replays that are named another thread writes them out. Of each graph the
     first --calls calls of each target are taken, of the layers that --layers names.
 
-    Speculative calls are recorded with their slots, accepted tokens and the states of their tokens. Not recorded, but
-    counted and told: fused steps of convolution, KDA and norm, trees of drafts, and states that are kept as records.
+    Speculative calls are recorded with their slots, accepted tokens and the states of their tokens, and fused steps
+    with their convolution and norm. Counted and told, but not recorded: trees of drafts, states that are kept as
+    records, and vLLM's step that projects its gate too.
     Code compiled by torch.compile never calls the target: turn that off in the engine (vLLM: --enforce-eager).
 
     Exits with the program's exit code if that is not 0, and with 1 if nothing was recorded.

@@ -13,6 +13,7 @@ import torch
 from kda_kernels.api import Checkpoints, GatedNorm, kda_decode, kda_prefill, kda_step
 from kda_kernels.engines.sglang import NAME, STEP
 from kda_kernels.engines.vllm_calls import convolution, split_packed
+from kda_kernels.engines.weights import apart
 from kda_kernels.problem import CHUNK
 
 log = logging.getLogger("sglang.kda")
@@ -229,7 +230,7 @@ def kda_fused_decode(
         mixed_qkv: rows of q, k and v before the convolution; a, b, onorm_g: [N, ..].
         conv_states: [P, L, D]. w_q_t, w_k_t, w_v_t: weights [W, channels].
     """
-    conv = convolution(w_q_t, lambda: torch.cat([w_q_t.mT, w_k_t.mT, w_v_t.mT]), conv_bias, conv_states.mT)
+    conv = convolution(w_q_t, lambda: apart(w_q_t, w_k_t, w_v_t), conv_bias, conv_states.mT)
     return kda_step(
         mixed_qkv, a, b, state=ssm_states, state_indices=cache_indices, conv=conv,
         norm=GatedNorm(onorm_g, onorm_weight, onorm_eps), A_log=A_log, dt_bias=dt_bias, scale=scale,

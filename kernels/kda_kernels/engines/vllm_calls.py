@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_prefill, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
+from kda_kernels.engines.weights import joined
 from kda_kernels.errors import InputError
 
 NULL_SLOT = 0
@@ -158,7 +159,7 @@ def fused_kda_decode(
         out = x.new_empty((1, len(x), *state.shape[1:3]))
     kda_step(
         x, raw_g[0], raw_beta[0], state=state, state_indices=state_indices, norm=norm, A_log=A_log, dt_bias=dt_bias,
-        conv=convolution(weight, lambda: weight.mT.flatten(0, 1), bias, conv_state), lower_bound=lower_bound,
+        conv=convolution(weight, lambda: joined(weight), bias, conv_state), lower_bound=lower_bound,
         out=out[0], null_slot=NULL_SLOT,
     )  # fmt: skip
     return out
