@@ -13,6 +13,7 @@ import click
 
 import kdacli
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
+from kdacli import environment
 
 
 class Entry(NamedTuple):
@@ -100,6 +101,7 @@ class LazyGroup(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
+        environment.check()
         with _unbroken_pipe():
             return super().invoke(ctx)
 

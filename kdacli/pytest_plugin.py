@@ -40,11 +40,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     kernel, chosen = _read(metafunc.definition.get_closest_marker("kda"))
     from kda_kernels.errors import KdaError
+    from kdacli import environment
     from kdacli.device import choose_device
     from kdacli.verify.processes.isolated import IsolatedChecker, NoStartError
 
     checkers = metafunc.config.stash[_CHECKERS]
     try:
+        environment.check()
         key = choose_device(chosen["device"]), chosen["seed"], chosen["limit"]
         if key not in checkers:
             checkers[key] = IsolatedChecker(*key)

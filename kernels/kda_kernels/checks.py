@@ -5,13 +5,13 @@ they only read attributes; the checks of values read `cu_seqlens` and indices, w
 there they run on request.
 """
 
-import os
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from kda_kernels import environment
 from kda_kernels.dtypes import name_of
 from kda_kernels.errors import InputError
 from kda_kernels.feature_checks import check_features, check_offsets, check_values, loaded_slots, seq_lens
@@ -29,9 +29,9 @@ from kda_kernels.tensor_checks import (
 from kda_kernels.tensors import Dims, Inputs
 
 # Whether what indices and lengths hold is checked: 1 always, 0 never, not set: on a CPU, where no GPU is waited for.
-CHECK_VALUES = os.environ.get("KDA_CHECK_VALUES")
+CHECK_VALUES = environment.read("KDA_CHECK_VALUES")
 # Whether a prefill has to be causal to the last bit, also where gates are bounded and it costs time.
-CAUSAL = os.environ.get("KDA_CAUSAL") == "1"
+CAUSAL = environment.read("KDA_CAUSAL") == "1"
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 

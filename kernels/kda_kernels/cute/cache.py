@@ -33,6 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kda_kernels import environment
 from kda_kernels.errors import UnavailableError
 
 EXPORTED = "kda_kernel"  # the function's name inside a file
@@ -63,7 +64,7 @@ class CompileCache:
     """See the module. `get` is the hot path: one look into a dict."""
 
     def __init__(self, capacity: int | None = None):
-        self.capacity = capacity or int(os.environ.get("KDA_CUTE_CACHE_SIZE", "256"))
+        self.capacity = capacity or int(environment.read("KDA_CUTE_CACHE_SIZE") or 256)
         self._entries: dict[Hashable, Entry] = {}
         self._clock = itertools.count(1)
         self._lock = threading.Lock()

@@ -6,9 +6,9 @@ for it, nor torch.
 
 import importlib
 import logging
-import os
 from typing import Any
 
+from kda_kernels import environment
 from kda_kernels.engines.patches import Patches
 from kda_kernels.engines.sites import Site, reasons
 
@@ -53,7 +53,7 @@ def install() -> None:
 
     What does not fit is logged, once per process, and left as it is.
     """
-    if os.environ.get(VARIABLE, "0") in ("", "0") or _patches:
+    if environment.read(VARIABLE) != "1" or _patches:
         return
     ours: dict[str, str] = {}
     for site, reason in reasons(SITES).items():

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 import torch
 
 from kda_kernels.checks import CAUSAL, check_inputs, require_features
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
@@ -27,6 +27,7 @@ from kda_kernels.triton.launch import dtype_of, launch, usual
 from kda_kernels.triton.prefill_config import PrefillConfig
 from kda_kernels.triton.runtime import (
     generation,
+    has_wgmma,
     interpreted,
     multiprocessors,
     on_device,
@@ -34,6 +35,7 @@ from kda_kernels.triton.runtime import (
     require_device,
     require_token_strides,
     shared_memory,
+    tuned_for,
     unsupported_here,
 )
 
@@ -50,6 +52,7 @@ USUAL = {
     "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus": dataclasses.replace(_POOL, seq_lens=(8192,)),
 }
+MAX_WGMMA_WARPS = 4  # of the chain
 MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
 
 
@@ -167,6 +170,8 @@ def prefill(
         config = PrefillConfig.choose(
             chains, dims.K, dims.V, itemsize, multiprocessors(q.device), shared_memory(q.device), generation(q.device)
         )
+    if config.chain_warps > MAX_WGMMA_WARPS and has_wgmma(q.device):
+        raise UnavailableError(wrong_products(config))
     slots = dims.N * cdiv(dims.T, CHUNK) if inputs.cu_seqlens is None else max_chunks(dims.T, dims.N)
     work = Workspace.of(inputs, slots)
     table: torch.Tensor | Piece | None = chunk_indices
@@ -310,7 +315,15 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     if problem is not None and max(problem.K, problem.V) > MAX_HEAD:
         return f"head size is {max(problem.K, problem.V)}: at most {MAX_HEAD}"
-    return unsupported_here()
+    if (reason := unsupported_here()) is not None or tuned_for() is None or not has_wgmma():
+        return reason
+    forced = PrefillConfig.choose(1, MAX_HEAD, MAX_HEAD, generation=generation(torch.device("cuda")))
+    return wrong_products(forced) if forced.chain_warps > MAX_WGMMA_WARPS else None
+
+
+def wrong_products(config: PrefillConfig) -> str:
+    """Why Hopper's own products must not have that many warps: what was seen is in docs/versions.md."""
+    return f"the chain with {config.chain_warps} warps is wrong with wgmma: set TRITON_OVERRIDE_ARCH=sm80"
 
 
 def run(inputs: Inputs) -> Outputs:

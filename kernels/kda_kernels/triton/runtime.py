@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from kda_kernels import environment
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import CHUNK
 from kda_kernels.tensors import Inputs
@@ -96,10 +97,20 @@ def tuned_for() -> str | None:
     Raises:
         InputError: there is none of that name.
     """
-    name = os.environ.get("KDA_TRITON_ARCH")
-    if name and name not in SHARED_KIB:
-        raise InputError("KDA_TRITON_ARCH", f"is {name}", f"it should be one of {', '.join(SHARED_KIB)}")
-    return name or None
+    return environment.read("KDA_TRITON_ARCH")
+
+
+@functools.cache
+def has_wgmma(device: torch.device | None = None) -> bool:
+    """Whether Triton compiles products for Hopper's own instructions; not where TRITON_OVERRIDE_ARCH is sm80.
+
+    Args:
+        device: the GPU that is meant; None: the current one.
+    """
+    if interpreted() or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    compiled_for = environment.read("TRITON_OVERRIDE_ARCH")
+    return (int(compiled_for[2:]) // 10 if compiled_for else torch.cuda.get_device_capability(device)[0]) == 9
 
 
 @functools.cache
