@@ -321,7 +321,7 @@ class Batch:
         drafts: tokens of a speculative sequence; accepted: of each such sequence.
         padded: rows of a CUDA graph's bucket that hold no sequence.
         checkpoint: tokens after which the first sequence's state is kept; 0: nowhere.
-        fused: a decode as one step with convolution and gated norm, where the layer has one.
+        fused: a decode as one step with convolution and gated norm, or drafts with the convolution, where there is one.
     """
 
     lens: tuple[int, ...] = ()
@@ -585,7 +585,8 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
     vars(backend).update(
         kernel_dispatcher=module.KDAKernelDispatcher(*[kinds(name)] * 3),
         req_to_token_pool=types.SimpleNamespace(mamba2_layer_cache=lambda layer: cache, size=slots),
-        forward_metadata=_sglang_metadata(batch), accept_lens_pool=None, _fused_chain_verify_fn=None,
+        forward_metadata=_sglang_metadata(batch), accept_lens_pool=None,
+        _fused_chain_verify_fn=_fused_verify() if batch.fused and S and not ours else None,
         verify_intermediate_state_indices=torch.arange(slots, dtype=torch.int32, device=DEVICE),
         _fused_override_notice=None,
         _track_mamba_state_decode=lambda *a: None, _track_mamba_state_extend=_track,
@@ -598,7 +599,7 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
         conv_weights=random(CHANNELS, WIDTH, scale=0.5, dtype=torch.float32),
         A_log=random(1, 1, H, 1, dtype=torch.float32).abs(), dt_bias=random(H * D, dtype=torch.float32),
     )  # fmt: skip
-    if batch.fused:
+    if batch.fused and batch.decode:
         parts = (part.mT.contiguous() for part in layer.conv_weights.split(H * D))
         norm = (layer.A_log.view(-1), 1 + 0.1 * random(D, dtype=torch.float32), 1e-5)
         layer._k3_fused_decode_args = (*parts, torch.zeros(CHANNELS, device=DEVICE), *norm)
@@ -619,7 +620,7 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
 
     def out() -> torch.Tensor:
         o = left[0].reshape(1, -1, H, D)[:, :real]
-        if batch.fused and not getattr(layer, "_k3_onorm_consumed", False):  # then the model does it
+        if batch.fused and batch.decode and not getattr(layer, "_k3_onorm_consumed", False):  # then the model does it
             *_, weight, eps = layer._k3_fused_decode_args
             gate = layer._k3_onorm_gate[:real].view(1, -1, H, D).float()
             o = (torch.nn.functional.rms_norm(o.float(), (D,), weight, eps) * gate.sigmoid()).to(o.dtype)
@@ -628,6 +629,11 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
     real = tokens - batch.padded
     state = {"conv": conv, "pool": pool, "drafts": cache.intermediate_ssm}
     return Run(go, out, state)
+
+
+def _fused_verify() -> Any:
+    name = "sglang.kernels.ops.attention.linear.fused_kda_conv_recurrent_verify"
+    return importlib.import_module(name).fused_kda_conv_gating_verify
 
 
 def _track(forward: Any, h: Any, states: torch.Tensor, m: Any, *, h_track_buf: torch.Tensor) -> None:

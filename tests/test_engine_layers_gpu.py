@@ -29,6 +29,7 @@ BATCHES = {
     "fused decode, padded": Batch((1,) * 7, decode=True, padded=3, fused=True),
     "speculation": Batch(drafts=4, accepted=(2, 1, 4)),
 }
+SGLANG = BATCHES | {"fused speculation": Batch(drafts=4, accepted=(2, 1, 4), fused=True)}
 VLLM = BATCHES | {
     "prefill and decode": Batch((1, 130, 1)),
     "speculation and prefill": Batch((70, 5), drafts=3, accepted=(3, 1)),
@@ -62,10 +63,16 @@ def compare(theirs, mine, ours) -> None:
         assert error.item() <= APART, f"{name} is off by {error.item():.1e}"
 
 
-def judge_captured(run, folder) -> None:
-    """The calls of one run, recorded by `kda capture`, against the oracle."""
-    with capture("sglang", out=folder):
+def judge_captured(make, folder, replays=()) -> None:
+    """The call of a run of SGLang's, recorded by `kda capture`, against the oracle; with `replays` that of a graph."""
+    with capture("sglang", out=folder, calls=1, skip=1 if replays else 0, replays=replays):
+        run = make()
         run.go()
+        if replays:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run.go()
+            graph.replay()
     for dump in load_all(folder):
         outputs = Outputs(**{name: tensor.cuda() for name, tensor in dump.outputs.tensors().items()})
         for verdict in judge(Reference(copy_of(dump.inputs, "cuda"), dump.op), outputs, partial=True):
@@ -98,18 +105,27 @@ def test_vllm_layers_without_fused_steps(batch, layer):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bound", [-5.0, None], ids=["safe", "softplus"])
-@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("batch", SGLANG.values(), ids=SGLANG)
 def test_sglang_backend(batch, bound, tmp_path):
     root = engine_sources.folder("sglang").parent
-    if batch.fused and (reason := engine_layers.sglang_cuda(root)) is not None:
+    if batch.fused and batch.decode and (reason := engine_layers.sglang_cuda(root)) is not None:
         pytest.skip(f"SGLang's fused step cannot be built: {reason}")
     with engine_layers.load("sglang", root), engine_layers.ours_in_sglang():
         if bound is None and batch.lens and not batch.decode:  # where SGLang's own is off, see docs/peers.md
             torch.manual_seed(0)
-            judge_captured(engine_layers.sglang_layer(batch, True, bound), tmp_path / "dumps")
+            judge_captured(lambda: engine_layers.sglang_layer(batch, True, bound), tmp_path / "dumps")
             return
         compare(
             lambda: engine_layers.sglang_layer(batch, False, bound),
             lambda: engine_layers.sglang_layer(batch, True, bound),
             contextlib.nullcontext,
         )
+
+
+@pytest.mark.gpu
+def test_a_fused_verify_of_sglang_is_recorded_in_a_graph(tmp_path):
+    batch = SGLANG["fused speculation"]
+    with engine_layers.load("sglang", engine_sources.folder("sglang").parent):
+        judge_captured(lambda: engine_layers.sglang_layer(batch, False), tmp_path / "dumps", replays=(1,))
+    (dump,) = load_all(tmp_path / "dumps")
+    assert dump.op == "step" and dump.inputs.token_states is not None and "graph" in dump.meta

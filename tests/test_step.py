@@ -291,8 +291,8 @@ def test_fused_steps_of_engines_are_given_the_projection_itself():
     )
     weight = inputs.conv.weight
     for _ in range(2):  # each of the two is made once, and neither is taken for the other
-        assert torch.equal(derived(weight, vllm_step._by_tap)[1, 2], weight[16:32, 2].float())
-        assert torch.equal(derived(weight, sglang_step._by_tap)[1][2], weight[16:32, 2].float())
+        assert torch.equal(derived(weight, sglang_step.by_tap)[1, 2], weight[16:32, 2].float())
+        assert torch.equal(derived(weight, sglang_step._apart)[1][2], weight[16:32, 2].float())
     problem = problem_of(inputs, Op.STEP)
     for peer in (vllm_step, sglang_step):
         refusal = peer.CONTRACT.refusal

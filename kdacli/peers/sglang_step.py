@@ -9,7 +9,7 @@ from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.peers import here
 from kdacli.peers.given import derived, gate_parameters, parameter
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
@@ -61,12 +61,8 @@ def run(inputs: Inputs) -> Outputs:
         InputError: the states of the convolution have slots of their own.
     """
     step = here.load(MODULES).kda_fused_decode
-    check_inputs(inputs)
-    conv, norm = inputs.conv, inputs.norm
-    assert conv is not None and norm is not None, "its contract asks for both"
-    if conv.indices is not None:
-        raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")
-    pool, indices = inputs.pool
+    conv, norm, (pool, indices) = checked(inputs), inputs.norm, inputs.pool
+    assert norm is not None, "its contract asks for a norm"
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = step(
@@ -74,7 +70,7 @@ def run(inputs: Inputs) -> Outputs:
             rows_of(inputs.g),
             inputs.beta.flatten(0, 1),
             conv.states,
-            *derived(conv.weight, _by_tap),
+            *derived(conv.weight, _apart),
             derived(conv.weight, _zeros) if conv.bias is None else parameter(conv.bias, torch.float32),
             A_log,
             dt_bias.flatten(),
@@ -90,9 +86,26 @@ def run(inputs: Inputs) -> Outputs:
     return Outputs(o.view(inputs.v.shape), final, conv_states=conv.states)
 
 
-def _by_tap(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[W, H K] in fp32 of each of q, k and v."""
-    return tuple(part.T.float().contiguous() for part in weight.chunk(3))
+def checked(inputs: Inputs) -> Convolution:
+    """The convolution of inputs that are checked.
+
+    Raises:
+        InputError: its states have slots of their own, which neither SGLang's nor vLLM's step takes.
+    """
+    check_inputs(inputs)
+    assert inputs.conv is not None, "its contract asks for a convolution"
+    if inputs.conv.indices is not None:
+        raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")
+    return inputs.conv
+
+
+def by_tap(weight: torch.Tensor) -> torch.Tensor:
+    """fp32 [3, W, D / 3]: the weights of q, k and v, tap by tap."""
+    return weight.unflatten(0, (3, -1)).mT.float().contiguous()
+
+
+def _apart(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return by_tap(weight).unbind()
 
 
 def _zeros(weight: torch.Tensor) -> torch.Tensor:

@@ -4,33 +4,24 @@ The library is vLLM's `_C_stable_libtorch.abi3.so` (written against 0.33.0): fou
 imported for it, or where the environment variable KDA_VLLM_LIB says.
 """
 
+import dataclasses
+
 import torch
 
-from kda_kernels.checks import check_inputs
-from kda_kernels.contract import Contract
-from kda_kernels.errors import InputError
-from kda_kernels.problem import Gate, Problem
+from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.peers import here
+from kdacli.peers import here, sglang_step
 from kdacli.peers.given import derived, gate_parameters, parameter, require_aligned
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
-# From vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and the call beside it. Parameters go in as
-# fp32, which narrower ones become without loss.
-CONTRACT = Contract(
-    state_dtypes=("float32",),
-    square=True,
-    grouped_heads=False,
+# As SGLang's, but for what vLLM's is_fused_kda_decode_supported (models/kimi_k3/nvidia/kda.py) and its call say.
+CONTRACT = dataclasses.replace(
+    sglang_step.CONTRACT,
     heads=(12, 24, 48, 96),
-    gates=(Gate.SOFTPLUS, Gate.SAFE),
     any_scale=False,
-    one_token=True,
-    plain_state=False,
-    features=frozenset(("conv", "norm")),
-    conv_widths=(4,),
-    conv_state_dtypes=("bfloat16",),
+    padding=False,
     aligned=("q", "k", "v", "g", "beta", "state"),
 )
 
@@ -55,11 +46,7 @@ def run(inputs: Inputs) -> Outputs:
             start at a multiple of 16 bytes.
     """
     (step,) = LIBRARY.load()
-    check_inputs(inputs)
-    conv, norm, N = inputs.conv, inputs.norm, inputs.N
-    assert conv is not None, "its contract asks for a convolution"
-    if conv.indices is not None:
-        raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")
+    conv, norm, N = sglang_step.checked(inputs), inputs.norm, inputs.N
     require_aligned(inputs, CONTRACT.aligned)
     HV, V = inputs.v.shape[2:]
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
@@ -67,7 +54,7 @@ def run(inputs: Inputs) -> Outputs:
         o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
         step(
             side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
-            derived(conv.weight, _by_tap),
+            derived(conv.weight, sglang_step.by_tap),
             None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
             inputs.g.reshape(1, N, HV, -1).contiguous(),
@@ -83,8 +70,3 @@ def run(inputs: Inputs) -> Outputs:
             1e-5 if norm is None else norm.eps,
         )
     return Outputs(o, inputs.state if inputs.output_final_state else None, conv_states=conv.states)
-
-
-def _by_tap(weight: torch.Tensor) -> torch.Tensor:
-    """fp32 [3, W, D / 3]: the weights of q, k and v, tap by tap."""
-    return weight.unflatten(0, (3, -1)).transpose(1, 2).float().contiguous()

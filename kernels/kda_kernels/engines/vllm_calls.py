@@ -120,12 +120,11 @@ def k3_fused_recurrent_kda(
     fuse_gate: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over drafts: a slot for the state after each token. `fuse_gate` is about speed only."""
-    indices, accepted = _speculative(ssm_state_indices, num_accepted_tokens, cu_seqlens)
-    o = kda_decode(
-        q, k, v, raw_g, raw_beta, state=initial_state, state_indices=indices, A_log=A_log, dt_bias=dt_bias,
-        lower_bound=lower_bound, cu_seqlens=cu_seqlens, out=out, null_slot=NULL_SLOT, num_accepted_tokens=accepted,
+    return glm_fused_recurrent_kda(
+        q, k, v, raw_g, raw_beta, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out, sigmoid_beta=True,
+        ssm_state_indices=ssm_state_indices, num_accepted_tokens=num_accepted_tokens, a_log=A_log, g_bias=dt_bias,
+        compute_gate=True, lower_bound=lower_bound,
     )  # fmt: skip
-    return o, initial_state
 
 
 def fused_kda_decode(
