@@ -5,7 +5,8 @@
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
 from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
 one of 8 GPUs. Medians in us, of a decode as the replay of a CUDA graph, of a prefill as an eager call, as engines run
-them, and as a graph ("graph"), which leaves out the time of the host; the L2 cache is emptied before each. `apart` is
+them, and as a graph ("graph"), which leaves out the time of the host, which is "host"; the L2 cache is emptied before
+each, and half of theirs are timed before ours and half behind them. `apart` is
 how far the outputs and the states lie apart, relative; `kernels` are those of ours that ran.
 """
 
@@ -16,9 +17,10 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +39,7 @@ CASES = {
     "prefill 4 x 1024, decode 8": Batch((1024,) * 4 + (1,) * 8),
     "prefill T=4096, a checkpoint": Batch((4096,), checkpoint=2048),
 }
-SLOTS = 128
+SLOTS, ROUNDS = 128, 30
 BOUNDS = {"safe": -5.0, "softplus": None}
 
 
@@ -71,31 +73,40 @@ LAYERS = {
 }
 
 
-def median_us(call: Callable[[], object], rounds: int = 30) -> float:
-    """Of `call`, with the L2 cache emptied before it."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+@dataclasses.dataclass
+class Timed:
+    """Calls of a run, each with the L2 cache emptied before it: us on the GPU from its start to its end, which include
+    what the GPU waits for the host, and us of the host.
+    """
 
+    call: Callable[[], object]
+    gpu: list[float] = dataclasses.field(default_factory=list)
+    host: list[float] = dataclasses.field(default_factory=list)
 
-def timed(run: Run, graph: bool) -> float:
-    for _ in range(3):
-        run.go()
-    torch.cuda.synchronize()
-    if not graph:
-        return median_us(run.go)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        run.go()
-    return median_us(captured.replay)
+    @classmethod
+    def of(cls, run: Run, graph: bool) -> "Timed":
+        for _ in range(3):
+            run.go()
+        torch.cuda.synchronize()
+        if not graph:
+            return cls(run.go)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run.go()
+        return cls(captured.replay)
+
+    def more(self, rounds: int) -> None:
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        for _ in range(rounds):
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            start = time.perf_counter()
+            self.call()
+            self.host.append((time.perf_counter() - start) * 1e6)
+            end.record()
+            end.synchronize()
+            self.gpu.append(begin.elapsed_time(end) * 1e3)
 
 
 def main(root: Path, names: tuple[str, ...], gates: tuple[str, ...], file: str | None) -> None:
@@ -127,27 +138,58 @@ def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dic
         row["note"] = f"theirs is not their fused step: {reason}"
         if layer.engine == "sglang":  # whose model, and not the backend, then has the norm
             return row
-    left = []
-    for whose in ("theirs", "ours"):
-        unfused = whose == "theirs" and layer.engine == "vllm" and "note" in row
-        chosen = dataclasses.replace(batch, fused=False) if unfused else batch
-        torch.manual_seed(0)
+    left: list[dict[str, torch.Tensor]] = []
+    times: dict[str, Timed] = {}
+    for whose in ("theirs", "ours", "theirs"):  # what drifts meanwhile is in both
         try:
             with contextlib.ExitStack() as stack:
                 if layer.engine == "sglang" or whose == "ours":
                     stack.enter_context(OURS[layer.engine]())
-                run = layer.make(chosen, bound, whose == "ours")
-                with engine_layers.kernels_seen() as seen:
-                    left.append(run.results())
-                if bool(seen) != (whose == "ours"):
-                    raise AssertionError(f"{whose}: of our kernels {seen or 'none'} ran")
-                row |= {"kernels": sorted(seen)} if seen else {}
-                row[whose] = round(timed(run, graph), 1)
-                if not graph:
-                    row[f"{whose}, graph"] = graphed(run)
+                if len(left) < 2:
+                    unfused = whose == "theirs" and layer.engine == "vllm" and "note" in row
+                    run = _first_run(layer, dataclasses.replace(batch, fused=False) if unfused else batch, bound, whose)
+                    left.append(run.left)
+                    row |= {"kernels": run.kernels} if run.kernels else {}
+                    times |= _timed(whose, run.run, graph)
+                for name, timed in times.items():
+                    if name.partition(",")[0] == whose:
+                        timed.more(ROUNDS if whose == "ours" else ROUNDS // 2)
         except (NotImplementedError, RuntimeError) as error:
             return row | {"note": f"{whose} failed: {str(error).splitlines()[0]}"}
+    for name, timed in times.items():
+        row[name] = round(statistics.median(timed.gpu), 1)
+        if name in ("theirs", "ours") and not graph:
+            row[f"{name}, host"] = round(statistics.median(timed.host), 1)
     return row | {"apart": dict(apart(*left))}
+
+
+class _First(NamedTuple):
+    """A run, what it left, and the kernels of ours that ran."""
+
+    run: Run
+    left: dict[str, torch.Tensor]
+    kernels: list[str]
+
+
+def _first_run(layer: Layer, batch: Batch, bound: float | None, whose: str) -> _First:
+    torch.manual_seed(0)
+    run = layer.make(batch, bound, whose == "ours")
+    with engine_layers.kernels_seen() as seen:
+        left = run.results()
+    if bool(seen) != (whose == "ours"):
+        raise AssertionError(f"{whose}: of our kernels {seen or 'none'} ran")
+    return _First(run, left, sorted(seen))
+
+
+def _timed(whose: str, run: Run, graph: bool) -> dict[str, Timed]:
+    """The run as engines run it, and eager ones as a graph too, where one can be captured."""
+    found = {whose: Timed.of(run, graph)}
+    if not graph:
+        try:
+            found[f"{whose}, graph"] = Timed.of(run, True)
+        except RuntimeError as error:
+            print(f"not in a graph: {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
 
 
 OURS = {"vllm": engine_layers.ours_in_vllm, "sglang": engine_layers.ours_in_sglang}
@@ -158,15 +200,6 @@ def fused_reason(layer: Layer, root: Path, batch: Batch) -> str | None:
     if not batch.fused:
         return None
     return engine_layers.vllm_fused() if layer.engine == "vllm" else engine_layers.sglang_cuda(root)
-
-
-def graphed(run: Run) -> float | None:
-    """None where a graph of it cannot be captured."""
-    try:
-        return round(timed(run, True), 1)
-    except RuntimeError as error:
-        print(f"not in a graph: {str(error).splitlines()[0]}", file=sys.stderr)
-        return None
 
 
 def apart(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:

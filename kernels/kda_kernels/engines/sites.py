@@ -7,11 +7,13 @@ import ast
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kda_kernels.errors import one_line
+
+Parse = Callable[[Path], list[ast.stmt]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Site:
     why_not: str = ""
     patched: bool = True
 
-    def reason(self, root: Path | None = None) -> str | None:
+    def reason(self, root: Path | None, parse: Parse) -> str | None:
         """Why ours does not run there; None if it does.
 
         Args:
-            root: the folder that holds the engine's package; by default where it is installed.
+            root: the folder that holds the engine's package; None: where it is installed.
+            parse: what reads a file.
         """
         if not self.ours:
             return self.why_not
@@ -47,19 +50,20 @@ class Site:
         if root is None:
             return f"{engine} is not installed"
         try:
-            theirs = parameters(root, self.target)
+            theirs = parameters(root, self.target, parse)
         except (OSError, SyntaxError, ValueError) as error:
             return f"{engine}'s source cannot be read: {one_line(error)}"
         if theirs is None:
             return f"{engine} {version(engine)} has no {self.target}"
-        if unknown := _not_taken(theirs, parameters(Path(__file__).parents[2], self.ours) or ()):
+        if unknown := _not_taken(theirs, parameters(Path(__file__).parents[2], self.ours, parse) or ()):
             return f"{engine} {version(engine)} passes {', '.join(unknown)}, which ours does not know"
         return None
 
 
 def reasons(sites: Sequence[Site], root: Path | None = None) -> dict[Site, str | None]:
     """Of each site why ours does not run there, or None. Where one of a model's fails, so do its others."""
-    found = {site: site.reason(root) for site in sites}
+    parse = functools.cache(lambda file: ast.parse(file.read_text()).body)  # once each: sites share files
+    found = {site: site.reason(root, parse) for site in sites}
     for site, reason in list(found.items()):
         failed = next((x for x in sites if x.ours and x.models == site.models and found[x] is not None), None)
         if reason is None and failed is not None and failed != site:
@@ -82,7 +86,7 @@ def _root(package: str) -> Path | None:
     return Path(folders[0]).parent if folders else None
 
 
-def parameters(root: Path, target: str) -> tuple[str, ...] | None:
+def parameters(root: Path, target: str, parse: Parse) -> tuple[str, ...] | None:
     """Names of the parameters of a function in the sources below `root`; None if it is not there.
 
     A package is searched in its own files: what its __init__ only imports is found beside it.
@@ -90,7 +94,7 @@ def parameters(root: Path, target: str) -> tuple[str, ...] | None:
     module, _, name = target.partition(":")
     path = root.joinpath(*module.split("."))
     for file in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
-        if file.is_file() and (found := _definition(ast.parse(file.read_text()).body, name.split("."))) is not None:
+        if file.is_file() and (found := _definition(parse(file), name.split("."))) is not None:
             every = (*found.args.posonlyargs, *found.args.args, found.args.vararg, *found.args.kwonlyargs)
             names = tuple(x.arg for x in every if x is not None)
             return names + (("**",) if found.args.kwarg is not None else ())
