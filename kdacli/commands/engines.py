@@ -20,7 +20,8 @@ def command(sources: str | None, json_dest: str | None, force: bool) -> None:
     """List the KDA calls of SGLang and vLLM, and say which of them ours replace and why not the others.
 
     The engines that are installed are read, not imported or changed: this says what would be replaced once an engine is
-    started with the switch that stands above its table. What runs then is what `kda kernels` says runs here.
+    started with the switch that stands above its table. What runs then is what `kda kernels` says runs here. --json has
+    the rows of engines that are not installed, too.
 
     \b
     Examples:
@@ -64,6 +65,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
     for engine, switch in SWITCHES.items():
         mine = [row for row in rows if row["engine"] == engine]
+        if any(row["note"] == f"{engine} is not installed" for row in mine):
+            say(f"{engine} is not installed: --sources DIR reads its wheel, unpacked")
+            continue
         cells = [
             (
                 row["models"],

@@ -15,6 +15,11 @@ NAME = "kda"
 
 _CALLS, _ALL = "kda_kernels.engines.sglang_calls", "all with KDA layers"
 _DISPATCHER = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
+_FUSED = (
+    "linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify",
+    "kda_decode_mtp:fused_kda_decode_mtp_dspark",
+)
+_UNCALLED = "SGLang does not call it for another backend than its own: speculation goes through target_verify"
 STEP = "sglang.kernels.ops.attention.kda_fused_decode:kda_fused_decode"
 
 
@@ -29,6 +34,7 @@ SITES = (
     _phase("prefill, checkpoints", "extend"),
     _phase("speculation", "target_verify"),
     Site(_ALL, "fused step", STEP, f"{_CALLS}:kda_fused_decode", patched=False),
+    *(Site(_ALL, "fused speculation", f"sglang.kernels.ops.attention.{name}", why_not=_UNCALLED) for name in _FUSED),
 )
 
 log = logging.getLogger("sglang.kda")

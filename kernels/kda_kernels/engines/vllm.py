@@ -19,6 +19,7 @@ _K3, _GLM, _LING = "Kimi K3 and Kimi-Linear", "GLM-5.3-Flash", "Ling-3.0-flash"
 _K3_OPS = "vllm.models.kimi_k3.nvidia.ops.third_party.kda"
 _GLM_OPS = "vllm.models.glm5next.nvidia.ops.third_party.kda"
 _LING_OPS = "vllm.third_party.flash_linear_attention.ops.kda"
+_PREPARED = "vllm.models.kimi_k3.nvidia.specialized_decode.cutedsl.kda.prepared"
 _CHECKPOINTS = "vllm.model_executor.layers.mamba.kda_checkpoint:kda_prefill_checkpoint_alignment"
 _GLM_PREFILL = "vllm.models.glm5next.common.kda:Glm5NextLinearAttention._flashkda_prefill"
 
@@ -35,6 +36,8 @@ SITES = (
     Site(_K3, "prefill", "vllm.models.kimi_k3.nvidia.kda:_flashinfer_kda_prefill", why_not=_BLACKWELL),
     Site(_K3, "speculation", "vllm.models.kimi_k3.nvidia.ops.recoverssm:kda_recoverssm_verify", why_not=_RECORDS),
     Site(_K3, "fused step", "vllm.utils.flashinfer:flashinfer_fused_kda_decode", why_not=_BLACKWELL),
+    Site(_K3, "fused step, drafts", "vllm.utils.flashinfer:flashinfer_packed_fused_kda_decode", why_not=_BLACKWELL),
+    Site(_K3, "fused step", f"{_PREPARED}:PreparedKda.run", why_not="it projects the gate too, on Blackwell"),
     Site(_GLM, "prefill", _GLM_PREFILL, f"{_CALLS}:glm_flashkda_prefill"),
     Site(_GLM, "prefill", f"{_GLM_OPS}:chunk_kda_with_fused_gate", f"{_CALLS}:glm_chunk_kda_with_fused_gate"),
     Site(_GLM, "decode, speculation", f"{_GLM_OPS}:fused_recurrent_kda", f"{_CALLS}:glm_fused_recurrent_kda"),
