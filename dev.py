@@ -5,12 +5,13 @@
     python3 dev.py test [ARGS...]     lint, formatting, types and the tests; ARGS go to pytest
     python3 dev.py kda ARGS...        any other kda command
     python3 dev.py picture            draw docs/kda.svg from a real run
-    python3 dev.py versions [NAME [ARGS...]]   test, and kda compile for every architecture, with other compilers: one
-                                      of VERSIONS below, or all of them; ARGS go to pytest
+    python3 dev.py versions [NAME [ARGS...]]   kda verify, tests, and kda compile for every architecture, with other
+                                      compilers: one of VERSIONS below, or all of them; ARGS go to pytest
+    python3 dev.py wheel [TAG]        build dist/, and run what an installation of it alone has; TAG: of its version
 
 The set-up is a virtual environment in .venv with what constraints.txt pins, made once and again when pyproject.toml or
-constraints.txt changes; `versions` makes one in .venvs for each. With --no-venv nothing is installed: the Python that
-runs this file must have the packages, as on a GPU machine that reaches no package registry.
+constraints.txt changes; `versions` makes one in .venvs for each, `wheel` new ones. With --no-venv nothing is installed:
+the Python that runs this file must have the packages, as on a GPU machine that reaches no package registry.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
+BIN = "Scripts" if os.name == "nt" else "bin"
+OWN_PIP = importlib.util.find_spec("ensurepip") is not None  # Debian's python3 comes without it
 # The compilers that pyproject.toml admits, Triton beside a torch that asks for it. The rest is as in constraints.txt.
 VERSIONS = {
     name: {"torch": torch, "triton": triton, "nvidia-cutlass-dsl": dsl, **others}
@@ -39,9 +43,10 @@ VERSIONS = {
         ("triton-3.9", "2.15.0", "3.9.0", "4.8.1", {}),
     )
 }
-# Tests of the judge, of dumps, of screens and of documents: no compiler has a part in them. `versions` leaves them out.
-ALIKE = ("mutants", "compare*", "capture*", "documents", "dumps*", "packaging", "profile*", "pytest_plugin", "report")
-ALIKE += ("verify_isolated", "verify_search", "verify_suites", "verify_verdicts")
+# Tests of the judge, of host code, dumps, screens and documents: they use no compiler, or a stand-in. `versions`
+# leaves them out, and the baseline of compiled kernels, which holds for one compiler.
+ALIKE = ("capture*", "compare*", "compile_baseline", "cute_*host", "documents", "dumps*", "engines", "judge", "mutants")
+ALIKE += ("oracle", "packaging", "peers*", "profile*", "pytest_*", "report", "run_fla_tests", "verify", "verify_[b-z]*")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "gfx942", "gfx950")
 UNKNOWN = {"triton-3.5": {"sm_103a"}}  # to the ptxas that comes with it
 
@@ -49,14 +54,14 @@ UNKNOWN = {"triton-3.5": {"sm_103a"}}  # to the ptxas that comes with it
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-venv", action="store_true", help="use this Python as it is and install nothing")
-    parser.add_argument("command", choices=["verify", "test", "kda", "picture", "versions"])
+    parser.add_argument("command", choices=["verify", "test", "kda", "picture", "versions", "wheel"])
     parser.add_argument("args", nargs=argparse.REMAINDER, help="passed on")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what a Python that is too old meets first
         return fail("this is Python {}.{}: kda needs 3.11 or newer".format(*sys.version_info[:2]))
-    if options.command == "versions":
-        return versions(options.args)
     try:
+        if options.command in ("versions", "wheel"):
+            return {"versions": versions, "wheel": wheel}[options.command](options.args)
         python = sys.executable if options.no_venv else set_up(VENV)
     except (OSError, subprocess.CalledProcessError) as error:
         return fail(f"the set-up did not finish: {error}")
@@ -77,26 +82,35 @@ def set_up(folder: Path, pins: Mapping[str, str] | None = None) -> str:
     Args:
         pins: versions by package, instead of those in constraints.txt.
     """
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = folder / BIN / "python"
     wanted = constraints(pins or {})
     stamp, constraint_file = folder / "kda-setup", folder / "constraints.txt"
     mark = hashlib.sha256((wanted + (ROOT / "pyproject.toml").read_text()).encode()).hexdigest()
     if python.exists() and stamp.exists() and stamp.read_text() == mark:
         return str(python)
     print(f"Setting up {folder.relative_to(ROOT)}: some minutes the first time", file=sys.stderr)
-    own_pip = importlib.util.find_spec("ensurepip") is not None  # Debian's python3 comes without it
     if not python.exists():
-        venv.create(folder, with_pip=own_pip)
+        make(folder)
     constraint_file.write_text(wanted)
-    pip = [str(python), "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", str(python)]
-    install = [*pip, "install", "--disable-pip-version-check", "-c", str(constraint_file)]
-    install += [] if sys.stderr.isatty() else ["--quiet"]
-    # stdout belongs to the command that comes after, which may print JSON there
     # torch by itself first: then nothing that follows can choose another one
-    subprocess.run([*install, "torch"], check=True, stdout=sys.stderr)
-    subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True, stdout=sys.stderr)
+    install(python, "-c", str(constraint_file), "torch")
+    install(python, "-c", str(constraint_file), "-e", f"{ROOT}[dev]")
     stamp.write_text(mark)
     return str(python)
+
+
+def make(folder: Path) -> Path:
+    """A new virtual environment, instead of the one that may be there; its Python."""
+    venv.create(folder, with_pip=OWN_PIP, clear=True)
+    return folder / BIN / "python"
+
+
+def install(python: Path, *words: str) -> None:
+    pip = [str(python), "-m", "pip"] if OWN_PIP else [sys.executable, "-m", "pip", "--python", str(python)]
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    # stdout belongs to the command that comes after, which may print JSON there
+    command = [*pip, "install", "--disable-pip-version-check", *quiet, *words]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def constraints(pins: Mapping[str, str]) -> str:
@@ -115,14 +129,12 @@ def versions(args: list[str]) -> int:
         print(
             f"{name}: " + ", ".join(f"{package} {version}" for package, version in VERSIONS[name].items()), flush=True
         )
-        try:
-            python = set_up(ROOT / ".venvs" / name, VERSIONS[name])
-        except (OSError, subprocess.CalledProcessError) as error:
-            return fail(f"the set-up did not finish: {error}")
+        python = set_up(ROOT / ".venvs" / name, VERSIONS[name])
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         archs = [word for arch in ARCHS if arch not in UNKNOWN.get(name, ()) for word in ("--arch", arch)]
         report = ROOT / ".venvs" / f"{name}.json"
         steps = [
+            [python, "-m", "kdacli", "verify"],
             [*pytest(python), *(f"--ignore-glob=tests/test_{name}.py" for name in ALIKE), *args[1:]],
             [python, "-m", "kdacli", "compile", *archs, "--no-cache", "--json", str(report), "--force"],
         ]
@@ -130,6 +142,32 @@ def versions(args: list[str]) -> int:
     if failed:
         print(f"failed: {', '.join(dict.fromkeys(failed))}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def wheel(args: list[str]) -> int:
+    """Builds dist/, checks what a package index would refuse, and runs the wheel where nothing else of ours is."""
+    dist = ROOT / "dist"
+    if dist.exists() and any(dist.iterdir()):
+        return fail("dist is not empty: move away what is there", 2)
+    builder = make(ROOT / ".venvs" / "build")
+    install(builder, "build", "twine")
+    subprocess.run([builder, "-m", "build", str(ROOT)], check=True, stdout=sys.stderr)
+    (built,) = dist.glob("*.whl")
+    alone = make(ROOT / ".venvs" / "alone")
+    install(alone, "-c", str(ROOT / "constraints.txt"), str(built))
+    version = "import kda_kernels; print('v' + kda_kernels.__version__)"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    kda = str(alone.parent / "kda")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        found = subprocess.run([alone, "-c", version], cwd=elsewhere, env=env, capture_output=True, text=True).stdout
+        if found.strip() not in (args or [found.strip()]):
+            return fail(f"the tag is {args[0]}: it should be {found.strip()}", 1)
+        steps = [
+            [str(builder), "-m", "twine", "check", "--strict", *map(str, dist.iterdir())],
+            [kda, "kernels"],
+            [kda, "verify", "--op", "decode", "-N", "2", "-H", "1", "--kernel", "triton-decode"],
+        ]
+        return max([run(step, env, cwd=Path(elsewhere)) for step in steps])
 
 
 def pytest(python: str) -> list[str]:

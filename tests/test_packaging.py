@@ -156,25 +156,54 @@ def test_dev_refuses_what_it_does_not_know():
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "one of triton-3.5, " in done.stderr
 
 
-def test_versions_are_within_the_ranges_and_ci_runs_each(metadata):
+@pytest.fixture(scope="module")
+def module():
+    """dev.py."""
     spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_versions_are_within_the_ranges(metadata, module):
     for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
         found = [pins[requirement.name] for pins in module.VERSIONS.values() if requirement.name in pins]
         assert all(map(requirement.specifier.contains, found)), requirement
         if requirement.name in ("torch", "triton", "nvidia-cutlass-dsl"):  # the oldest that is promised is tested
             assert str(min(map(Version, found))).startswith(min(spec.version for spec in requirement.specifier))
-    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
-    assert f"version: [{', '.join(module.VERSIONS)}]" in workflow
     pins = module.constraints(module.VERSIONS["triton-3.5"]).splitlines()
     assert {"triton==3.5.0", "numpy==2.3.5", "click==8.5.1"} <= set(pins)
+
+
+def test_tests_that_versions_leave_out_are_there(module):
+    for name in module.ALIKE:
+        assert list((ROOT / "tests").glob(f"test_{name}.py")), name
 
 
 def test_ci_runs_the_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "exec python3 dev.py test"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_workflows_run_what_everybody_can_run(metadata, module):
+    """A step is an action or one command of dev.py, with each version and each Python that we promise."""
+    yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    jobs = {name: job for file in files.values() for name, job in file["jobs"].items()}
+    ran = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    assert ran == {
+        "build": ['python dev.py wheel "$GITHUB_REF_NAME"'],
+        "test": [".ci/run"],
+        "pythons": ["python dev.py test"],
+        "versions": ["python dev.py versions ${{ matrix.version }}"],
+    }
+    matrix = {
+        axis: values for job in jobs.values() for axis, values in job.get("strategy", {}).get("matrix", {}).items()
+    }
+    assert matrix["version"] == list(module.VERSIONS)
+    promised = re.findall(r":: (3\.\d+)$", "\n".join(metadata.get_all("Classifier")), re.MULTILINE)
+    assert {*matrix["python"], jobs["test"]["steps"][1]["with"]["python-version"]} == set(promised)
 
 
 def test_the_readmes_example_runs():
