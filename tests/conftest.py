@@ -1,6 +1,7 @@
 """Where there is no CUDA GPU: Triton's interpreter for the kernels, and a counted skip for the tests marked gpu."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,3 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def compiled_here(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled functions of this run only; skips where the file's KERNEL cannot run."""
+    from kda_kernels import registry  # after Triton knows whether it interprets
+
+    if (reason := registry.get(request.module.KERNEL).unsupported()) is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield

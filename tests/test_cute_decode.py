@@ -36,19 +36,10 @@ from kda_kernels.serving import kda_decode, kda_prefill
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.synthetic import make_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_here")]
+KERNEL = "cute-decode"
 KEPT = 7.0  # what a buffer held before
 SLOTS = [4, 1, 6]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def files(tmp_path_factory):
-    """Compiled functions of this run only."""
-    if (reason := module.unsupported()) is not None:
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
 
 
 def usual(N=3, slots=None, P=None, T=1, gap=0, state_dtype=torch.float32, **given) -> Inputs:

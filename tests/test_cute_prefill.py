@@ -24,22 +24,13 @@ from kda_kernels.serving import kda_decode, kda_prefill
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kdacli.judge import Reference, judge
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_here")]
+KERNEL = "cute-prefill"
 KEPT = 7.0  # what a buffer held before
 NO_BOUND = dataclasses.replace(GIVEN, lower_bound=None)
 TWICE = dataclasses.replace(SAFE, allow_neg_eigval=True)
 EDGES = [1, 0, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 15, 16, 17, 5 * CHUNK + 3]
 TOKENS = ("q", "k", "v", "g", "beta")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def files(tmp_path_factory):
-    """Compiled functions of this run only."""
-    if (reason := module.unsupported()) is not None:
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
 
 
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))

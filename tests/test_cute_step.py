@@ -9,7 +9,6 @@ import pytest
 import torch
 from decode_inputs import DEVICE, SAFE, close
 
-from kda_kernels.cute import decode as module
 from kda_kernels.cute.decode import decode
 from kda_kernels.cute.decode_config import DecodeConfig
 from kda_kernels.problem import Op, Options, Parts, Problem
@@ -17,17 +16,8 @@ from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.synthetic import make_inputs
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def files(tmp_path_factory):
-    """Compiled functions of this run only."""
-    if (reason := module.unsupported()) is not None:
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_here")]
+KERNEL = "cute-step"
 
 
 def make(seq_lens=(1,) * 5, device=DEVICE, **given) -> Inputs:

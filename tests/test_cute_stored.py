@@ -6,7 +6,6 @@ import pytest
 import torch
 from decode_inputs import DEVICE, SAFE
 
-from kda_kernels.cute import decode as module
 from kda_kernels.cute.decode import decode
 from kda_kernels.cute.decode_config import DecodeConfig
 from kda_kernels.dtypes import torch_dtype
@@ -15,18 +14,10 @@ from kda_kernels.reference.stored import Stored, stored
 from kda_kernels.tensors import Inputs
 from kdacli.synthetic import make_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_here")]
+KERNEL = "cute-decode"
 SLOTS = [3, 0, 5]
 CONFIGS = {"registers": DecodeConfig(rows=32), "bulk": DecodeConfig(rows=128, ctas=3, bulk=True, together=2)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def files(tmp_path_factory):
-    if (reason := module.unsupported()) is not None:
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDA_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
 
 
 def decaying(dtype: str, stochastic: bool, T: int, K: int = 128) -> Inputs:
