@@ -153,15 +153,14 @@ def wheel(args: list[str]) -> int:
     install(builder, "build", "twine")
     subprocess.run([builder, "-m", "build", str(ROOT)], check=True, stdout=sys.stderr)
     (built,) = dist.glob("*.whl")
+    tag = "v" + built.name.split("-")[1]
+    if args and args[0] != tag:
+        return fail(f"the tag is {args[0]}: it should be {tag}", 1)
     alone = make(ROOT / ".venvs" / "alone")
     install(alone, "-c", str(ROOT / "constraints.txt"), str(built))
-    version = "import kda_kernels; print('v' + kda_kernels.__version__)"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     kda = str(alone.parent / "kda")
     with tempfile.TemporaryDirectory() as elsewhere:
-        found = subprocess.run([alone, "-c", version], cwd=elsewhere, env=env, capture_output=True, text=True).stdout
-        if found.strip() not in (args or [found.strip()]):
-            return fail(f"the tag is {args[0]}: it should be {found.strip()}", 1)
         steps = [
             [str(builder), "-m", "twine", "check", "--strict", *map(str, dist.iterdir())],
             [kda, "kernels"],
