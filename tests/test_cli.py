@@ -393,7 +393,7 @@ def test_provenance_holds_versions_and_survives_missing_tools(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = provenance.collect(seed=5)
     assert found["seed"] == 5 and found["gpu"] is None and found["commit"] is None
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     json.dumps(found)
 
 
