@@ -81,7 +81,8 @@ def blank(problem: Problem) -> Inputs:
         memory = mmap.mmap(-1, max(1, size * kind.itemsize))  # of a pool of gigabytes only what is touched is there
         return torch.frombuffer(memory, dtype=torch.uint8)[: size * kind.itemsize].view(kind).view(shape)
 
-    B, T = (1, problem.T) if problem.packed else (problem.N, max(problem.seq_lens, default=0))
+    longest = max(problem.seq_lens, default=0)
+    B, T = (1, problem.T) if problem.packed else (problem.N, longest)
     H, HV, K, V, dtype = problem.H, problem.HV, problem.K, problem.V, problem.dtype
     raw, pool = problem.options.gate is not Gate.NONE, problem.pool_slots
     rows = (V, K) if problem.state_v_first else (K, V)
@@ -90,7 +91,7 @@ def blank(problem: Problem) -> Inputs:
     has = problem.features
     slot_table: torch.Tensor | None
     if "num_accepted_tokens" in has:
-        slot_table = torch.full((problem.N, 2), -1, dtype=torch.int32)
+        slot_table = torch.full((problem.N, max(2, longest)), -1, dtype=torch.int32)
     else:
         slot_table = None if pool is None else _slots(problem)
     nowhere = torch.full((problem.N,), -1, dtype=torch.int32)
@@ -112,7 +113,7 @@ def blank(problem: Problem) -> Inputs:
         has_initial_state=torch.ones(problem.N, dtype=torch.bool) if "has_initial_state" in has else None,
         num_accepted_tokens=torch.ones(problem.N, dtype=torch.int32) if "num_accepted_tokens" in has else None,
         update_state="update_state" not in has,
-        token_states=kept.unsqueeze(1) if "token_states" in has else None,
+        token_states=zeros(1, longest, HV, *rows, dtype="float32") if "token_states" in has else None,
         token_state_indices=nowhere if "token_state_indices" in has else None,
         checkpoints=Checkpoints(kept, nowhere, nowhere) if "checkpoints" in has else None,
     )

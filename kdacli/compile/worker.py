@@ -67,7 +67,8 @@ def variant_names(kernel: Kernel, problem: Problem | None, arch: Arch) -> list[s
         UnavailableError: a package is missing.
     """
     names = [variant.name for variant in variants(kernel, problem, arch)]
-    reason = kernel.unsupported(problem)
+    asked = problem if problem is None or problem.seq_lens else next(iter(serving(problem).values()))
+    reason = kernel.unsupported(asked)
     if problem and reason and reason != kernel.unsupported():  # else the reason is this machine, which need not run it
         raise InputError(f"kernel {kernel.name} cannot run {problem.name}: {reason}")
     if not names:
@@ -160,8 +161,10 @@ def variants(
         problems = usual or {"": USUAL[kernel.op]}
     else:
         problems = {"": problem} if problem.seq_lens else serving(problem)
-    if offered and kernel.unsupported() is not None:  # `build` says why, of each
-        return offered
+    if offered:
+        with pretend.gpu(arch):
+            if kernel.unsupported() is not None:  # `build` says why, of each
+                return offered
     return offered + recorder.record(kernel, problems, arch, change)
 
 
@@ -169,16 +172,22 @@ def serving(problem: Problem) -> dict[str, Problem]:
     """Of a problem without sequences, by name: all that decide what an engine launches for it."""
     counts: tuple[int, ...]
     asked: dict[str, set[str]]
+    tokens, several = 1, 4  # of a sequence; of drafts
     if problem.op.decodes:
-        counts, tokens, asked = (1, 256), 1, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
+        counts, asked = (1, 256), {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
     else:
-        counts, tokens = (1, 2, 4, 8, 32), 512
-        asked = {"resumed": {"has_initial_state"}, "checkpoints": {"has_initial_state", "checkpoints"}}
+        counts, tokens, several = (1, 2, 4, 8, 32), 512, 512
+        asked = {"resumed": {"has_initial_state"}, "checkpoints": {"checkpoints"}}
+        asked["resumed checkpoints"] = asked["resumed"] | asked["checkpoints"]
     if problem.op is Op.GATE:
         counts, asked = (1,), {}
     return {
         " ".join(filter(None, (f"N={count}", "packed" if packed else "dense", name))): dataclasses.replace(
-            problem, seq_lens=(tokens,) * count, packed=packed, pool_slots=512, features=frozenset(features)
+            problem,
+            seq_lens=(several if name else tokens,) * count,
+            packed=packed,
+            pool_slots=512,
+            features=frozenset(features),
         )
         for name, features in {"": set(), **asked}.items()
         for packed in (True, False)

@@ -228,17 +228,19 @@ def _call(
             if x is not None and x.shape[0] != N:
                 raise ValueError("not one for each sequence")
     if A_log is not None and A_log.ndim != 1:
-        A_log = _flat(A_log, A_log.numel())
+        A_log = _flat(A_log)
     if bias is not None:
-        if bias.ndim != 1:
-            bias = _flat(bias, K)
-        if bias.numel() != HV * K:
+        if bias.numel() != HV * K or bias.shape[-1] not in (K, HV * K):
             raise ValueError("dt_bias is not one for each channel")
-    *parts, eps = _NO_PARTS if parts is None else _parts(call, N)
-    arguments = (
-        q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started, *parts,
-        scales, seed, -1 if null_slot is None else null_slot, scale, bound, eps,
-    )  # fmt: skip
+        if bias.ndim != 1:
+            bias = _flat(bias)
+    slot = -1 if null_slot is None else null_slot
+    arguments: tuple = (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started)
+    if parts is None:
+        arguments += (None, None, None, None, None, None, scales, seed, slot, scale, bound, None)
+    else:
+        *given, eps = _parts(call, N)
+        arguments += (*given, scales, seed, slot, scale, bound, eps)
     if ranges.enabled():
         with ranges.stage("decode"):
             function(*arguments)
@@ -271,11 +273,12 @@ def _parts(call: tuple, N: int) -> tuple:
     return *convolution, *ending
 
 
-def _flat(parameter: torch.Tensor, last: int) -> torch.Tensor:
+def _flat(parameter: torch.Tensor) -> torch.Tensor:
     """A_log of any shape, or dt_bias [.., HV, K], in one dimension, as the function takes it. Raises `ValueError`."""
-    if not parameter.is_contiguous() or (parameter.numel() != last and parameter.shape[-1] != last):
-        raise ValueError("a parameter lies in another order")
-    return parameter.view(-1)
+    try:
+        return parameter.view(-1)
+    except RuntimeError as error:  # it lies in another order
+        raise ValueError(error) from None
 
 
 def _function(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, config: DecodeConfig) -> Callable[..., Any]:
@@ -303,7 +306,7 @@ def _kind(inputs: Inputs, ht: torch.Tensor | None, config: DecodeConfig) -> tupl
         inputs.cu_seqlens is None and q.shape[1] == 1, config,
         *(None if x is None else x.dtype for x in (inputs.num_accepted_tokens, inputs.token_state_indices)),
         inputs.has_initial_state is not None, inputs.update_state,
-        indices is not None and indices.ndim == 1 and not indices.is_contiguous(), inputs.N > MOST_BLOCKS,
+        indices is not None and indices.ndim == 1 and indices.stride(0) != 1, inputs.N > MOST_BLOCKS,
         *_kind_of_parts(inputs), inputs.rounding_seed is not None,
     )  # fmt: skip
 
