@@ -102,8 +102,11 @@ def kda_decode(
     """
     if not use_gate_in_kernel:
         A_log = dt_bias = None
-    g = by_head(g, v)
-    seed = seed_of(state_rounding, rounding_seed, q)
+    if getattr(g, "ndim", 0) == 3:
+        g = by_head(g, v)
+    seed = None
+    if rounding_seed is not None or state_rounding != "nearest":
+        seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         torch.ops.kda.decode(
@@ -204,8 +207,11 @@ def kda_prefill(
     """
     if not use_gate_in_kernel:
         A_log = dt_bias = None
-    g = by_head(g, v)
-    seed = seed_of(state_rounding, rounding_seed, q)
+    if getattr(g, "ndim", 0) == 3:
+        g = by_head(g, v)
+    seed = None
+    if rounding_seed is not None or state_rounding != "nearest":
+        seed = seed_of(state_rounding, rounding_seed, q)
     if checks.is_traced(q):
         if group is not None:
             raise InputError("group", "is given", "it is not supported in a call that is traced")

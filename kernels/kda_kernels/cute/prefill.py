@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.cute.cache import CACHE
@@ -76,7 +77,7 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_sizes`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
+        key: see `_key`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
     """
 
     key: tuple | None = None
@@ -86,38 +87,18 @@ class _Last:
     functions: dict[Part, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
-class _Sizes(NamedTuple):
-    """Batch rows, tokens of each, sequences, value heads."""
-
-    B: int
-    T: int
-    N: int
-    HV: int
-
-
-# What is taken out of a call, by the names of its fields.
-_SIZED = picker("q", "v", "options", "cu_seqlens", "batch_invariant")
-_PLANNED = picker("cu_seqlens", "batch_invariant", "workspace", "cu_seqlens_cpu")
-_SCANNED = picker("state", "state_indices", "cu_seqlens", "null_slot", "checkpoints")
-_UNSEEN = picker(
-    *("q", "k", "v", "g", "dt_bias", "state", "state_indices", "cu_seqlens", "state_v_first", "has_initial_state"),
-    *("checkpoints", "workspace"),
+# What is taken out of a call at once, by the names of its fields.
+_TAKEN = picker(
+    *("q", "k", "v", "g", "beta", "options", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens"),
+    *("state_v_first", "null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace"),
+    "cu_seqlens_cpu",
 )
-_PASSED_ON = picker(
-    *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "null_slot"),
-    *("has_initial_state", "checkpoints"),
-)
-_ROOM = picker("q", "workspace")
 
 
-def _sizes(call: tuple) -> tuple[tuple, _Sizes]:
-    """Of the fields of `Inputs`: what compiled functions cannot see of their tensors, or are not compiled for (options,
-    batch_invariant, H, K, HV, V, device); and its sizes."""
-    q, v, options, offsets, batch_invariant = _SIZED(call)
-    B, T, H, K = q.shape
-    _, _, HV, V = v.shape
-    N = B if offsets is None else offsets.shape[0] - 1
-    return (options, batch_invariant, H, K, HV, V, q.device), _Sizes(B, T, N, HV)
+def _key(inputs: Inputs) -> tuple:
+    """What compiled functions cannot see of their tensors, or are not compiled for: as `_launch` compares it."""
+    (_, _, H, K), (_, _, HV, V) = inputs.q.shape, inputs.v.shape
+    return inputs.options, inputs.batch_invariant, H, K, HV, V, inputs.q.device
 
 
 _last = _Last()
@@ -214,14 +195,17 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     if not o.shape[0] * o.shape[1] or not inputs.N:  # no token of any sequence
         _hand_on(inputs, o, ht)
         return
-    options, (key, sizes), kept = inputs.options, _sizes(call), inputs.checkpoints is not None
-    sms = multiprocessors(inputs.q.device)
+    options, kept, sms = inputs.options, inputs.checkpoints is not None, multiprocessors(inputs.q.device)
+    key = _key(inputs)
     last = _Last(key, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
-    split = _split_of(call, sizes, sms)
+    (B, T), HV, packed = inputs.q.shape[:2], inputs.v.shape[2], inputs.cu_seqlens is not None
+    split = None
+    if not inputs.batch_invariant:
+        split = _split_of(inputs.N, B * T, HV, sms, packed, inputs.cu_seqlens_cpu, inputs.workspace)
     for part in (Part.WHOLE,) if split is None else (Part.SPLIT, Part.KEPT) if kept else (Part.SPLIT,):
         last.functions[part] = _function(part, inputs, None if part is Part.KEPT else ht)
     try:
-        _launch(last, split, sizes, call, o, ht)
+        _launch(last, call, o, ht)
     except _RefusedError as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
     if _last.key == last.key:
@@ -237,13 +221,9 @@ def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
     Args:
         call: the fields of `Inputs` in their order, which are quicker to pass on than an object of them is to make.
     """
-    last = _last
     try:
-        key, sizes = _sizes(call)
-        if last.key != key or sizes.N < 1 or not sizes.T:
-            return False
-        _launch(last, _split_of(call, sizes, last.sms), sizes, call, o, ht)
-    except (_RefusedError, AttributeError, IndexError, KeyError):  # nothing was launched: see `launch`
+        _launch(_last, call, o, ht)
+    except (_RefusedError, AttributeError, IndexError, KeyError):  # nothing was launched
         return False
     return True
 
@@ -265,38 +245,95 @@ def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
         ht.copy_(inputs.state.where(inputs.has_initial_state[:, None, None, None], 0))
 
 
-def _launch(
-    last: _Last, split: Split | None, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None
+def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """A call like `last`, on the way of every prefill of an engine: spelled out, since calls of functions take time.
+
+    Raises `_RefusedError`, or what wrong tensors lead to, before anything was launched.
+    """
+    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, null_slot, started, kept, invariant, given,
+     ends) = _TAKEN(call)  # fmt: skip
+    split = None
+    try:
+        (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
+        N = B if offsets is None else offsets.shape[0] - 1
+        if last.key != (options, invariant, H, K, HV, V, q.device) or N < 1 or not T:
+            raise _RefusedError("another kind of call")
+        if not invariant:
+            split = _split_of(N, B * T, HV, last.sms, offsets is not None, ends, given)
+    except (TypeError, ValueError) as error:
+        raise _RefusedError(error) from None
+    # What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
+    # rows that lie on each other.
+    if not v_first and (h0 is not None or ht is not None):
+        raise _RefusedError("the state is K-first")
+    if indices is None or h0 is None or started is not None or kept is not None or given is not None:
+        _check_unseen(last, N, (h0, ht, indices, offsets, started, kept, given))
+    if indices is not None and (indices.shape[0] < N or not (h0.is_contiguous() or h0.stride()[0] >= HV * V * K)):
+        raise _RefusedError("not one for each sequence, or slots overlap")
+    if not all((*q.stride(), *k.stride(), *v.stride(), *g.stride(), *o.stride())):
+        raise _RefusedError("rows lie on each other")
+    if A_log is not None and A_log.ndim != 1:
+        A_log = _flat(A_log)
+    if bias is not None:
+        if bias.numel() != HV * K:
+            raise _RefusedError("dt_bias is not one for each channel")
+        if bias.ndim != 1:
+            bias = _flat(bias)
+    tensors = (
+        (q, k, v, g, beta, A_log, bias, o, h0), (indices, offsets, started),
+        _NOT_KEPT if null_slot is None and kept is None else _kept(kept, null_slot),
+    )  # fmt: skip
+    if split is not None:
+        sizes = _Sizes(N, B * T, T, HV, offsets is not None)
+        return _launch_split(last, split, sizes, tensors, ht, given, kept is not None)
+    function = last.functions[Part.WHOLE]
+    if not ranges.enabled():  # a context manager that does nothing costs a third of a microsecond
+        return _call(function, tensors, ht, None, 0, last.scale, last.bound, 0, 0, 0, 0)
+    with stage("prefill"):
+        _call(function, tensors, ht, None, 0, last.scale, last.bound, 0, 0, 0, 0)
+
+
+class _Sizes(NamedTuple):
+    """Sequences, tokens of all, tokens of each where they are dense, value heads."""
+
+    N: int
+    tokens: int
+    T: int
+    HV: int
+    packed: bool
+
+
+def _launch_split(
+    last: _Last,
+    split: Split,
+    sizes: _Sizes,
+    tensors: tuple,
+    ht: torch.Tensor | None,
+    given: torch.Tensor | None,
+    kept: bool,
 ) -> None:
-    """Raises `_RefusedError`, or what wrong tensors lead to, before anything was launched."""
-    _check_unseen(last, sizes, call, o, ht)
-    tensors = _arguments(call, o)
-    numbers = (last.scale, last.bound)
-    if split is None:
-        with stage("prefill"):
-            _call(last.functions[Part.WHOLE], tensors, ht, None, 0, *numbers, 0, 0, 0, 0)
-        return
+    """`_launch` of sequences that are cut, with arguments that it has checked; `given` is the caller's workspace."""
     scan, outputs = _segment_kernels()
-    pool, indices, offsets, null_slot, kept = _SCANNED(call)
+    (*_, o, pool), (indices, offsets, _), (*_, null_slot, _) = tensors
     function = last.functions[Part.SPLIT]
-    to_kept = last.functions[Part.KEPT] if kept is not None else None
-    N, tokens, packed = sizes.N, sizes.B * sizes.T, offsets is not None
+    to_kept = last.functions[Part.KEPT] if kept else None
+    N, tokens, T, HV, packed = sizes
     units = split.units(N, tokens, packed)
-    workspace = _workspace(call, sizes, split, units)
+    workspace = _workspace(_split_bytes(split, N, units, HV), o, given)
     final = ht if indices is None else pool
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
         with stage("segments"):
-            _call(function, tensors, ht, workspace, units, *numbers, *here)
+            _call(function, tensors, ht, workspace, units, last.scale, last.bound, *here)
         segments = scan.Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
         with on_device(o):
             with stage("scan"):
-                scan.scan_segments(segments, sizes.T, sizes.HV)
+                scan.scan_segments(segments, T, HV)
             with stage("outputs"):
                 outputs.add_segment_outputs(segments, o)
         if to_kept is not None:
             with stage("checkpoints"):
-                _call(to_kept, tensors, None, workspace, units, *numbers, *here)
+                _call(to_kept, tensors, None, workspace, units, last.scale, last.bound, *here)
 
 
 @functools.cache
@@ -307,49 +344,36 @@ def _segment_kernels() -> tuple[ModuleType, ModuleType]:
     return segment_scan, segment_outputs
 
 
-def _check_unseen(last: _Last, sizes: _Sizes, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
-    """What the functions cannot see: which way round a square state lies, sizes that differ by one, slots that overlap,
-    rows that lie on each other. Raises `_RefusedError`."""
-    q, k, v, g, bias, h0, indices, offsets, v_first, started, kept, given = _UNSEEN(call)
+def _check_unseen(last: _Last, N: int, tensors: tuple) -> None:
+    """As `_launch`, of what few calls have. Raises `_RefusedError`."""
+    h0, ht, indices, offsets, started, kept, given = tensors
     assert last.key is not None
-    N, (_, _, _, K, HV, V, device) = sizes.N, last.key
-    if not v_first and (h0 is not None or ht is not None):
-        raise _RefusedError("the state is K-first")
-    if indices is not None:
-        if h0 is None:
-            raise _RefusedError("no pool")
-        overlap = not h0.is_contiguous() and h0.stride()[0] < HV * V * K and h0.shape[0] > 1
-        if overlap or indices.shape[0] < N:
-            raise _RefusedError("not one for each sequence, or slots overlap")
+    if indices is not None and h0 is None:
+        raise _RefusedError("no pool")
     if offsets is not None:
         for x in (started, ht, None if kept is None else kept.rows, h0 if indices is None else None):
             if x is not None and x.shape[0] != N:
                 raise _RefusedError("not one for each sequence")
-    if bias is not None and bias.numel() != HV * K:
-        raise _RefusedError("dt_bias is not one for each channel")
-    if given is not None and (given.dtype, given.ndim, given.device) != (torch.uint8, 1, device):
+    if given is not None and (given.dtype, given.ndim, given.device) != (torch.uint8, 1, last.key[-1]):
         raise _RefusedError("workspace is not bytes on the device")
     if kept is not None:
         every = ALIGNMENT if kept.every is None else kept.every
         if (kept.every is None) == (kept.offsets is None) or every < 1 or every % ALIGNMENT:
             raise _RefusedError("checkpoints have offsets, or a distance that is a multiple of 64")
-    if not all((*q.stride(), *k.stride(), *v.stride(), *g.stride(), *o.stride())):
-        raise _RefusedError("rows lie on each other")
 
 
-def _arguments(call: tuple, o: torch.Tensor) -> tuple:
-    """Those of `PrefillKernel.__call__` that all launches share: before `ht`, between it and workspace, behind it."""
-    q, k, v, g, beta, A_log, bias, h0, indices, cu_seqlens, null_slot, started, kept = _PASSED_ON(call)
-    rows = offsets = states = None
-    every = 0
-    if kept is not None:
-        states, rows, offsets, every = kept.states, kept.rows, kept.offsets, kept.every or 0
-        if rows.ndim == 1:
-            rows, offsets = rows[:, None], None if offsets is None else offsets[:, None]
-    return (
-        (q, k, v, g, beta, _flat(A_log), _flat(bias), o, h0), (indices, cu_seqlens, started),
-        (states, rows, offsets, -1 if null_slot is None else null_slot, every),
-    )  # fmt: skip
+_NOT_KEPT = (None, None, None, -1, 0)
+
+
+def _kept(kept: Checkpoints | None, null_slot: int | None) -> tuple:
+    """The arguments of `PrefillKernel.__call__` behind its workspace, as far as tensors say them."""
+    slot = -1 if null_slot is None else null_slot
+    if kept is None:
+        return None, None, None, slot, 0
+    rows, offsets = kept.rows, kept.offsets
+    if rows.ndim == 1:
+        rows, offsets = rows[:, None], None if offsets is None else offsets[:, None]
+    return kept.states, rows, offsets, slot, kept.every or 0
 
 
 def _call(
@@ -372,9 +396,10 @@ def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """Raises `_RefusedError`."""
     if parameter is None or parameter.ndim == 1:
         return parameter
-    if not parameter.is_contiguous():
-        raise _RefusedError("a parameter lies in another order")
-    return parameter.view(-1)
+    try:
+        return parameter.view(-1)
+    except RuntimeError as error:  # it lies in another order
+        raise _RefusedError(error) from None
 
 
 def launch_part(
@@ -391,8 +416,13 @@ def launch_part(
     if (reason := unsupported_tensors(inputs, o)) is not None:
         raise InputError(f"cute-prefill: {reason}")
     numbers = inputs.options.scale_for(inputs.q.shape[3]), inputs.options.lower_bound or 0.0
+    i = inputs
     try:
-        _call(_function(part, inputs, None), _arguments(inputs.fields(), o), None, workspace, units, *numbers, *here)
+        tensors = (
+            (i.q, i.k, i.v, i.g, i.beta, _flat(i.A_log), _flat(i.dt_bias), o, i.state),
+            (i.state_indices, i.cu_seqlens, i.has_initial_state), _kept(i.checkpoints, i.null_slot),
+        )  # fmt: skip
+        _call(_function(part, inputs, None), tensors, None, workspace, units, *numbers, *here)
     except _RefusedError as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
 
@@ -439,30 +469,30 @@ def _split_bytes(split: Split, N: int, units: int, HV: int) -> int:
     return HV * (4 * 128 * 128 * (N + 3 * units) + 2 * 128 * units * split.segment)
 
 
-def _workspace(call: tuple, sizes: _Sizes, split: Split, units: int) -> torch.Tensor:
-    """fp32, of one dimension: the caller's, if there is one."""
-    size, (q, given) = _split_bytes(split, sizes.N, units, sizes.HV), _ROOM(call)
+def _workspace(size: int, o: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """fp32, of one dimension and `size` bytes: the caller's, if there is one."""
     if given is None:
-        return torch.empty(size // 4, dtype=torch.float32, device=q.device)
+        return torch.empty(size // 4, dtype=torch.float32, device=o.device)
     skipped = -given.data_ptr() % WORKSPACE_ALIGNMENT
     return given[skipped : skipped + size].view(torch.float32)
 
 
-def _split_of(call: tuple, sizes: _Sizes, sms: int) -> Split | None:
-    """How the sequences of a call are cut. None: they stay whole, as they do where nothing may depend on the batch, or
-    where the caller's workspace is too small."""
-    cu_seqlens, batch_invariant, given, ends = _PLANNED(call)
-    if batch_invariant:
-        return None
-    B, T, N, HV = sizes
-    packed = cu_seqlens is not None
+def _split_of(
+    N: int, tokens: int, HV: int, sms: int, packed: bool, ends: torch.Tensor | None, given: torch.Tensor | None
+) -> Split | None:
+    """How the sequences of a call are cut. None: they stay whole, as they do where the caller's workspace is too small.
+
+    Args:
+        ends: cu_seqlens on the host, if they are known. given: the workspace, if there is one.
+    """
     if ends is None:
-        split = _split(N, B * T, HV, sms)
+        split = _split(N, tokens, HV, sms)
     else:
-        ends = ends.tolist()
-        split = plan_of(tuple(map(int.__sub__, ends[1:], ends)), HV, sms).split
+        at = ends.tolist()
+        lengths = (at[1] - at[0],) if N == 1 else map(int.__sub__, at[1:], at)
+        split = plan_of(tuple(lengths), HV, sms).split
     if split is not None and given is not None:
-        size = _split_bytes(split, N, split.units(N, B * T, packed), HV)
+        size = _split_bytes(split, N, split.units(N, tokens, packed), HV)
         return split if size + WORKSPACE_ALIGNMENT <= given.numel() else None
     return split
 
@@ -645,6 +675,8 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Varian
     for name, one in problems.items():
         part = Part.WHOLE if _split(one.N, one.T, one.HV, gpu.sms) is None else Part.SPLIT
         yield _variant(name, _problem_spec(one, part))
+        if part is Part.SPLIT and "checkpoints" in one.features:
+            yield _variant(f"{name} kept", _problem_spec(one, Part.KEPT))
 
 
 def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
@@ -662,6 +694,5 @@ def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
     if problem.features & {"rounding_seed", "state_scales"}:  # as `widened` calls it
         problem = dataclasses.replace(problem, state_dtype="float32", state_rounding="nearest")
     inputs = pretended(problem)
-    return spec_of(
-        part, inputs, inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
-    )
+    comes_out = problem.pool_slots is None and problem.final_state and part is not Part.KEPT
+    return spec_of(part, inputs, inputs.new_final_state() if comes_out else None)

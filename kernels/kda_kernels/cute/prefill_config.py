@@ -17,7 +17,7 @@ SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, a
 MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
 
 
-class Part(enum.Enum):
+class Part(enum.StrEnum):
     """What a launch does with the sequences."""
 
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token

@@ -9,10 +9,11 @@ Of what tokens read, 256 bytes per token and value head are kept. Where that wou
 go in rounds of so many tokens.
 """
 
-import dataclasses
 import functools
-import heapq
 import math
+from collections.abc import Sequence
+from heapq import heappush, heapreplace
+from typing import NamedTuple
 
 from kda_kernels.cute.prefill_config import CHUNK
 
@@ -27,8 +28,7 @@ CHOICES = 4  # numbers of waves that `plan` looks at
 MOST_BYTES = 512 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """How sequences are cut, in tokens, multiples of `CHUNK`.
 
     Attributes:
@@ -56,35 +56,41 @@ class Split:
         return -(-(tokens if packed else tokens // sequences) // self.limit)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a prefill runs, whole sequences if `split` is None; and what that costs, in chunks."""
 
     split: Split | None
     cost: float
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
     """A way for `sequences` of `tokens` tokens together, taken as equally long, that costs least but for 2%.
-
-    Units run in waves on the workers that first segments leave free. For the fewest waves in which there is room for
-    one unit a sequence, for two, and so on, the segments are so long that all end together; where there is room for
-    more units than their scan is worth, there are as many as make the sum of both least.
 
     Args:
         HV: value heads. sms: of the GPU.
     """
     sequences = max(1, sequences)
-    chunks = -(-tokens // (sequences * CHUNK)) or 1
+    return _plan(sequences, -(-tokens // (sequences * CHUNK)) or 1, HV, sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(sequences: int, chunks: int, HV: int, sms: int) -> Plan:
+    """`plan` for sequences of so many chunks.
+
+    Units run in waves on the workers that first segments leave free. For the fewest waves in which there is room for
+    one unit a sequence, for two, and so on, the segments are so long that all end together; where there is room for
+    more units than their scan is worth, there are as many as make the sum of both least.
+    """
     heads = sequences * HV
     whole = -(-heads // sms) * (chunks + START)
     rounds = -(-chunks * heads * CHUNK * 256 // MOST_BYTES)
     ours = -(-chunks // rounds)  # in a round
-    most, adding = min(MOST, ours), heads * ADD
-    worth = max(0.0, 1 - adding) / SCAN
+    adding = heads * ADD
     # the cost is rounds * (waves * (segment + START) + units * each), first segments ending when the waves do
     best, lead, segment = whole / (GAIN * rounds) - LAUNCHES, 0, 0
+    if _least(ours, ours + START, heads / sms, adding) >= best:
+        return Plan(None, whole)
+    most, worth = min(MOST, ours), max(0.0, 1 - adding) / SCAN
     for waves, room_for in _waves(heads, sms):
         units, starts = min(most, room_for), waves * START
         room = ours + START - starts
@@ -97,8 +103,10 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
                 continue
             for size in (shorter, shorter + 1) if shorter else (1,):
                 longer = max(ours - n * size, size)
-                cost = makespan(sms, (heads, longer + START), (2 * n * heads, size + START))
-                cost += n * (SCAN + size * adding)
+                each = n * (SCAN + size * adding)
+                if longer + START + each >= best:
+                    continue
+                cost = makespan(sms, (heads, longer + START), (2 * n * heads, size + START)) + each
                 if cost < best and longer < ours:
                     best, lead, segment = cost, longer, size
         if units == most:
@@ -106,8 +114,22 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
     if not segment:
         return Plan(None, whole)
     # one round holds any sequence, however the tokens are shared out
-    limit = ours if rounds > 1 else -(-tokens // CHUNK)
+    limit = ours if rounds > 1 else sequences * chunks
     return Plan(Split(lead * CHUNK, segment * CHUNK, limit * CHUNK), GAIN * rounds * (best + LAUNCHES))
+
+
+def _least(longest: float, work: float, share: float, adding: float) -> float:
+    """Below which no split goes, `LAUNCHES` aside, of sequences whose chunks and starts are `work` together.
+
+    A split makes the longest sequence x chunks shorter, runs as many twice in at least one unit, and adds what they
+    read: the least over x of max(longest + START - x, share * (work + x + 2 START)) + SCAN + x * adding.
+
+    Args:
+        share: what a head of all sequences takes of the GPU. adding: what a chunk of all heads costs the sum.
+    """
+    chain, busy = longest + START, share * (work + 2 * START)
+    shorter = max(0.0, (chain - busy) / (1 + share)) if adding < 1 else 0.0
+    return max(chain - shorter, busy + share * shorter) + SCAN + shorter * adding
 
 
 @functools.lru_cache(maxsize=4096)
@@ -138,32 +160,40 @@ def makespan(sms: int, first: tuple[int, float], then: tuple[int, float]) -> flo
     return done if rest < free else end + (again + 1) * shorter
 
 
-@functools.lru_cache(maxsize=4096)
-def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
+def plan_of(lengths: Sequence[int], HV: int, sms: int) -> Plan:
     """As `plan`, for sequences of these lengths: its splits of the longest ones, judged by what they cost all.
 
     The splits are those of round numbers of chunks and workers, stretched: so they are few and mostly known already.
     By `Plan.cost` that loses 0.4% on average to splits of the very numbers (800 batches of up to 8 sequences).
     """
-    N, tokens = len(lengths), sum(lengths)
-    chunks = sorted([-(-n // CHUNK) for n in lengths], reverse=True)
-    if N < 2 or chunks[0] == chunks[-1] or tokens * HV * 256 > MOST_BYTES:
-        return plan(N, tokens, HV, sms)
-    total = sum(chunks)
-    whole = _finish(sms, HV, [n + START for n in chunks])
-    if whole <= GAIN * (HV * (total + N * START) / sms + LAUNCHES + SCAN):  # not even with no worker idle
+    if len(lengths) < 2:
+        return plan(1, sum(lengths), HV, sms)
+    chunks = [-(-n // CHUNK) for n in lengths]
+    chunks.sort(reverse=True)
+    return _plan_of(tuple(chunks), HV, sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(chunks: tuple[int, ...], HV: int, sms: int) -> Plan:
+    """`plan_of` of several sequences, the longest first."""
+    N, longest, total = len(chunks), chunks[0], sum(chunks)
+    if longest == chunks[-1] or total * CHUNK * HV * 256 > MOST_BYTES:
+        return _plan(N, -(-total // N) or 1, HV, sms)
+    work = total + N * START
+    whole = longest + START if N * HV <= sms else _finish(sms, HV, [n + START for n in chunks])
+    if whole <= GAIN * (_least(longest, work, HV / sms, HV * ADD) + LAUNCHES):
         return Plan(None, whole)
     # as if alone, on the workers that are left for them: what is cut runs once, or twice; or the rest hardly counts
-    ways = [(1, chunks[0], 1.0), (1, chunks[0], 0.5)]
-    if 2 * chunks[1] > chunks[0]:
-        several = sum(n * N > total for n in chunks)
+    ways = [(1, longest, 1.0), (1, longest, 0.5)]
+    if 2 * chunks[1] > longest:
+        several = sum([n * N > total for n in chunks])
         ways.append((several, sum(chunks[:several]), 1.0) if several > 1 else (N, total, 1.0))
     found = []
-    for cut, longest, weight in ways:
-        others = (total - longest + (N - cut) * START) * weight
-        each = -(-longest // cut)
+    for cut, cut_chunks, weight in ways:
+        others = (total - cut_chunks + (N - cut) * START) * weight
+        each = -(-cut_chunks // cut)
         bits = max(0, each.bit_length() - 2)
-        like, workers = (each + (1 << bits) - 1 >> bits) << bits, sms * longest / (longest + others)
+        like, workers = (each + (1 << bits) - 1 >> bits) << bits, sms * cut_chunks / (cut_chunks + others)
         cuts = _cuts(cut, like, HV, round(workers / 8) * 8)
         if cuts is None:
             continue
@@ -175,24 +205,25 @@ def plan_of(lengths: tuple[int, ...], HV: int, sms: int) -> Plan:
                 break
             units, behind = units - (lead - n) // segment, behind + n - lead
         if units:
-            more = -((lead - chunks[0]) // segment) * SCAN + LAUNCHES + units * segment * HV * ADD
-            work = HV * (total - behind + N * START + 2 * units * (segment + START))
-            found.append((max(work / sms, lead + START) + more, lead, segment, units, more))
+            more = -((lead - longest) // segment) * SCAN + LAUNCHES + units * segment * HV * ADD
+            least = max(HV * (work - behind + 2 * units * (segment + START)) / sms, lead + START) + more
+            found.append((least, lead, segment, units, more))
+    found.sort()
     best, split = whole / GAIN, None
-    for least, lead, segment, units, more in sorted(found):
+    for least, lead, segment, units, more in found:
         if least >= best:
             break
         first = [min(n, lead) + START for n in chunks]
         cost = _finish(sms, HV, first, 2 * HV * units, segment + START) + more
         if cost < best:
-            best, split = cost, Split(lead * CHUNK, segment * CHUNK, -(-tokens // CHUNK) * CHUNK)  # one round
+            best, split = cost, Split(lead * CHUNK, segment * CHUNK, total * CHUNK)  # one round
     return Plan(split, GAIN * best)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cuts(sequences: int, chunks: int, HV: int, sms: int) -> tuple[int, float] | None:
     """How `plan` cuts sequences of so many chunks: how many units each has, and which part of it a unit is."""
-    split = plan(sequences, sequences * chunks * CHUNK, HV, max(1, sms)).split
+    split = _plan(sequences, chunks, HV, max(1, sms)).split
     if split is None:
         return None
     return split.units(1, chunks * CHUNK, False), split.segment / (CHUNK * chunks)
@@ -206,15 +237,18 @@ def _finish(sms: int, HV: int, first: list[float], then: int = 0, time: float = 
     if idle := sms - at_once * HV:
         free.insert(0, (0.0, idle))
     last = first[0]
-    for left, each in [*((HV, end) for end in first[at_once:]), (then, time)]:
+    tasks = [(HV, end) for end in first[at_once:]]
+    tasks.append((then, time))
+    for left, each in tasks:
         while left > 0:
             now, workers = free[0]
             end = now + each
             if workers > left:
                 free[0] = now, workers - left
-                heapq.heappush(free, (end, left))
+                heappush(free, (end, left))
             else:
-                heapq.heapreplace(free, (end, workers))
+                heapreplace(free, (end, workers))
             left -= workers
-            last = max(last, end)
+            if end > last:
+                last = end
     return last

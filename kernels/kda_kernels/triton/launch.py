@@ -7,7 +7,8 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-_compiled: dict[Hashable, tuple[Any, ...]] = {}  # Triton's compiled kernel, and what of it a launch takes
+# Triton's compiled kernel, what of it a launch takes, and functions for the current stream of the current device.
+_compiled: dict[Hashable, tuple[Any, ...]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple, **options: int) -> None:
@@ -22,21 +23,23 @@ def launch(kernel: Any, grid: tuple[int, ...], kind: Hashable, arguments: tuple,
     if kind is None:
         kernel[grid](*arguments, **options)
         return
-    grid, key = (*grid, 1, 1)[:3], (id(kernel), kind)  # to hash a kernel takes a lock
+    if len(grid) < 3:
+        grid = (*grid, 1, 1)[:3]
+    key = id(kernel), kind  # to hash a kernel takes a lock
     known = _compiled.get(key)
     if known is None:
         made = kernel[grid](*arguments, **options)
         if hasattr(made, "packed_metadata"):  # not in the interpreter, nor where launches are recorded
-            _compiled[key] = made, made.run, made.function, made.packed_metadata
+            gpu = driver.active
+            launched = made, made.run, made.function, made.packed_metadata
+            _compiled[key] = *launched, gpu.get_current_stream, gpu.get_current_device
         return
-    made, run, function, metadata = known
+    made, run, function, metadata, stream_of, device = known
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
         made[grid](*arguments)
         return
-    gpu = driver.active
-    stream = gpu.get_current_stream(gpu.get_current_device())
-    run(*grid, stream, function, metadata, None, None, None, *arguments)
+    run(*grid, stream_of(device()), function, metadata, None, None, None, *arguments)
 
 
 def usual(tensors: Iterable[torch.Tensor | None], steps: Iterable[int], others: Iterable[int] = ()) -> bool:
