@@ -85,7 +85,7 @@ class FakeFunction:
         if s.part is Part.KEPT:
             _keep_in_units(inputs, starts[len(found) :], *cut)
             return
-        summaries, reads = parts[1].view(-1, *v.shape[2:], s.K), parts[2].view(torch.bfloat16).view(-1, v.shape[2], s.K)
+        summaries, reads = parts[1].view(-1, *v.shape[2:], s.K), parts[2].view(q.dtype).view(-1, v.shape[2], s.K)
         if s.part is Part.SPLIT:
             _check_split(found, units, *cut)
         _run(inputs, o, ht, summaries, starts, reads, *cut)

@@ -41,6 +41,10 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
 
 
+def cast(inputs: Inputs, *names: str) -> Inputs:
+    return dataclasses.replace(inputs, **{name: getattr(inputs, name).half() for name in names})
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -109,6 +113,13 @@ CASES = {
     ),
     "given, no bound": lambda: plain(EDGES, options=NO_BOUND),
     "bound -8": lambda: plain(EDGES, options=dataclasses.replace(SAFE, lower_bound=-8.0)),
+    "fp16 gates": lambda: cast(plain(EDGES), "g", "beta"),
+    "fp16": lambda: pooled(EDGES, slots=range(10), P=10, dtype=torch.float16),
+    "fp16, softplus": lambda: pooled(EDGES, slots=range(10), P=10, options=SOFTPLUS, dtype=torch.float16),
+    "fp16, given": lambda: plain(EDGES, options=GIVEN, dtype=torch.float16),
+    "fp16, 2 sigmoid, fp32 g": lambda: dataclasses.replace(
+        (x := plain(EDGES, options=TWICE, dtype=torch.float16)), g=x.g.float()
+    ),
     "as many heads": lambda: plain(EDGES, H=2),
     "one head": lambda: plain([161], HV=1),
     "three heads": lambda: pooled([161, 0, 100], HV=3),
@@ -151,6 +162,34 @@ def test_softplus_gates_of_any_strength(monkeypatch, A_log, way):
     """exp(A_log) up to what real checkpoints have, 201, and past what fp32 holds; raw gates from -30 to 30."""
     split(monkeypatch, way)
     inputs = plain([5 * CHUNK + 3], options=SOFTPLUS)
+    g = torch.linspace(-30, 30, inputs.g.numel(), device=DEVICE).view_as(inputs.g)[:, torch.randperm(5 * CHUNK + 3)]
+    check(dataclasses.replace(inputs, g=g.to(inputs.g.dtype), A_log=torch.full_like(inputs.A_log, A_log)))
+
+
+SIZES = {
+    "long keys": {"q": 3e3, "k": 3e3},
+    "short keys": {"q": 1e-4, "k": 1e-4},
+    "large values": {"v": 3e3},
+    "small values": {"v": 1e-4, "state": 1e-4},
+    "a large state": {"state": 1e5},
+}
+
+
+@every_way
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_fp16_of_any_size(monkeypatch, sizes, way):
+    """Squares and products of what comes in, and states, leave the range of fp16; operands do not."""
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3, 1, 40], options=SOFTPLUS, dtype=torch.float16)
+    sized = {name: getattr(inputs, name) * by for name, by in sizes.items()}
+    check(dataclasses.replace(inputs, **sized))
+
+
+@every_way
+@pytest.mark.parametrize("A_log", [-7.0, 0.0, 5.3, 89.0])
+def test_fp16_with_gates_of_any_strength(monkeypatch, A_log, way):
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3], options=SOFTPLUS, dtype=torch.float16)
     g = torch.linspace(-30, 30, inputs.g.numel(), device=DEVICE).view_as(inputs.g)[:, torch.randperm(5 * CHUNK + 3)]
     check(dataclasses.replace(inputs, g=g.to(inputs.g.dtype), A_log=torch.full_like(inputs.A_log, A_log)))
 
@@ -620,9 +659,10 @@ def test_a_workspace_of_the_caller(monkeypatch):
         assert verdict.passed, "whole sequences then"
 
 
-def test_batch_invariance():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batch_invariance(dtype):
     """Neither the others nor where a cached prefix was cut, at 64 tokens and with a state in fp32, change a bit."""
-    batch = dataclasses.replace(pooled([500, 64, 37], slots=[4, 1, 6]), batch_invariant=True)
+    batch = dataclasses.replace(pooled([500, 64, 37], slots=[4, 1, 6], dtype=dtype), batch_invariant=True)
     whole = batch.fresh()
     expected = prefill(whole).o
     check(batch.fresh())

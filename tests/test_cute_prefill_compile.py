@@ -83,6 +83,7 @@ CHANGES = {
     "no state": {"pool_slots": None, "initial_state": False},
     "no state, not wanted": {"pool_slots": None, "initial_state": False, "final_state": False},
     "dtypes": {"g_dtype": "float32", "beta_dtype": "float32", "param_dtype": "bfloat16"},
+    "fp16": {"dtype": "float16", "g_dtype": "float16", "beta_dtype": "float16"},
     "heads": {"H": 2, "HV": 6},
     "2 sigmoid": {"options": Options(Gate.SAFE, -5.0, allow_neg_eigval=True)},
     "softplus": {"options": Options()},

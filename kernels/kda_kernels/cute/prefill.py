@@ -5,14 +5,17 @@ goes through a workspace. Where there are too few of them, `prefill_plan` cuts s
 all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end; then
 checkpoints inside of units are made from the states before these.
 
-What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp16 and fp32 activations, sizes other
-than 128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without.
+What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
+128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without; in fp16 all are
+prepared like those without.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB per token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
 Range: where gates have a bound, keys and queries are multiplied by decays of up to exp(80) before products take them,
 and their norms divided out after that. They may be as long as 2^37 = 1.4e11, whether L2 norms are made here or not;
-longer ones make o NaN.
+longer ones make o NaN. With fp16 activations they may have any length. Each value channel of the state is held in units
+of a power of two, from 2^-60 to 2^60, in which its largest number is under 32 before a chunk; what fp16 does not hold
+of 32 tokens then, with keys that are longer than 1 and not normalised here, makes o infinite or NaN.
 """
 
 import dataclasses
@@ -33,7 +36,7 @@ from kda_kernels.cute.prefill_plan import Split, plan, plan_of
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
-from kda_kernels.dtypes import name_of
+from kda_kernels.dtypes import FLOATS, name_of
 from kda_kernels.errors import InputError, UnavailableError, one_line
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
@@ -49,9 +52,10 @@ WORKSPACE_ALIGNMENT = 16  # bytes
 
 
 CONTRACT = Contract(
-    dtypes=("bfloat16",),
-    g_dtypes=("bfloat16", "float32"),
-    beta_dtypes=("bfloat16", "float32"),
+    # of fp16 the scale of a row looks at all tokens of a chunk
+    dtypes=("bfloat16",) if CAUSAL else ("bfloat16", "float16"),
+    g_dtypes=tuple(FLOATS),
+    beta_dtypes=tuple(FLOATS),
     param_dtypes=("float32", "bfloat16"),
     square=True,
     beta_values=True,
@@ -119,8 +123,8 @@ def prefill(
             checkpoints. Nothing is written for padding.
 
     Returns:
-        Outputs, with the pool itself as final_state when there is one. Products take bf16, sums and the state between
-        chunks are fp32; the state is rounded to its own dtype once, after the last token.
+        Outputs, with the pool itself as final_state when there is one. Products take the dtype of q, sums and the state
+        between chunks are fp32; the state is rounded to its own dtype once, after the last token.
 
     Raises:
         InputError: this kernel does not take these tensors.
@@ -525,20 +529,23 @@ def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
     )  # fmt: skip
     return (
         inputs.v.shape[2] // q.shape[2],
-        options.gate, _bounded(options), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        options.gate, _bounded(options, q.dtype), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
         *(None if x is None else x.dtype for x in tensors),
         part, comes and inputs.has_initial_state is not None,
         *goes, inputs.batch_invariant, _sanitized(),
     )  # fmt: skip
 
 
-def _bounded(options: Options) -> bool:
+def _bounded(options: Options, dtype: torch.dtype) -> bool:
     """Whether no log decay is under the bound with which 16 tokens' decays, exp(+-80), stay inside bf16's range.
 
     No where bits must not depend on later tokens: decays measured from the middle of a chunk leave rounding before it.
+    No for fp16, which does not hold exp(80).
     """
     bound = options.lower_bound
-    return not CAUSAL and options.gate is not Gate.SOFTPLUS and bound is not None and bound >= SAFE_BOUND
+    if CAUSAL or dtype is not torch.bfloat16 or options.gate is Gate.SOFTPLUS or bound is None:
+        return False
+    return bound >= SAFE_BOUND
 
 
 def spec_of(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:

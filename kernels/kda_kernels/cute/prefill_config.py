@@ -15,6 +15,10 @@ THREADS = CONSUMERS + PRODUCERS
 ALIGNMENT = 2 * CHUNK  # of checkpoints, in tokens
 SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, and those of the second multiplied
 MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
+# Of rows of S and w in fp16, log2: 16 to 32 is their largest number before a chunk. What 32 tokens of at most that, L2
+# normalised and with beta up to 2, can make of it stays under 65504.
+LARGEST = 4
+MOST_EXPONENT = 60  # of the power of two that a row is multiplied by, or divided
 
 
 class Part(enum.StrEnum):
@@ -75,6 +79,11 @@ class PrefillSpec:
     @property
     def pooled(self) -> bool:
         return self.index is not None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether operands are in fp16, and powers of two keep what they hold in its range."""
+        return self.dtype == "float16"
 
     @property
     def inverse_parts(self) -> int:

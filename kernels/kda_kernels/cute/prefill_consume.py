@@ -7,10 +7,20 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
-from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, PARTS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.math import float_bits, float_of
+from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, LARGEST, MOST_EXPONENT, PARTS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.prefill_work import Barrier, Products, States, Work
-from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, load_transposed, rest, select, store_transposed
+from kda_kernels.cute.ptx import (
+    exp2_approx,
+    float_pair,
+    fresh,
+    larger_size,
+    load_transposed,
+    rest,
+    select,
+    store_transposed,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +58,10 @@ class Consumer:
         w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
         keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
         squares = 1 + spec.inverse_parts  # a stage
+        exponents = cute.make_rmem_tensor(2, Int32)  # S and what is added to it is times 2 to that, row by row
+        exponents.fill(0)
+        if cutlass.const_expr(spec.scaled):
+            self.scale_state(S, exponents)
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
@@ -63,15 +77,26 @@ class Consumer:
             self.round(S, S_operand)
             self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
+            most = cute.make_rmem_tensor(2, Float32)
+            if cutlass.const_expr(spec.scaled):
+                most.fill(0.0)
+                self.largest(S, most)
             warpgroup.wait_group(0)
-            self.residual(shared, stage, words, read, w, out, col)
+            self.residual(shared, stage, words, read, w, out, col, exponents)
+            ratios = None
+            if cutlass.const_expr(spec.scaled):
+                self.largest(w, most)
+                ratios = self.into_range(most, exponents)
+                self.scale_rows(w, ratios)
+                if cutlass.const_expr(not summary):
+                    self.scale_rows(out, ratios)
             self.round(w, w_operand)
             if cutlass.const_expr(not spec.bounded):
                 cute.arch.mbarrier_wait(shared.summed + stage, chunk // STAGES & 1)
             for part in cutlass.range_constexpr(spec.inverse_parts):
                 self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
-                self.decay(S, decay, col, False)
+                self.decay(S, decay, col, False, ratios)
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
@@ -84,7 +109,7 @@ class Consumer:
                 warpgroup.wait_group(PARTS)
                 if cutlass.const_expr(spec.out_buffers == 1):
                     self.own_buffer(group, warp)
-                self.stage_out(out, shared, group, chunk, stage, warp, lane)
+                self.stage_out(out, shared, group, chunk, stage, warp, lane, exponents)
             warpgroup.wait_group(0)
             # the stage is not empty where its decays are read once more
             late, position = False, work.begin + (chunk + 1) * CHUNK
@@ -99,13 +124,22 @@ class Consumer:
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
                     self.end(S, decay + spec.K, col)
+            if cutlass.const_expr(spec.scaled and spec.invariant):
+                if chunk & 1 == 1:
+                    self.scale_state(S, exponents)
             if cutlass.const_expr(keeps):
                 if tokens >= CHUNK and work.kind == 0 and work.index == 0:
+                    if cutlass.const_expr(spec.scaled):
+                        self.scale_rows(S, self.powers(exponents, -1))
                     self.keep(S, decay + spec.K, states, work, position, inside)
+                    if cutlass.const_expr(spec.scaled):
+                        self.scale_rows(S, self.powers(exponents))
             if late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if cutlass.const_expr(spec.scaled):
+            self.scale_rows(S, self.powers(exponents, -1))
         self.last_state(S, shared, states, work, n_chunks, 2 * (p & 3), inside)
 
     def inside(self, group: Int32, p: Int32) -> Int32:
@@ -181,16 +215,64 @@ class Consumer:
         return words
 
     @cute.jit
-    def residual(self, shared, stage: Int32, words, read, w, out, col: Int32):
+    def largest(self, acc, most):
+        """The largest number of each row of accumulators, of this lane and at least `most`, into it."""
+        for j in cutlass.range_constexpr(cute.size(acc) // 4):
+            for i in cutlass.range_constexpr(4):
+                most[i // 2] = larger_size(most[i // 2], acc[4 * j + i])
+
+    @cute.jit
+    def into_range(self, most, exponents):
+        """Powers of two for rows whose largest number is `most`, so that it is 2^LARGEST to twice that; `exponents`
+        count them."""
+        ratios = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            x = most[h]
+            for step in (1, 2):  # the lanes of a row
+                x = larger_size(x, cute.arch.shuffle_sync_bfly(x, step))
+            wanted = exponents[h] + (LARGEST + 127 - (float_bits(x) >> 23))
+            wanted = cutlass.min(cutlass.max(wanted, -MOST_EXPONENT), MOST_EXPONENT)
+            ratios[h] = float_of((wanted - exponents[h] + 127) << 23)
+            exponents[h] = wanted
+        return ratios
+
+    @cute.jit
+    def powers(self, exponents, sign: cutlass.Constexpr[int] = 1):
+        """2^exponents, or its inverse."""
+        out = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            out[h] = float_of((127 + sign * exponents[h]) << 23)
+        return out
+
+    @cute.jit
+    def scale_rows(self, acc, factors):
+        for j in cutlass.range_constexpr(cute.size(acc) // 4):
+            for i in cutlass.range_constexpr(4):
+                acc[4 * j + i] = acc[4 * j + i] * factors[i // 2]
+
+    @cute.jit
+    def scale_state(self, S, exponents):
+        """S into range, as it would be if it came from memory."""
+        most = cute.make_rmem_tensor(2, Float32)
+        most.fill(0.0)
+        self.largest(S, most)
+        self.scale_rows(S, self.into_range(most, exponents))
+
+    @cute.jit
+    def residual(self, shared, stage: Int32, words, read, w, out, col: Int32, exponents):
         """w = a v - b S~ kE, and what the state gives to o, S~ qE, from S~ [kE; qE]."""
         factors = shared.token + stage * (3 * CHUNK)
+        powers = self.powers(exponents)
         for j in cutlass.range_constexpr(CHUNK // 8):
             a, b = (vector(factors, i * CHUNK + 8 * j + col).load() for i in range(2))
             for h in cutlass.range_constexpr(2):
                 v = float_pair(words[2 * j + h], self.element)
                 for e in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * h + e
-                    w[i] = a[e] * v[e] - b[e] * read[i]
+                    if cutlass.const_expr(self.spec.scaled):
+                        w[i] = a[e] * v[e] * powers[h] - b[e] * read[i]
+                    else:
+                        w[i] = a[e] * v[e] - b[e] * read[i]
                     if cutlass.const_expr(self.spec.part.reads):
                         out[i] = read[cute.size(w) + i]
 
@@ -296,14 +378,16 @@ class Consumer:
                     rest(pair, rounded)
 
     @cute.jit
-    def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool]):
-        """S diag(factors), or of their squares if they are roots."""
+    def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool], ratios=None):
+        """S diag(factors), or of their squares if they are roots; rows times `ratios`."""
         for j in cutlass.range_constexpr(self.spec.K // 8):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * pair[i % 2]
                 if cutlass.const_expr(roots):
                     S[4 * j + i] = S[4 * j + i] * pair[i % 2]
+                if cutlass.const_expr(ratios is not None):
+                    S[4 * j + i] = S[4 * j + i] * ratios[i // 2]
 
     @cute.jit
     def round(self, acc, target):
@@ -334,8 +418,10 @@ class Consumer:
         return shared.out + (buffers * group + (index if buffers == 2 else 0)) * (CHUNK * 64)
 
     @cute.jit
-    def stage_out(self, out, shared, group: Int32, chunk: Int32, stage: Int32, warp: Int32, lane: Int32):
+    def stage_out(self, out, shared, group: Int32, chunk: Int32, stage: Int32, warp: Int32, lane: Int32, exponents):
         """o of this chunk into shared memory."""
+        if cutlass.const_expr(self.spec.scaled):
+            self.scale_rows(out, self.powers(exponents, -1))
         factors = shared.token + stage * (3 * CHUNK) + 2 * CHUNK + 2 * (lane & 3)
         rounded = cute.make_rmem_tensor(cute.size(out), self.element)
         for j in cutlass.range_constexpr(CHUNK // 8):

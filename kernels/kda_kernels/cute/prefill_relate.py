@@ -4,10 +4,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from kda_kernels.cute.math import L2_EPS, rsqrt
+from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
 from kda_kernels.cute.prefill_config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
 from kda_kernels.cute.prefill_shared import BLOCK, L_HALF, L_PITCH, TILE, TILE_PITCH, swizzled, vector
-from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, rest, select
+from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, multiply_pairs, rest, select
 
 
 class Relater:
@@ -35,10 +35,49 @@ class Relater:
                 vector(sums, 2 * CHUNK + token, 1)[0] = select(odd, with_k[1], with_k[0])
 
     @cute.jit
+    def scale_tokens(self, raw, sums, warp: Int32, lane: Int32):
+        """q and k of 8 tokens a warp times powers of two that make them 1 to 2 long, so that fp16 holds their products.
+
+        Of `sums`, in the place of q.q and k.k: what they are to be multiplied by; and q.k as they are now.
+        """
+        row, token = lane & 7, 8 * warp + (lane & 7)
+        cute.arch.sync_warp()
+        diagonal = vector(sums, 2 * CHUNK + token, 1)[0]
+        factors = []
+        for i in cutlass.range_constexpr(0 if self.spec.part.reads else 1, 2):
+            square = vector(sums, i * CHUNK + token, 1)[0]
+            # at least 2^-15: the inverse has to be an fp16 number
+            exponent = cutlass.max(((float_bits(square) >> 23) - 127) >> 1, -15)
+            factor = float_of((127 + exponent) << 23)
+            inverse = float_of((127 - exponent) << 23)
+            diagonal = diagonal * inverse
+            if cutlass.const_expr(self.spec.qk_l2norm):
+                factor = factor * rsqrt(square + L2_EPS)
+            factors.append((i, factor))
+            pair = cute.make_rmem_tensor(2, self.element)
+            pair.fill(inverse.to(self.element))
+            word = cute.recast_tensor(pair, Int32)[0]
+            for n in cutlass.range_constexpr(4):
+                place = i * (CHUNK * self.spec.K) + swizzled(8 * warp + row, (lane >> 3) + 4 * n, 8, raw.dtype)
+                values = vector(cute.recast_ptr(raw, dtype=Int32), place >> 1, 4)
+                scaled = cute.make_rmem_tensor(4, Int32)
+                scaled.store(values.load())
+                for j in cutlass.range_constexpr(4):
+                    scaled[j] = multiply_pairs(scaled[j], word, self.element)
+                values.store(scaled.load())
+        cute.arch.sync_warp()  # all have read sums
+        if lane < 8:
+            for i, factor in factors:
+                vector(sums, i * CHUNK + token, 1)[0] = factor
+            vector(sums, 2 * CHUNK + token, 1)[0] = diagonal
+
+    @cute.jit
     def norms(self, sums, token):
-        """1 / |k| and 1 / |q| of a token; 1 where they come normalised."""
+        """1 / |k| and 1 / |q| of a token; 1 where they come normalised. They undo `scale_tokens`, too."""
         norm_k, norm_q = Float32(1.0), Float32(1.0)
-        if cutlass.const_expr(self.spec.qk_l2norm):
+        if cutlass.const_expr(self.spec.scaled):
+            norm_q, norm_k = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
+        elif cutlass.const_expr(self.spec.qk_l2norm):
             qq, kk = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
             norm_k, norm_q = rsqrt(kk + L2_EPS), rsqrt(qq + L2_EPS)
         return norm_k, norm_q
@@ -54,10 +93,11 @@ class Relater:
             early = lane < CHUNK // 2
             shift = select(early, Float32(2.0**-SHIFT), Float32(2.0**SHIFT))
             unshift = select(early, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
-        longest = vector(sums, CHUNK + lane, 1)[0]
-        if cutlass.const_expr(self.spec.part.reads):
-            longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
-        a = select(longest <= MOST_NORM**2, a * shift, Float32(float("nan")))
+        if cutlass.const_expr(not self.spec.scaled):
+            longest = vector(sums, CHUNK + lane, 1)[0]
+            if cutlass.const_expr(self.spec.part.reads):
+                longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
+            a = select(longest <= MOST_NORM**2, a * shift, Float32(float("nan")))
         vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
         vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
         vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale * unshift

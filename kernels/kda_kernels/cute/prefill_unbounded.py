@@ -208,6 +208,9 @@ class Unbounded:
                 self.fill(raw_g, 0.0 if spec.gate is Gate.NONE else -math.inf, tokens, p)  # no decay
                 self.barrier(group)
             self.squares(raw_q, sums, warp, lane)
+            if cutlass.const_expr(spec.scaled):
+                self.scale_tokens(raw_q, sums, warp, lane)
+                self.barrier(group)
             if warp == 1:
                 value = raw_beta
                 if cutlass.const_expr(spec.beta_is_logit):
@@ -373,7 +376,7 @@ class Unbounded:
         for b in cutlass.range_constexpr(BLOCKS):
             log2 = self.log2_decays(at, b, rates, warp, lane)
             kq = [load_matrices(raw.block(b, s)) for s in range(2)]
-            if cutlass.const_expr(b == 1):
+            if cutlass.const_expr(b == 1 and not self.spec.scaled):
                 self.barrier(group)  # norms have been made of what products take the place of
             pairs = [(log2[2 * t], log2[2 * t + 1]) for t in range(TILES)]
             by_one, by_two = self.summed(at.ones, 0, pairs, lane)

@@ -119,6 +119,14 @@ def multiply_add(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Fl
 
 
 @dsl_user_op
+def larger_size(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """max(a, |b|), or the one that is a number. One instruction."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    text = "{ .reg .f32 t; abs.f32 t, $2; max.f32 $0, $1, t; }"
+    return Float32(_asm(T.f32(), operands, text, "=f,f,f", loc, ip, effects=False))
+
+
+@dsl_user_op
 def add_down(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
     """a + b, rounded down."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]

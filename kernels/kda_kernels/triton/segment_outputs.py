@@ -4,7 +4,8 @@ The output of a token is affine in the state S [V, K] before its segment: o = o'
 without one, and r [K] what the segment's transition makes of its query. 768 bytes per token and head to move.
 
 Both are taken in bf16, which holds what any decay leaves of a query. S in two parts would take half as long again (37
-us instead of 26 for 12 heads and 6560 tokens, by hand).
+us instead of 26 for 12 heads and 6560 tokens, by hand). With outputs in fp16 r is in fp16, and products take tf32:
+S may be larger than fp16 holds.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.ints import cdiv
-from kda_kernels.triton.common import cast, dot
+from kda_kernels.triton.common import cast, dot, operand
 from kda_kernels.triton.launch import launch
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.triton.segment_scan import SHARED, Segments, slot_of, units_of
@@ -81,8 +82,9 @@ def segment_outputs_kernel(
     rows, k = tl.arange(0, V), tl.arange(0, K)
     size = HV.to(tl.int64) * (V * K)
     state = workspace + (N + unit) * size + i_hv * (V * K)
-    reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    S = cast(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), tl.bfloat16)  # [K, V]
+    reads = (workspace + (N + 3 * units) * size).to(tl.pointer_type(o.dtype.element_ty), bitcast=True)
+    DOT: tl.constexpr = tl.bfloat16 if o.dtype.element_ty == tl.bfloat16 else tl.float32
+    S = operand(tl.trans(tl.load(state + rows[:, None] * K + k[None, :])), DOT)  # [K, V]
     start = i_s * span
     stop = tl.minimum(start + span, n_tokens)
     o += i_hv.to(tl.int64) * stride_h * 8 + rows[None, :]
@@ -91,7 +93,7 @@ def segment_outputs_kernel(
     so_far = tl.load(o + (first + t[:, None]) * stride_t * 8, (t < stop)[:, None], 0.0)
     for _ in range(start, stop, BT):
         r = tl.load(reads + t[:, None].to(tl.int64) * HV * K, (t < stop)[:, None], 0.0)
-        total = so_far.to(tl.float32) + dot(r, S)
+        total = so_far.to(tl.float32) + dot(r.to(DOT), S)
         # the next ones are asked for before these are stored, which no load moves ahead of
         so_far = tl.load(o + (first + t[:, None] + BT) * stride_t * 8, (t + BT < stop)[:, None], 0.0)
         tl.store(o + (first + t[:, None]) * stride_t * 8, cast(total, o.dtype.element_ty), (t < stop)[:, None])
