@@ -451,6 +451,7 @@ def test_kda_engines_lists_each_call_with_its_reason(tmp_path):
     rows = json.loads(result.stdout)["rows"]
     assert len(rows) == len(sglang.SITES) + len(vllm.SITES)
     assert all(row["note"] for row in rows if not row["replaced"])
+    assert "vllm is not installed: --sources" in CliRunner().invoke(command).output
     fake_vllm(tmp_path, OLD)
     note = next(
         row["note"] for row in survey(tmp_path) if row["target"].endswith("third_party.kda:fused_recurrent_kda")
