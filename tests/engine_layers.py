@@ -628,6 +628,8 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
 
     real = tokens - batch.padded
     state = {"conv": conv, "pool": pool, "drafts": cache.intermediate_ssm}
+    if batch.fused and S:  # the fused verify leaves it as it is; what is committed afterwards sets it
+        del state["conv"]
     return Run(go, out, state)
 
 

@@ -68,7 +68,7 @@ def made(target: str) -> Inputs:
     x.state_indices.copy_(torch.tensor([3, 4, 1]))  # not 0, which is padding to vLLM
     if drafts:
         x = serving.drafts(x) if "packed" in target else serving.read_only(x)
-    conv = dataclasses.replace(x.conv, states=x.conv.states.nan_to_num(0.5))
+    conv = dataclasses.replace(x.conv, states=x.conv.states.nan_to_num(0.5), rounded="verify" in target)
     return dataclasses.replace(x, state=x.state.nan_to_num(0.5), conv=conv)
 
 

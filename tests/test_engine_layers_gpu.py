@@ -55,8 +55,9 @@ def compare(theirs, mine, ours) -> None:
     assert seen and all(name.startswith(fast) for name in seen), f"{seen or 'none of ours'} ran"
     theirs, mine = left
     for found in left:  # slot 0 is vLLM's null block, which its fused step writes for padded rows
-        found |= {name: found[name][1:] for name in ("conv", "pool")}
-    assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
+        found |= {name: found[name][1:] for name in ("conv", "pool") if name in found}
+    if "conv" in theirs:
+        assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
     for name, want in theirs.items():
         error = (mine[name].double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
         assert want.isfinite().all(), f"the engine's own {name} is not finite"

@@ -141,12 +141,14 @@ def test_vllm_glm_decode_has_one_slot_each():
     inputs = inputs_of(Op.DECODE, (1, 1))
     inputs.state_indices[:] = torch.tensor([3, 1])
     want = recurrence(inputs)
+    tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+    bucket = [torch.cat((x, torch.full_like(x[:, :1], torch.nan)), 1) for x in tokens]  # a row that is of nobody
     o, pool = vllm_calls.glm_fused_recurrent_kda(
-        inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, initial_state=inputs.state, cu_seqlens=inputs.cu_seqlens,
-        ssm_state_indices=inputs.state_indices, sigmoid_beta=True, a_log=inputs.A_log, g_bias=inputs.dt_bias,
-        compute_gate=True,
+        *bucket, initial_state=inputs.state, cu_seqlens=inputs.cu_seqlens, ssm_state_indices=inputs.state_indices,
+        sigmoid_beta=True, a_log=inputs.A_log, g_bias=inputs.dt_bias, compute_gate=True,
     )  # fmt: skip
-    same(o, want.o)
+    same(o[:, :2], want.o)
+    assert not o[:, 2:].any()
     same(pool, want.final_state)
 
 

@@ -38,6 +38,8 @@ def sglang(arguments: Mapping[str, Any]) -> Parts:
 def sglang_verify(arguments: Mapping[str, Any]) -> Parts:
     """`fused_kda_conv_gating_verify`: T tokens of each sequence; conv_weight [D, W], conv_state a view [P, D, L].
 
+    It rounds what comes out of the convolution, as SGLang's two kernels do.
+
     Raises:
         ValueError: the convolution has slots of its own.
     """
@@ -45,7 +47,9 @@ def sglang_verify(arguments: Mapping[str, Any]) -> Parts:
         raise ValueError(_OWN_SLOTS)
     mixed, tokens = arguments["mixed_qkv"], arguments["T"]
     offsets = torch.arange(0, len(mixed) + 1, tokens, dtype=torch.int32, device=mixed.device)
-    return _common({"cu_seqlens": offsets}, arguments["conv_state"], arguments["ssm_states"], (None, None, None))
+    states, pool = arguments["conv_state"], arguments["ssm_states"]
+    tensors, options = _common({"cu_seqlens": offsets}, states, pool, (None, None, None))
+    return tensors, options | {"conv_rounded": True}
 
 
 def sglang_mtp(arguments: Mapping[str, Any]) -> Parts:

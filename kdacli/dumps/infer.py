@@ -67,7 +67,7 @@ def _conv(tensors: Tensors, said: Said, notes: list[str]) -> Convolution | None:
         return None
     weight, states, bias, indices = taken
     assert weight is not None and states is not None
-    return Convolution(weight, bias, states, indices, bool(said.conv_tokens_first))
+    return Convolution(weight, bias, states, indices, bool(said.conv_tokens_first), bool(said.conv_rounded))
 
 
 def _norm(tensors: Tensors, said: Said) -> GatedNorm | None:

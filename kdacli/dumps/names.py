@@ -97,6 +97,7 @@ OPTIONS: Aliases = {
     "batch_invariant": ("batch_invariant",),
     "checkpoint_every": ("checkpoint_every",),
     "conv_tokens_first": ("conv_tokens_first",),
+    "conv_rounded": ("conv_rounded",),
     "norm_eps": ("norm_eps",),
 }
 

@@ -32,6 +32,7 @@ class Said:
     batch_invariant: bool | None = None
     checkpoint_every: int | None = None
     conv_tokens_first: bool | None = None
+    conv_rounded: bool | None = None
     norm_eps: float | None = None
 
 

@@ -78,6 +78,7 @@ def said_options(inputs: Inputs, op: Op | str | None) -> dict[str, Any]:
         "batch_invariant": inputs.batch_invariant or None,
         "checkpoint_every": inputs.checkpoints and inputs.checkpoints.every,
         "conv_tokens_first": inputs.conv and inputs.conv.tokens_first,
+        "conv_rounded": (inputs.conv and inputs.conv.rounded) or None,
         "norm_eps": inputs.norm and inputs.norm.eps,
     }
     return {name: value for name, value in said.items() if value is not None}

@@ -42,7 +42,7 @@ def run(inputs: Inputs) -> Outputs:
     """Runs the kernel on checked inputs; the pool is updated in place.
 
     It takes q, k and v of a token side by side in one row, as a layer's convolution leaves them. Tensors that lie
-    elsewhere are put together first, which is part of what is timed.
+    elsewhere are put together first, and strided gates copied, which is part of what is timed.
 
     Raises:
         InputError: a raw gate comes without its parameters.
@@ -56,8 +56,8 @@ def run(inputs: Inputs) -> Outputs:
         o = torch.empty(N, 1, HV, V, dtype=inputs.v.dtype, device=inputs.v.device)
         packed_decode(
             side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
-            a=rows_of(inputs.g),
-            b=inputs.beta.reshape(N, HV),
+            a=rows_of(inputs.g).contiguous(),
+            b=inputs.beta.reshape(N, HV).contiguous(),
             A_log=A_log,
             dt_bias=dt_bias.flatten(),
             scale=inputs.scale,

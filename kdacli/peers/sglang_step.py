@@ -11,7 +11,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import derived, gate_parameters, parameter
+from kdacli.peers.given import derived, gate_parameters, parameter, require_aligned
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 MODULES = ("sglang.kernels.ops.attention.kda_fused_decode",)
@@ -30,6 +30,7 @@ CONTRACT = Contract(
     features=frozenset(("conv", "norm")),
     conv_widths=(4,),
     conv_state_dtypes=("bfloat16",),
+    aligned=("q", "k", "v", "g", "beta", "state"),
 )
 
 
@@ -55,10 +56,10 @@ def _refusal(problem: Problem) -> str | None:
 def run(inputs: Inputs) -> Outputs:
     """Runs the kernel on checked inputs, as SGLang's backend does; both pools are updated in place.
 
-    The weights are laid out anew once, as SGLang does when it loads a model.
+    The weights are laid out anew once, as SGLang does when it loads a model. Strided gates are copied first.
 
     Raises:
-        InputError: the states of the convolution have slots of their own.
+        InputError: see `checked`.
     """
     step = here.load(MODULES).kda_fused_decode
     conv, norm, (pool, indices) = checked(inputs), inputs.norm, inputs.pool
@@ -67,8 +68,8 @@ def run(inputs: Inputs) -> Outputs:
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = step(
             side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
-            rows_of(inputs.g),
-            inputs.beta.flatten(0, 1),
+            rows_of(inputs.g).contiguous(),
+            inputs.beta.flatten(0, 1).contiguous(),
             conv.states,
             *derived(conv.weight, _apart),
             derived(conv.weight, _zeros) if conv.bias is None else parameter(conv.bias, torch.float32),
@@ -90,9 +91,11 @@ def checked(inputs: Inputs) -> Convolution:
     """The convolution of inputs that are checked.
 
     Raises:
-        InputError: its states have slots of their own, which neither SGLang's nor vLLM's step takes.
+        InputError: its states have slots of their own, or a tensor that is read in place does not start at a multiple
+            of 16 bytes, which neither SGLang's nor vLLM's step takes.
     """
     check_inputs(inputs)
+    require_aligned(inputs, CONTRACT.aligned)
     assert inputs.conv is not None, "its contract asks for a convolution"
     if inputs.conv.indices is not None:
         raise InputError("conv_state_indices", "is given", "this kernel takes state_indices for both pools")

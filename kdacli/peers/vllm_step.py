@@ -11,7 +11,7 @@ import torch
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_step
-from kdacli.peers.given import derived, gate_parameters, parameter, require_aligned
+from kdacli.peers.given import derived, gate_parameters, parameter
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
@@ -22,7 +22,6 @@ CONTRACT = dataclasses.replace(
     heads=(12, 24, 48, 96),
     any_scale=False,
     padding=False,
-    aligned=("q", "k", "v", "g", "beta", "state"),
 )
 
 
@@ -42,12 +41,10 @@ def run(inputs: Inputs) -> Outputs:
     The convolution's weight is laid out anew once, as vLLM does when it loads a model. Strided gates are copied first.
 
     Raises:
-        InputError: the states of the convolution have slots of their own, or a tensor that is read in place does not
-            start at a multiple of 16 bytes.
+        InputError: see `sglang_step.checked`.
     """
     (step,) = LIBRARY.load()
     conv, norm, N = sglang_step.checked(inputs), inputs.norm, inputs.N
-    require_aligned(inputs, CONTRACT.aligned)
     HV, V = inputs.v.shape[2:]
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)

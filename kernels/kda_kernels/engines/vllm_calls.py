@@ -274,6 +274,13 @@ def glm_fused_recurrent_kda(
     if initial_state is None or ssm_state_indices is None or not inplace_final_state:
         raise InputError("inplace_final_state", "is not what is asked for", "ours updates a pool in place here")
     indices, accepted = _speculative(ssm_state_indices, num_accepted_tokens, cu_seqlens)
+    N, T = len(indices), q.shape[1]
+    # With a slot for each sequence and no more, theirs has no room for a second token's state: there is one token each,
+    # and a kernel that need not look up where it lies is faster.
+    if one_each := cu_seqlens is not None and ssm_state_indices.ndim == 1 and T >= N:
+        out = (v.new_empty if T == N else v.new_zeros)(v.shape) if out is None else out
+        cu_seqlens, made = None, out
+        q, k, v, g, beta, out = (x[:, :N].transpose(0, 1) for x in (q, k, v, g, beta, out))
     o = kda_decode(
         q, k, v, g, beta, state=initial_state, state_indices=indices, A_log=None if a_log is None else a_log.view(-1),
         dt_bias=None if g_bias is None else g_bias.view(-1), scale=scale,
@@ -281,7 +288,7 @@ def glm_fused_recurrent_kda(
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel=sigmoid_beta,
         cu_seqlens=cu_seqlens, out=out, null_slot=NULL_SLOT, num_accepted_tokens=accepted,
     )  # fmt: skip
-    return o, initial_state
+    return made if one_each else o, initial_state
 
 
 def ling_chunk_kda(

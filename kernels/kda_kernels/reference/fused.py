@@ -10,7 +10,8 @@ from kda_kernels.tensors import Dims, GatedNorm, Inputs
 def convolved(inputs: Inputs, dims: Dims, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [B, T, H, K], k and v [B, T, HV, V] as the recurrence sees them, in `dtype` where there is a convolution.
 
-    See `Convolution`. Rows that belong to no sequence, or to padding, are zero then.
+    See `Convolution`. Rows that belong to no sequence, or to padding, are zero then. In float64, which says what is
+    exact, nothing is rounded.
     """
     conv = inputs.conv
     if conv is None:
@@ -22,6 +23,8 @@ def convolved(inputs: Inputs, dims: Dims, dtype: torch.dtype) -> tuple[torch.Ten
         sums = torch.stack([weight[:, j] * window[j : j + n] for j in range(conv.width)]).sum(0)
         sums = sums if conv.bias is None else sums + conv.bias.to(dtype)
         y[start : start + n] = sums * torch.sigmoid(sums)
+    if conv.rounded and dtype != torch.float64:
+        y = y.to(inputs.q.dtype).to(dtype)
     parts = y.split([dims.H * dims.K, dims.H * dims.K, dims.HV * dims.V], dim=1)
     shapes = (inputs.q.shape, inputs.k.shape, inputs.v.shape)
     q, k, v = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
