@@ -203,6 +203,15 @@ def test_a_plain_state_in_place():
     assert outputs.final_state is inputs.state
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.float16])
+def test_a_final_state_in_another_dtype(state):
+    """It does not go out as it lies in shared memory."""
+    inputs = with_state(make(N=3, H=2, HV=4, K=128, V=128))
+    final = torch.full_like(inputs.state, float("nan"), dtype=torch.bfloat16)
+    inputs = dataclasses.replace(inputs, state=inputs.state.to(state))
+    check(inputs, DecodeConfig(rows=128, bulk=True, together=2), final_state=final)
+
+
 # --- where tensors lie
 
 

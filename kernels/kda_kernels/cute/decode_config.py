@@ -186,8 +186,9 @@ class DecodeSpec:
     @property
     def bulk(self) -> bool:
         """Whether the state goes through shared memory, taken from there and written back a few rows at a time."""
-        # a sequence without tokens takes nothing from there, and between blocks of tokens nothing is rounded there
-        whole = self.pooled or not self.packed
+        # a sequence without tokens takes nothing from there, what goes out is what lies there, and between blocks of
+        # tokens nothing is rounded there
+        whole = (self.pooled or not self.packed) and self.ht in (None, self.h0)
         return self.config.bulk and self.h0 is not None and whole and (self.one_token or self.h0 == "float32")
 
     @property
