@@ -16,10 +16,10 @@ from kda_kernels.cute.stored import (
     LARGEST,
     bf16_stochastic,
     fp16_stochastic,
-    fractions,
     halves,
     int16_nearest,
     int16_stochastic,
+    large_numbers,
     random_words,
     row_scales,
     within_int16,
@@ -184,7 +184,7 @@ class States:
             for i in cutlass.range_constexpr(self.spec.vector // 2):
                 a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                 if cutlass.const_expr(self.spec.stochastic):
-                    low, high = fractions(numbers[i])
+                    low, high = large_numbers(numbers[i])
                     low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
                 else:
                     low, high = int16_nearest(a, w), int16_nearest(b, w)

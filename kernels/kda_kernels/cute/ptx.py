@@ -4,7 +4,7 @@ import struct
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -131,6 +131,21 @@ def add_down(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
     """a + b, rounded down."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
     return Float32(_asm(T.f32(), operands, "add.rm.f32 $0, $1, $2;", "=f,f,f", loc, ip, effects=False))
+
+
+@dsl_user_op
+def multiply_add_down(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    """a b + c, rounded once, down."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(_asm(T.f32(), operands, "fma.rm.f32 $0, $1, $2, $3;", "=f,f,f,f", loc, ip, effects=False))
+
+
+@dsl_user_op
+def with_upper_half(half: int, word: Uint32, upper: bool, *, loc=None, ip=None) -> Int32:
+    """A word with this upper half, and the upper or lower half of another as its lower half. One instruction."""
+    operand = Uint32(word).ir_value(loc=loc, ip=ip)
+    text = f"prmt.b32 $0, $1, {half << 16:#x}, {0x7632 if upper else 0x7610:#x};"
+    return Int32(_asm(T.i32(), [operand], text, "=r,r", loc, ip, effects=False))
 
 
 @dsl_user_op

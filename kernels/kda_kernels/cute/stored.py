@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
 from kda_kernels.cute.math import float_bits, float_of, reciprocal
-from kda_kernels.cute.ptx import add_down, multiply_add, one_if_less, select
+from kda_kernels.cute.ptx import add_down, multiply_add, multiply_add_down, one_if_less, select, with_upper_half
 from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 
 MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
@@ -81,20 +81,18 @@ def int16_nearest(x: Float32, w: Float32) -> Int32:
 
 
 @cute.jit
-def int16_stochastic(x: Float32, w: Float32, fraction: Float32) -> Int32:
-    """Its lower half is the integer; -32768 stands for one that is too far from 0. `fraction`: see `fractions`.
+def int16_stochastic(x: Float32, w: Float32, large: Float32) -> Int32:
+    """Its lower half is the integer; -32768 stands for one that is too far from 0. `large`: see `large_numbers`.
 
-    (floor(65536 a) + r) >> 16 is floor(a + r / 65536), and a sum that is rounded down has the same floor.
+    (floor(65536 a) + r) >> 16 is floor(a + r / 65536), and sums that are rounded down have the same floor.
     """
-    return float_bits(add_down(add_down(x * w, fraction), Float32(MAGIC - 1.0)))
+    return float_bits(add_down(multiply_add_down(large, Float32(2.0**-16), x * w), Float32(MAGIC - 128.0)))
 
 
 @cute.jit
-def fractions(word: Uint32):
-    """1 + r / 65536 of the two random numbers in a word."""
-    upper = 0x7FFF80
-    low, high = Int32(word << 7) & upper, Int32(word >> 9) & upper
-    return float_of(low | 0x3F800000), float_of(high | 0x3F800000)
+def large_numbers(word: Uint32):
+    """2**23 + r of the two random numbers in a word."""
+    return float_of(with_upper_half(0x4B00, word, upper=False)), float_of(with_upper_half(0x4B00, word, upper=True))
 
 
 @cute.jit

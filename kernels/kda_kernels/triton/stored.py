@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.reference import stored as definition
-from kda_kernels.triton.common import INTERPRETED, cast, reciprocal
+from kda_kernels.triton.common import INTERPRETED, cast, is_cuda, reciprocal
 
 ROUNDS = tl.constexpr(definition.ROUNDS)
 LEAST_ROW = tl.constexpr(definition.LEAST_ROW)
@@ -23,8 +23,11 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def random_numbers(seed, slot, token, row, odd, K: tl.constexpr, BK: tl.constexpr):
-    """[rows, BK] int32 under 65536: those of the elements of these rows, hv V + v, of a state; 0 in rows that are odd.
+def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """[rows, BK] int32: of the elements of these rows, hv V + v, of a state, what rounding to DTYPE adds to them.
+
+    The random number itself for bf16, its lower 13 bits for fp16, and 0 in rows that are odd; for int16 the bits of
+    2**23 + it.
 
     seed, slot: int64. odd: see `store_state`.
     """
@@ -40,23 +43,28 @@ def random_numbers(seed, slot, token, row, odd, K: tl.constexpr, BK: tl.constexp
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    used = tl.where(odd - odd == 0, -1, 0).to(tl.uint32, bitcast=True)[:, None]
-    c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
+    if DTYPE != tl.int16:
+        used = tl.where(odd - odd == 0, 0x1FFF1FFF if DTYPE == tl.float16 else -1, 0)
+        used = used.to(tl.uint32, bitcast=True)[:, None]
+        c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32, bitcast=True)
-    return tl.reshape(halves, [row.shape[0], BK])
+    if DTYPE == tl.int16:
+        low, high = (words & 0xFFFF) | 0x4B000000, (words >> 16) | 0x4B000000
+    else:
+        low, high = words & 0xFFFF, words >> 16
+    return tl.reshape(tl.join(low, high).to(tl.int32, bitcast=True), [row.shape[0], BK])
 
 
 @triton.jit
 def rounded_stochastically(x, numbers, DTYPE: tl.constexpr):
-    """fp32 x in bf16 or fp16. NaN and infinities stay where the number is 0."""
+    """fp32 x in bf16 or fp16; numbers: see `random_numbers`. NaN and infinities stay where the number is 0."""
     if DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True) + numbers
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     size = tl.abs(x)
     offset = tl.where(size < 6.103515625e-05, 6.103515625e-05, 0.0)
     bits = (size + offset).to(tl.int32, bitcast=True)
-    y = ((bits + (numbers & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True) - offset
+    y = ((bits + numbers) & -0x2000).to(tl.float32, bitcast=True) - offset
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(DTYPE)
 
@@ -71,6 +79,16 @@ def _quotient(a, b, inverse):
         q = a * inverse
         q = tl.fma(tl.fma(-q, b, a), inverse, q)
     return q
+
+
+@triton.jit
+def _floor_of_sum(y, large):
+    """int32 whose lower half is floor(y + r / 65536), |y| < 2**15, of the bits of 2**23 + r."""
+    if INTERPRETED or not is_cuda():
+        return (tl.floor(y * 65536.0).to(tl.int32) + (large & 0xFFFF)) >> 16
+    # 128 + y + r / 65536, and that + 1.5 * 2**23, both rounded down: the floor stays, and no conversion is made
+    text: tl.constexpr = "{ .reg .f32 a; fma.rm.f32 a, $1, 0f37800000, $2; add.rm.f32 $0, a, 0f4B3FFF80; }"
+    return tl.inline_asm_elementwise(text, "=r,r,f", [large, y], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -91,9 +109,7 @@ def quantised(x, numbers, odd):
             y = tl.fma(x, w, 12582912.0)
         q = y.to(tl.int32, bitcast=True)
     else:
-        y = tl.floor(x * w * 65536.0)
-        y = tl.minimum(tl.maximum(y, -2147418112.0), 2147418112.0).to(tl.int32)
-        q = (y + numbers) >> 16
+        q = _floor_of_sum(tl.minimum(tl.maximum(x * w, -32767.0), 32767.0), numbers)
     return q.to(tl.int16), scales
 
 
@@ -128,7 +144,7 @@ def store_state(p, x, mask, scales, mask_rows, odd, seed, slot, token, row, K: t
     DTYPE: tl.constexpr = p.dtype.element_ty
     numbers = None
     if seed is not None and DTYPE != tl.float32:
-        numbers = random_numbers(seed, slot, token, row, odd, K, BK)
+        numbers = random_numbers(seed, slot, token, row, odd, DTYPE, K, BK)
     if DTYPE == tl.int16:
         y, s = quantised(x, numbers, odd)
         tl.store(scales, s, mask=mask_rows)
