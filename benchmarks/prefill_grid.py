@@ -4,7 +4,7 @@
     python3 benchmarks/prefill_grid.py --json grid.json                 our kernels and the peers that tune nothing
     python3 benchmarks/prefill_grid.py --kernel cute-prefill --kernel triton-prefill --gate softplus --heads 12
 
-A cell is N packed sequences of T tokens with H heads, K = V = 128, bf16, a state that comes and goes, `bench` gates.
+A cell is N packed sequences of T tokens with H heads, K = V = 128, a state that comes and goes, `bench` gates.
 All cells are views of one set of tensors; a cell that needs more is left out. A time is the median of a few replays of
 a CUDA graph, L2 evicted, the kernels of a cell in turns. Outputs are not checked, but for their last token's being
 finite: for that, and for closer times, there is `kda profile`.
@@ -53,10 +53,11 @@ class Cell(NamedTuple):
 class Grid:
     """Inputs of cells, views of one set of tensors."""
 
-    def __init__(self, gate: str, most: int, device: str = "cuda") -> None:
+    def __init__(self, gate: str, most: int, dtype: str = "bfloat16", device: str = "cuda") -> None:
         options = Options(Gate.SAFE, SAFE_BOUND) if gate == "safe" else Options(Gate(gate))
         heads = max(HEADS)
-        problem = Problem(Op.PREFILL, (most // heads,), heads, heads, options=options)
+        dtypes = {"dtype": dtype, "g_dtype": dtype, "beta_dtype": dtype}
+        problem = Problem(Op.PREFILL, (most // heads,), heads, heads, options=options, **dtypes)
         self.all = make_inputs(problem, device=device)
         self.rows = {name: getattr(self.all, name).flatten()[: most // heads * heads * 128] for name in "qkvg"}
         self.beta = self.all.beta.flatten()
@@ -149,6 +150,7 @@ def sticking_out(rows: list[dict[str, Any]], ours: str) -> Iterator[str]:
 @click.command(help=__doc__)
 @click.option("--kernel", "names", multiple=True, default=KERNELS, show_default=True)
 @click.option("--gate", type=click.Choice(["safe", "softplus"]), default="safe", show_default=True)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True)
 @click.option("--heads", type=click.Choice(list(map(str, HEADS))), multiple=True, help="Only these.")
 @click.option("--tokens", type=click.Choice(list(map(str, LENGTHS))), multiple=True, help="Only these.")
 @click.option("--samples", type=click.IntRange(2), default=5, show_default=True)
@@ -159,6 +161,7 @@ def sticking_out(rows: list[dict[str, Any]], ours: str) -> Iterator[str]:
 def main(
     names: tuple[str, ...],
     gate: str,
+    dtype: str,
     heads: tuple[str, ...],
     tokens: tuple[str, ...],
     samples: int,
@@ -173,8 +176,14 @@ def main(
         sys.exit(3)
     begin, rows, evict = time.monotonic(), list[dict[str, Any]](), Evictor()
     kernels = [kernel for kernel in candidates([Op.PREFILL], names, True) if kernel.op is Op.PREFILL]
-    grid = Grid(gate, most)
-    record = {"schema": "kda.prefill-grid/1", "provenance": provenance.collect(0), "gate": gate, "rows": rows}
+    grid = Grid(gate, most, {"bf16": "bfloat16", "fp16": "float16"}[dtype])
+    record = {
+        "schema": "kda.prefill-grid/1",
+        "provenance": provenance.collect(0),
+        "gate": gate,
+        "dtype": dtype,
+        "rows": rows,
+    }
     axes = (SEQUENCES, [int(H) for H in heads] or HEADS, [int(T) for T in tokens] or LENGTHS)
     cells = [Cell(T, H, N) for N, H, T in itertools.product(*axes) if N * T * H <= grid.most]
     cells.sort(key=lambda cell: cell.T * cell.H * cell.N)

@@ -1,11 +1,15 @@
-"""A whole and a split prefill of a few tokens, gates with and without a bound, for compute-sanitizer on a Hopper GPU:
+"""A whole and a split prefill of a few tokens, gates with and without a bound, bf16 and fp16, for compute-sanitizer on
+a Hopper GPU; with words only the runs whose names have them all:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
-KDA_SANITIZE=1 compute-sanitizer --tool racecheck --racecheck-report all python tests/sanitizer/prefill.py
+KDA_SANITIZE=1 compute-sanitizer --tool racecheck --print-limit 0 python tests/sanitizer/prefill.py softplus split
 
 racecheck does not see that a lane which arrives at an mbarrier, after its warp has met, does so for all of them
-(`arrival.cu`, a minimal program, has 125 errors of that kind); with KDA_SANITIZE=1 each thread arrives by itself.
+(`arrival.cu`, a minimal program, has 125 errors of that kind), nor that no lane stores before an mma that all lanes of
+its warp take part in. With KDA_SANITIZE=1 each thread arrives by itself, and warps meet once more.
 """
+
+import sys
 
 import torch
 
@@ -15,19 +19,24 @@ from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kdacli.synthetic import make_inputs
 
-GATES = (Options(gate=Gate.SAFE, lower_bound=-5.0), Options(gate=Gate.SOFTPLUS))
+GATES = {"safe": Options(gate=Gate.SAFE, lower_bound=-5.0), "softplus": Options(gate=Gate.SOFTPLUS)}
+KINDS = (("safe", "bfloat16"), ("softplus", "bfloat16"), ("softplus", "float16"))
+WAYS = {"whole": ((70, 0, 33, 1), None), "split": ((200, 20), Split(lead=64, segment=64, limit=256))}
 
 
-def run(options: Options, lens: tuple[int, ...], split: Split | None) -> None:
-    inputs = make_inputs(Problem(Op.PREFILL, lens, H=1, HV=1, options=options), device="cuda")
+def run(gate: str, dtype: str, way: str) -> None:
+    lens, split = WAYS[way]
+    dtypes = {"dtype": dtype, "g_dtype": dtype, "beta_dtype": dtype}
+    inputs = make_inputs(Problem(Op.PREFILL, lens, H=1, HV=1, options=GATES[gate], **dtypes), device="cuda")
     check_inputs(inputs)
     module._split = lambda *shape: split
     outputs = module.prefill(inputs)
     torch.cuda.synchronize()
-    print(options.gate, "split" if split else "whole", "finite:", bool(outputs.o.isfinite().all()))
+    print(gate, dtype, way, "finite:", bool(outputs.o.isfinite().all()))
 
 
 if __name__ == "__main__":
-    for options in GATES:
-        run(options, (70, 0, 33, 1), None)
-        run(options, (200, 20), Split(lead=64, segment=64, limit=256))
+    for kind in KINDS:
+        for way in WAYS:
+            if set(sys.argv[1:]) <= {*kind, way}:
+                run(*kind, way)

@@ -48,7 +48,8 @@ class PrefillSpec:
         kept: dtype of the checkpoints' states; rows: of their rows, and of their offsets unless `every`.
         every: whether checkpoints come at regular distances.
         invariant: whether decays are rounded at every second chunk's end, where a sequence may be cut.
-        each_arrives: at barriers, each thread, not a warp's first: what compute-sanitizer can follow.
+        each_arrives: at barriers, each thread, not a warp's first; and warps meet where an mma keeps their order: what
+            compute-sanitizer can follow.
     """
 
     group: int

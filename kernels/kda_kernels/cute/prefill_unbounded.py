@@ -432,7 +432,10 @@ class Unbounded:
     def keep_products(
         self, at: Places, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], values, warp: Int32, lane: Int32
     ):
-        """This warp's products of block i with block j, for `relate`."""
+        """This warp's products of block i with block j, for `relate`; an mma has been waited for since their place was
+        read."""
+        if cutlass.const_expr(self.spec.each_arrives):
+            cute.arch.sync_warp()
         vector(at.products(i, j, warp, lane), 0, 4).store(self.four(values).load())
 
     @cute.jit
