@@ -15,8 +15,8 @@ BOUNDED = Options(gate=Gate.SAFE, lower_bound=-5.0)
 LENS = (66, 0, 17)
 
 
-def inputs_on(device: str, size: int, options: Options = BOUNDED, H: int = 1, HV: int = 1):
-    problem = Problem(Op.PREFILL, LENS, H=H, HV=HV, K=size, V=size, dtype="bfloat16", options=options)
+def inputs_on(device: str, size: int, options: Options = BOUNDED, H: int = 1, HV: int = 1, dtype: str = "bfloat16"):
+    problem = Problem(Op.PREFILL, LENS, H=H, HV=HV, K=size, V=size, dtype=dtype, options=options)
     return make_inputs(problem, gates="weak", seed=3, device=device)
 
 
@@ -69,7 +69,11 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 128], ids=["triton", "cute on Hopper"])
-def test_on_a_gpu(size):
-    check_against_the_oracle(inputs_on("cuda", size, HV=2))
-    check_halves(inputs_on("cuda", size, HV=2))
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(64, "bfloat16"), (128, "bfloat16"), (128, "float16")],
+    ids=["triton", "cute on Hopper", "cute on Hopper, fp16"],
+)
+def test_on_a_gpu(size, dtype):
+    check_against_the_oracle(inputs_on("cuda", size, HV=2, dtype=dtype))
+    check_halves(inputs_on("cuda", size, HV=2, dtype=dtype))
