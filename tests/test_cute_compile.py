@@ -8,16 +8,17 @@ import fake_gpu
 import pytest
 import torch
 
+from kda_kernels import registry
 from kda_kernels.checks import problem_of
 from kda_kernels.cute import cache
 from kda_kernels.cute import decode as module
 from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.cute.variant import CuteVariant
-from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.variant import H100, Built
-from kdacli.compile import sass, toolchain
+from kdacli.compile import sass, toolchain, worker
+from kdacli.compile.arch import parse
 from kdacli.synthetic import make_inputs
 
 pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
@@ -150,9 +151,8 @@ def test_variants_are_what_launches_look_for(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "gfx942"])
 def test_architectures_it_is_not_meant_for(arch):
-    (variant,) = module.variants(DECODE)
-    with pytest.raises(UnavailableError, match=f"sm_90a and newer, not {arch}"):
-        variant.build(arch)
+    row = worker.compile_variant(registry.get("cute-decode"), DECODE, "softplus", parse(arch))
+    assert row == {"unsupported": f"CuTe DSL kernels are for sm_90a and newer, not {arch}"}
 
 
 def test_it_compiles_for_blackwell():

@@ -236,6 +236,7 @@ def _aside(variant: Variant, arch: str) -> Built:
     """Builds it in a process of its own: LLVM's AMD backend ends the process where it meets NVIDIA's inline assembly.
 
     Raises:
+        UnavailableError: the kernel is not meant for that architecture.
         RuntimeError: what the compiler said, on its way out or as an exception.
     """
     context = multiprocessing.get_context("fork")
@@ -253,6 +254,8 @@ def _aside(variant: Variant, arch: str) -> Built:
         text = said.read()
     if isinstance(result, Built):
         return result
+    if isinstance(result, UnavailableError):
+        raise result
     raise RuntimeError(result or f"the compiler died: {_reason(text)}")
 
 
@@ -260,6 +263,8 @@ def _send(variant: Variant, arch: str, pipe: Any, stderr: int) -> None:
     os.dup2(stderr, 2)
     try:
         pipe.send(variant.build(arch))
+    except UnavailableError as error:
+        pipe.send(error)
     except Exception as error:  # the parent's answer
         pipe.send(_reason(str(error) or type(error).__name__))
     pipe.close()
