@@ -19,12 +19,13 @@ from kda_kernels.tensors import Inputs, Outputs
 from kdacli import dumps
 from kdacli.judge import expect
 from kdacli.main import cli
+from kdacli.poisoned import poisoned_memory
 from kdacli.synthetic import make_inputs
 from kdacli.verify.cases.suites import cases_for, suite
 from kdacli.verify.checks.check import Bench, check
 from kdacli.verify.checks.continuity import PrefillThenDecode
 from kdacli.verify.checks.guards import ZONE
-from kdacli.verify.checks.memory import modified, own_memory, poisoned_memory
+from kdacli.verify.checks.memory import modified, own_memory
 from kdacli.verify.properties import PROPERTIES
 from kdacli.verify.transforms import TRANSFORMS
 from kdacli.verify.transforms.layouts import far_pool

@@ -15,9 +15,9 @@ from kdacli.comparison.difference import CallDifference, Difference
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict, judge
+from kdacli.judge.reference import pool_as_final_state
+from kdacli.poisoned import poisoned_memory
 from kdacli.userkernels import resolve
-from kdacli.verify.checks.call import pool_as_final_state
-from kdacli.verify.checks.memory import poisoned_memory
 
 DUMP = "the dump"  # stands where a kernel's name would, for what the dump recorded
 

@@ -19,7 +19,7 @@ from kda_kernels.tensors import Inputs, Outputs
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_of
 from kdacli.judge import CallJudge, Reference, Verdict
-from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.judge.reference import pool_as_final_state
 
 
 @dataclasses.dataclass(frozen=True)

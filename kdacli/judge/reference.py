@@ -324,6 +324,11 @@ def written_by(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+def pool_as_final_state(outputs: Outputs, inputs: Inputs) -> Outputs:
+    """What was written in place is an output, whatever the kernel returned: a pool as the final state."""
+    return dataclasses.replace(outputs, **written_by(inputs))
+
+
 def stored_dtype(inputs: Inputs, tensor: str) -> torch.dtype:
     """In what a result is stored."""
     if tensor == "o":

@@ -21,6 +21,7 @@ from kda_kernels.checks import is_traced
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, SAFE_BOUND
 from kda_kernels.registry import prefill_with_states
+from kda_kernels.run import run_decode, run_prefill
 from kda_kernels.serving import (
     by_head,
     checkpoint_alignment,
@@ -28,8 +29,6 @@ from kda_kernels.serving import (
     kda_decode,
     kda_prefill,
     prefill_workspace_bytes,
-    run_decode,
-    run_prefill,
     traced,
 )
 from kda_kernels.step import kda_step

@@ -12,8 +12,10 @@ looks for each that is written among those that are left.
 import torch
 from torch import Tensor
 
+from kda_kernels.boundary import options_of
 from kda_kernels.errors import KdaError
 from kda_kernels.problem import Op
+from kda_kernels.run import run_decode, run_prefill
 from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 
 
@@ -63,9 +65,6 @@ def decode(
 
     With `fused` it is `kda_step`, on q, k and v [B, T, ..] that it split.
     """
-    from kda_kernels.boundary import options_of
-    from kda_kernels.serving import run_decode
-
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
@@ -124,9 +123,6 @@ def prefill(
     rounding_seed: Tensor | None = None,
 ) -> None:
     """`kda_kernels.api.kda_prefill` into `out`, and without a pool the final states into `final_state`."""
-    from kda_kernels.boundary import options_of
-    from kda_kernels.serving import run_prefill
-
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale,
         promise,

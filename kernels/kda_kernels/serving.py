@@ -3,24 +3,22 @@
 For engines; `api` is where they are imported from.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kda_kernels import checks, ops, registry  # noqa: F401  `ops` registers torch.ops.kda
 from kda_kernels.boundary import (
-    check,
-    check_chunk_indices,
-    check_out,
     forward_only,
     forward_only_traced,
     options_of,
     seed_of,
 )
 from kda_kernels.errors import InputError
-from kda_kernels.problem import CHUNK, Op
-from kda_kernels.tensors import Checkpoints, Inputs, Outputs
+from kda_kernels.problem import CHUNK
+from kda_kernels.run import run_decode, run_prefill
+from kda_kernels.tensors import Checkpoints, Inputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -132,27 +130,6 @@ def kda_decode(
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
 
-def run_decode(
-    inputs: Inputs,
-    out: torch.Tensor | None,
-    final_state: torch.Tensor | None = None,
-    kernel: str | None = None,
-    names: Mapping[str, str] | None = None,
-    op: Op = Op.DECODE,
-) -> Outputs:
-    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.decode`."""
-    try:
-        if kernel is None:
-            kernel = registry.kernel_for(op, inputs).name
-    except (AttributeError, IndexError, TypeError):  # these are no such tensors
-        check(inputs, names)
-        raise
-    if kernel != "cute-decode" or checks.CHECK_VALUES == "1":  # whose function checks shapes, strides and dtypes itself
-        check(inputs, names)
-        check_out(out, inputs.v)
-    return registry.decode(inputs, out, final_state=final_state, kernel=kernel, op=op)
-
-
 def kda_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -258,20 +235,6 @@ def _over_ranks(
             raise InputError("cu_seqlens", "is missing", wanted)
         context = parallel.ContextParallel.of(ends, context, tokens=inputs.q.shape[1])
     return forward_only(lambda: (prefill(inputs, context, out, kernel),), inputs)[0]
-
-
-def run_prefill(
-    inputs: Inputs,
-    out: torch.Tensor | None = None,
-    chunk_indices: torch.Tensor | None = None,
-    kernel: str | None = None,
-    names: Mapping[str, str] | None = None,
-) -> Outputs:
-    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.prefill`."""
-    check(inputs, names)
-    check_out(out, inputs.v)
-    check_chunk_indices(chunk_indices, inputs.cu_seqlens)
-    return registry.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel)
 
 
 def prefill_workspace_bytes(

@@ -11,7 +11,7 @@ from kda_kernels import checks, ops, registry  # noqa: F401  `ops` registers tor
 from kda_kernels.boundary import forward_only, forward_only_traced, options_of, seed_of
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op
-from kda_kernels.serving import run_decode
+from kda_kernels.run import run_decode
 from kda_kernels.tensor_checks import shape_error
 from kda_kernels.tensors import Convolution, GatedNorm, Inputs
 

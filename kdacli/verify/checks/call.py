@@ -8,9 +8,10 @@ import torch
 
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.judge.reference import written_by
+from kdacli.judge.reference import pool_as_final_state
+from kdacli.poisoned import poisoned_memory
 from kdacli.verify.checks.guards import GuardedAllocations
-from kdacli.verify.checks.memory import Copy, poisoned_memory
+from kdacli.verify.checks.memory import Copy
 
 
 class Runner(Protocol):
@@ -52,8 +53,3 @@ def call(runner: Runner, inputs: Inputs, *, guarded: bool = False) -> ObservedCa
         torch.cuda.synchronize()
     strays = tuple(dict.fromkeys(copy.broken_zones() + (zones.broken() if zones else [])))
     return ObservedCall(pool_as_final_state(outputs, copy.inputs), copy, strays)
-
-
-def pool_as_final_state(outputs: Outputs, inputs: Inputs) -> Outputs:
-    """What was written in place is an output, whatever the kernel returned: a pool as the final state."""
-    return dataclasses.replace(outputs, **written_by(inputs))

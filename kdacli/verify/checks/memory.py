@@ -1,10 +1,6 @@
-"""The memory of a call: copies that keep strides and gaps, and NaN where nothing was put."""
+"""The memory of a call: copies that keep strides and gaps, and what a call modified of them."""
 
-import contextlib
 import dataclasses
-import warnings
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -98,23 +94,3 @@ def _moved(t: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
 def _all_of(t: torch.Tensor) -> torch.Tensor:
     """The bytes of the storage under `t`."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Inside, `torch.empty` and its kin hand out NaN (and the largest integers), so that an element that a kernel does
-    not write, or reads before it is written, cannot pass for a result.
-    """
-    # `torch.use_deterministic_algorithms` would set the same, and import torch's compiler, which takes seconds.
-    mode = torch.get_deterministic_debug_mode()
-    flags: Any = torch.utils.deterministic  # a module whose flag is a property
-    fill = flags.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.set_deterministic_debug_mode("warn")
-            flags.fill_uninitialized_memory = True
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(mode)
-            flags.fill_uninitialized_memory = fill

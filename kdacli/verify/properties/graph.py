@@ -7,7 +7,7 @@ import torch
 
 from kda_kernels.errors import one_line
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.judge.reference import pool_as_final_state
 from kdacli.verify.checks.memory import every_tensor, own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 from kdacli.verify.properties.threads import half

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.judge.reference import pool_as_final_state
 from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import Subject, differing
 from kdacli.verify.properties.threads import half

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from kda_kernels.tensors import Inputs, Outputs
-from kdacli.verify.checks.call import pool_as_final_state
+from kdacli.judge.reference import pool_as_final_state
 from kdacli.verify.checks.memory import own_memory
 from kdacli.verify.properties.subject import NotApplicableError, Subject, differing
 

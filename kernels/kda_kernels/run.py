@@ -1,0 +1,45 @@
+"""A call, checked and run: what the public functions share with the operators that stand for them when traced."""
+
+from collections.abc import Mapping
+
+import torch
+
+from kda_kernels import checks, registry
+from kda_kernels.boundary import check, check_chunk_indices, check_out
+from kda_kernels.problem import Op
+from kda_kernels.tensors import Inputs, Outputs
+
+
+def run_decode(
+    inputs: Inputs,
+    out: torch.Tensor | None,
+    final_state: torch.Tensor | None = None,
+    kernel: str | None = None,
+    names: Mapping[str, str] | None = None,
+    op: Op = Op.DECODE,
+) -> Outputs:
+    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.decode`."""
+    try:
+        if kernel is None:
+            kernel = registry.kernel_for(op, inputs).name
+    except (AttributeError, IndexError, TypeError):  # these are no such tensors
+        check(inputs, names)
+        raise
+    if kernel != "cute-decode" or checks.CHECK_VALUES == "1":  # whose function checks shapes, strides and dtypes itself
+        check(inputs, names)
+        check_out(out, inputs.v)
+    return registry.decode(inputs, out, final_state=final_state, kernel=kernel, op=op)
+
+
+def run_prefill(
+    inputs: Inputs,
+    out: torch.Tensor | None = None,
+    chunk_indices: torch.Tensor | None = None,
+    kernel: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Outputs:
+    """Checks a call, with the caller's names for its arguments, and runs it; see `registry.prefill`."""
+    check(inputs, names)
+    check_out(out, inputs.v)
+    check_chunk_indices(chunk_indices, inputs.cu_seqlens)
+    return registry.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel)
