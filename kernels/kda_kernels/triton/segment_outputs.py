@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kda_kernels.ints import cdiv
 from kda_kernels.triton.common import cast, dot, operand
 from kda_kernels.triton.launch import launch
 from kda_kernels.triton.runtime import multiprocessors
@@ -103,7 +102,7 @@ def segment_outputs_kernel(
 def span_of(segments: Segments, HV: int, sms: int) -> int:
     """Tokens a program, of value heads `HV` on so many multiprocessors."""
     for span in SPANS:
-        if HV * segments.units * cdiv(segments.segment, span) <= PROGRAMS * sms:
+        if HV * segments.units * -(-segments.segment // span) <= PROGRAMS * sms:
             return span
     return SPANS[-1]
 
@@ -113,10 +112,8 @@ def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> No
     _, T, HV, V = o.shape
     batch, token, head, _ = o.stride()
     span = span_of(segments, HV, multiprocessors(o.device) if o.is_cuda else 1)
-    device, _, *tables = segments.kind
     arguments = (o, T, batch // 8, token // 8, head // 8, HV, span, V, K, BT)
-    kind = (device, *tables, o.dtype, V, K)
+    grid, kind = (HV, segments.units, -(-segments.segment // span)), (segments.kind, o.dtype, V, K)
     launch(
-        segment_outputs_kernel, (HV, segments.units, cdiv(segments.segment, span)), kind,
-        segments.arguments + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-    )  # fmt: skip
+        segment_outputs_kernel, grid, kind, segments.arguments + arguments, num_warps=NUM_WARPS, num_stages=NUM_STAGES
+    )

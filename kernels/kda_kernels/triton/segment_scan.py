@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kda_kernels.triton.common import dot, split
-from kda_kernels.triton.launch import dtype_of, launch
+from kda_kernels.triton.launch import launch
 
 BV = 16  # rows of a state in a program: 64, for wgmma, leave most SMs idle (24 us where this takes 15, by hand)
 NUM_WARPS, NUM_STAGES = 4, 2
@@ -52,7 +52,10 @@ class Segments:
         self.arguments = (
             workspace, state_indices, cu_seqlens, N, units, lead, segment, begin, limit, stride, slots, self.null_slot
         )  # fmt: skip
-        self.kind = workspace.device, dtype_of(final), dtype_of(state_indices), dtype_of(cu_seqlens)
+        self.kind = (
+            workspace.device, None if final is None else final.dtype,
+            None if state_indices is None else state_indices.dtype, None if cu_seqlens is None else cu_seqlens.dtype,
+        )  # fmt: skip
 
 
 SHARED = ("N", "units", "lead", "segment", "begin", "limit", "stride_index", "slots", "null_slot", "HV")
@@ -147,7 +150,7 @@ def scan_segments(segments: Segments, T: int, HV: int, V: int = 128, K: int = 12
         T: tokens of each sequence, where there are no `cu_seqlens`.
     """
     final = segments.final
-    stride = 0 if final is None else final.stride(0) * final.element_size() // 16
+    stride = 0 if final is None else final.stride()[0] * final.element_size() // 16
     arguments = (final, T, stride, HV, V, K, BV)
     launch(
         segment_scan_kernel, (V // BV, HV, segments.N), (segments.kind, V, K), segments.arguments + arguments,
