@@ -175,8 +175,8 @@ def test_cute_has_a_cache_of_its_own(tmp_path, monkeypatch):
 
 
 def test_summary_has_a_line_for_each_cache():
-    rows = [{"kernel": k, "binary_bytes": 1, "cached": c} for k, c in (("a", True), ("b", False), ("c", False))]
-    rows.append({"kernel": "c", "error": "no"})
+    rows = [{"backend": k, "binary_bytes": 1, "cached": c} for k, c in (("a", True), ("b", False), ("c", False))]
+    rows.append({"backend": "c", "error": "no"})
     assert report.summary(rows, {"a": "/x", "b": "/x", "c": None}) == [
         "1 compiled, 1 taken from the cache: /x",
         "1 compiled, 0 taken from the cache: nothing is kept, KDA_CACHE_DIR is empty",
@@ -188,7 +188,7 @@ def test_what_cannot_be_compiled_here_has_no_cache(monkeypatch):
     """Without CuTe DSL its kernels are refused, and nothing else of the command is lost."""
     monkeypatch.setattr("kda_kernels.cute.runtime.missing_packages", lambda: "nvidia-cutlass-dsl is not installed")
     assert worker.cache_folder("cute") is None
-    rows = [{"kernel": "a", "unsupported": "not installed"}, {"kernel": "b", "binary_bytes": 1, "cached": False}]
+    rows = [{"backend": "a", "unsupported": "not installed"}, {"backend": "b", "binary_bytes": 1, "cached": False}]
     assert report.summary(rows, {"a": None, "b": "/x"}) == ["1 compiled, 0 taken from the cache: /x"]
 
 
@@ -267,7 +267,7 @@ def test_bad_use_is_one_line_and_exit_2(words, said):
 
 def test_a_failed_compilation_exits_1(monkeypatch):
     """Exit code and lines of a report in which a variant was refused, and one in which it is not meant for it."""
-    row = {"kernel": "k", "variant": "v", "arch": "sm_90a"}
+    row = {"kernel": "k", "backend": "triton", "variant": "v", "arch": "sm_90a"}
     monkeypatch.setattr(pool, "plan", lambda *_: ([], {"k2": "no such package"}))
     monkeypatch.setattr(pool, "compile_targets", lambda *_: [row | {"error": "ptxas fatal   : no"}])
     words = ["compile", "--arch", "sm_90a", "--no-cache"]
@@ -283,7 +283,7 @@ def test_a_failed_compilation_exits_1(monkeypatch):
 
 def test_what_cannot_be_launched_fails(monkeypatch):
     """Of an autotuned kernel, if none of its configurations can: tuning passes over the others."""
-    row = {"kernel": "k", "arch": "sm_90a", "binary_bytes": 1, "cached": False}
+    row = {"kernel": "k", "backend": "triton", "arch": "sm_90a", "binary_bytes": 1, "cached": False}
     large = {"note": "cannot be launched: needs 300000 bytes of shared memory, a block here has 232448"}
     tuned = [
         row | {"variant": f"f B={b},warps=4,stages=2", "tuned": True} | note for b, note in ((64, {}), (128, large))

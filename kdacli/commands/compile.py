@@ -107,8 +107,8 @@ def command(
             targets, left_out = pool.plan(processes, wanted, archs, bool(kernels), patterns)
         with output.progress("compiling", len(targets)) as advance:
             rows = pool.compile_targets(processes, targets, advance, folder)
-        backends = {target.kernel.name: target.kernel.backend for target in targets}
-        caches = None if no_cache else {name: processes.cache_folder(backend) for name, backend in backends.items()}
+        backends = dict.fromkeys([*(target.kernel.backend for target in targets), *(row["backend"] for row in rows)])
+        caches = None if no_cache else {backend: processes.cache_folder(backend) for backend in backends}
     report.show(rows, show_sass, stderr)
     for name, reason in left_out.items():
         output.say(f"not compiled: {name}: {reason}", stderr=stderr)

@@ -150,8 +150,8 @@ def compile_targets(
     done: Callable[[str], None] = lambda label: None,
     folder: str | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each target, in order: kernel, problem, variant, arch, gpu (whose multiprocessors tuning choices were
-    made for), and what `worker.compile_variant` returns.
+    """One row for each target, in order: kernel, backend, problem, variant, arch, gpu (whose multiprocessors tuning
+    choices were made for), and what `worker.compile_variant` returns.
 
     A row whose binary compiled but wants more shared or tensor memory than there is holds a `note`.
 
@@ -178,6 +178,7 @@ def _result(future: Future) -> dict[str, Any]:
 def _row(target: Target, result: dict[str, Any]) -> dict[str, Any]:
     row = {
         "kernel": target.kernel.name,
+        "backend": target.kernel.backend,
         "problem": target.problem and target.problem.to_dict(),
         "variant": target.variant,
         "arch": target.arch.name,

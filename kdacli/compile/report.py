@@ -71,16 +71,16 @@ def summary(rows: Sequence[Row], folders: Mapping[str, str | None] | None) -> li
     """A line for each cache that anything could go to: how much was compiled, and where it is.
 
     Args:
-        folders: by kernel, where what was compiled lies; None: nothing was kept on purpose.
+        folders: by backend, where what was compiled lies; None: nothing was kept on purpose.
     """
     compiled = [row for row in rows if "binary_bytes" in row]
     if folders is None:
         return [f"{len(compiled)} compiled; the cache was left alone"]
     lines = []
     for folder in dict.fromkeys(folders.values()):
-        if all("unsupported" in row for row in rows if folders.get(row["kernel"]) == folder):
+        if all("unsupported" in row for row in rows if folders.get(row["backend"]) == folder):
             continue
-        mine = [row for row in compiled if folders[row["kernel"]] == folder]
+        mine = [row for row in compiled if folders[row["backend"]] == folder]
         cached = sum(row["cached"] for row in mine)
         where = folder or "nothing is kept, KDA_CACHE_DIR is empty"
         lines.append(f"{len(mine) - cached} compiled, {cached} taken from the cache: {_tilde(where)}")

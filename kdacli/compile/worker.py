@@ -24,6 +24,7 @@ from kda_kernels.tensors import Inputs
 from kda_kernels.variant import Built, Variant
 from kdacli.compile import amd, emit, occupancy, pretend, recorder, sass, toolchain
 from kdacli.compile.arch import Arch
+from kdacli.compile.specialised import Specialised
 from kdacli.userkernels import UserKernel
 
 _pretence = contextlib.ExitStack()  # what a process believes, it believes until its end
@@ -85,12 +86,13 @@ def compile_variant(
         folder: where to write PTX, binary, disassembly and IR; None for nowhere.
 
     Returns:
-        registers, stack_bytes, spill_bytes, spill_store_bytes, spill_load_bytes (a thread), shared_bytes (a block),
-        num_warps, tensor_memory (columns, where there are any), resident_blocks (a multiprocessor) and limited_by,
-        binary_bytes, cached, compile_s (None if cached) and sass (instruction counts; AMD: isa). What the tools do not
-        say is None; where the disassembler is missing or fails, `sass` is None and `sass_error` says why. Where the
-        compiler refuses, nothing but `error`: its reason in one line; where the kernel is not meant for that
-        architecture, nothing but `unsupported`.
+        backend (that of what was compiled: a kernel of another may launch Triton's, too), registers, stack_bytes,
+        spill_bytes, spill_store_bytes, spill_load_bytes (a thread), shared_bytes (a block), num_warps, tensor_memory
+        (columns, where there are any), resident_blocks (a multiprocessor) and limited_by, binary_bytes, cached,
+        compile_s (None if cached) and sass (instruction counts; AMD: isa). What the tools do not say is None; where the
+        disassembler is missing or fails, `sass` is None and `sass_error` says why. Where the compiler refuses, nothing
+        but `error`: its reason in one line; where the kernel is not meant for that architecture, nothing but
+        `unsupported`.
     """
     began = time.perf_counter()
     try:
@@ -103,6 +105,7 @@ def compile_variant(
     seconds = time.perf_counter() - began if built.compile_s is None else built.compile_s
     text, counts = (built.ir.get("amdgcn"), amd.read(built)) if arch.amd else _nvidia(built)
     row = counts | {
+        "backend": "triton" if isinstance(variant, Specialised) else kernel.backend,
         "shared_bytes": built.shared_bytes,
         "num_warps": built.num_warps,
         "binary_bytes": len(built.cubin),
