@@ -79,6 +79,7 @@ class Timed:
     what the GPU waits for the host, and us of the host.
     """
 
+    run: Run  # whose tensors a graph needs
     call: Callable[[], object]
     gpu: list[float] = dataclasses.field(default_factory=list)
     host: list[float] = dataclasses.field(default_factory=list)
@@ -89,11 +90,11 @@ class Timed:
             run.go()
         torch.cuda.synchronize()
         if not graph:
-            return cls(run.go)
+            return cls(run, run.go)
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             run.go()
-        return cls(captured.replay)
+        return cls(run, captured.replay)
 
     def more(self, rounds: int) -> None:
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")

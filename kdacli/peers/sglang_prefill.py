@@ -43,7 +43,8 @@ def run(inputs: Inputs) -> Outputs:
     """Runs `chunk_kda` on checked inputs; a pool is updated in place.
 
     It writes its output over a contiguous v, so v is copied first; the layer's v is strided, and the function copies it
-    itself. It knows pools only: a plain state is copied and used as one.
+    itself. So it does strided q and k, but only to normalise them, which the layer always asks for: they are copied
+    here. It knows pools only: a plain state is copied and used as one.
 
     Raises:
         InputError: a raw gate comes without its parameters.
@@ -56,7 +57,7 @@ def run(inputs: Inputs) -> Outputs:
     pool, indices = _pool(inputs)
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o = chunk_kda(
-            *(x.flatten(0, 1).unsqueeze(0) for x in (inputs.q, inputs.k)),
+            *(x.flatten(0, 1).unsqueeze(0).contiguous() for x in (inputs.q, inputs.k)),
             inputs.v.flatten(0, 1).unsqueeze(0).clone(memory_format=torch.contiguous_format),
             *(x.flatten(0, 1).unsqueeze(0) for x in (inputs.g, inputs.beta)),
             scale=inputs.scale,

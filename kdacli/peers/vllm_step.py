@@ -62,7 +62,7 @@ def run(inputs: Inputs) -> Outputs:
             inputs.state,
             o.view(1, N, HV, V),
             inputs.options.lower_bound,
-            None if norm is None else norm.gate.reshape(N, HV, V),
+            None if norm is None else norm.gate.reshape(N, HV, V).contiguous(),
             None if norm is None else parameter(norm.weight, torch.float32),
             1e-5 if norm is None else norm.eps,
         )
