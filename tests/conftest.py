@@ -6,6 +6,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+
+def require_masks() -> None:
+    """Triton 3.9's interpreter refuses a mask of integers; here, that of older ones does."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def checked(method, position):
+        def call(builder, *args):
+            assert args[position].data.dtype == bool, "a mask is no bool: (...) != 0 makes it one"
+            return method(builder, *args)
+
+        return call
+
+    for name, position in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), position))
+
+
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     import triton  # noqa: F401  before a test of --device cpu can put it into its interpreter for all that follow
@@ -14,6 +30,7 @@ else:
     from kdacli.interpreter import quicken
 
     quicken()
+    require_masks()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

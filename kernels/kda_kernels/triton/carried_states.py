@@ -35,7 +35,7 @@ def prefixes_kernel(summaries, prefixes, units, HV, K: tl.constexpr, BV: tl.cons
     S = tl.where(rows[:, None] - K == k[None, :], 1.0, 0.0)
     for _ in range(units):
         tl.store(target, S)
-        E = tl.load(summaries + inside, mask=values & (rows[:, None] < K), other=0.0)
+        E = tl.load(summaries + inside, mask=(values & (rows[:, None] < K)) != 0, other=0.0)
         T_upper, T_lower = tl.load(transition + square), tl.load(transition + K * K + square)
         S_upper, S_lower = split(S)
         S = dot(S_upper, T_upper, dot(S_lower, T_upper, dot(S_upper, T_lower))) + E

@@ -50,7 +50,7 @@ def read_kernel(
         absent = tl.where(slot < 0, -1, tl.num_programs(0))
         tl.store(own + i_n, tl.where(there, i_n, absent).to(tl.int32))
     row = i_hv * V + i_v * BV + tl.arange(0, BV)
-    ok_v = (i_v * BV + tl.arange(0, BV) < V) & there
+    ok_v = ((i_v * BV + tl.arange(0, BV) < V) & there) != 0  # to the interpreter, an int, and no mask
     k = tl.arange(0, BK)
     at = row[:, None] * K + k[None, :]
     ok = ok_v[:, None] & (k < K)[None, :]
@@ -101,7 +101,7 @@ def store_kernel(
         position = tl.load(offsets + i_w).to(tl.int64) if offsets is not None else (i_w % columns + 1) * every
     live = (slot >= 0) & (slot < pool) & (to >= 0) & (to < kept) & (position > 0) & (position <= length)
     row = i_hv * V + i_v * BV + tl.arange(0, BV)
-    ok_v = (i_v * BV + tl.arange(0, BV) < V) & live
+    ok_v = ((i_v * BV + tl.arange(0, BV) < V) & live) != 0
     k = tl.arange(0, BK)
     at = row[:, None] * K + k[None, :]
     ok = ok_v[:, None] & (k < K)[None, :]
