@@ -22,7 +22,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
-from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
     L_HALF,
     L_PITCH,
@@ -188,10 +188,10 @@ class Unbounded:
             bias = dt_bias[i_hv * spec.K + p].to(Float32)
             if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                 bias = bias * LOG2_E
-        vector(shared.bias, p, 1)[0] = bias  # both warpgroups the same
+        vector(shared.bias, p, 1)[0] = bias  # both warpgroups the same; neither reads before the other has written
         self.write_ones(shared.decay + spec.K, lane)
         rates = Rates(A, shared.bias, lower_bound)
-        self.barrier(group)
+        cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
@@ -453,7 +453,10 @@ class Unbounded:
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
                 if cutlass.const_expr(w != LOADER):
-                    cute.arch.barrier_arrive(barrier_id=read, number_of_threads=128)
+                    if cutlass.const_expr(self.spec.each_arrives):
+                        cute.arch.barrier(barrier_id=read, number_of_threads=128)
+                    else:
+                        cute.arch.barrier_arrive(barrier_id=read, number_of_threads=128)
                 self.spread_k(rows_k, scratch, sums, w // 2, w % 2, lane, tokens)
                 if cutlass.const_expr(self.spec.part.reads):
                     self.spread_q(rows_q, at.mix, sums, w // 2, w % 2, lane)
