@@ -104,11 +104,14 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         Case((3000,), (0, 1000, 1801, 3000), SOFTPLUS, dtype="bfloat16"),
         Case((700, 1300, 400), (0, 500, 500, 1600, 2400), padding=1),
         Case((1024, 300), (0, 512, 1324), every=64),
+        Case((300,), (0, 20, 300), fresh=True),
+        Case((600,), (0, 333, 600), H=96, HV=96),
     ],
-    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints"],
+    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints", "less than a chunk", "many heads"],
 )
 def test_on_a_gpu(case):
-    case = dataclasses.replace(case, K=128, V=128, H=2, HV=4)
+    few = {} if case.HV > 1 else {"H": 2, "HV": 4}
+    case = dataclasses.replace(case, K=128, V=128, **few)
     inputs = case.inputs("cuda")
     verdicts, wrong = judged(case, inputs, one_after_another(case, inputs))
     assert not wrong

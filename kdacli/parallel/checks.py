@@ -101,6 +101,12 @@ def cases(ranks: int, device: str) -> dict[str, Case]:
     step = CHUNK * max(1, unit // CHUNK)
     long = step * ranks
     found["checkpoints"] = Case((long,), tuple(range(0, long + 1, step)), every=CHUNK, **size)
+    late = (0, *(20 + step * i for i in range(1, ranks)), 20 + long)
+    found["checkpoints at offsets, new requests"] = Case((20, long), late, every=-CHUNK, fresh=True, **size)
+    short = (0, 20, *(20 + unit * i for i in range(1, ranks)))
+    found["a part shorter than a chunk"] = Case((short[-1],), short, **size)
+    if device == "cuda":
+        found["heads that fill the GPU"] = Case((T // 3,), tuple(cut // 3 for cut in odd), K=128, V=128, H=96, HV=96)
     return found
 
 

@@ -193,6 +193,12 @@ class Inputs:
         """All of them, in order: `Inputs(*fields)`. Repeated calls are passed on so, and `picker` takes some out."""
         return _FIELDS(self)
 
+    def changed(self, **fields: Any) -> "Inputs":
+        """`dataclasses.replace`, in a tenth of its time."""
+        made = object.__new__(type(self))
+        made.__dict__ = {**self.__dict__, **fields}
+        return made
+
     @property
     def N(self) -> int:
         """Number of sequences."""

@@ -410,7 +410,7 @@ def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
 def launch_part(
     part: Part, inputs: Inputs, o: torch.Tensor, workspace: torch.Tensor, units: int, here: tuple[int, int, int, int]
 ) -> None:
-    """One launch of checked tensors, with the workspace of `PrefillKernel.__call__`.
+    """One launch of tensors that this kernel takes, with the workspace of `PrefillKernel.__call__`.
 
     Args:
         here: lead, segment, begin and limit, as there.
@@ -418,8 +418,6 @@ def launch_part(
     Raises:
         InputError, UnavailableError: as `prefill`.
     """
-    if (reason := unsupported_tensors(inputs, o)) is not None:
-        raise InputError(f"cute-prefill: {reason}")
     numbers = inputs.options.scale_for(inputs.q.shape[3]), inputs.options.lower_bound or 0.0
     i = inputs
     try:
@@ -439,6 +437,8 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         InputError, UnavailableError: as `prefill`.
     """
     v, N = inputs.v, inputs.N
+    if (reason := unsupported_tensors(inputs, v)) is not None:
+        raise InputError(f"cute-prefill: {reason}")
     both = torch.empty((2 * N, v.shape[2], v.shape[3], inputs.q.shape[3]), dtype=torch.float32, device=v.device)
     if not v.shape[0] * v.shape[1] or not N:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))

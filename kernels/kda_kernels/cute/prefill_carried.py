@@ -4,7 +4,6 @@ Both are the launch that cuts a sequence into segments (`cute.prefill`). Where i
 segment has no tokens: all are units, which run once from no state and once from the identity.
 """
 
-import dataclasses
 import functools
 
 import torch
@@ -34,23 +33,24 @@ def units_of(tokens: int, HV: int, sms: int) -> int:
     return min(range(1, min(chunks, MOST_UNITS) + 1), key=cost)
 
 
-def begun_split(inputs: Inputs, o: torch.Tensor) -> tuple[int, int] | None:
-    """Tokens of the first and of other segments of a sequence that begins here; None: it stays whole.
+def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int]:
+    """Tokens of the first and of other segments of a sequence that begins here.
 
-    As `plan` cuts it, but in one round, so that its final state is known before anything is added to outputs.
+    As `plan` cuts it, but in one round, so that its final state is known before anything is added to outputs. What
+    `plan` leaves whole is cut before its last chunk: then its state comes in fp32 from the scan, as that of others.
     """
-    tokens = o.shape[1]
-    split = plan(1, tokens, o.shape[2], multiprocessors(o.device)).split
+    last = (cdiv(tokens, CHUNK) - 1) * CHUNK
+    split = plan(1, tokens, HV, sms).split
     if split is None:
-        return None
+        return last, CHUNK
     rounds = split.rounds(1, tokens, False)
-    return (split.lead * rounds, split.segment * rounds) if split.lead * rounds < tokens else None
+    return min(split.lead * rounds, last), split.segment * rounds
 
 
 class _Cut:
     """The segments of one sequence, dense. Memory: 256 bytes per token and head of units, until outputs are whole."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int, final: torch.Tensor | None) -> None:
+    def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int) -> None:
         """Runs them. Raises: as `cute.prefill.prefill`."""
         self.inputs, self.o = inputs, o
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
@@ -58,9 +58,11 @@ class _Cut:
         size = HV * (K * K * (1 + 3 * units) + K * units * segment // 2)
         workspace = torch.empty(size, dtype=torch.float32, device=o.device)
         self.here = (lead, segment, 0, lead + units * segment)
-        self.segments = Segments(workspace, final, inputs.state_indices, None, 1, units, inputs.null_slot, *self.here)
+        indices = inputs.state_indices
+        pool = None if indices is None else inputs.state
+        self.segments = Segments(workspace, pool, indices, None, 1, units, inputs.null_slot, *self.here)
         with stage("segments"):  # a first segment makes its checkpoints here, units when states before them are known
-            self._launch(Part.SPLIT, inputs if lead else dataclasses.replace(inputs, checkpoints=None))
+            self._launch(Part.SPLIT, inputs if lead else inputs.changed(checkpoints=None))
 
     def complete(self) -> None:
         """Outputs and checkpoints, once the states before units are there."""
@@ -77,15 +79,16 @@ class _Cut:
 class HopperBegun(_Cut):
     """See `kda_kernels.parallel.prefill.Begun`."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor, split: tuple[int, int]) -> None:
-        """Args: checked inputs of one sequence, dense, whose pool is its own."""
-        final = inputs.new_final_state() if inputs.state_indices is None else inputs.pool[0]
-        super().__init__(inputs, o, *split, final)
-        HV, K = o.shape[2], inputs.q.shape[3]
+    def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
+        """Args: checked inputs of one sequence, dense. Its pool is read, and not written."""
+        (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
+        super().__init__(inputs, o, *begun_split(tokens, HV, multiprocessors(o.device)))
+        end = torch.empty((1, HV, K, K), dtype=torch.float32, device=o.device)
+        segments = Segments(self.segments.workspace, end, None, None, 1, self.segments.units, None, *self.here)
         with stage("scan"), on_device(o):
-            scan_segments(self.segments, o.shape[1], HV)
-        self.summary = final.new_zeros((HV, 2 * K, K))
-        self.summary[:, :K] = final[0]
+            scan_segments(segments, tokens, HV)
+        self.summary = end.new_zeros((HV, 2 * K, K))
+        self.summary[:, :K] = end[0]
 
     def finish(self) -> None:
         self.complete()
@@ -98,7 +101,7 @@ class HopperCarried(_Cut):
         """Args: checked inputs of one sequence, dense."""
         tokens, HV, K = o.shape[1], o.shape[2], inputs.q.shape[3]
         segment = cdiv(cdiv(tokens, units_of(tokens, HV, multiprocessors(o.device))), CHUNK) * CHUNK
-        super().__init__(inputs, o, 0, segment, inputs.state if inputs.state_indices is not None else None)
+        super().__init__(inputs, o, 0, segment)
         prefixes = torch.empty((self.segments.units + 1, HV, 2 * K, K), dtype=torch.float32, device=o.device)
         with stage("prefixes"), on_device(o):
             prefixes_of(self.segments, prefixes)

@@ -157,7 +157,7 @@ class ContextParallel:
         """That all ranks make the same call; compared by the first call of a batch, as its other layers are alike.
 
         Args:
-            said: what must not differ between ranks. error: why this rank refuses the call.
+            said: what must not differ between ranks, each with a `str`. error: why this rank refuses the call.
 
         Raises:
             InputError: this rank refuses it; ranks differ; or it differs from this rank's first call of the batch.
@@ -165,7 +165,7 @@ class ContextParallel:
         """
         if self._agreed is None:
             extra = {} if error is None else {"error": str(error)}
-            agree(self.group, {**said, **extra}, list(said), self.timeout)
+            agree(self.group, {name: str(value) for name, value in said.items()} | extra, list(said), self.timeout)
             self._agreed = said
         if error is not None:
             raise error

@@ -163,25 +163,22 @@ class Call:
             carried.finish(summaries, not (self.context.goes_on and len(self.context.lens) == 1))
 
     def _one(self, tokens: slice, n: int) -> Inputs:
-        return dataclasses.replace(_sequences(self.inputs, tokens, n, n + 1), cu_seqlens=None, cu_seqlens_cpu=None)
+        return _sequences(self.inputs, tokens, n, n + 1).changed(cu_seqlens=None, cu_seqlens_cpu=None)
 
 
 def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> Begun:
-    """From its initial state, in a pool of its own, where its state ends in fp32."""
-    if inputs.state_indices is not None:
-        state, indices = apart(inputs)
-        inputs = dataclasses.replace(inputs, state=state, state_indices=indices, null_slot=None)
-    else:
-        inputs = dataclasses.replace(inputs, output_final_state=True)
+    """From its initial state, which stays as it is; its state ends in fp32."""
     if _on_hopper(inputs, o, kernel):
-        from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
+        from kda_kernels.cute.prefill_carried import HopperBegun
 
-        if (split := begun_split(inputs, o)) is not None:
-            return HopperBegun(inputs, o, split)
-    return PlainBegun(_run(inputs, o, kernel))
+        return HopperBegun(inputs, o)
+    if inputs.state_indices is not None:
+        state, indices = _apart(inputs)
+        inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
+    return PlainBegun(_run(inputs.changed(output_final_state=True), o, kernel))
 
 
-def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The state of a call of one sequence in a pool of its own, fp32, and its index there: padding stays padding, and a
     slot that is not there stays one."""
     pool, indices = inputs.pool
@@ -194,9 +191,8 @@ def apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _carried(inputs: Inputs, before: int, o: torch.Tensor, kernel: str | None) -> Carried:
     """With the first kernel that can."""
-    if (kept := inputs.checkpoints) is not None:
-        inputs = dataclasses.replace(inputs, checkpoints=_counted_from(kept, before))
-    inputs = dataclasses.replace(inputs, has_initial_state=None)
+    kept = inputs.checkpoints
+    inputs = inputs.changed(has_initial_state=None, checkpoints=None if kept is None else _counted_from(kept, before))
     if _on_hopper(inputs, o, kernel):
         from kda_kernels.cute.prefill_carried import HopperCarried
 
@@ -205,7 +201,11 @@ def _carried(inputs: Inputs, before: int, o: torch.Tensor, kernel: str | None) -
 
 
 def _on_hopper(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> bool:
-    chosen = registry.kernel_for(Op.PREFILL, inputs, o) if kernel is None else registry.get(kernel)
+    if kernel is None:
+        return registry.kernel_for(Op.PREFILL, inputs, o).backend == "cute"
+    chosen = registry.ours(Op.PREFILL, kernel, inputs)
+    if chosen.backend == "cute" and (reason := chosen.code.unsupported_tensors(inputs, o)) is not None:
+        raise InputError(f"{kernel}: {reason}")
     return chosen.backend == "cute"
 
 
@@ -244,7 +244,7 @@ def _local(inputs: Inputs, context: ContextParallel) -> Inputs:
             wanted = f"it should have a row for each of the batch's {context.batch} sequences"
             raise InputError(name, f"has shape {list(table.shape)}", wanted)
     local = _sequences(inputs, slice(0, context.tokens), context.first, context.first + len(context.lens))
-    return dataclasses.replace(local, cu_seqlens=context.offsets(0, len(context.lens), inputs.q.device))
+    return local.changed(cu_seqlens=context.offsets(0, len(context.lens), inputs.q.device))
 
 
 def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
@@ -254,15 +254,16 @@ def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
         return None if table is None else table[first:last]
 
     kept = inputs.checkpoints
-    return dataclasses.replace(
-        inputs,
-        **{name: getattr(inputs, name)[:, tokens] for name in ("q", "k", "v", "g", "beta")},
+    if kept is not None:
+        kept = dataclasses.replace(kept, rows=kept.rows[first:last], offsets=rows(kept.offsets))
+    all_of_them = (tokens.start, tokens.stop) == (0, inputs.q.shape[1])
+    names = () if all_of_them else ("q", "k", "v", "g", "beta")
+    return inputs.changed(
+        **{name: getattr(inputs, name)[:, tokens] for name in names},
         state_indices=rows(inputs.state_indices),
         has_initial_state=rows(inputs.has_initial_state),
-        checkpoints=None if kept is None else dataclasses.replace(
-            kept, rows=kept.rows[first:last], offsets=rows(kept.offsets)
-        ),
-    )  # fmt: skip
+        checkpoints=kept,
+    )
 
 
 def _said(inputs: Inputs, kernel: str | None) -> dict[str, Any]:
@@ -275,7 +276,7 @@ def _said(inputs: Inputs, kernel: str | None) -> dict[str, Any]:
         "q": shown(inputs.q, lambda x: x.shape[2:]),
         "v": shown(inputs.v, lambda x: x.shape[2:]),
         "state": "none" if inputs.state is None else shown(inputs.state, lambda x: x.shape[1:]),
-        "options": repr(inputs.options),
+        "options": inputs.options,
         "kernel": kernel,
     }
 
