@@ -86,7 +86,7 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         tokens = part_of(inputs, *case.cuts[rank : rank + 2])
         mine = prefill._local(dataclasses.replace(local, **tokens), context)
         o = torch.full_like(mine.v, float("nan"))
-        calls.append(prefill.Call(mine, context, o))
+        calls.append(prefill.Call(mine, context, o, None, prefill._on_hopper(mine, o, None)))
         kept = None if local.checkpoints is None else local.checkpoints.states
         parts.append(Part(o, inputs.state, local.state, kept))
     summaries = [call.start() for call in calls]

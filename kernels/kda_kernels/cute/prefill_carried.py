@@ -33,13 +33,15 @@ def units_of(tokens: int, HV: int, sms: int) -> int:
     return min(range(1, min(chunks, MOST_UNITS) + 1), key=cost)
 
 
-def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int]:
-    """Tokens of the first and of other segments of a sequence that begins here.
+def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int] | None:
+    """Tokens of the first and of other segments of a sequence that begins here; None: it is a single chunk.
 
     As `plan` cuts it, but in one round, so that its final state is known before anything is added to outputs. What
     `plan` leaves whole is cut before its last chunk: then its state comes in fp32 from the scan, as that of others.
     """
     last = (cdiv(tokens, CHUNK) - 1) * CHUNK
+    if not last:  # of a pool, a first segment without tokens hands no state on
+        return None
     split = plan(1, tokens, HV, sms).split
     if split is None:
         return last, CHUNK
@@ -79,10 +81,10 @@ class _Cut:
 class HopperBegun(_Cut):
     """See `kda_kernels.parallel.prefill.Begun`."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
-        """Args: checked inputs of one sequence, dense. Its pool is read, and not written."""
+    def __init__(self, inputs: Inputs, o: torch.Tensor, split: tuple[int, int]) -> None:
+        """Args: checked inputs of one sequence, dense, whose pool is read, and not written; `begun_split` of it."""
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
-        super().__init__(inputs, o, *begun_split(tokens, HV, multiprocessors(o.device)))
+        super().__init__(inputs, o, *split)
         end = torch.empty((1, HV, K, K), dtype=torch.float32, device=o.device)
         segments = Segments(self.segments.workspace, end, None, None, 1, self.segments.units, None, *self.here)
         with stage("scan"), on_device(o):

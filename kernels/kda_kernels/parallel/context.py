@@ -41,6 +41,8 @@ class ContextParallel:
         final_states: "last": a final state goes to the pool of the rank that has the sequence's last token; "all": to
             that of every rank, for which the host waits.
         timeout: seconds that the host waits for other ranks where it compares their calls.
+        last_call: what the last call was like, so that one like it need not be checked again, and whether the kernel
+            for Hopper ran it.
     """
 
     group: dist.ProcessGroup | None
@@ -55,6 +57,7 @@ class ContextParallel:
     exchanges: bool
     final_states: str = "last"
     timeout: float = TIMEOUT
+    last_call: tuple[tuple | None, bool] = (None, False)
     _agreed: Any = None
     _offsets: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
 

@@ -20,13 +20,15 @@ import torch.distributed as dist
 
 from kda_kernels import registry
 from kda_kernels.boundary import check, check_out
+from kda_kernels.checks import is_traced, values_checked
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel
 from kda_kernels.parallel.exchange import start_gather, wait
 from kda_kernels.parallel.plain import PlainBegun, PlainCarried
-from kda_kernels.problem import CHUNK, Op
+from kda_kernels.problem import CHUNK, Op, Options
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs
+from kda_kernels.triton.runtime import multiprocessors
 
 
 class Carried(Protocol):
@@ -76,18 +78,14 @@ def prefill(
     Raises:
         InputError, UnavailableError: as `ContextParallel.require_same`.
     """
-    try:
-        local, error = _local(inputs, context), None
-        check(local)
-        check_out(out, inputs.v)
-    except InputError as refused:
-        local, error = inputs, refused
-    if context.exchanges or context.final_states == "all":
-        context.require_same(_said(inputs, kernel), error)
-    elif error is not None:
-        raise error
+    likeness, (last, on_hopper) = _likeness(inputs, out, kernel), context.last_call
+    if likeness is not None and likeness == last:
+        local = _rows(inputs, context)
+    else:
+        local, on_hopper = _checked(inputs, context, out, kernel)
+        context.last_call = likeness, on_hopper
     o = torch.empty_like(local.v, memory_format=torch.contiguous_format) if out is None else out
-    call = Call(local, context, o, kernel)
+    call = Call(local, context, o, kernel, on_hopper)
     summary = call.start()
     if context.exchanges:
         everyone = summary.new_empty((context.ranks, *summary.shape))
@@ -101,11 +99,48 @@ def prefill(
     return o
 
 
+def _checked(
+    inputs: Inputs, context: ContextParallel, out: torch.Tensor | None, kernel: str | None
+) -> tuple[Inputs, bool]:
+    """The call with this rank's rows, and whether the kernel for Hopper runs it, once all ranks make one like it.
+    Raises as `prefill`."""
+    on_hopper, error = False, None
+    try:
+        local = _local(inputs, context)
+        check(local)
+        check_out(out, inputs.v)
+        on_hopper = _on_hopper(local, out, kernel)
+    except InputError as refused:
+        local, error = inputs, refused
+    if context.exchanges or context.final_states == "all":
+        context.require_same(_said(inputs, kernel), error)
+    elif error is not None:
+        raise error
+    return local, on_hopper
+
+
+def _likeness(inputs: Inputs, out: torch.Tensor | None, kernel: str | None) -> tuple | None:
+    """All that the checks of a call look at, which layers have in common; None where they look at more."""
+    if not isinstance(inputs.q, torch.Tensor) or is_traced(inputs.q) or values_checked(inputs.q):
+        return None
+    seen: list[Any] = [kernel]
+    for x in (*inputs.fields(), out):
+        if isinstance(x, torch.Tensor):
+            seen.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15))
+        elif x is None or isinstance(x, int | Options):
+            seen.append(x)
+        else:
+            return None
+    return tuple(seen)
+
+
 class Call:
     """A rank's share of one call, without what ranks tell each other: `start`, `run_others`, `finish`."""
 
-    def __init__(self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None = None) -> None:
-        self.inputs, self.context, self.o, self.kernel = inputs, context, o, kernel
+    def __init__(
+        self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None, on_hopper: bool
+    ) -> None:
+        self.inputs, self.context, self.o, self.kernel, self.on_hopper = inputs, context, o, kernel, on_hopper
         self.carried: Carried | None = None
         self.begun: Begun | None = None
 
@@ -118,13 +153,13 @@ class Call:
             tokens = slice(0, lens[0])
             with stage("carried sequence"):
                 inputs = self._one(tokens, 0)
-                self.carried = _carried(inputs, context.before, self.o[:, tokens], self.kernel)
+                self.carried = self._carried(inputs, self.o[:, tokens])
             if context.goes_on and len(lens) == 1:
                 summary = self.carried.summary
         if context.goes_on and summary is None:
             tokens = slice(sum(lens) - lens[-1], sum(lens))
             with stage("begun sequence"):
-                self.begun = _begun(self._one(tokens, len(lens) - 1), self.o[:, tokens], self.kernel)
+                self.begun = self._begun(self._one(tokens, len(lens) - 1), self.o[:, tokens])
             summary = self.begun.summary
         # what nobody asks for has no values
         return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
@@ -162,20 +197,31 @@ class Call:
         with stage("states between ranks"):
             carried.finish(summaries, not (self.context.goes_on and len(self.context.lens) == 1))
 
+    def _begun(self, inputs: Inputs, o: torch.Tensor) -> Begun:
+        """From its initial state, which stays as it is; its state ends in fp32."""
+        if self.on_hopper:
+            from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
+
+            if (split := begun_split(o.shape[1], o.shape[2], multiprocessors(o.device))) is not None:
+                return HopperBegun(inputs, o, split)
+        if inputs.state_indices is not None:
+            state, indices = _apart(inputs)
+            inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
+        return PlainBegun(_run(inputs.changed(output_final_state=True), o, self.kernel))
+
+    def _carried(self, inputs: Inputs, o: torch.Tensor) -> Carried:
+        kept = inputs.checkpoints
+        if kept is not None:
+            kept = _counted_from(kept, self.context.before)
+        inputs = inputs.changed(has_initial_state=None, checkpoints=kept)
+        if self.on_hopper:
+            from kda_kernels.cute.prefill_carried import HopperCarried
+
+            return HopperCarried(inputs, o)
+        return PlainCarried(inputs, o, lambda one, out: _run(one, out, self.kernel))
+
     def _one(self, tokens: slice, n: int) -> Inputs:
         return _sequences(self.inputs, tokens, n, n + 1).changed(cu_seqlens=None, cu_seqlens_cpu=None)
-
-
-def _begun(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> Begun:
-    """From its initial state, which stays as it is; its state ends in fp32."""
-    if _on_hopper(inputs, o, kernel):
-        from kda_kernels.cute.prefill_carried import HopperBegun
-
-        return HopperBegun(inputs, o)
-    if inputs.state_indices is not None:
-        state, indices = _apart(inputs)
-        inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
-    return PlainBegun(_run(inputs.changed(output_final_state=True), o, kernel))
 
 
 def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,22 +235,12 @@ def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return state, index.masked_fill_(padding, -1)
 
 
-def _carried(inputs: Inputs, before: int, o: torch.Tensor, kernel: str | None) -> Carried:
-    """With the first kernel that can."""
-    kept = inputs.checkpoints
-    inputs = inputs.changed(has_initial_state=None, checkpoints=None if kept is None else _counted_from(kept, before))
-    if _on_hopper(inputs, o, kernel):
-        from kda_kernels.cute.prefill_carried import HopperCarried
-
-        return HopperCarried(inputs, o)
-    return PlainCarried(inputs, o, lambda one, out: _run(one, out, kernel))
-
-
-def _on_hopper(inputs: Inputs, o: torch.Tensor, kernel: str | None) -> bool:
+def _on_hopper(inputs: Inputs, out: torch.Tensor | None, kernel: str | None) -> bool:
+    """Whether cute-prefill runs a checked call. Raises `InputError`: it should, and does not take these tensors."""
     if kernel is None:
-        return registry.kernel_for(Op.PREFILL, inputs, o).backend == "cute"
+        return registry.kernel_for(Op.PREFILL, inputs, out).backend == "cute"
     chosen = registry.ours(Op.PREFILL, kernel, inputs)
-    if chosen.backend == "cute" and (reason := chosen.code.unsupported_tensors(inputs, o)) is not None:
+    if chosen.backend == "cute" and (reason := chosen.code.unsupported_tensors(inputs, out)) is not None:
         raise InputError(f"{kernel}: {reason}")
     return chosen.backend == "cute"
 
@@ -243,6 +279,10 @@ def _local(inputs: Inputs, context: ContextParallel) -> Inputs:
         if table is not None and (table.ndim < 1 or table.shape[0] < context.batch):
             wanted = f"it should have a row for each of the batch's {context.batch} sequences"
             raise InputError(name, f"has shape {list(table.shape)}", wanted)
+    return _rows(inputs, context)
+
+
+def _rows(inputs: Inputs, context: ContextParallel) -> Inputs:
     local = _sequences(inputs, slice(0, context.tokens), context.first, context.first + len(context.lens))
     return local.changed(cu_seqlens=context.offsets(0, len(context.lens), inputs.q.device))
 
@@ -251,7 +291,7 @@ def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
     """These tokens, and the rows of these sequences of all tables."""
 
     def rows(table: torch.Tensor | None) -> torch.Tensor | None:
-        return None if table is None else table[first:last]
+        return table if table is None or (first, last) == (0, table.shape[0]) else table[first:last]
 
     kept = inputs.checkpoints
     if kept is not None:

@@ -15,10 +15,12 @@ import triton.language as tl
 
 from kda_kernels.triton.common import dot, split
 from kda_kernels.triton.launch import dtype_of, launch
+from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.triton.segment_scan import Segments, slot_of
 
-BV = 16  # rows of a state in a program
-NUM_WARPS, WIDE_WARPS = 4, 8  # where T comes in bf16, and in fp32
+ROWS = (16, 32, 64, 128)  # of a state in a program
+BV = 16  # where programs are few anyway
+WIDE_WARPS = 8  # where T comes in fp32
 
 
 @triton.jit(do_not_specialize=["units", "HV"])
@@ -103,13 +105,20 @@ def _moved(S, summary, inside, K: tl.constexpr):
     return dot(S_upper, T_upper, dot(S_lower, T_upper, dot(S_upper, T_lower))) + tl.load(summary + inside)
 
 
+def rows_of(all_rows: int, device: torch.device) -> int:
+    """Rows a program, of so many rows of all states. Each program reads a T, so they are as few as fill a GPU."""
+    sms = multiprocessors(device) if device.type == "cuda" else 1
+    return next((rows for rows in ROWS if all_rows <= rows * sms), ROWS[-1])
+
+
 def prefixes_of(segments: Segments, prefixes: torch.Tensor) -> None:
     """Fills `prefixes` [units + 1, HV, 2 K, K], fp32, from the summaries in a workspace of one sequence."""
     units, HV, K = prefixes.shape[0] - 1, prefixes.shape[1], prefixes.shape[3]
     summaries = segments.workspace[(1 + units) * HV * K * K :]
+    rows = rows_of(2 * K * HV, prefixes.device)
     launch(
-        prefixes_kernel, (2 * K // BV, HV), (prefixes.device, K), (summaries, prefixes, units, HV, K, BV),
-        num_warps=NUM_WARPS,
+        prefixes_kernel, (2 * K // rows, HV), (prefixes.device, K, rows), (summaries, prefixes, units, HV, K, rows),
+        num_warps=8 if rows == 128 else 4,
     )  # fmt: skip
 
 
@@ -128,9 +137,10 @@ def carry_states(segments: Segments, prefixes: torch.Tensor, summaries: torch.Te
     final, indices = segments.final if ends else None, segments.state_indices
     stride = 0 if final is None else final.stride(0) * final.element_size() // 16
     starts = segments.workspace[HV * K * K :]
+    rows = rows_of(K * HV * (units + 1), prefixes.device)
     arguments = (
         prefixes, before, starts, final, indices, units, 0 if final is None else final.shape[0],
-        segments.null_slot, stride, HV, K, BV,
+        segments.null_slot, stride, HV, K, rows,
     )  # fmt: skip
-    kind = (prefixes.device, dtype_of(final), dtype_of(indices), K)
-    launch(apply_kernel, (K // BV, HV, units + 1), kind, arguments, num_warps=WIDE_WARPS)
+    kind = (prefixes.device, dtype_of(final), dtype_of(indices), K, rows)
+    launch(apply_kernel, (K // rows, HV, units + 1), kind, arguments, num_warps=WIDE_WARPS)
