@@ -117,7 +117,7 @@ def _check_split(found: list[Sequence], units: int, lead, segment, begin, limit)
     """That the workspace fits, and that the kernel can go by the other arguments."""
     assert units, "a TMA descriptor of nothing"
     assert not any(tokens % CHUNK for tokens in (lead, segment, begin, limit)) and begin % limit == 0
-    assert 0 < segment <= lead < limit, "a round without units would hand no state on"
+    assert segment > 0 and 0 <= lead < limit, "a round without units would hand no state on"
     lengths = (min(x.end - x.first - begin, limit) for x in found)
     assert sum(len(range(lead, length, segment)) for length in lengths) <= units, "more units than there is room for"
 
@@ -142,11 +142,11 @@ def _run(inputs: Inputs, o, ht, summaries, starts, reads, lead, segment, begin, 
             o_first, S = _recurrence(inputs, x.row, slice(*edges[:2]), state)
             _keep(inputs, n, x, edges[0], edges[1], state)
             o[x.row, edges[0] : edges[1]] = o_first
-            if units:
-                starts[len(found) + unit] = S
-            elif pooled or ht is not None:
-                final = pool if pooled else ht
+            final = pool if pooled else ht
+            if not units and final is not None:
                 final[x.slot] = S.to(final.dtype)
+            elif units and (edges[0] < edges[1] or not pooled):  # of a pool, no tokens hand no state on
+                starts[len(found) + unit] = S
             for u, at in enumerate(itertools.starmap(slice, itertools.pairwise(edges[1:])), unit):
                 o[x.row, at], summaries[2 * u] = _recurrence(inputs, x.row, at, torch.zeros_like(S))
                 read, transition = _recurrence(_on_nothing(inputs), x.row, at, _identity(S))

@@ -1,5 +1,6 @@
 """Prefill over ranks: in processes (`parallel_ranks.py`), and what runs between exchanges by itself."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,15 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_prefill
 import parallel_ranks as ranks
 import pytest
 import torch
 from decode_inputs import DEVICE
 
+from kda_kernels import registry
+from kda_kernels.cute import prefill_carried
 from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
 from kda_kernels.parallel.context import _part
+from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
 from kdacli.parallel.checks import SOFTPLUS, Case, Part, judged, part_of
@@ -94,6 +99,24 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         call.run_others()
         call.finish(torch.stack(summaries))
     return [Part(*(None if x is None else x.cpu() for x in vars(part).values())) for part in parts]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+def test_the_host_half_for_hopper(monkeypatch):
+    """With a stand-in for what the compiler makes: of a first part of a single chunk, and of several."""
+    fake_prefill.install(monkeypatch)
+    monkeypatch.setattr(registry, "_runs_on", lambda kernel, device: True)
+    monkeypatch.setattr(prefill_carried, "on_device", lambda tensor: contextlib.nullcontext())
+    for module in (prefill, prefill_carried):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(segment_outputs, "BT", 128)  # the interpreter takes as long for a small program
+    case = Case((70, 150), (0, 20, 120, 220), K=128, V=128, dtype="bfloat16")
+    inputs = case.inputs()
+    on_gpu = dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu))
+    parts = [dataclasses.replace(x, o=x.o.as_subclass(torch.Tensor)) for x in one_after_another(case, on_gpu)]
+    verdicts, wrong = judged(case, inputs, parts)
+    assert not wrong
+    assert all(v.passed for v in verdicts), verdicts
 
 
 @pytest.mark.gpu
