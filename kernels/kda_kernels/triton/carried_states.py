@@ -20,7 +20,7 @@ from kda_kernels.triton.segment_scan import Segments, slot_of
 
 ROWS = (16, 32, 64, 128)  # of a state in a program
 BV = 16  # where programs are few anyway
-WIDE_WARPS = 8  # where T comes in fp32
+NUM_WARPS, NUM_STAGES = 8, 2
 
 
 @triton.jit(do_not_specialize=["units", "HV"])
@@ -118,7 +118,7 @@ def prefixes_of(segments: Segments, prefixes: torch.Tensor) -> None:
     rows = rows_of(2 * K * HV, prefixes.device)
     launch(
         prefixes_kernel, (2 * K // rows, HV), (prefixes.device, K, rows), (summaries, prefixes, units, HV, K, rows),
-        num_warps=8 if rows == 128 else 4,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def carry_states(segments: Segments, prefixes: torch.Tensor, summaries: torch.Te
     before = prefixes.new_empty((HV, K, K))
     launch(
         chain_kernel, (K // BV, HV), (prefixes.device, K), (summaries, before, summaries.shape[0], HV, K, BV),
-        num_warps=WIDE_WARPS,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     final, indices = segments.final if ends else None, segments.state_indices
     stride = 0 if final is None else final.stride(0) * final.element_size() // 16
@@ -143,4 +143,4 @@ def carry_states(segments: Segments, prefixes: torch.Tensor, summaries: torch.Te
         segments.null_slot, stride, HV, K, rows,
     )  # fmt: skip
     kind = (prefixes.device, dtype_of(final), dtype_of(indices), K, rows)
-    launch(apply_kernel, (K // rows, HV, units + 1), kind, arguments, num_warps=WIDE_WARPS)
+    launch(apply_kernel, (K // rows, HV, units + 1), kind, arguments, num_warps=NUM_WARPS)
