@@ -129,8 +129,9 @@ def test_the_host_half_for_hopper(monkeypatch):
         Case((1024, 300), (0, 512, 1324), every=64),
         Case((300,), (0, 20, 300), fresh=True),
         Case((600,), (0, 333, 600), H=96, HV=96),
+        Case((900,), (0, 400, 900), activations="float16"),
     ],
-    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints", "less than a chunk", "many heads"],
+    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints", "less than a chunk", "many heads", "fp16"],
 )
 def test_on_a_gpu(case):
     few = {} if case.HV > 1 else {"H": 2, "HV": 4}

@@ -28,7 +28,7 @@ class Case:
         cuts: the first token of each rank's part, and the number of all.
         every: checkpoints at so many tokens; negative: at offsets that lie as far apart.
         fresh: every other request is new.
-        dtype: of states.
+        dtype: of states. activations: of q, k, v and g.
     """
 
     lens: tuple[int, ...]
@@ -42,6 +42,7 @@ class Case:
     H: int = 1
     HV: int = 1
     dtype: str = "float32"
+    activations: str = "bfloat16"
 
     @property
     def ranks(self) -> int:
@@ -51,7 +52,8 @@ class Case:
     def problem(self) -> Problem:
         return Problem(
             Op.PREFILL, self.lens, H=self.H, HV=self.HV, K=self.K, V=self.V, pool_slots=len(self.lens) + 1,
-            padding=self.padding, options=self.options, state_dtype=self.dtype,
+            padding=self.padding, options=self.options, state_dtype=self.dtype, dtype=self.activations,
+            g_dtype=self.activations, beta_dtype=self.activations,
         )  # fmt: skip
 
     def inputs(self, device: str = "cpu") -> Inputs:
@@ -106,6 +108,7 @@ def cases(ranks: int, device: str) -> dict[str, Case]:
     short = (0, 20, *(20 + unit * i for i in range(1, ranks)))
     found["a part shorter than a chunk"] = Case((short[-1],), short, **size)
     if device == "cuda":
+        found["fp16"] = Case((T,), odd, activations="float16", **size)
         found["heads that fill the GPU"] = Case((T // 3,), tuple(cut // 3 for cut in odd), K=128, V=128, H=96, HV=96)
     return found
 
