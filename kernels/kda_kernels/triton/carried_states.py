@@ -18,9 +18,11 @@ from kda_kernels.triton.launch import dtype_of, launch
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.triton.segment_scan import Segments, slot_of
 
-ROWS = (16, 32, 64, 128)  # of a state in a program
-BV = 16  # where programs are few anyway
-NUM_WARPS, NUM_STAGES = 8, 2
+# Rows of a state in a program, each of which reads a T. 11 units on an H200, by hand: the prefixes of 96 heads in 154
+# us (16 rows: 187; 128: 156), of 12 in 35 (34; 71); states before units 115 and 22 (16 rows: 243 and 33).
+APPLY_ROWS, CHAIN_ROWS = 128, 16
+NUM_WARPS, NUM_STAGES = 4, 2  # where T comes in bf16
+WIDE_WARPS = 8  # in fp32
 
 
 @triton.jit(do_not_specialize=["units", "HV"])
@@ -105,17 +107,11 @@ def _moved(S, summary, inside, K: tl.constexpr):
     return dot(S_upper, T_upper, dot(S_lower, T_upper, dot(S_upper, T_lower))) + tl.load(summary + inside)
 
 
-def rows_of(all_rows: int, device: torch.device) -> int:
-    """Rows a program, of so many rows of all states. Each program reads a T, so they are as few as fill a GPU."""
-    sms = multiprocessors(device) if device.type == "cuda" else 1
-    return next((rows for rows in ROWS if all_rows <= rows * sms), ROWS[-1])
-
-
 def prefixes_of(segments: Segments, prefixes: torch.Tensor) -> None:
     """Fills `prefixes` [units + 1, HV, 2 K, K], fp32, from the summaries in a workspace of one sequence."""
     units, HV, K = prefixes.shape[0] - 1, prefixes.shape[1], prefixes.shape[3]
     summaries = segments.workspace[(1 + units) * HV * K * K :]
-    rows = rows_of(2 * K * HV, prefixes.device)
+    rows = 16 if prefixes.is_cuda and 2 * K * HV <= 16 * multiprocessors(prefixes.device) else 32
     launch(
         prefixes_kernel, (2 * K // rows, HV), (prefixes.device, K, rows), (summaries, prefixes, units, HV, K, rows),
         num_warps=NUM_WARPS, num_stages=NUM_STAGES,
@@ -131,16 +127,15 @@ def carry_states(segments: Segments, prefixes: torch.Tensor, summaries: torch.Te
     units, HV, K = prefixes.shape[0] - 1, prefixes.shape[1], prefixes.shape[3]
     before = prefixes.new_empty((HV, K, K))
     launch(
-        chain_kernel, (K // BV, HV), (prefixes.device, K), (summaries, before, summaries.shape[0], HV, K, BV),
-        num_warps=NUM_WARPS,
+        chain_kernel, (K // CHAIN_ROWS, HV), (prefixes.device, K),
+        (summaries, before, summaries.shape[0], HV, K, CHAIN_ROWS), num_warps=WIDE_WARPS,
     )  # fmt: skip
     final, indices = segments.final if ends else None, segments.state_indices
     stride = 0 if final is None else final.stride(0) * final.element_size() // 16
     starts = segments.workspace[HV * K * K :]
-    rows = rows_of(K * HV * (units + 1), prefixes.device)
     arguments = (
         prefixes, before, starts, final, indices, units, 0 if final is None else final.shape[0],
-        segments.null_slot, stride, HV, K, rows,
+        segments.null_slot, stride, HV, K, APPLY_ROWS,
     )  # fmt: skip
-    kind = (prefixes.device, dtype_of(final), dtype_of(indices), K, rows)
-    launch(apply_kernel, (K // rows, HV, units + 1), kind, arguments, num_warps=NUM_WARPS)
+    kind = (prefixes.device, dtype_of(final), dtype_of(indices), K)
+    launch(apply_kernel, (K // APPLY_ROWS, HV, units + 1), kind, arguments, num_warps=WIDE_WARPS)

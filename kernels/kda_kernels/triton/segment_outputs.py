@@ -8,6 +8,8 @@ us instead of 26 for 12 heads and 6560 tokens, by hand). With outputs in fp16 r 
 S may be larger than fp16 holds.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +21,10 @@ from kda_kernels.triton.segment_scan import SHARED, Segments, slot_of, units_of
 
 BT = 64  # tokens per step
 # Tokens a program, each of which reads a state. On an H100 the fewest are best for which three programs per SM are
-# enough: 1024 tokens of 4 heads 4.1 us, where 256 a program take 9.0; 8192 of 12 heads 20.2 (64 a program: 28.3).
-SPANS, PROGRAMS = (64, 128, 256), 3
+# enough: 1024 tokens of 4 heads 4.1 us, where 256 a program take 9.0; 8192 of 12 heads 20.2 (64 a program: 28.3). Where
+# they are not, the most are best that leave each SM several turns, so that all end together. On an H200, by hand, 12
+# heads, 146,000 tokens: 512 a program 354 us, 256 370, 2048 379; 500,000: 1214, 1288 and 1183.
+SPANS, PROGRAMS, TURNS = (64, 128, 256, 512, 1024, 2048), 3, 7
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
@@ -99,19 +103,19 @@ def segment_outputs_kernel(
         t += BT
 
 
-def span_of(segments: Segments, HV: int, sms: int) -> int:
-    """Tokens a program, of value heads `HV` on so many multiprocessors."""
-    for span in SPANS:
-        if HV * segments.units * -(-segments.segment // span) <= PROGRAMS * sms:
-            return span
-    return SPANS[-1]
+@functools.lru_cache(maxsize=4096)
+def span_of(units: int, segment: int, sms: int) -> int:
+    """Tokens a program, of so many units of all heads and their tokens, on so many multiprocessors."""
+    turns = {span: units * -(-segment // span) / (PROGRAMS * sms) for span in SPANS}
+    several = (span for span in reversed(SPANS) if turns[span] >= TURNS)
+    return next((span for span in SPANS if turns[span] <= 1), next(several, 256))
 
 
 def add_segment_outputs(segments: Segments, o: torch.Tensor, K: int = 128) -> None:
     """Completes `o` [B, T, HV, V] by what `segments.reads` [units * segment, HV, K] read of the states before units."""
     _, T, HV, V = o.shape
     batch, token, head, _ = o.stride()
-    span = span_of(segments, HV, multiprocessors(o.device) if o.is_cuda else 1)
+    span = span_of(HV * segments.units, segments.segment, multiprocessors(o.device) if o.is_cuda else 1)
     arguments = (o, T, batch // 8, token // 8, head // 8, HV, span, V, K, BT)
     grid, kind = (HV, segments.units, -(-segments.segment // span)), (segments.kind, o.dtype, V, K)
     launch(
