@@ -10,13 +10,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from kda_kernels.cute.decode_config import LANES, DecodeSpec
-from kda_kernels.cute.math import float_of, load_now
-from kda_kernels.cute.ptx import select
+from kda_kernels.cute.math import load_now
+from kda_kernels.cute.ptx import lower_halves, select
 from kda_kernels.cute.stored import (
     LARGEST,
     bf16_stochastic,
     fp16_stochastic,
-    halves,
     int16_nearest,
     int16_stochastic,
     large_numbers,
@@ -130,44 +129,19 @@ class States:
         numbers = self.numbers(s, row, stamp, lane)
         out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
         for i in cutlass.range_constexpr(self.spec.vector // 2):
-            pair = halves(self.needed(numbers[i], dtype))
+            a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
             if cutlass.const_expr(dtype is cutlass.BFloat16):
-                low, high = (bf16_stochastic(S[2 * i + j, s, p], pair[j]) for j in range(2))
-                out[i] = Int32(Uint32(low) >> 16) | (high & -0x10000)
+                out[i] = bf16_stochastic(a, b, numbers[i])
             else:
-                y = cute.make_rmem_tensor(2, Float32)
-                for j in cutlass.range_constexpr(2):
-                    y[j] = fp16_stochastic(S[2 * i + j, s, p], pair[j])
-                out[i] = self.pair(y, dtype)
+                out[i] = fp16_stochastic(a, b, numbers[i])
         finite = odd[row] - odd[row] == 0.0
-        if not finite:
-            self.keep_nan(out, S, dtype, numbers, s, p)
+        if not finite:  # NaN stays; all ones behind the sign are NaN in either
+            for i in cutlass.range_constexpr(self.spec.vector // 2):
+                for j in cutlass.range_constexpr(2):
+                    x = S[2 * i + j, s, p]
+                    if x != x:
+                        out[i] = out[i] | (0x7FFF << 16 * j)
         return out
-
-    def needed(self, word: Uint32, dtype: cutlass.Constexpr):
-        """The bits that `dtype` needs of two random numbers in a word."""
-        return word if dtype is cutlass.BFloat16 else word & Uint32(0x1FFF1FFF)
-
-    @cute.jit
-    def keep_nan(self, out, S, dtype: cutlass.Constexpr, numbers, s, p):
-        """`rounded` of a row with NaN, which stays."""
-        for i in cutlass.range_constexpr(self.spec.vector // 2):
-            y, pair = cute.make_rmem_tensor(2, Float32), halves(self.needed(numbers[i], dtype))
-            for j in cutlass.range_constexpr(2):
-                x = S[2 * i + j, s, p]
-                if cutlass.const_expr(dtype is cutlass.BFloat16):
-                    rounded = float_of(bf16_stochastic(x, pair[j]) & -0x10000)
-                else:
-                    rounded = fp16_stochastic(x, pair[j])
-                y[j] = select(x == x, rounded, x)
-            out[i] = self.pair(y, dtype)
-
-    @cute.jit
-    def pair(self, y, dtype: cutlass.Constexpr):
-        """Two numbers that `dtype` has, in a word."""
-        narrow = cute.make_rmem_tensor(2, dtype)
-        narrow.store(y.load().to(dtype))
-        return cute.recast_tensor(narrow, Int32)[0]
 
     @cute.jit
     def store_int16(self, S, first: cute.Pointer, odd, scales, p, row, stamp, lane: Int32):
@@ -176,7 +150,7 @@ class States:
             for i in cutlass.range_constexpr(self.spec.vector):
                 most = cute.arch.fmax(most, cute.arch.fmax(S[i, s, p], -S[i, s, p]))
         most = cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
-        w, scale, kept = row_scales(most, odd[row] - odd[row] == 0.0)
+        w, scale = row_scales(most, odd[row] - odd[row] == 0.0)
         scales[0] = select(lane % LANES == row, scale, scales[0])
         for s in cutlass.range_constexpr(self.spec.steps):
             out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
@@ -188,11 +162,9 @@ class States:
                     low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
                 else:
                     low, high = int16_nearest(a, w), int16_nearest(b, w)
-                out[i] = (low & 0xFFFF) | (high << 16)
-            if not kept:
-                out.fill(0)
+                out[i] = lower_halves(low, high)
             if cutlass.const_expr(self.spec.stochastic):
-                if kept and most * w > LARGEST:  # rounded up: some may be too far from 0
+                if most * w > LARGEST:  # rounded up: some may be too far from 0
                     self.keep_within(out, S, s, p)
             self.vectors(first, s, p).store(cute.recast_tensor(out, cutlass.Int16).load())
 

@@ -112,6 +112,13 @@ def multiply_pairs(a: Int32, b: Int32, dtype: type = BFloat16, *, loc=None, ip=N
 
 
 @dsl_user_op
+def multiply(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """a b, whose subnormals stay."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Float32(_asm(T.f32(), operands, "mul.rn.f32 $0, $1, $2;", "=f,f,f", loc, ip, effects=False))
+
+
+@dsl_user_op
 def multiply_add(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
     """a b + c, rounded once."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
@@ -143,16 +150,18 @@ def multiply_add_down(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) 
 @dsl_user_op
 def with_upper_half(half: int, word: Uint32, upper: bool, *, loc=None, ip=None) -> Int32:
     """A word with this upper half, and the upper or lower half of another as its lower half. One instruction."""
-    operand = Uint32(word).ir_value(loc=loc, ip=ip)
-    text = f"prmt.b32 $0, $1, {half << 16:#x}, {0x7632 if upper else 0x7610:#x};"
-    return Int32(_asm(T.i32(), [operand], text, "=r,r", loc, ip, effects=False))
+    return _halves(word, Int32(half << 16), 0x7632 if upper else 0x7610, loc, ip)
 
 
 @dsl_user_op
-def one_if_less(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
-    """1 where a < b, or 0. One instruction."""
-    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
-    return Float32(_asm(T.f32(), operands, "set.lt.f32.f32 $0, $1, $2;", "=f,f,f", loc, ip, effects=False))
+def upper_halves(low: Int32, high: Int32, *, loc=None, ip=None) -> Int32:
+    """The upper halves of two words. One instruction, as the next."""
+    return _halves(low, high, 0x7632, loc, ip)
+
+
+@dsl_user_op
+def lower_halves(low: Int32, high: Int32, *, loc=None, ip=None) -> Int32:
+    return _halves(low, high, 0x5410, loc, ip)
 
 
 @cute.jit
@@ -193,6 +202,11 @@ def _multiply(kind: str, acc: tuple, a: tuple, b: tuple, loc, ip) -> tuple:
     results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
     out = _asm(results, values, f"mma.sync.aligned.{kind} {', '.join(sets)};", constraints, loc, ip, effects=False)
     return tuple(Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+def _halves(low, high, selector: int, loc, ip) -> Int32:
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (low, high)]
+    return Int32(_asm(T.i32(), operands, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc, ip, effects=False))
 
 
 def _asm(result, operands, text, constraints, loc, ip, effects=True):

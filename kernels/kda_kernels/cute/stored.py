@@ -8,11 +8,18 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
 from kda_kernels.cute.math import float_bits, float_of, reciprocal
-from kda_kernels.cute.ptx import add_down, multiply_add, multiply_add_down, one_if_less, select, with_upper_half
+from kda_kernels.cute.ptx import (
+    add_down,
+    multiply,
+    multiply_add,
+    multiply_add_down,
+    select,
+    upper_halves,
+    with_upper_half,
+)
 from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 
 MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
-SUBNORMAL = 2.0**-14
 INFINITY = float("inf")
 MUCH = 2.0**100
 
@@ -30,30 +37,33 @@ def random_words(keys, slot: Uint32, token: Uint32, group: Uint32):
 
 
 @cute.jit
-def halves(word: Uint32):
-    """The two numbers in a word, under 65536."""
-    return Int32(word & Uint32(0xFFFF)), Int32(word >> 16)
+def bf16_stochastic(a: Float32, b: Float32, word: Uint32) -> Int32:
+    """Two numbers, neither of which is NaN, in a word, by the random ones in another."""
+    return upper_halves(float_bits(a) + Int32(word & Uint32(0xFFFF)), float_bits(b) + Int32(word >> 16))
 
 
 @cute.jit
-def bf16_stochastic(x: Float32, number: Int32) -> Int32:
-    """Its upper half is x in bf16; x is no NaN."""
-    return float_bits(x) + number
+def fp16_stochastic(a: Float32, b: Float32, word: Uint32) -> Int32:
+    """As `bf16_stochastic`; each number is as fp16 can have it, or infinite from 65536 on.
+
+    Times 2^-112 a number's exponent in fp32 is that of fp16, whose subnormals are subnormal there, too, and what the
+    definition rounds off by adding 2^-14 is rounded off so. Three bits to the left it is the upper half of a word.
+    """
+    numbers = (word << 3) & Uint32(0xFFF8FFF8)
+    low = (float_bits(_as_in_fp16(a)) << 3) + Int32(numbers & Uint32(0xFFFF))
+    high = (float_bits(_as_in_fp16(b)) << 3) + Int32(numbers >> 16)
+    signs = upper_halves(float_bits(a), float_bits(b)) & -0x7FFF8000
+    return upper_halves(low, high) | signs
 
 
 @cute.jit
-def fp16_stochastic(x: Float32, number: Int32) -> Float32:
-    """x as fp16 can have it, or 65536 and more; infinities stay, and x is no NaN. `number`: under 0x2000."""
-    size = cute.arch.fmax(x, -x)
-    small = one_if_less(size, Float32(SUBNORMAL))
-    bits = (float_bits(multiply_add(small, Float32(SUBNORMAL), size)) + number) & -0x2000
-    y = multiply_add(small, Float32(-SUBNORMAL), float_of(bits))
-    return float_of(float_bits(y) | (float_bits(x) & (-0x7FFFFFFF - 1)))
+def _as_in_fp16(x: Float32) -> Float32:
+    return cute.arch.fmin(multiply(cute.arch.fmax(x, -x), Float32(2.0**-112)), Float32(2.0 ** (16 - 112)))
 
 
 @cute.jit
 def row_scales(most: Float32, finite):
-    """Of a row whose largest |x| is `most`: what x is multiplied by, the scale, and whether it is kept as numbers."""
+    """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale."""
     kept = finite and most >= LEAST_ROW and most < INFINITY
     size = select(kept, most, Float32(1.0))
     w, scale = (
@@ -63,7 +73,7 @@ def row_scales(most: Float32, finite):
     if size > MUCH:  # the reciprocal is no normal number
         w = Float32(LARGEST) / size
     other = select(finite and most < LEAST_ROW, Float32(0.0), Float32(float("nan")))
-    return w, select(kept, scale, other), kept
+    return select(kept, w, Float32(0.0)), select(kept, scale, other)
 
 
 @cute.jit
