@@ -70,11 +70,18 @@ class DecodeConfig:
     @classmethod
     @functools.cache
     def choose(
-        cls, heads: int, K: int, V: int, state_v_first: bool = True, sms: int = 132, generation: int = 9
+        cls,
+        heads: int,
+        K: int,
+        V: int,
+        state_v_first: bool = True,
+        sms: int = 132,
+        generation: int = 9,
+        rounded: bool = False,
     ) -> "DecodeConfig":
         """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors.
 
-        `generation` is `kda_kernels.triton.runtime.generation`.
+        `generation` is `kda_kernels.triton.runtime.generation`. `rounded`: states are int16, or rounded stochastically.
         """
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
@@ -82,6 +89,8 @@ class DecodeConfig:
         # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
+        if rounded and BV == 16 and rows >= 32 and generation == 9:  # two warps share the channels' work
+            return cls(BV=32, num_warps=2)
         return cls(BV=BV, registers=168 if generation == 8 else None)
 
     @classmethod
@@ -137,7 +146,8 @@ def decode(
     elif config is None:
         sequences = 1 if inputs.batch_invariant else N
         gpu = multiprocessors(q.device), generation(q.device)
-        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu)
+        rounded = scales is not None or seed is not None
+        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu, rounded)
     if not N:
         o.zero_()
     else:
