@@ -24,6 +24,8 @@ from kda_kernels.cute.stored import (
     within_int16,
 )
 
+TOGETHER = 2  # rows of a thread whose rounding overlaps
+
 
 class States:
     """Loads and stores a thread's part of a state.
@@ -98,15 +100,20 @@ class States:
             odd: [passes] not finite where a row may hold NaN. stamp: what random numbers are keyed by, and the thread's
                 first row among all of a state: (halves of the seed, slot, token, row).
         """
-        dtype = first.dtype
-        for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
-            if cutlass.const_expr(dtype is cutlass.Int16):
-                self.store_int16(S, first, odd, scales, p, first_pass + p, stamp, lane)
-            elif cutlass.const_expr(self.spec.stochastic and dtype.width == 16):
-                for s in cutlass.range_constexpr(self.spec.steps):
-                    words = self.rounded(S, dtype, odd, s, p, first_pass + p, stamp, lane)
-                    self.vectors(first, s, p).store(cute.recast_tensor(words, dtype).load())
-            else:
+        dtype, passes = first.dtype, cute.size(S, mode=[2])
+        if cutlass.const_expr(dtype is cutlass.Int16 or (self.spec.stochastic and dtype.width == 16)):
+            for p in cutlass.range_constexpr(0, passes, TOGETHER):
+                rows = range(p, min(p + TOGETHER, passes))
+                if cutlass.const_expr(dtype is cutlass.Int16):
+                    words = self.quantised(S, odd, scales, rows, first_pass, stamp, lane)
+                else:
+                    words = self.rounded(S, dtype, odd, rows, first_pass, stamp, lane)
+                for i in cutlass.range_constexpr(len(rows)):
+                    for s in cutlass.range_constexpr(self.spec.steps):
+                        narrow = cute.recast_tensor(words, dtype)
+                        self.vectors(first, s, rows[i]).store(narrow[None, s, i].load())
+        else:
+            for p in cutlass.range_constexpr(passes):
                 for s in cutlass.range_constexpr(self.spec.steps):
                     self.vectors(first, s, p).store(S[None, s, p].load().to(dtype))
 
@@ -124,57 +131,86 @@ class States:
             return words
 
     @cute.jit
-    def rounded(self, S, dtype: cutlass.Constexpr, odd, s, p, row, stamp, lane: Int32):
-        """Access s of row p, rounded stochastically to bf16 or fp16, two to a word."""
-        numbers = self.numbers(s, row, stamp, lane)
-        out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
-        for i in cutlass.range_constexpr(self.spec.vector // 2):
-            a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
-            if cutlass.const_expr(dtype is cutlass.BFloat16):
-                out[i] = bf16_stochastic(a, b, numbers[i])
-            else:
-                out[i] = fp16_stochastic(a, b, numbers[i])
-        finite = odd[row] - odd[row] == 0.0
+    def words(self, rows: cutlass.Constexpr):
+        """For these rows of a thread, two elements to a word."""
+        return cute.make_rmem_tensor((self.spec.vector // 2, self.spec.steps, len(rows)), Int32)
+
+    @cute.jit
+    def rounded(
+        self, S, dtype: cutlass.Constexpr, odd, rows: cutlass.Constexpr, first_pass: cutlass.Constexpr[int], stamp,
+        lane: Int32,
+    ):  # fmt: skip
+        """`words` of S in bf16 or fp16, rounded stochastically. One branch for all rows: their arithmetic overlaps."""
+        out, finite = self.words(rows), True
+        for n in cutlass.range_constexpr(len(rows)):
+            p = rows[n]
+            for s in cutlass.range_constexpr(self.spec.steps):
+                numbers = self.numbers(s, first_pass + p, stamp, lane)
+                for i in cutlass.range_constexpr(self.spec.vector // 2):
+                    a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
+                    if cutlass.const_expr(dtype is cutlass.BFloat16):
+                        out[i, s, n] = bf16_stochastic(a, b, numbers[i])
+                    else:
+                        out[i, s, n] = fp16_stochastic(a, b, numbers[i])
+            finite = finite and odd[first_pass + p] - odd[first_pass + p] == 0.0
         if not finite:  # NaN stays; all ones behind the sign are NaN in either
-            for i in cutlass.range_constexpr(self.spec.vector // 2):
-                for j in cutlass.range_constexpr(2):
-                    x = S[2 * i + j, s, p]
-                    if x != x:
-                        out[i] = out[i] | (0x7FFF << 16 * j)
+            for n in cutlass.range_constexpr(len(rows)):
+                for s in cutlass.range_constexpr(self.spec.steps):
+                    for i in cutlass.range_constexpr(self.spec.vector):
+                        x = S[i, s, rows[n]]
+                        if x != x:
+                            out[i // 2, s, n] = out[i // 2, s, n] | (0x7FFF << 16 * (i % 2))
         return out
 
     @cute.jit
-    def store_int16(self, S, first: cute.Pointer, odd, scales, p, row, stamp, lane: Int32):
-        most = Float32(0.0)
-        for s in cutlass.range_constexpr(self.spec.steps):
-            for i in cutlass.range_constexpr(self.spec.vector):
-                most = cute.arch.fmax(most, cute.arch.fmax(S[i, s, p], -S[i, s, p]))
-        most = cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
-        w, scale = row_scales(most, odd[row] - odd[row] == 0.0)
-        scales[0] = select(lane % LANES == row, scale, scales[0])
-        for s in cutlass.range_constexpr(self.spec.steps):
-            out = cute.make_rmem_tensor(self.spec.vector // 2, Int32)
-            numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.stochastic) else None
-            for i in cutlass.range_constexpr(self.spec.vector // 2):
-                a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
-                if cutlass.const_expr(self.spec.stochastic):
-                    low, high = large_numbers(numbers[i])
-                    low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
-                else:
-                    low, high = int16_nearest(a, w), int16_nearest(b, w)
-                out[i] = lower_halves(low, high)
-            if cutlass.const_expr(self.spec.stochastic):
-                if most * w > LARGEST:  # rounded up: some may be too far from 0
-                    self.keep_within(out, S, s, p)
-            self.vectors(first, s, p).store(cute.recast_tensor(out, cutlass.Int16).load())
+    def quantised(
+        self, S, odd, scales, rows: cutlass.Constexpr, first_pass: cutlass.Constexpr[int], stamp, lane: Int32
+    ):
+        """`words` of S in int16; the rows' scales go to `scales`."""
+        out, wide = self.words(rows), False
+        for n in cutlass.range_constexpr(len(rows)):
+            p, row = rows[n], first_pass + rows[n]
+            most = self.largest(S, p)
+            w, scale = row_scales(most, odd[row] - odd[row] == 0.0)
+            scales[0] = select(lane % LANES == row, scale, scales[0])
+            for s in cutlass.range_constexpr(self.spec.steps):
+                numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.stochastic) else None
+                for i in cutlass.range_constexpr(self.spec.vector // 2):
+                    a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
+                    if cutlass.const_expr(self.spec.stochastic):
+                        low, high = large_numbers(numbers[i])
+                        low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
+                    else:
+                        low, high = int16_nearest(a, w), int16_nearest(b, w)
+                    out[i, s, n] = lower_halves(low, high)
+            wide = wide or most * w > LARGEST
+        if cutlass.const_expr(self.spec.stochastic):
+            if wide:  # rounded up: some may be too far from 0
+                self.keep_within(out, S, rows)
+        return out
 
     @cute.jit
-    def keep_within(self, out, S, s, p):
-        """Access s of row p, two integers to a word, of which few are -32768: see `within_int16`."""
+    def largest(self, S, p: cutlass.Constexpr[int]):
+        """The largest |x| of row p that is no NaN."""
+        found = [Float32(0.0)] * 4  # of every fourth: no long chain
+        for s in cutlass.range_constexpr(self.spec.steps):
+            for i in cutlass.range_constexpr(self.spec.vector):
+                found[i % 4] = cute.arch.fmax(found[i % 4], cute.arch.fmax(S[i, s, p], -S[i, s, p]))
+        most = cute.arch.fmax(cute.arch.fmax(found[0], found[1]), cute.arch.fmax(found[2], found[3]))
+        return cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
+
+    @cute.jit
+    def keep_within(self, out, S, rows: cutlass.Constexpr):
+        """`out`, two integers to a word, of which few are -32768: see `within_int16`."""
         found = Int32(0)
-        for i in cutlass.range_constexpr(self.spec.vector // 2):
-            x = out[i] ^ -0x7FFF8000  # 0 in the half
-            found |= (x - 0x00010001) & ~x & -0x7FFF8000
+        for n in cutlass.range_constexpr(len(rows)):
+            for s in cutlass.range_constexpr(self.spec.steps):
+                for i in cutlass.range_constexpr(self.spec.vector // 2):
+                    x = out[i, s, n] ^ -0x7FFF8000  # 0 in the half
+                    found |= (x - 0x00010001) & ~x & -0x7FFF8000
         if found != 0:
-            for i in cutlass.range_constexpr(self.spec.vector // 2):
-                out[i] = within_int16(out[i], S[2 * i, s, p], S[2 * i + 1, s, p])
+            for n in cutlass.range_constexpr(len(rows)):
+                for s in cutlass.range_constexpr(self.spec.steps):
+                    for i in cutlass.range_constexpr(self.spec.vector // 2):
+                        a, b = S[2 * i, s, rows[n]], S[2 * i + 1, s, rows[n]]
+                        out[i, s, n] = within_int16(out[i, s, n], a, b)

@@ -22,6 +22,7 @@ from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
 INFINITY = float("inf")
 MUCH = 2.0**100
+LESS = 2.0**-64
 
 
 @cute.jit
@@ -66,12 +67,9 @@ def row_scales(most: Float32, finite):
     """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale."""
     kept = finite and most >= LEAST_ROW and most < INFINITY
     size = select(kept, most, Float32(1.0))
-    w, scale = (
-        quotient(Float32(LARGEST), size, reciprocal(size)),
-        quotient(size, Float32(LARGEST), Float32(1 / LARGEST)),
-    )
-    if size > MUCH:  # the reciprocal is no normal number
-        w = Float32(LARGEST) / size
+    less = select(size > MUCH, Float32(LESS), Float32(1.0))  # of what is larger the reciprocal is no normal number
+    w = quotient(Float32(LARGEST), size * less, reciprocal(size * less)) * less
+    scale = quotient(size, Float32(LARGEST), Float32(1 / LARGEST))
     other = select(finite and most < LEAST_ROW, Float32(0.0), Float32(float("nan")))
     return select(kept, w, Float32(0.0)), select(kept, scale, other)
 
