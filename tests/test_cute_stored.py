@@ -48,7 +48,8 @@ def test_bits_are_those_of_the_definition(dtype, stochastic, config, T, K):
     seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
     for slot in SLOTS:
         want = stored(wide[slot].cpu(), torch_dtype(dtype), seed, slot, T - 1)
-        assert torch.equal(inputs.state[slot].cpu().nan_to_num(7), want.state.nan_to_num(7))
+        rows = slice(None) if want.scales is None else want.scales.isfinite()  # of others the integers may be any
+        assert torch.equal(inputs.state[slot].cpu()[rows].nan_to_num(7), want.state[rows].nan_to_num(7))
         if want.scales is not None:
             assert torch.equal(inputs.state_scales[slot].cpu().nan_to_num(-1), want.scales.nan_to_num(-1))
 

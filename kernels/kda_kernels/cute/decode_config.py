@@ -37,14 +37,16 @@ class DecodeConfig(NamedTuple):
     def choose(cls, heads: int, K: int, V: int, narrow: bool, one_token: bool, sms: int) -> "DecodeConfig":
         """For `heads` = N * HV states of V rows of K on a GPU of `sms` multiprocessors.
 
-        Few states are split into many small CTAs that start at once. Many stream: fp32 through shared memory, or, with
-        several tokens, where arithmetic counts, in larger CTAs; bf16 (`narrow`), with as much arithmetic for half the
-        bytes, in still larger ones, so that a token's channels are prepared once for more rows.
+        Few states are split into many small CTAs that start at once. Many stream through shared memory, or, with
+        several tokens, where arithmetic counts, in larger CTAs. Those of two bytes (`narrow`), with as much arithmetic
+        for half the bytes, take larger CTAs, so that a token's channels are prepared once for more rows.
         """
         if K > 128 or V % 32:
             return cls()
         ctas = heads * V / 32 / sms  # of 32 rows, for each multiprocessor
-        if narrow and ctas >= 2:
+        if narrow and one_token and ctas >= 6:
+            best = cls(rows=128 if ctas >= 10 else 64, bulk=True, together=2)
+        elif narrow and ctas >= 2:
             best = cls(rows=128, threads=256, ctas=2) if one_token else cls(rows=64, ctas=3)
         elif narrow:
             best = cls(rows=32)

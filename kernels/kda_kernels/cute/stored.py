@@ -5,7 +5,7 @@ The definition, which these follow to the bit, is `kda_kernels.reference.stored`
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, Uint64
+from cutlass import Float16, Float32, Int32, Uint32, Uint64
 
 from kda_kernels.cute.math import float_bits, float_of, reciprocal
 from kda_kernels.cute.ptx import (
@@ -47,19 +47,21 @@ def bf16_stochastic(a: Float32, b: Float32, word: Uint32) -> Int32:
 def fp16_stochastic(a: Float32, b: Float32, word: Uint32) -> Int32:
     """As `bf16_stochastic`; each number is as fp16 can have it, or infinite from 65536 on.
 
-    Times 2^-112 a number's exponent in fp32 is that of fp16, whose subnormals are subnormal there, too, and what the
-    definition rounds off by adding 2^-14 is rounded off so. Three bits to the left it is the upper half of a word.
+    Times 2^-112 what is subnormal in fp16 is so in fp32, so that the last bit of fp16 is bit 13 in all; what the
+    definition rounds off by adding 2^-14 is rounded off so.
     """
-    numbers = (word << 3) & Uint32(0xFFF8FFF8)
-    low = (float_bits(_as_in_fp16(a)) << 3) + Int32(numbers & Uint32(0xFFFF))
-    high = (float_bits(_as_in_fp16(b)) << 3) + Int32(numbers >> 16)
-    signs = upper_halves(float_bits(a), float_bits(b)) & -0x7FFF8000
-    return upper_halves(low, high) | signs
+    numbers, pair = word & Uint32(0x1FFF1FFF), cute.make_rmem_tensor(2, Float32)
+    pair[0] = _rounded_to_fp16(a, Int32(numbers & Uint32(0xFFFF)))
+    pair[1] = _rounded_to_fp16(b, Int32(numbers >> 16))
+    narrow = cute.make_rmem_tensor(2, Float16)
+    narrow.store(pair.load().to(Float16))
+    return cute.recast_tensor(narrow, Int32)[0]
 
 
 @cute.jit
-def _as_in_fp16(x: Float32) -> Float32:
-    return cute.arch.fmin(multiply(cute.arch.fmax(x, -x), Float32(2.0**-112)), Float32(2.0 ** (16 - 112)))
+def _rounded_to_fp16(x: Float32, number: Int32) -> Float32:
+    bits = float_bits(multiply(x, Float32(2.0**-112))) + number
+    return multiply(float_of(bits & -0x2000), Float32(2.0**112))
 
 
 @cute.jit
