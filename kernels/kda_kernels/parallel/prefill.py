@@ -150,16 +150,13 @@ class Call:
         (HV, V), K = self.inputs.v.shape[2:], self.inputs.q.shape[3]
         summary = None
         if context.carried:
-            tokens = slice(0, lens[0])
             with stage("carried sequence"):
-                inputs = self._one(tokens, 0)
-                self.carried = self._carried(inputs, self.o[:, tokens])
+                self.carried = self._carried(*self._one(0))
             if context.goes_on and len(lens) == 1:
                 summary = self.carried.summary
         if context.goes_on and summary is None:
-            tokens = slice(sum(lens) - lens[-1], sum(lens))
             with stage("begun sequence"):
-                self.begun = self._begun(self._one(tokens, len(lens) - 1), self.o[:, tokens])
+                self.begun = self._begun(*self._one(len(lens) - 1))
             summary = self.begun.summary
         # what nobody asks for has no values
         return self.inputs.q.new_empty((HV, V + K, K), dtype=torch.float32) if summary is None else summary
@@ -220,8 +217,14 @@ class Call:
             return HopperCarried(inputs, o)
         return PlainCarried(inputs, o, lambda one, out: _run(one, out, self.kernel))
 
-    def _one(self, tokens: slice, n: int) -> Inputs:
-        return _sequences(self.inputs, tokens, n, n + 1).changed(cu_seqlens=None, cu_seqlens_cpu=None)
+    def _one(self, n: int) -> tuple[Inputs, torch.Tensor]:
+        """A sequence of this rank, dense, and where its outputs go."""
+        inputs, o, lens = self.inputs, self.o, self.context.lens
+        if len(lens) > 1:
+            begin = sum(lens[:n])
+            tokens = slice(begin, begin + lens[n])
+            inputs, o = _sequences(inputs, tokens, n, n + 1), o[:, tokens]
+        return inputs.changed(cu_seqlens=None, cu_seqlens_cpu=None), o
 
 
 def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
