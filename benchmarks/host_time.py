@@ -93,9 +93,13 @@ def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device
 
 
 def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
-    """`kda_prefill` or `kda_decode`, told what an engine knows; `out` has room for the largest call."""
+    """`kda_prefill` or `kda_decode`, told what an engine knows; `out` has room for the largest call.
+
+    Parameters have one dimension, as vLLM's layers have them.
+    """
     x, prefill = inputs, inputs.cu_seqlens is not None
-    given = {name: getattr(x, name) for name in ("state", "state_indices", "A_log", "dt_bias")}
+    given = {name: getattr(x, name) for name in ("state", "state_indices")}
+    given |= {name: getattr(x, name).flatten() for name in ("A_log", "dt_bias")}
     given |= {"lower_bound": x.options.lower_bound, "out": out[: x.v.shape[0], : x.v.shape[1]]}
     given |= {"cu_seqlens": x.cu_seqlens, "cu_seqlens_cpu": x.cu_seqlens_cpu} if prefill else {}
     function: Callable[..., object] = kda_prefill if prefill else kda_decode
