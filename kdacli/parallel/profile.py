@@ -89,7 +89,7 @@ def _no_fla(problem: Problem, ranks: int) -> str | None:
 
 
 def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], layer: str | None) -> None:
-    alone = {row.kernel: row.median_us for row in rows if row.ranks == 1}
+    alone = {row.kernel: row for row in rows if row.ranks == 1}
     layers = PRESETS[layer].kda_layers if layer else 0
     cells = []
     for row in rows:
@@ -97,12 +97,27 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
         cells.append((
             row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
             f"{row.median_us * layers / 1e3:.1f}" if layer else None, f"{1e3 * row.tokens / row.median_us:.0f}",
-            None if one is None else f"{one / row.median_us:.2f}x",
+            None if one is None else f"{one.median_us / row.median_us:.2f}x",
+            output.fmt_us(row.ahead_us), None if one is None else f"{one.ahead_us / row.ahead_us:.2f}x",
             output.fmt_us(row.exchange_us), output.fmt_us(row.exposed_us),
             output.fmt_bytes(row.exchange_bytes) if row.exchange_bytes else None,
         ))  # fmt: skip
     what = f", {layers} KDA layers of {layer}" if layer else ""
-    columns = ("kernel", "ranks", "us", "spread", "ms", "tokens/ms", "vs 1", "exchange us", "exposed us", "received")
+    columns = (
+        "kernel",
+        "ranks",
+        "us",
+        "spread",
+        "ms",
+        "tokens/ms",
+        "vs 1",
+        "ahead us",
+        "vs 1",
+        "exchange us",
+        "exposed us",
+        "received",
+    )
     output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
+    output.say("ahead: calls that the host launched before the GPU comes to them, as layers follow each other")
     for line in left_out:
         output.say(f"not timed: {line}")

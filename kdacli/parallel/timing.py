@@ -18,6 +18,7 @@ from kda_kernels.tensors import Inputs
 from kdacli.synthetic import make_inputs
 
 WARM_UP, LEAST, MOST = 3, 10, 1000  # calls
+AHEAD = 2_000_000  # cycles of a GPU that waits until the host has launched a call: 1 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Row:
 
     Attributes:
         parts: tokens of each rank.
+        median_us: of calls on idle GPUs. ahead_us: of calls that the host launched before the GPU comes to them, as
+            layers follow each other.
         low_us, high_us: quartiles.
         exchange_us: the gather of summaries by itself. exposed_us: by how much a call is faster where no rank waits for
             another's summary; it holds what ranks differ by.
@@ -41,19 +44,24 @@ class Row:
     low_us: float
     high_us: float
     samples: int
+    ahead_us: float
     exchange_us: float | None = None
     exposed_us: float | None = None
     exchange_bytes: int = 0
 
 
-def times_of(call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float) -> list[float]:
-    """us of each call on the slowest rank of the group, whose ranks begin together."""
+def times_of(
+    call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float, ahead: bool = False
+) -> list[float]:
+    """us of each call on the slowest rank of the group, whose ranks begin together; see `Row` for `ahead`."""
     device, alone = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(group) == 1
     ready, found, total = torch.ones(1, device=device), [], 0.0
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(MOST):
         if not alone:
             dist.all_reduce(ready, op=dist.ReduceOp.MAX, group=group)
+        if ahead:
+            torch.cuda._sleep(AHEAD)
         begin.record()
         call()
         end.record()
@@ -102,8 +110,8 @@ def ours(
         given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
     else:
         given["group"] = ContextParallel.of(ends, group, cuts=cuts)
-    times = times_of(lambda: kda_prefill(**given), group, seconds)
-    row = _row("ours", problem, cuts, times)
+    times = [times_of(lambda: kda_prefill(**given), group, seconds, ahead) for ahead in (False, True)]
+    row = _row("ours", problem, cuts, *times)
     if ranks == 1:
         return row
     (HV, V), K = inputs.v.shape[2:], inputs.q.shape[3]
@@ -139,11 +147,12 @@ def flas(problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, An
         options["cu_seqlens"] = ends
     with torch.no_grad():
         tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
-        times = times_of(lambda: chunk_kda(*tokens, **options), group, seconds)
-    return _row("fla", problem, range(0, problem.T + 1, part), times)
+        times = [times_of(lambda: chunk_kda(*tokens, **options), group, seconds, ahead) for ahead in (False, True)]
+    return _row("fla", problem, range(0, problem.T + 1, part), *times)
 
 
-def _row(kernel: str, problem: Problem, cuts: Sequence[int], times: list[float]) -> Row:
+def _row(kernel: str, problem: Problem, cuts: Sequence[int], times: list[float], ahead: list[float]) -> Row:
     low, median, high = statistics.quantiles(times, n=4)
     parts = tuple(b - a for a, b in itertools.pairwise(cuts))
-    return Row(kernel, problem.T, problem.HV, len(parts), parts, median, low, high, len(times))
+    size = problem.T, problem.HV, len(parts), parts
+    return Row(kernel, *size, median, low, high, len(times), statistics.median(ahead))

@@ -316,11 +316,12 @@ def context_parallel(data: Data) -> list[Part]:
     one = {(r["kernel"], r["tokens"], r["heads"]): r["median_us"] for r in data["rows"] if r["ranks"] == 1}
     rows = [
         _row(r["kernel"], r["tokens"], r["heads"], r["ranks"], fmt_us(r["median_us"]),
-             f"{fmt_us(r['low_us'])} to {fmt_us(r['high_us'])}", _speedup(r, one), fmt_us(r["exchange_us"]),
+             f"{fmt_us(r['low_us'])} to {fmt_us(r['high_us'])}", _speedup(r, one), fmt_us(r.get("ahead_us")),
+             fmt_us(r["exchange_us"]),
              fmt_bytes(r["exchange_bytes"]))
         for r in data["rows"]
     ]  # fmt: skip
-    names = "kernel, tokens, heads, GPUs, us, 95% interval, one GPU / this, us of the exchange, received"
+    names = "kernel, tokens, heads, GPUs, us, quartiles, one GPU / this, us with the host ahead, exchange us, received"
     return [
         Part(f"kda profile --cp, {data['gates']} gates", data["provenance"], tables=[Table(names.split(", "), rows)])
     ]
