@@ -111,7 +111,7 @@ def test_every_launch_and_every_configuration_is_compiled(mine, tmp_path):
 
 
 def test_amds_compiler_takes_it_too_and_its_death_is_a_row(mine, tmp_path):
-    """A kernel in plain Triton compiles; inline assembly of NVIDIA's, which kills LLVM, is one row's error."""
+    """A kernel in plain Triton compiles; inline assembly of NVIDIA's is one row's error: LLVM dies or leaves it out."""
     plain = mine.with_name("plain.py")
     plain.write_text(MINE.replace("MAJOR == 8", "MAJOR == 9"))
     words = ["--lens", "64", "-H", "2", "--jobs", "1", "--arch", "gfx942", "--json", "-"]
@@ -128,7 +128,7 @@ def test_amds_compiler_takes_it_too_and_its_death_is_a_row(mine, tmp_path):
     done = kda("compile", "--kernel", f"{dead}:prefill", "--variant", "halved", *words)
     assert done.exit_code == 1
     (row,) = json.loads(done.stdout)["rows"]
-    assert row["error"] == "the compiler died: error: couldn't allocate output register for constraint 'f'"
+    assert row["error"].endswith(" allocate output register for constraint 'f'")
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,8 @@ def _nvidia(built: Built) -> tuple[str | None, dict[str, Any]]:
 def _aside(variant: Variant, arch: str) -> Built:
     """Builds it in a process of its own: LLVM's AMD backend ends the process where it meets NVIDIA's inline assembly.
 
+    That of Triton 3.9 prints what is wrong, leaves the assembly out and goes on.
+
     Raises:
         UnavailableError: the kernel is not meant for that architecture.
         RuntimeError: what the compiler said, on its way out or as an exception.
@@ -255,6 +257,8 @@ def _aside(variant: Variant, arch: str) -> Built:
         child.join()
         said.seek(0)
         text = said.read()
+    if isinstance(result, Built) and any(line.startswith("error:") for line in text.splitlines()):
+        raise RuntimeError(_reason(text))
     if isinstance(result, Built):
         return result
     if isinstance(result, UnavailableError):
