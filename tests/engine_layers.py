@@ -368,13 +368,14 @@ def _kimi(kind: type, metadata: type, batch: Batch, lower_bound: float | None, s
     )  # fmt: skip
     if fast and kind.__name__ == "KimiK3DeltaAttention":
         layer._checkpoint_exporter = module.FlashKDAPrefillCheckpointExporter()
-    CONTEXT.attn_metadata = {"layer": _metadata(metadata, batch)}
+    planned = {"layer": _metadata(metadata, batch)}
     projected = random(tokens, CHANNELS + H * D)  # the gate of the norm lies behind q, k and v
     out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
     g, beta = random(1, tokens, H, D), random(1, tokens, H)
     gate = projected[:, CHANNELS:].unflatten(1, (H, D))
 
     def go() -> None:
+        CONTEXT.attn_metadata = planned
         out.zero_()
         layer._forward(projected[:, :CHANNELS], g, gate, beta, out)
 
@@ -404,12 +405,13 @@ def glm(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
         _checkpoint_exporter=module.FlashKDAPrefillCheckpointExporter(),
         _flashkda_buffer_specs=(lambda o, *rest: (*rest, o))(*_specs(tokens, len(batch.lens))) if fast else None,
     )  # fmt: skip
-    CONTEXT.attn_metadata = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
+    planned = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
     projected = random(tokens, CHANNELS + H)
     out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
     g, beta = random(1, tokens, H, D), random(1, tokens, H)
 
     def go() -> None:
+        CONTEXT.attn_metadata = planned
         out.zero_()
         layer._forward(projected[:, :CHANNELS], g, beta, out)
 
@@ -430,7 +432,7 @@ def ling(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run
     for name in "qkv":
         weight = random(H * D, 1, WIDTH, scale=0.5, dtype=torch.float32)
         setattr(layer, f"{name}_conv1d", types.SimpleNamespace(weight=weight, bias=None))
-    CONTEXT.attn_metadata = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
+    planned = {"layer": _metadata(module.GDNAttentionMetadata, batch)}
     qkv = random(tokens, CHANNELS).split(H * D, 1)
     raw, bias = random(tokens, H * D), random(H * D, dtype=torch.float32)
     g = module.fused_kda_gate(raw, layer.A_log, D, g_bias=bias, lower_bound=lower_bound).unsqueeze(0)
@@ -438,6 +440,7 @@ def ling(batch: Batch, lower_bound: float | None = -5.0, slots: int = 64) -> Run
     out = torch.zeros(1, tokens, H, D, dtype=torch.bfloat16, device=DEVICE)
 
     def go() -> None:
+        CONTEXT.attn_metadata = planned
         out.zero_()
         layer._forward(*qkv, g, beta, out)
 
