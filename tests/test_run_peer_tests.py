@@ -1,6 +1,7 @@
 """What stands in for peers' modules calls ours with the arguments in the right places."""
 
 import importlib
+import importlib.util
 import sys
 
 import torch
@@ -24,6 +25,7 @@ def close(found, expected):
 def test_sglangs_names(monkeypatch):
     for name, module in stand_ins("sglang").items():
         monkeypatch.setitem(sys.modules, name, module)
+    assert importlib.util.find_spec("sglang.srt") is not None, "others look whether it is installed"
     where = importlib.import_module("sglang.srt.layers.attention.fla.fused_recurrent")
     x = steps()
     expected = recurrence(x)

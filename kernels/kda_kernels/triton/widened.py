@@ -16,13 +16,17 @@ from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kda_kernels.triton.common import load_slot
+from kda_kernels.triton.launch import dtype_of, launch, usual
 from kda_kernels.triton.runtime import on_device
 from kda_kernels.triton.stored import load_state, store_state
 
 BV = 16  # rows of a state per program
 
 
-@triton.jit(do_not_specialize=["pool", "null_slot", "indices_n", "scales_n", "HV"])
+@triton.jit(
+    do_not_specialize=["pool", "null_slot", "indices_n", "scales_n", "HV"],
+    do_not_specialize_on_alignment=["state_indices"],
+)
 def read_kernel(
     state,  # [pool, HV, V, K], slots pool_n apart
     scales,  # fp32 [pool, HV, V] or None
@@ -61,7 +65,10 @@ def read_kernel(
     tl.store(wide + i_n * (HV * V * K) + at, x, mask=ok)
 
 
-@triton.jit(do_not_specialize=["T", "pool", "null_slot", "indices_n", "scales_n", "kept", "columns", "every", "HV"])
+@triton.jit(
+    do_not_specialize=["T", "pool", "null_slot", "indices_n", "scales_n", "kept", "columns", "every", "HV"],
+    do_not_specialize_on_alignment=["rounding_seed", "state_indices", "cu_seqlens", "rows", "offsets"],
+)
 def store_kernel(
     wide,  # fp32 [N, HV, V, K], or of checkpoints [N * columns, ..]
     state,  # where they go, [kept, HV, V, K], slots state_n apart
@@ -134,13 +141,17 @@ def widened(inputs: Inputs, run: Callable[[Inputs], Outputs]) -> Outputs:
     own = torch.empty(N, dtype=torch.int32, device=state.device)
     sizes = (HV, V, K, next_power_of_2(K), BV)
     pool = (state.shape[0], -1 if inputs.null_slot is None else inputs.null_slot, indices.stride(0))
-    scales_n = 0 if inputs.state_scales is None else inputs.state_scales.stride(0)
-    tiles = cdiv(V, BV) * HV
+    scales, tiles, step = inputs.state_scales, cdiv(V, BV) * HV, state.stride(0)
     if N:
+        scales_n = 0 if scales is None else scales.stride(0)
+        kind = None
+        if usual((state, scales, wide, own), (step,), (pool[0], pool[2], scales_n)):
+            kind = (state.device, V, K, *map(dtype_of, (state, scales, indices)))
         with stage("states to fp32"), on_device(state):
-            read_kernel[(tiles * N,)](
-                state, inputs.state_scales, wide, own, indices, *pool, scales_n, state.stride(0), *sizes, num_warps=1
-            )
+            launch(
+                read_kernel, (tiles * N,), kind,
+                (state, scales, wide, own, indices, *pool, scales_n, step, *sizes), num_warps=1,
+            )  # fmt: skip
     kept, room = inputs.checkpoints, inputs.checkpoints
     if kept is not None and kept.states.dtype is not torch.float32:
         buffer = wide.new_empty((kept.rows.numel(), HV, V, K))
@@ -156,10 +167,16 @@ def widened(inputs: Inputs, run: Callable[[Inputs], Outputs]) -> Outputs:
     def store(made: torch.Tensor, to: torch.Tensor, scales: torch.Tensor | None, marks: Checkpoints | None) -> None:
         rows, offsets, every = (None, None, 1) if marks is None else (marks.rows, marks.offsets, marks.every or 1)
         columns = 1 if rows is None else max(rows.numel() // N, 1)
+        seed, offsets_of, step = inputs.rounding_seed, inputs.cu_seqlens, to.stride(0)
+        numbers = (0 if scales is None else scales.stride(0), to.shape[0], columns, every)
+        kind = None
+        if usual((made, to, scales), (step,), (T, pool[0], pool[2], *numbers)):
+            typed = (to, scales, seed, indices, offsets_of, rows, offsets)
+            kind = (state.device, V, K, *map(dtype_of, typed))
         with on_device(state):
-            store_kernel[(tiles * len(made),)](
-                made, to, scales, inputs.rounding_seed, indices, inputs.cu_seqlens, rows, offsets, T, *pool,
-                0 if scales is None else scales.stride(0), to.shape[0], columns, every, to.stride(0), *sizes,
+            launch(
+                store_kernel, (tiles * len(made),), kind,
+                (made, to, scales, seed, indices, offsets_of, rows, offsets, T, *pool, *numbers, step, *sizes),
                 num_warps=1,
             )  # fmt: skip
 
