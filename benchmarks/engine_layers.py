@@ -1,6 +1,6 @@
 """GPU time of the KDA part of SGLang's and vLLM's own layers, with their kernels and with ours.
 
-    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--gate NAME] [--json FILE]
+    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--gate NAME] [--case NAME] [--json FILE]
 
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
 from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
@@ -15,10 +15,11 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,23 +111,34 @@ class Timed:
             self.gpu.append(begin.elapsed_time(end) * 1e3)
 
 
-def main(root: Path, names: tuple[str, ...], gates: tuple[str, ...], file: str | None) -> None:
+def main(
+    root: Path, names: tuple[str, ...], gates: tuple[str, ...], file: str | None, cases: Sequence[str] = tuple(CASES)
+) -> None:
     rows = []
     for gate, name in itertools.product(gates, names):
         layer = LAYERS[name]
         if gate not in layer.gates:
             continue
         with engine_layers.load(layer.engine, root):
-            for case, batch in CASES.items():
+            for case, batch in ((case, CASES[case]) for case in cases):
                 if any(getattr(batch, feature) for feature in layer.lacks):
                     continue
                 row = {"layer": name, "case": case, "gate": gate}
                 rows.append(row | compared(layer, root, batch, BOUNDS[gate]))
                 print(rows[-1], flush=True)
                 if file:
-                    provenance = collect(0) | {"command": "python3 -m benchmarks.engine_layers SOURCES --json FILE"}
+                    provenance = collect(0) | {"command": command(names, gates, cases)}
                     report = {"schema": "kda.engine-layers/2", "provenance": provenance, "rows": rows}
                     Path(file).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def command(names: Sequence[str], gates: Sequence[str], cases: Sequence[str]) -> str:
+    """That makes a record of these."""
+    chosen = {"--layer": (names, LAYERS), "--gate": (gates, BOUNDS), "--case": (cases, CASES)}
+    flags = [
+        f"{flag} {shlex.quote(x)}" for flag, (some, every) in chosen.items() if len(some) < len(every) for x in some
+    ]
+    return " ".join(["python3 -m benchmarks.engine_layers SOURCES", *flags, "--json FILE"])
 
 
 def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dict[str, Any]:
@@ -216,6 +228,8 @@ if __name__ == "__main__":
     parser.add_argument("sources", type=Path)
     parser.add_argument("--layer", action="append", choices=tuple(LAYERS))
     parser.add_argument("--gate", action="append", choices=tuple(BOUNDS))
+    parser.add_argument("--case", action="append", choices=tuple(CASES))
     parser.add_argument("--json")
     given = parser.parse_args()
-    main(given.sources, tuple(given.layer or LAYERS), tuple(given.gate or BOUNDS), given.json)
+    names, gates, cases = given.layer or LAYERS, given.gate or BOUNDS, given.case or CASES
+    main(given.sources, tuple(names), tuple(gates), given.json, tuple(cases))
