@@ -282,7 +282,7 @@ def test_what_the_plan_makes_of_few_heads(monkeypatch):
     assert prefill_plan.plan(*shape).split.rounds(1, 2000, packed=True) == 1
     check(inputs)
     monkeypatch.setattr(prefill_plan, "MOST_BYTES", 3_000_000)
-    shorter = prefill_plan._searched.__wrapped__(1, -(-2000 // CHUNK), *shape[2:]).split
+    shorter = prefill_plan._plan.__wrapped__(1, -(-2000 // CHUNK), *shape[2:]).split
     assert shorter.rounds(1, 2000, packed=True) == 3
     split(monkeypatch, shorter)
     check(inputs)

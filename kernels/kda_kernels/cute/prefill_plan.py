@@ -24,7 +24,6 @@ LAUNCHES = 3.0  # two more of them
 ADD = 0.005  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.3 TB/s
 GAIN = 1.1  # what a split must promise: with all SMs busy each is slower (P1, by hand: 583 us, promised 530, whole 554)
 MOST = 64  # units per sequence and round
-ROUND_BITS = 5  # significant ones of a round number of chunks; splits of those, stretched, cost 0.13% more on average
 CHOICES = 4  # numbers of waves that `plan` looks at
 MOST_BYTES = 512 << 20
 
@@ -69,7 +68,7 @@ class Plan(NamedTuple):
 
 
 def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
-    """A way for `sequences` of `tokens` tokens together, taken as equally long, that costs least but for 5%.
+    """A way for `sequences` of `tokens` tokens together, taken as equally long, that costs least but for 2%.
 
     Args:
         HV: value heads. sms: of the GPU.
@@ -80,30 +79,7 @@ def plan(sequences: int, tokens: int, HV: int, sms: int) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(sequences: int, chunks: int, HV: int, sms: int) -> Plan:
-    """`plan` for sequences of so many chunks: the split of a round number of them, stretched."""
-    bits = max(0, chunks.bit_length() - ROUND_BITS)
-    like = (chunks + (1 << bits) - 1 >> bits) << bits  # a shape never seen may well be like one that was
-    heads, found = sequences * HV, _searched(sequences, like, HV, sms)
-    if like == chunks:
-        return found
-    if like * heads * CHUNK * 256 > MOST_BYTES:  # in rounds
-        return _searched(sequences, chunks, HV, sms)
-    whole = -(-heads // sms) * (chunks + START)
-    if found.split is None:
-        return Plan(None, whole)
-    units = found.split.units(1, like * CHUNK, False)
-    segment = -(-found.split.segment * chunks // (like * CHUNK))
-    lead = max(segment, chunks - units * segment)
-    cost = makespan(sms, (heads, lead + START), (2 * units * heads, segment + START))
-    cost = GAIN * (cost + units * (SCAN + segment * heads * ADD) + LAUNCHES)
-    if cost >= whole or lead >= chunks:
-        return Plan(None, whole)
-    return Plan(Split(lead * CHUNK, segment * CHUNK, sequences * chunks * CHUNK), cost)
-
-
-@functools.lru_cache(maxsize=4096)
-def _searched(sequences: int, chunks: int, HV: int, sms: int) -> Plan:
-    """`plan` for sequences of so many chunks, searched.
+    """`plan` for sequences of so many chunks.
 
     Units run in waves on the workers that first segments leave free. For the fewest waves in which there is room for
     one unit a sequence, for two, and so on, the segments are so long that all end together; where there is room for
