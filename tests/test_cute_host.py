@@ -149,6 +149,14 @@ def test_calls_of_other_batches_take_the_short_way(made):
     assert len(made) == len({function.spec for function in made}) == 2
 
 
+def test_a_column_of_a_table_is_one_kind_for_any_batch(made):
+    """Of one sequence, it would count as contiguous."""
+    for N in (1, 3):
+        inputs = pooled(N=N, slots=range(N), P=N)
+        check(dataclasses.replace(inputs, state_indices=inputs.state_indices[:, None].repeat(1, 2)[:, 0]))
+    assert len(made) == 1
+
+
 def test_heads_that_do_not_fit_are_refused(made):
     """Which the function cannot see, as head counts are no part of what it is compiled for."""
     inputs = pooled()
