@@ -16,7 +16,7 @@ from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent
 from kda_kernels.tensors import Checkpoints, Inputs
-from kda_kernels.triton import segment_scan
+from kda_kernels.triton import segment_outputs, segment_scan
 
 
 class FakeFunction:
@@ -82,6 +82,14 @@ class FakeFunction:
             [sizes[0] * square, sizes[1] * square, sizes[2] * v.shape[2] * s.K]
         )  # fmt: skip
         starts = parts[0].view(-1, *v.shape[2:], s.K)
+        if s.part is Part.JOIN:
+            final = ht if state_indices is None else h0
+            joined = segment_scan.Segments(
+                workspace, final, state_indices, cu_seqlens, len(found), units, null, lead, segment, begin, limit
+            )
+            segment_scan.scan_segments(joined, q.shape[1], v.shape[2])
+            segment_outputs.add_segment_outputs(joined, o)
+            return
         if s.part is Part.KEPT:
             _keep_in_units(inputs, starts[len(found) :], *cut)
             return

@@ -65,7 +65,7 @@ def test_shared_memory_of_a_module_without_a_launch():
 
 def test_names_are_unique():
     names = [variant.name for variant in module.variants()]
-    assert len(set(names)) == len(names) == 5
+    assert len(set(names)) == len(names) == 6
 
 
 # --- the spec of a problem and that of its tensors
@@ -104,4 +104,5 @@ def test_the_spec_of_a_problem_is_that_of_its_launch(monkeypatch, part, change):
     made = fake_prefill.install(monkeypatch)
     split(monkeypatch, None if part is Part.WHOLE else Split(CHUNK, CHUNK, 2 * CHUNK))
     module.prefill(dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu)))
-    assert [function.spec for function in made] == [module._problem_spec(problem, part)]
+    parts = (part,) if part is Part.WHOLE else module._cut_into(problem.dtype == "bfloat16", False)
+    assert [function.spec for function in made] == [module._problem_spec(problem, one) for one in parts]

@@ -2,7 +2,7 @@
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
 goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
-all of them, a scan (Triton's) makes the states between them, and what these add to the output comes in the end; then
+all of them, a second one makes the states between them and adds what these give to the output (`prefill_join`); then
 checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
@@ -31,7 +31,7 @@ from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import ALIGNMENT, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import ALIGNMENT, JOIN_WARPS, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_plan import Split, plan, plan_of
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
@@ -206,7 +206,7 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     split = None
     if not inputs.batch_invariant:
         split = _split_of(inputs.N, B * T, HV, sms, packed, inputs.cu_seqlens_cpu, inputs.workspace)
-    for part in (Part.WHOLE,) if split is None else (Part.SPLIT, Part.KEPT) if kept else (Part.SPLIT,):
+    for part in (Part.WHOLE,) if split is None else _cut_into(inputs.q.dtype is torch.bfloat16, kept):
         last.functions[part] = _function(part, inputs, None if part is Part.KEPT else ht)
     try:
         _launch(last, call, o, ht)
@@ -322,23 +322,32 @@ def _launch_split(
     kept: bool,
 ) -> None:
     """`_launch` of sequences that are cut, with arguments that it has checked; `given` is the caller's workspace."""
-    scan, outputs = _segment_kernels()
-    (*_, o, pool), (indices, offsets, _), (*_, null_slot, _) = tensors
-    function = last.functions[Part.SPLIT]
+    function, join = last.functions[Part.SPLIT], last.functions.get(Part.JOIN)
     to_kept = last.functions[Part.KEPT] if kept else None
     N, tokens, T, HV, packed = sizes
     units = split.units(N, tokens, packed)
+    (*_, o, pool), (indices, offsets, _), (*_, null_slot, _) = tensors
     workspace = _workspace(_split_bytes(split, N, units, HV), o, given)
-    final = ht if indices is None else pool
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
         _staged("segments", _call, function, tensors, ht, workspace, units, last.scale, last.bound, *here)
-        segments = scan.Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
-        with on_device(o):
-            _staged("scan", scan.scan_segments, segments, T, HV)
-            _staged("outputs", outputs.add_segment_outputs, segments, o)
+        if join is not None:
+            _staged("join", _call, join, tensors, ht, workspace, units, last.scale, last.bound, *here)
+        else:
+            scan, outputs = _segment_kernels()
+            final = ht if indices is None else pool
+            segments = scan.Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
+            with on_device(o):
+                _staged("scan", scan.scan_segments, segments, T, HV)
+                _staged("outputs", outputs.add_segment_outputs, segments, o)
         if to_kept is not None:
             _staged("checkpoints", _call, to_kept, tensors, None, workspace, units, last.scale, last.bound, *here)
+
+
+def _cut_into(in_bf16: bool, kept: bool) -> tuple[Part, ...]:
+    """The launches of sequences that are cut. In fp16 Triton's kernels join the segments."""
+    joined = (Part.JOIN,) if in_bf16 else ()
+    return (Part.SPLIT, *joined, Part.KEPT) if kept else (Part.SPLIT, *joined)
 
 
 @functools.cache
@@ -522,7 +531,7 @@ def _function(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> Callable[.
 def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
     """The fields of `PrefillSpec` as they can be looked up: torch's dtypes instead of their names."""
     q, options, kept = inputs.q, inputs.options, inputs.checkpoints
-    comes = part.reads or part is Part.KEPT
+    comes = part is not Part.SUMMARY
     goes = (None, None, False) if kept is None else (kept.states.dtype, kept.rows.dtype, kept.every is not None)
     tensors = (
         q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state if comes else None, ht,
@@ -683,8 +692,9 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Varian
     for name, one in problems.items():
         part = Part.WHOLE if _split(one.N, one.T, one.HV, gpu.sms) is None else Part.SPLIT
         yield _variant(name, _problem_spec(one, part))
-        if part is Part.SPLIT and "checkpoints" in one.features:
-            yield _variant(f"{name} kept", _problem_spec(one, Part.KEPT))
+        if part is Part.SPLIT:
+            for further in _cut_into(one.dtype == "bfloat16", "checkpoints" in one.features)[1:]:
+                yield _variant(f"{name} {further}", _problem_spec(one, further))
 
 
 def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
@@ -692,7 +702,7 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
         name,
         lambda arch, options: build(spec, arch, options),
         lambda arch: label(spec, arch),
-        num_warps=THREADS // 32,
+        num_warps=sum(JOIN_WARPS) if spec.part is Part.JOIN else THREADS // 32,
         shared_bytes=None,
         only=ARCH,
     )

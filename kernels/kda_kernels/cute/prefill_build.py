@@ -7,6 +7,7 @@ from cutlass import Float32, Int32
 
 from kda_kernels.cute.decode_build import DTYPES, stand_in
 from kda_kernels.cute.prefill_config import Part, PrefillSpec
+from kda_kernels.cute.prefill_join import JoinKernel
 from kda_kernels.cute.prefill_kernel import PrefillKernel
 
 
@@ -17,7 +18,8 @@ def compile_prefill(spec: PrefillSpec, arch: str, options: str = "") -> Any:
         arch: the DSL's name of an architecture; no GPU has to be there.
         options: further options of the compiler.
     """
-    return cute.compile(PrefillKernel(spec), *_arguments(spec), options=f"--enable-tvm-ffi --gpu-arch {arch} {options}")
+    kernel = JoinKernel(spec) if spec.part is Part.JOIN else PrefillKernel(spec)
+    return cute.compile(kernel, *_arguments(spec), options=f"--enable-tvm-ffi --gpu-arch {arch} {options}")
 
 
 def _arguments(spec: PrefillSpec) -> tuple:

@@ -12,6 +12,7 @@ PARTS = 2  # of kI where the state is written: the two bf16 halves of a number o
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
+JOIN_WARPS = 4, 1, 1  # that multiply, that load transitions, and outputs
 ALIGNMENT = 2 * CHUNK  # of checkpoints, in tokens
 SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, and those of the second multiplied
 MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
@@ -27,6 +28,7 @@ class Part(enum.StrEnum):
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
     SUMMARY = "summary"  # of each sequence, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
     SPLIT = "split"  # a head of a sequence's first segment; of the others E and T, and with them what goes into o
+    JOIN = "join"  # after a split: the states between segments, and what these add to o
     KEPT = "kept"  # after a split: from the state before a unit to a checkpoint inside it
 
     @property

@@ -8,7 +8,18 @@ from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import float_bits, float_of
-from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, LARGEST, MOST_EXPONENT, PARTS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import (
+    ALIGNMENT,
+    CHUNK,
+    CONSUMERS,
+    LARGEST,
+    MOST_EXPONENT,
+    PARTS,
+    STAGES,
+    THREADS,
+    Part,
+    PrefillSpec,
+)
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.prefill_work import Barrier, Products, States, Work
 from kda_kernels.cute.ptx import (
@@ -19,6 +30,7 @@ from kda_kernels.cute.ptx import (
     load_transposed,
     rest,
     select,
+    send_bytes,
     store_transposed,
 )
 
@@ -48,6 +60,8 @@ class Consumer:
         p = cute.arch.thread_idx()[0] & 127
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         inside = self.inside(group, p) + work.i_hv * (spec.V * spec.K)
+        # a state is 64 KB: what those that prepare ask for would wait behind it
+        cute.arch.barrier(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         S = self.first_state(states, work, products, group, p, inside)
         rights = self.right_operands(shared, products, p)
         summary = cutlass.const_expr(not spec.part.reads)
@@ -120,7 +134,7 @@ class Consumer:
             if not late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
-                self.write_out(shared, atoms, tiles, o, work, group, chunk, tokens, p)
+                self.write_out(shared, atoms[4:], tiles[4:], o, work, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
                     self.end(S, decay + spec.K, col)
@@ -140,7 +154,7 @@ class Consumer:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
             self.scale_rows(S, self.powers(exponents, -1))
-        self.last_state(S, shared, states, work, n_chunks, 2 * (p & 3), inside)
+        self.last_state(S, shared, states, work, n_chunks, inside, group, p)
 
     def inside(self, group: Int32, p: Int32) -> Int32:
         """Where in a head's state this lane's first number is."""
@@ -277,9 +291,11 @@ class Consumer:
                         out[i] = read[cute.size(w) + i]
 
     @cute.jit
-    def last_state(self, S, shared, states: States, work: Work, n_chunks: Int32, col: Int32, inside: Int32):
+    def last_state(
+        self, S, shared, states: States, work: Work, n_chunks: Int32, inside: Int32, group: Int32, p: Int32
+    ):  # fmt: skip
         """The state after the last chunk to where it goes."""
-        spec = self.spec
+        spec, col = self.spec, 2 * (p & 3)
         open_chunk = n_chunks > 0
         if cutlass.const_expr(spec.invariant):
             open_chunk = n_chunks & 1 == 1
@@ -289,19 +305,26 @@ class Consumer:
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
         target = states.h0 if spec.pooled else states.ht
         if cutlass.const_expr(spec.part is Part.SUMMARY):
-            self.store_state(S, states.summaries, Int64(2 * work.unit + work.kind), inside)
+            self.send_state(S, shared, states.summaries, Int64(2 * work.unit + work.kind), inside, group, p)
         elif cutlass.const_expr(spec.part is Part.KEPT):
             self.store_row(S, states, work.i_n, work.index, inside)
         elif cutlass.const_expr(spec.part is Part.SPLIT):
             if work.kind == 1:
-                self.store_parts(S, states.summaries, Int64(2 * work.unit + 1), work.i_hv, inside)
+                self.send_parts(S, shared, states.summaries, Int64(2 * work.unit + 1), work.i_hv, inside, group, p)
             elif work.index > 0:
-                self.store_state(S, states.summaries, Int64(2 * work.unit), inside)
+                self.send_state(S, shared, states.summaries, Int64(2 * work.unit), inside, group, p)
             elif not work.last:
-                self.store_state(S, states.starts, Int64(self.sequences(states) + work.unit), inside)
+                self.send_state(S, shared, states.starts, Int64(self.sequences(states) + work.unit), inside, group, p)
             elif cutlass.const_expr(final):
-                self.store_state(S, target, work.slot, inside)
+                self.final_state(S, shared, target, work, inside, group, p)
         elif cutlass.const_expr(final):
+            self.final_state(S, shared, target, work, inside, group, p)
+
+    @cute.jit
+    def final_state(self, S, shared, target, work: Work, inside: Int32, group: Int32, p: Int32):
+        if cutlass.const_expr(target.element_type is Float32):
+            self.send_state(S, shared, target, work.slot, inside, group, p)
+        else:
             self.store_state(S, target, work.slot, inside)
 
     @cute.jit
@@ -361,21 +384,59 @@ class Consumer:
         return out
 
     @cute.jit
-    def store_parts(self, S, states, slot: Int64, i_hv: Int32, inside: Int32):
-        """In two parts of bf16, [2, K, K], in the place of K * K numbers."""
-        square = self.spec.V * self.spec.K
-        words, start = cute.recast_ptr(states.iterator, dtype=BFloat16), 2 * slot * states.stride[0]
-        for j in cutlass.range_constexpr(self.spec.K // 8):
+    def send_state(self, S, shared, states, slot: Int64, inside: Int32, group: Int32, p: Int32):
+        """S in fp32, by way of shared memory where operands were: from registers a row leaves 32 bytes at a time."""
+        K, lane = self.spec.K, p & 31
+        pitch = K + 8  # in words; rows that are stored at once begin in different banks
+        place = cute.recast_ptr(self.row_buffer(shared, group, p), dtype=Float32)
+        row, col = lane >> 2, 2 * (lane & 3)
+        for j in cutlass.range_constexpr(K // 8):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = S[4 * j + 2 * h + e]
+                vector(place, (row + 8 * h) * pitch + 8 * j + col).store(pair.load())
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        if lane < 16:
+            target = states.iterator + (slot * states.stride[0] + (inside - row * K - col + lane * K))
+            send_bytes(target, place + lane * pitch, 4 * K)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def send_parts(self, S, shared, states, slot: Int64, i_hv: Int32, inside: Int32, group: Int32, p: Int32):
+        """S in two parts of bf16, [2, K, K], in the place of K * K numbers; as `send_state`."""
+        K, lane = self.spec.K, p & 31
+        square = self.spec.V * K
+        pitch = K + 8  # in elements
+        place = self.row_buffer(shared, group, p)
+        row, col = lane >> 2, 2 * (lane & 3)
+        for j in cutlass.range_constexpr(K // 8):
             for h in cutlass.range_constexpr(2):
                 pair = cute.make_rmem_tensor(2, Float32)
                 for e in cutlass.range_constexpr(2):
                     pair[e] = S[4 * j + 2 * h + e]
                 rounded = cute.make_rmem_tensor(2, BFloat16)
-                place = inside + i_hv * square + 8 * h * self.spec.K + 8 * j  # `inside` has one i_hv already
                 for part in cutlass.range_constexpr(2):
                     rounded.store(pair.load().to(BFloat16))
-                    vector(words, start + (place + part * square)).store(rounded.load())
+                    vector(place, (row + 8 * h + 16 * part) * pitch + 8 * j + col).store(rounded.load())
                     rest(pair, rounded)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        words = cute.recast_ptr(states.iterator, dtype=BFloat16)
+        # `inside` has one i_hv already
+        first = inside - row * K - col + i_hv * square + (lane & 15) * K + (lane >> 4) * square
+        send_bytes(words + (2 * slot * states.stride[0] + first), place + lane * pitch, 2 * K)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def row_buffer(self, shared, group: Int32, p: Int32):
+        """Of this warp, for 16 rows of a state on their way out, once both warpgroups are done with the last chunk."""
+        cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)
+        rows = 2 * 16 * (self.spec.K + 8)
+        return cute.recast_ptr(shared.rows, dtype=BFloat16) + cute.assume((4 * group + (p >> 5)) * rows, divby=rows)
 
     @cute.jit
     def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool], ratios=None):
@@ -487,7 +548,10 @@ class Consumer:
     def write_out(
         self, shared, atoms, tiles, o, work: Work, group: Int32, chunk: Int32, tokens: Int32, p: Int32
     ):  # fmt: skip
-        """From there to where it belongs: by TMA, but for a last chunk of fewer tokens."""
+        """From there to where it belongs: by TMA, but for a last chunk of fewer tokens.
+
+        Args: atoms, tiles: of o, and of reads if there are any.
+        """
         warp = p >> 5
         cute.arch.fence_proxy("async.shared", space="cta")  # here: before the wait for products it crashes the compiler
         self.own_buffer(group, warp)  # the other one, if there are two: what is in it has gone
@@ -495,13 +559,13 @@ class Consumer:
         if tokens >= CHUNK or work.kind == 1:
             if warp == 0:
                 if work.kind == 0:
-                    here, there = by_chunk(atoms[4], tiles[4][None, None, work.i_hv, work.b], source, work.first, 64)
-                    cute.copy(atoms[4], here, there[None, chunk, group])
+                    here, there = by_chunk(atoms[0], tiles[0][None, None, work.i_hv, work.b], source, work.first, 64)
+                    cute.copy(atoms[0], here, there[None, chunk, group])
                 if cutlass.const_expr(self.spec.part is Part.SPLIT):
                     if work.kind == 1:
                         rows = work.unit * work.segment
-                        here, there = by_chunk(atoms[5], tiles[5][None, None, work.i_hv], source, rows, 64)
-                        cute.copy(atoms[5], here, there[None, chunk, group])
+                        here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv], source, rows, 64)
+                        cute.copy(atoms[1], here, there[None, chunk, group])
                 cute.arch.cp_async_bulk_commit_group()
         else:
             offset = (

@@ -94,30 +94,18 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             ctas = 2 * ctas
             summaries = self.states(workspace.iterator, 2 * sequences, HV)
         elif cutlass.const_expr(part is not Part.WHOLE):
-            starts = self.states(workspace.iterator, sequences + units, HV)
-            place = self.behind(workspace.iterator, sequences + units, starts)
+            starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
             if cutlass.const_expr(part is Part.SPLIT):
-                summaries = self.states(place, 2 * units, HV)
                 ctas = ctas + 2 * HV * units
-                place = cute.recast_ptr(self.behind(place, 2 * units, summaries), dtype=q.element_type)
-                apart = cute.assume(HV * self.spec.K, divby=self.spec.K)
-                inner = cute.make_layout((units * segment, HV, self.spec.K), stride=(apart, self.spec.K, 1))
-                reads = cute.make_tensor(place, inner)
             else:
+                summaries, reads = None, None
                 ctas = ctas * rows.shape[1]
-        rmem = warpgroup.OperandSource.RMEM
-
-        def product(n, b_major=K_MAJOR, source=rmem):
-            return make_trivial_tiled_mma(
-                self.element, self.element, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source
-            )
-
         products = (
-            product(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-            product(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
-            product(CHUNK, MN_MAJOR),  # with the inverse
-            product(CHUNK),  # with tril(qE kI^T)
-            product(self.spec.K, MN_MAJOR),  # w kI
+            self.product_of(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
+            self.product_of(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
+            self.product_of(CHUNK, MN_MAJOR),  # with the inverse
+            self.product_of(CHUNK),  # with tril(qE kI^T)
+            self.product_of(self.spec.K, MN_MAJOR),  # w kI
         )
         load, store, dense = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp(), (1, 3, 2, 0)
         tiles = [self.by_tile(x, load, self.spec.K, dense) for x in (q, k, v, g)]
@@ -130,6 +118,21 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             scale, lower_bound, lead, segment, begin, limit, cute.fast_divmod_create_divisor_v2(Int32(HV)), *products,
         ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
+    def carve(self, workspace, sequences, units, segment, HV, dtype):
+        """`starts`, `summaries` and `reads` of a split."""
+        starts = self.states(workspace.iterator, sequences + units, HV)
+        place = self.behind(workspace.iterator, sequences + units, starts)
+        summaries = self.states(place, 2 * units, HV)
+        place = cute.recast_ptr(self.behind(place, 2 * units, summaries), dtype=dtype)
+        apart = cute.assume(HV * self.spec.K, divby=self.spec.K)
+        inner = cute.make_layout((units * segment, HV, self.spec.K), stride=(apart, self.spec.K, 1))
+        return starts, summaries, cute.make_tensor(place, inner)
+
+    def product_of(self, n: int, b_major=K_MAJOR, source=warpgroup.OperandSource.RMEM):
+        """64 rows by n columns in a warpgroup, fp32."""
+        dtype = self.element
+        return make_trivial_tiled_mma(dtype, dtype, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source)
+
     def states(self, first, outer, heads):
         """[outer, heads, V, K], contiguous, from `first` on."""
         V, K = self.spec.V, self.spec.K
@@ -139,11 +142,11 @@ class PrefillKernel(Producer, Unbounded, Consumer):
     def behind(self, first, outer, states):
         return first + cute.assume(Int64(outer) * Int64(states.stride[0]), divby=self.spec.V * self.spec.K)
 
-    def by_tile(self, x: cute.Tensor, copy, channels: int, order: tuple[int, ...]):
+    def by_tile(self, x: cute.Tensor, copy, channels: int, order: tuple[int, ...], rows: int = CHUNK):
         """TMA's view of an input or output, [T, K, heads, B], in tiles of a chunk and so many channels."""
         layout = cute.make_layout(tuple(x.shape[i] for i in order), stride=tuple(x.stride[i] for i in order))
         return cpasync.make_tiled_tma_atom(
-            copy, cute.make_tensor(x.iterator, layout), tile_layout(x.element_type, channels), (CHUNK, channels)
+            copy, cute.make_tensor(x.iterator, layout), tile_layout(x.element_type, channels, rows), (rows, channels)
         )
 
     @cute.kernel
@@ -352,9 +355,11 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             cute.arch.mbarrier_init_fence()
         if tid < 8:
             vector(shared.zeros, tid, 1)[0] = self.element(0.0)
-        words = STAGES * (1 + self.spec.inverse_parts) * CHUNK * CHUNK // 2
-        for i in cutlass.range(tid, words, THREADS, unroll=1):  # zero over the diagonals
-            vector(cute.recast_ptr(shared.mix, dtype=Int32), i, 1)[0] = Int32(0)
+        zeros = cute.make_rmem_tensor(8, self.element)
+        zeros.fill(0.0)
+        pieces = STAGES * (1 + self.spec.inverse_parts) * CHUNK * CHUNK // 8
+        for i in cutlass.range(tid, pieces, THREADS, unroll=1):  # zero over the diagonals
+            vector(shared.mix, 8 * i, 8).store(zeros.load())
         cute.arch.sync_threads()
 
         group = cute.arch.make_warp_uniform(tid >> 7)

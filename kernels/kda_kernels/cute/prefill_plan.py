@@ -2,8 +2,8 @@
 
 A CTA takes one head of one sequence or segment, chunk after chunk, and an SM holds one CTA. Few heads leave SMs idle.
 Cut into segments, the first of a sequence runs as ever; each of the others, a unit, takes two CTAs: one runs it from
-no state, one runs the identity through it. A scan makes the states before the units, and what tokens read of those is
-added to the output. That is twice the work for all but first segments, which may therefore be longer.
+no state, one runs the identity through it. A second launch makes the states before the units, and adds what tokens read
+of those to the output. That is twice the work for all but first segments, which may therefore be longer.
 
 Of what tokens read, 256 bytes per token and value head are kept. Where that would be more than `MOST_BYTES`, sequences
 go in rounds of so many tokens.
@@ -19,8 +19,8 @@ from kda_kernels.cute.prefill_config import CHUNK
 
 # In units of the time of a chunk, 2.1 us on an H100 (`docs/notes/prefill-cute.md`):
 START = 7.0  # of a CTA, until its first chunk is ready and after its last
-SCAN = 1.2  # a unit in the scan of the states between them
-LAUNCHES = 3.0  # two more of them
+SCAN = 1.0  # a unit in the states between them
+LAUNCHES = 1.5  # one more of them
 ADD = 0.005  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.3 TB/s
 GAIN = 1.1  # what a split must promise: with all SMs busy each is slower (P1, by hand: 583 us, promised 530, whole 554)
 MOST = 64  # units per sequence and round

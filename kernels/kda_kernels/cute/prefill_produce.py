@@ -6,7 +6,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import sigmoid
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES
+from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, THREADS
 from kda_kernels.cute.prefill_prepare import Preparer
 from kda_kernels.cute.prefill_relate import Relater
 from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
@@ -63,6 +63,7 @@ class Producer(Preparer, Relater):
         # after the loads are on their way: these wait for memory too
         A, bias, rest_of_bias = self.gate_parameters(A_log, dt_bias, i_hv, pair)
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
+        cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
             warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6

@@ -117,16 +117,16 @@ def piece(pointer, index, size: int):
     return pointer + (index * size if isinstance(index, int) else cute.assume(index * size, divby=size))
 
 
-def tile_layout(dtype, channels: int):
-    """[CHUNK, channels] of an input or of o: 128 bytes of channels beside each other, rows of 128 bytes, swizzled."""
-    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(Kind.K_SW128, dtype), (CHUNK, channels), order=(0, 1))
+def tile_layout(dtype, channels: int, rows: int = CHUNK):
+    """[rows, channels], as of an input or o: 128 bytes of channels beside each other, rows of 128 bytes, swizzled."""
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(Kind.K_SW128, dtype), (rows, channels), order=(0, 1))
 
 
-def by_chunk(atom: cute.CopyAtom, there, here, first, channels: int):
+def by_chunk(atom: cute.CopyAtom, there, here, first, channels: int, rows: int = CHUNK):
     """What TMA moves between the tile at `here` and a head's tokens from `first` on, [T, K], by chunk and channels."""
-    layout = tile_layout(here.dtype, channels)
+    layout = tile_layout(here.dtype, channels, rows)
     tile = cute.make_tensor(cute.recast_ptr(here, layout.inner, here.dtype), layout.outer)
-    chunks = cute.local_tile(cute.domain_offset((first, 0), there), (CHUNK, channels), (None, None))
+    chunks = cute.local_tile(cute.domain_offset((first, 0), there), (rows, channels), (None, None))
     return cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(tile, 0, 2), cute.group_modes(chunks, 0, 2)
     )

@@ -22,7 +22,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
-from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, Part, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
     L_HALF,
     L_PITCH,
@@ -193,6 +193,7 @@ class Unbounded:
         rates = Rates(A, shared.bias, lower_bound)
         cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
         raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
+        cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
             p = fresh(p)
             warp, lane = (p >> 5) ^ (2 * group), p & 31

@@ -14,6 +14,8 @@ class Barrier(enum.IntEnum):
     PREPARE = 1  # a preparing warpgroup
     SEND = 3  # a consuming warpgroup, which shares a buffer of o
     INVERT = 5  # of a preparing warpgroup the warps that make L, and the one that inverts; gates with a bound
+    LEAVE = 7  # all that consume
+    ASKED = 8  # all threads: those that prepare have asked for all they need first
     READ = 5  # of a preparing warpgroup, that its inputs have been read; gates without a bound
 
 

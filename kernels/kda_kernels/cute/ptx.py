@@ -29,6 +29,14 @@ def load_words(source: cute.Pointer, count: int, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
+def send_bytes(target: cute.Pointer, source: cute.Pointer, count: int, *, loc=None, ip=None) -> None:
+    """So many bytes from shared to global memory, both aligned to 16, in the background: see cp.async.bulk."""
+    operands = [x.toint().ir_value(loc=loc, ip=ip) for x in (target, source)]
+    text = f"cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], {count};"
+    _asm(None, operands, text, "l,r", loc, ip)
+
+
+@dsl_user_op
 def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
     """ldmatrix.x4.trans: four 8x8 matrices of 16-bit elements, lane 8m + r giving the address of row r of matrix m.
 

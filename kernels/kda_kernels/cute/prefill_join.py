@@ -1,0 +1,348 @@
+"""What a prefill that is split does once its segments have run: the states between them, and what these add to o.
+
+A CTA has 64 value channels of a head of one unit, or of a sequence's end. It makes the state before its unit by itself,
+from the one after the first segment and E and T of the units between them,
+
+    S <- S T + E
+
+and adds S r to the output of the unit's tokens; the last one stores the final state. What units have in common is
+computed for each of them: products that cost less than telling other CTAs.
+
+Products take S and T in two bf16 parts each, 16 bits together, and S and what tokens read, r, in bf16, which holds what
+any decay leaves of a query; sums are fp32. Inputs in fp16 are not taken.
+"""
+
+import dataclasses
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from kda_kernels.cute.dsl import SmemAllocator
+from kda_kernels.cute.prefill_config import CHUNK, JOIN_WARPS
+from kda_kernels.cute.prefill_kernel import MN_MAJOR, PrefillKernel
+from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled
+from kda_kernels.cute.prefill_work import States, Work
+from kda_kernels.cute.ptx import float_pair, fresh, load_transposed, rest
+
+WARPS = JOIN_WARPS[0]
+T_LOADER = WARPS  # the warp behind it loads outputs
+T_STAGES, O_STAGES = 2, 5  # of transitions, of chunks of tokens
+CHANNELS = 64  # value channels of a CTA
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinShared:
+    """Pointers; sizes are in elements.
+
+    T:   transitions: [K, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle; two parts a stage
+    r:   what a chunk's tokens read: [CHUNK, K], the same
+    v:   o of these tokens as it is: [CHUNK, CHANNELS], the same
+    out: o on its way out, two of them for each half of the value channels
+    """
+
+    T: Any
+    r: Any
+    v: Any
+    out: Any
+    T_full: Any
+    T_empty: Any
+    full: Any
+    empty: Any
+
+
+class JoinKernel(PrefillKernel):
+    """Called as the `PrefillKernel` that has run the segments, with its workspace."""
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        g: cute.Tensor,
+        beta: cute.Tensor,
+        A_log: cute.Tensor | None,
+        dt_bias: cute.Tensor | None,
+        o: cute.Tensor,
+        h0: cute.Tensor | None,
+        ht: cute.Tensor | None,
+        state_indices: cute.Tensor | None,
+        cu_seqlens: cute.Tensor | None,
+        started: cute.Tensor | None,
+        workspace: cute.Tensor | None,
+        kept: cute.Tensor | None,
+        rows: cute.Tensor | None,
+        offsets: cute.Tensor | None,
+        null_slot: Int32,
+        every: Int32,
+        units: Int32,
+        scale: Float32,
+        lower_bound: Float32,
+        lead: Int32,
+        segment: Int32,
+        begin: Int32,
+        limit: Int32,
+        stream,
+    ):
+        HV, K = v.shape[2], self.spec.K
+        sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
+        starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
+        square = K * K
+        parts = cute.make_tensor(
+            cute.recast_ptr(summaries.iterator, dtype=BFloat16),
+            cute.make_layout(
+                (2 * units, 2 * HV, K, K), stride=(cute.assume(2 * HV * square, divby=2 * square), square, K, 1)
+            ),
+        )
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        dense = (1, 3, 2, 0)
+        tiles = [
+            self.by_tile(parts, load, K, (2, 3, 1, 0), K),
+            self.by_tile(reads, load, K, (0, 2, 1)),
+            self.by_tile(o, load, CHANNELS, dense),
+            self.by_tile(o, store, CHANNELS, dense),
+        ]
+        self.join(
+            [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, summaries, starts,
+            null_slot, units, lead, segment, begin, limit, cute.fast_divmod_create_divisor_v2(Int32(HV)),
+            self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
+        ).launch(
+            grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream
+        )  # fmt: skip
+
+    @cute.kernel
+    def join(
+        self,
+        atoms: list[cute.CopyAtom],  # of transitions, reads, o as it comes and as it goes
+        tiles: list[cute.Tensor],
+        o: cute.Tensor,
+        h0: cute.Tensor | None,
+        ht: cute.Tensor | None,
+        state_indices: cute.Tensor | None,
+        cu_seqlens: cute.Tensor | None,
+        summaries: cute.Tensor,
+        starts: cute.Tensor,
+        null_slot: Int32,
+        units: Int32,
+        lead: Int32,
+        segment: Int32,
+        begin: Int32,
+        limit: Int32,
+        heads: cute.FastDivmodDivisorV2,
+        move: cute.TiledMma,
+        read: cute.TiledMma,
+    ):
+        spec = self.spec
+        pid = cute.arch.block_idx()[0]
+        half = pid & 1
+        rank, i_hv = divmod(pid >> 1, heads)
+        rank, i_hv = cute.arch.make_warp_uniform(rank), cute.arch.make_warp_uniform(i_hv)
+        N = Int32(o.shape[0])
+        if cutlass.const_expr(spec.packed):
+            N = Int32(cu_seqlens.shape[0] - 1)
+        ends = rank < N
+        # ends and late units, which have most to do, come first
+        place = rank if ends else N + 2 * (units - 1 - (rank - N))
+        i_n, _, index, unit, _ = self.find(
+            place, cu_seqlens, Int32(o.shape[0]), Int32(o.shape[1]), lead, segment, begin, limit
+        )
+        found = i_n >= 0
+        i_n = i_n if found else Int32(0)
+        slot, wrong = Int64(i_n), Boolean(False)
+        if cutlass.const_expr(spec.pooled):
+            slot = Int64(state_indices[i_n])
+            wrong = slot == null_slot or slot >= h0.shape[0]
+        b, first, length = i_n, Int32(0), Int32(o.shape[1])
+        if cutlass.const_expr(spec.packed):
+            b, first = Int32(0), Int32(cu_seqlens[i_n])
+            length = Int32(cu_seqlens[i_n + 1]) - first
+        here = cutlass.min(cutlass.max(length - begin, 0), limit)
+        steps, n_tokens = index - 1, Int32(0)
+        if ends:
+            steps = self.units(length, lead, segment, begin, limit)
+            found = found and steps > 0
+        else:
+            offset = lead + steps * segment
+            n_tokens = cutlass.min(here - offset, segment)
+            first = first + (begin + offset)
+        if found and slot >= 0 and not wrong:
+            before = unit if ends else unit - steps  # the first unit of the sequence
+            work = Work(
+                i_n,
+                i_hv,
+                slot,
+                Int32(0),
+                steps,
+                unit,
+                length <= begin + limit,
+                b,
+                first,
+                length,
+                n_tokens,
+                segment,
+                begin,
+            )
+            states = States(h0, ht, None, summaries, starts, None, None, None, Int32(0), units)
+            self.join_one(atoms, tiles, o, states, work, before, ends, half, move, read)
+
+    def join_shared(self) -> JoinShared:
+        smem, K = SmemAllocator(), self.spec.K
+
+        def array(dtype, size, align=1024):
+            return smem.allocate_tensor(dtype, cute.make_layout(size), byte_alignment=align).iterator
+
+        return JoinShared(
+            T=array(BFloat16, T_STAGES * 2 * K * K),
+            r=array(BFloat16, O_STAGES * CHUNK * K),
+            v=array(BFloat16, O_STAGES * CHUNK * CHANNELS),
+            out=array(BFloat16, 2 * self.spec.out_buffers * CHUNK * CHANNELS),
+            T_full=array(Int64, T_STAGES, 8),
+            T_empty=array(Int64, T_STAGES, 8),
+            full=array(Int64, O_STAGES, 8),
+            empty=array(Int64, O_STAGES, 8),
+        )
+
+    @cute.jit
+    def join_one(
+        self, atoms, tiles, o, states: States, work: Work, before: Int32, ends, half: Int32, move: cute.TiledMma,
+        read: cute.TiledMma,
+    ):  # fmt: skip
+        """64 value channels of a head: the state before a unit, or at the end, and what that adds to the unit's o."""
+        tid = cute.arch.thread_idx()[0]
+        shared = self.join_shared()
+        if tid == 0:
+            arrivals = 32 * WARPS if self.spec.each_arrives else WARPS
+            for s in cutlass.range_constexpr(T_STAGES):
+                cute.arch.mbarrier_init(shared.T_full + s, 1)
+                cute.arch.mbarrier_init(shared.T_empty + s, arrivals)
+            for s in cutlass.range_constexpr(O_STAGES):
+                cute.arch.mbarrier_init(shared.full + s, 1)
+                cute.arch.mbarrier_init(shared.empty + s, arrivals)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
+        warp = cute.arch.make_warp_uniform(tid >> 5)
+        if warp < WARPS:
+            self.join_states(shared, atoms, tiles, o, states, work, before, ends, n_chunks, half, move, read)
+        elif warp == T_LOADER:
+            self.load_transitions(shared, atoms[0], tiles[0], work, before)
+        else:
+            self.load_outputs(shared, atoms, tiles, work, n_chunks, half)
+
+    @cute.jit
+    def load_transitions(self, shared, atom, tile, work: Work, before: Int32):
+        K = self.spec.K
+        for step in cutlass.range(work.index, unroll=1):
+            stage = step % T_STAGES
+            cute.arch.mbarrier_wait(shared.T_empty + stage, (step // T_STAGES & 1) ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(shared.T_full + stage, 2 * K * K * 2)
+            for part in cutlass.range_constexpr(2):
+                there = tile[None, None, 2 * work.i_hv + part, 2 * (before + step) + 1]
+                target, source = by_chunk(atom, there, shared.T + (2 * stage + part) * (K * K), 0, K, K)
+                cute.copy(atom, source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage)
+
+    @cute.jit
+    def load_outputs(self, shared, atoms, tiles, work: Work, n_chunks: Int32, half: Int32):
+        """What tokens read, and their o as it is."""
+        K = self.spec.K
+        for chunk in cutlass.range(n_chunks, unroll=1):
+            stage = chunk % O_STAGES
+            full = shared.full + stage
+            cute.arch.mbarrier_wait(shared.empty + stage, (chunk // O_STAGES & 1) ^ 1)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * (K + CHANNELS) * 2)
+            here, there = by_chunk(
+                atoms[1], tiles[1][None, None, work.i_hv], shared.r + stage * (CHUNK * K), work.unit * work.segment, K
+            )
+            cute.copy(atoms[1], there[None, chunk, 0], here, tma_bar_ptr=full)
+            target = shared.v + stage * (CHUNK * CHANNELS)
+            here, there = by_chunk(atoms[2], tiles[2][None, None, work.i_hv, work.b], target, work.first, CHANNELS)
+            cute.copy(atoms[2], there[None, chunk, half], here, tma_bar_ptr=full)
+
+    @cute.jit
+    def join_states(
+        self, shared, atoms, tiles, o, states: States, work: Work, before: Int32, ends, n_chunks: Int32, half: Int32,
+        move: cute.TiledMma, read: cute.TiledMma,
+    ):  # fmt: skip
+        spec = self.spec
+        K = spec.K
+        p = cute.arch.thread_idx()[0]
+        lane = p & 31
+        inside = self.inside(half, p) + work.i_hv * (spec.V * K)
+        S = cute.make_rmem_tensor(move.partition_shape_C((CHANNELS, K)), Float32)
+        E = cute.make_rmem_tensor(S.shape, Float32)
+        upper, lower = (
+            cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), BFloat16) for _ in range(2)
+        )  # fmt: skip
+        T = operand(shared.T, Kind.MN_SW128, (K, K, 2 * T_STAGES), (1, 0, 2))
+        T = move.make_fragment_B(move.get_slice(p).partition_B(T))
+        N = self.sequences(states)
+        self.load_state(S, states.starts, Int64(N + before), inside)
+        for step in cutlass.range(work.index, unroll=1):
+            stage = step % T_STAGES
+            self.load_state(E, states.summaries, Int64(2 * (before + step)), inside)
+            self.round(S, upper)
+            self.rest_of(S, upper)
+            self.round(S, lower)
+            cute.arch.mbarrier_wait(shared.T_full + stage, step // T_STAGES & 1)
+            self.product(move, S, lower, T, 2 * stage, K // 16, False)
+            self.product(move, S, upper, T, 2 * stage + 1, K // 16, True)
+            self.product(move, S, upper, T, 2 * stage, K // 16, True)
+            warpgroup.wait_group(0)
+            arrive(shared.T_empty + stage, lane, spec.each_arrives)
+            for i in cutlass.range_constexpr(cute.size(S)):
+                S[i] = S[i] + E[i]
+        if ends:
+            if work.last:
+                if cutlass.const_expr(spec.pooled or spec.ht is not None):
+                    self.store_state(S, states.h0 if spec.pooled else states.ht, work.slot, inside)
+            else:
+                self.store_state(S, states.starts, Int64(work.i_n), inside)
+        else:
+            if cutlass.const_expr(spec.kept is not None):
+                if work.index > 0:
+                    self.store_state(S, states.starts, Int64(N + work.unit), inside)
+            self.add_reads(shared, atoms, tiles, o, work, S, n_chunks, half, read)
+
+    @cute.jit
+    def rest_of(self, acc, rounded):
+        """acc less what it was rounded to."""
+        rest(acc, cute.make_tensor(rounded.iterator, acc.layout))
+
+    @cute.jit
+    def add_reads(
+        self, shared, atoms, tiles, o, work: Work, S, n_chunks: Int32, half: Int32, read: cute.TiledMma
+    ):  # fmt: skip
+        """o + S r of the unit's tokens."""
+        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, self.spec.K // 16)), BFloat16)
+        self.round(S, S_operand)
+        p = cute.arch.thread_idx()[0]
+        r = operand(shared.r, Kind.K_SW128, (CHUNK, self.spec.K, O_STAGES), (0, 1, 2))
+        r = read.make_fragment_B(read.get_slice(p).partition_B(r))
+        out = cute.make_rmem_tensor(read.partition_shape_C((CHANNELS, CHUNK)), Float32)
+        rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
+        for chunk in cutlass.range(n_chunks, unroll=1):
+            p = fresh(p)
+            warp, lane = p >> 5, p & 31
+            stage, tokens = chunk % O_STAGES, work.n_tokens - chunk * CHUNK
+            cute.arch.mbarrier_wait(shared.full + stage, chunk // O_STAGES & 1)
+            self.product(read, out, S_operand, r, stage, self.spec.K // 16, False)
+            place = swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16)
+            words = []
+            for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
+                words.extend(load_transposed(shared.v + (stage * (CHUNK * CHANNELS) + place + j * 8 * 64)))
+            warpgroup.wait_group(0)
+            arrive(shared.empty + stage, lane, self.spec.each_arrives)
+            for i in cutlass.range_constexpr(len(words)):
+                so_far = float_pair(words[i])
+                for e in cutlass.range_constexpr(2):
+                    rounded[2 * i + e] = (out[2 * i + e] + so_far[e]).to(BFloat16)
+            if cutlass.const_expr(self.spec.out_buffers == 1):
+                self.own_buffer(half, warp)
+            self.stage(rounded, self.buffer(shared, half, chunk & 1), warp, lane)
+            self.write_out(shared, atoms[3:], tiles[3:], o, work, half, chunk, tokens, p)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
