@@ -5,6 +5,7 @@ A stand-in has the parameters of the released function, which a test holds again
 
 import ast
 import dataclasses
+import importlib
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ from kdacli.capture import capture, journal, sites
 from kdacli.judge import Reference, judge
 from kdacli.synthetic import make_inputs
 from kdacli.verify.transforms import serving
-from tests import engine_sources
+from tests import engine_layers, engine_sources
 from tests.test_capture_graphs import Graph, captured, no_gpu  # noqa: F401  a fixture
 
 OPS = "sglang.kernels.ops.attention"
@@ -122,13 +123,15 @@ def engine(tmp_path, monkeypatch):
         source = f"def {function}({taken}):\n    return RUN()\n"
         tmp_path.joinpath(*parts).with_suffix(".py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
-        for name in [name for name in sys.modules if name.partition(".")[0] == parts[0]]:
-            monkeypatch.delitem(sys.modules, name)
+        forget()
         return __import__(module, fromlist=[function]), function, lambda: plain_recurrent.run(x).o.view(1, -1, 2, 16)
 
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sglang")]:
+            del sys.modules[name]
+
     yield make
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sglang")]:
-        del sys.modules[name]
+    forget()
 
 
 @pytest.mark.parametrize("replays", [(), (1,)], ids=["eager", "graph"])
@@ -173,6 +176,26 @@ def test_states_of_a_convolution_that_a_dump_cannot_hold_are_told(engine, tmp_pa
         with capture(target, out=tmp_path / str(len(told))) as files:
             getattr(module, function)(**named | change(named))
         assert files == [] and told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_engine_layers_gpu.py has it")
+def test_the_released_verify_of_sglang_rounds_as_its_dump_says(tmp_path):
+    """In Triton's interpreter, and in fp16: there it rounds to nearest, while it cuts bf16."""
+    target = next(target for target in PARAMETERS if "verify" in target)
+    x = made(target)
+    conv = {"weight": x.conv.weight.float(), "bias": x.conv.bias.float(), "states": x.conv.states.half()}
+    tokens = {name: getattr(x, name).half() for name in ("q", "k", "v", "g", "beta")}
+    x = dataclasses.replace(x, **tokens, conv=dataclasses.replace(x.conv, **conv), token_state_indices=torch.arange(3))
+    module, _, function = target.partition(":")
+    sources = engine_sources.folder("sglang").parent
+    with engine_layers.load("sglang", sources), capture(target, out=tmp_path / "d") as files:
+        getattr(importlib.import_module(module), function)(**arguments(target, x))
+    dump = dumps.load(files[0])
+    verdicts = {
+        verdict.tensor: verdict for verdict in judge(Reference(dump.inputs, dump.op), dump.outputs, partial=True)
+    }
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
+    assert verdicts["token_states"].error > 1e-5, "no rounding of fp32 is so large"
 
 
 @pytest.mark.parametrize("target", PARAMETERS, ids=lambda target: target.partition(":")[2])
