@@ -2,8 +2,8 @@
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
 goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
-all of them, a second one makes the states between them and adds what these give to the output (`prefill_join`); then
-checkpoints inside of units are made from the states before these.
+all of them, a second one makes the states between them and adds what these give to the output (`prefill_join`; in fp16
+a scan and a sum of Triton's); then checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
 128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without; in fp16 all are
