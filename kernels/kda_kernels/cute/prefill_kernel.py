@@ -219,7 +219,8 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         length = n_tokens
         if cutlass.const_expr(spec.part is Part.KEPT):
             position = self.position(offsets, every, i_n, column) - begin
-            found = position > lead and position <= cutlass.min(n_tokens - begin, limit) and position % ALIGNMENT == 0
+            found = position > lead and position <= cutlass.min(n_tokens - begin, limit)
+            found = found and (begin + position) % ALIGNMENT == 0
             index = (cutlass.max(position - lead, 1) + (segment - 1)) // segment
             unit = self.units_before(i_n, cu_seqlens, Int32(o.shape[1]), lead, segment, begin, limit) + index - 1
             offset = lead + (index - 1) * segment
