@@ -25,6 +25,7 @@ from kda_kernels.cute.decode_norm import Norm
 from kda_kernels.cute.decode_states import States
 from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
+from kda_kernels.cute.ptx import bulk_store_lasting
 
 
 class DecodeKernel:
@@ -518,7 +519,11 @@ class DecodeKernel:
                                 (tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector
                             )
                             there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
-                            cute.copy(atom, here, there)
+                            if cutlass.const_expr(spec.config.lasting):
+                                size = cute.size(part) * tile.element_type.width // 8
+                                bulk_store_lasting(there.iterator, here.iterator, size)
+                            else:
+                                cute.copy(atom, here, there)
                             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit

@@ -212,6 +212,17 @@ def _multiply(kind: str, acc: tuple, a: tuple, b: tuple, loc, ip) -> tuple:
     return tuple(Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(4))
 
 
+@dsl_user_op
+def bulk_store_lasting(target: cute.Pointer, source: cute.Pointer, size: int, *, loc=None, ip=None) -> None:
+    """cp.async.bulk of `size` bytes of shared memory, which the L2 cache evicts last."""
+    operands = [x.toint().ir_value(loc=loc, ip=ip) for x in (target, source)]
+    text = (
+        "{ .reg .b64 p; createpolicy.fractional.L2::evict_last.b64 p, 1.0; "
+        f"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0], [$1], {size}, p; }}"
+    )
+    _asm(None, operands, text, "l,r", loc, ip)
+
+
 def _halves(low, high, selector: int, loc, ip) -> Int32:
     operands = [x.ir_value(loc=loc, ip=ip) for x in (low, high)]
     return Int32(_asm(T.i32(), operands, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc, ip, effects=False))
