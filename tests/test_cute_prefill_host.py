@@ -178,6 +178,18 @@ def test_splits(made, monkeypatch, call, way):
             torch.testing.assert_close(actual.double(), exact, rtol=rtol, atol=atol, equal_nan=True)
 
 
+def test_calls_in_turns_of_dtypes_launch_nothing_twice(made, monkeypatch):
+    """A call that the last one's functions do not take in full is refused before the first of them writes to the pool."""
+    split(monkeypatch, SPLITS["split"])
+    calls = [pooled(LENS, slots=(4, 1, 6, 2), dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
+    for inputs in (*calls, calls[1], calls[0], calls[1]):
+        before = [function.calls for function in made if function.spec.part is Part.SPLIT]
+        expected = recurrence(inputs).final_state
+        actual = prefill(on_gpu(inputs.fresh())).final_state
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+        assert sum(f.calls for f in made if f.spec.part is Part.SPLIT) == sum(before) + 1
+
+
 def test_a_given_buffer_of_a_split(made, monkeypatch):
     split(monkeypatch, SPLITS["rounds"])
     inputs = plain(LENS)

@@ -81,10 +81,12 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_key`. scale, bound: arguments of the functions. sms: of the GPU. functions: by part.
+        key: see `_key`. kind: what all functions are compiled for, part aside: one that the first launch of a call does
+            not refuse is not refused by the second. scale, bound: their arguments. sms: of the GPU. functions: by part.
     """
 
     key: tuple | None = None
+    kind: tuple | None = None
     scale: float = 0.0
     bound: float = 0.0
     sms: int = 1
@@ -201,7 +203,8 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
         return
     options, kept, sms = inputs.options, inputs.checkpoints is not None, multiprocessors(inputs.q.device)
     key = _key(inputs)
-    last = _Last(key, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
+    kind = _kind(Part.WHOLE, inputs, ht)
+    last = _Last(key, kind, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
     (B, T), HV, packed = inputs.q.shape[:2], inputs.v.shape[2], inputs.cu_seqlens is not None
     split = None
     if not inputs.batch_invariant:
@@ -212,7 +215,7 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
         _launch(last, call, o, ht)
     except _RefusedError as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
-    if _last.key == last.key:
+    if (_last.key, _last.kind) == (key, kind):
         last.functions.update({part: f for part, f in _last.functions.items() if part not in last.functions})
     _last = last
 
