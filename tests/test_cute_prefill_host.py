@@ -179,7 +179,7 @@ def test_splits(made, monkeypatch, call, way):
 
 
 def test_calls_in_turns_of_dtypes_launch_nothing_twice(made, monkeypatch):
-    """A call that the last one's functions do not take in full is refused before the first of them writes to the pool."""
+    """A call that the last functions do not take in full is refused before the first of them writes to the pool."""
     split(monkeypatch, SPLITS["split"])
     calls = [pooled(LENS, slots=(4, 1, 6, 2), dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     for inputs in (*calls, calls[1], calls[0], calls[1]):

@@ -7,6 +7,7 @@ import torch
 
 from kda_kernels.checks import check_inputs, problem_of
 from kda_kernels.problem import Gate, Op
+from kdacli.report import parts
 
 PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "prefill_grid.py"
 SPEC = importlib.util.spec_from_file_location("prefill_grid", PATH)
@@ -39,3 +40,18 @@ def test_where_another_kernel_is_ahead():
 def test_what_sticks_out():
     times = {16: {"a": 10.0}, 32: {"a": 13.0}, 64: {"a": 16.0}, 128: {"a": 22.0}}
     assert list(grid.sticking_out(rows(times), "a")) == ["T=32 H=3 N=1: a 13.0 us, 8.3% over the line"]
+
+
+def test_a_page_marks_where_another_kernel_is_ahead():
+    ours = "cute-prefill"
+    times = {
+        16: {ours: 10.0, "b": 15.0, "c": 12.0},
+        32: {ours: 10.0, "b": 9.0},
+        64: {ours: 10.0, "b": 9.9},
+        128: {"b": 1.0},
+    }
+    data = {"gate": "safe", "dtype": "bf16", "provenance": {}, "rows": rows(times)}
+    (part,) = parts.prefill_grid(data)
+    gains = [(row[0].text, row[1].text, row[1].style) for row in part.tables[0].rows]
+    assert gains == [("16", "1.20", ""), ("32", "0.90", parts.BAD), ("64", "0.99", ""), ("128", "-", parts.FAINT)]
+    assert part.verdict == parts.Cell("another is ahead in 1 of 4", parts.BAD)

@@ -285,6 +285,36 @@ def host_time(data: Data) -> list[Part]:
     return [Part("Host time of eager calls", data["provenance"], tables=[Table(columns, rows)])]
 
 
+def prefill_grid(data: Data) -> list[Part]:
+    """Prefills over sizes, of benchmarks/prefill_grid.py: by how much the fastest other one is slower than ours."""
+    ours, rows = "cute-prefill", sorted(data["rows"], key=lambda r: (r["N"], r["H"], r["T"]))
+    kernels = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    at = {(r["N"], r["T"], r["H"]): r["us"] for r in rows}
+    N, T, H = (sorted({key[i] for key in at}) for i in range(3))
+    tables = [
+        Table(
+            ("tokens", *(f"H={h}" for h in H)),
+            [_row(t, *(_gain(at.get((n, t, h), {}), ours) for h in H)) for t in T if any((n, t, h) in at for h in H)],
+            f"N={n}: the fastest other kernel's time over that of {ours}",
+        )
+        for n in N
+    ]
+    every = [_row(r["N"], r["H"], r["T"], *(_plain(r["us"].get(name)) for name in kernels)) for r in rows]
+    tables.append(Table(("N", "H", "tokens", *kernels), every, "us per call", folded=True))
+    behind = sum(_gain(us, ours).style == BAD for us in at.values())
+    verdict = _judged(behind, f"another is ahead in {behind} of {len(at)}", f"ahead in all {len(at)}")
+    lines = [f"{data['gate']} gate, {data['dtype']}; red: another kernel is ahead by over 2%."]
+    return [Part("Prefill over a grid of sizes", data["provenance"], verdict, lines, tables=tables)]
+
+
+def _gain(us: dict[str, float], ours: str) -> Cell:
+    others = [time for name, time in us.items() if name != ours]
+    if ours not in us or not others:
+        return Cell("-", FAINT)
+    gain = min(others) / us[ours]
+    return Cell(f"{gain:.2f}", BAD if gain < 0.98 else "")
+
+
 def as_they_are(title: str, data: Data) -> list[Part]:
     """Rows of a script's record, a column for each key."""
     columns = tuple(dict.fromkeys(name for row in data["rows"] for name in row))

@@ -33,7 +33,7 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.compare/1": parts.compare,
     "kda.compare-dumps/1": parts.compare_dumps,
     "kda.host-time/1": parts.host_time,
-    "kda.prefill-grid/1": functools.partial(parts.as_they_are, "Prefill over a grid of sizes"),
+    "kda.prefill-grid/1": parts.prefill_grid,
     "kda.capture/1": functools.partial(parts.as_they_are, "A captured decode loop"),
     "kda.engine-layers/2": functools.partial(parts.as_they_are, "The KDA part of engines' layers"),
 }
