@@ -33,6 +33,12 @@ else:
     require_masks()
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """A test sees the same random numbers in each run, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not HAS_GPU:
         for item in items:
