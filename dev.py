@@ -146,6 +146,8 @@ def versions(args: list[str]) -> int:
 
 def wheel(args: list[str]) -> int:
     """Builds dist/, checks what a package index would refuse, and runs the wheel where nothing else of ours is."""
+    if len(args) > 1 or not all(word.startswith("v") for word in args):
+        return fail(f"the tag is {' '.join(args)}: it should be one word, such as v0.1.0", 2)
     dist = ROOT / "dist"
     if dist.exists() and any(dist.iterdir()):
         return fail("dist is not empty: move away what is there", 2)

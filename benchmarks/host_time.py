@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Host time of eager calls as serving makes them: lengths, or the batch, change at every call.
 
+\b
     python3 benchmarks/host_time.py                          prefill and decode, 12, 32 and 96 heads, with the peers
     python3 benchmarks/host_time.py --op decode --heads 96 --no-peers --json host.json
 

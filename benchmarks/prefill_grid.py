@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Prefill over a grid of sizes, few samples a cell: where is another kernel faster, and where does a curve stick out?
 
+\b
     python3 benchmarks/prefill_grid.py --json grid.json                 our kernels and the peers that tune nothing
     python3 benchmarks/prefill_grid.py --kernel cute-prefill --kernel triton-prefill --gate softplus --heads 12
 

@@ -154,6 +154,9 @@ def test_dev_refuses_what_it_does_not_know():
     assert dev("--no-venv", "install").returncode == 2
     done = dev("versions", "triton-1.0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "one of triton-3.5, " in done.stderr
+    for words in (["--help"], ["v0.1.0", "v0.1.1"]):  # before anything is built
+        done = dev("wheel", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "such as v0.1.0" in done.stderr
 
 
 @pytest.fixture(scope="module")

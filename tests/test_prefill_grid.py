@@ -51,7 +51,9 @@ def test_a_page_marks_where_another_kernel_is_ahead():
         128: {"b": 1.0},
     }
     data = {"gate": "safe", "dtype": "bf16", "provenance": {}, "rows": rows(times)}
+    data["rows"][3]["errors"] = {ours: "no memory"}
     (part,) = parts.prefill_grid(data)
     gains = [(row[0].text, row[1].text, row[1].style) for row in part.tables[0].rows]
     assert gains == [("16", "1.20", ""), ("32", "0.90", parts.BAD), ("64", "0.99", ""), ("128", "-", parts.FAINT)]
-    assert part.verdict == parts.Cell("another is ahead in 1 of 4", parts.BAD)
+    assert part.verdict == parts.Cell("another is ahead by over 2% in 1 of 3", parts.BAD)
+    assert part.lines[1].startswith("In 1 of 4 cells") and part.tables[-1].rows[3][-1].text == f"{ours} no memory"

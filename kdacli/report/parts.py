@@ -299,11 +299,20 @@ def prefill_grid(data: Data) -> list[Part]:
         )
         for n in N
     ]
-    every = [_row(r["N"], r["H"], r["T"], *(_plain(r["us"].get(name)) for name in kernels)) for r in rows]
-    tables.append(Table(("N", "H", "tokens", *kernels), every, "us per call", folded=True))
-    behind = sum(_gain(us, ours).style == BAD for us in at.values())
-    verdict = _judged(behind, f"another is ahead in {behind} of {len(at)}", f"ahead in all {len(at)}")
-    lines = [f"{data['gate']} gate, {data['dtype']}; red: another kernel is ahead by over 2%."]
+    every = [
+        _row(r["N"], r["H"], r["T"], *(_plain(r["us"].get(name)) for name in kernels), _plain(r.get("errors")))
+        for r in rows
+    ]
+    tables.append(Table(("N", "H", "tokens", *kernels, "errors"), every, "us per call", folded=True))
+    compared = [cell for us in at.values() if (cell := _gain(us, ours)).style != FAINT]
+    behind, wrong = sum(cell.style == BAD for cell in compared), sum("errors" in r for r in rows)
+    verdict = _judged(
+        behind,
+        f"another is ahead by over 2% in {behind} of {len(compared)}",
+        f"none is ahead by over 2% in {len(compared)}",
+    )
+    lines = [f"{data['gate']} gate, {data['dtype']}; red: another kernel is ahead by over 2%; -: nothing to compare."]
+    lines += [f"In {wrong} of {len(rows)} cells a kernel did not run; why, the last table says."] if wrong else []
     return [Part("Prefill over a grid of sizes", data["provenance"], verdict, lines, tables=tables)]
 
 

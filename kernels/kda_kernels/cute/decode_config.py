@@ -9,7 +9,7 @@ from kda_kernels.problem import Gate
 SUMS = 3  # over K: q.q, k.k, q.k
 MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
-LASTING = 1 << 26  # numbers of all fp32 states, from which on what is written should stay in the L2 cache: 256 MB
+LASTING = 1 << 26  # elements of all fp32 states, 256 MB: of more, what is written is hinted to stay in the L2 cache
 MOST_CLUSTERED = 8  # CTAs of a cluster that every GPU of sm_90 and newer has room for
 
 
@@ -25,7 +25,7 @@ class DecodeConfig(NamedTuple):
         ctas: how many of them shall fit on a multiprocessor, which bounds the registers.
         bulk: the state comes and goes by bulk copies through shared memory, instead of through registers.
         together: of the rows that a thread has, how many it takes from there at once.
-        lasting: with `bulk`, what is written is evicted from the L2 cache behind what is only read.
+        lasting: with `bulk`, stores are hinted to be evicted from the L2 cache last, after what was only read.
     """
 
     rows: int = 16
