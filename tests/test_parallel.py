@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import fake_prefill
 import parallel_ranks as ranks
@@ -14,12 +15,13 @@ import pytest
 import torch
 from decode_inputs import DEVICE
 
-from kda_kernels import registry
+from kda_kernels import checks, registry
 from kda_kernels.cute import prefill_carried
 from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
+from kda_kernels.parallel import context as context_module
 from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
-from kda_kernels.parallel.context import _part
+from kda_kernels.parallel.context import LastCall, _part
 from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
@@ -91,9 +93,10 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         local = inputs.fresh()
         context = alone(case.cuts, inputs.cu_seqlens.tolist(), rank)
         tokens = part_of(inputs, *case.cuts[rank : rank + 2])
-        mine = prefill._local(dataclasses.replace(local, **tokens), context)
+        mine = dataclasses.replace(local, **tokens)
         o = torch.full_like(mine.v, float("nan"))
-        calls.append(prefill.Call(mine, context, o, None, prefill._on_hopper(mine, o, None)))
+        on_hopper = prefill._on_hopper(prefill._local(mine, context), o, None)
+        calls.append(prefill.Call(mine, context, o, None, LastCall(None, on_hopper)))
         kept = None if local.checkpoints is None else local.checkpoints.states
         parts.append(Part(o, inputs.state, local.state, kept))
     summaries = [call.start() for call in calls]
@@ -103,15 +106,21 @@ def one_after_another(case: Case, inputs) -> list[Part]:
     return [Part(*(None if x is None else x.cpu() for x in vars(part).values())) for part in parts]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
-def test_the_host_half_for_hopper(monkeypatch):
-    """With a stand-in for what the compiler makes: of a first part of a single chunk, and of several."""
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """A stand-in for what the compiler makes."""
+    if torch.cuda.is_available():
+        pytest.skip("stand-ins are for machines without a GPU")
     fake_prefill.install(monkeypatch)
     monkeypatch.setattr(registry, "_runs_on", lambda kernel, device: True)
     monkeypatch.setattr(prefill_carried, "on_device", lambda tensor: contextlib.nullcontext())
     for module in (prefill, prefill_carried):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(segment_outputs, "BT", 128)  # the interpreter takes as long for a small program
+
+
+def test_the_host_half_for_hopper(on_hopper):
+    """Of a first part of a single chunk, and of several."""
     case = Case((70, 150), (0, 20, 120, 220), K=128, V=128, dtype="bfloat16")
     inputs = case.inputs()
     on_gpu = dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu))
@@ -119,6 +128,33 @@ def test_the_host_half_for_hopper(monkeypatch):
     verdicts, wrong = judged(case, inputs, parts)
     assert not wrong
     assert all(v.passed for v in verdicts), verdicts
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_call_like_the_last_is_not_checked_again(monkeypatch, on_hopper, rank):
+    """It takes what the last one found, and makes of its own tensors what a first call makes; another dtype is seen."""
+    case = Case((100,), (0, 40, 100), K=K, V=K)
+    summary = torch.randn((2, 1, 2 * K, K), generator=torch.Generator().manual_seed(0)) / K
+    monkeypatch.setattr(checks, "CHECK_VALUES", "0")
+    monkeypatch.setattr(context_module, "agree", lambda *said: [])
+    monkeypatch.setattr(prefill, "start_gather", lambda everyone, mine, group: everyone.copy_(summary))
+    monkeypatch.setattr(prefill, "wait", lambda work: None)
+    checked = mock.Mock(wraps=prefill._checked)
+    monkeypatch.setattr(prefill, "_checked", checked)
+    inputs = case.inputs()
+    again = alone(case.cuts, [0, 100], rank)
+
+    def run(context: ContextParallel, **changes: torch.Tensor) -> torch.Tensor:
+        tokens = part_of(dataclasses.replace(inputs, **changes), *case.cuts[rank : rank + 2])
+        mine = dataclasses.replace(inputs.fresh(), **tokens)
+        mine.q = mine.q.as_subclass(fake_prefill.OnGpu)
+        return prefill.prefill(mine, context).as_subclass(torch.Tensor)
+
+    for changes, is_checked in (({}, True), ({"v": -inputs.v}, False), ({"beta": inputs.beta.float()}, True)):
+        checked.reset_mock()
+        made = run(again, **changes)
+        assert checked.called == is_checked
+        assert torch.equal(made, run(alone(case.cuts, [0, 100], rank), **changes))
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 For engines; `api` is where they are imported from.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -224,17 +225,24 @@ def kda_prefill(
 def _over_ranks(
     inputs: Inputs, out: torch.Tensor | None, group: "ContextParallel | ProcessGroup", kernel: str | None
 ) -> torch.Tensor:
-    from kda_kernels import parallel
-    from kda_kernels.parallel.prefill import prefill
-
-    context = group
-    if not isinstance(context, parallel.ContextParallel):
+    context_type, prefill = _parallel()
+    context: Any = group
+    if not isinstance(context, context_type):
         ends = inputs.cu_seqlens if inputs.cu_seqlens_cpu is None else inputs.cu_seqlens_cpu
         if ends is None:
             wanted = "it should be the whole batch's, where group is a process group"
             raise InputError("cu_seqlens", "is missing", wanted)
-        context = parallel.ContextParallel.of(ends, context, tokens=inputs.q.shape[1])
+        context = context_type.of(ends, context, tokens=inputs.q.shape[1])
     return forward_only(lambda: (prefill(inputs, context, out, kernel),), inputs)[0]
+
+
+@functools.cache
+def _parallel() -> "tuple[type[ContextParallel], Callable[..., torch.Tensor]]":
+    """What needs torch.distributed; an import takes 2 us even where it has been made."""
+    from kda_kernels.parallel import ContextParallel
+    from kda_kernels.parallel.prefill import prefill
+
+    return ContextParallel, prefill
 
 
 def prefill_workspace_bytes(

@@ -210,7 +210,7 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     if not inputs.batch_invariant:
         split = _split_of(inputs.N, B * T, HV, sms, packed, inputs.cu_seqlens_cpu, inputs.workspace)
     for part in (Part.WHOLE,) if split is None else _cut_into(inputs.q.dtype is torch.bfloat16, kept):
-        last.functions[part] = _function(part, inputs, None if part is Part.KEPT else ht)
+        last.functions[part] = function_of(part, inputs, None if part is Part.KEPT else ht)
     try:
         _launch(last, call, o, ht)
     except _RefusedError as error:
@@ -420,15 +420,20 @@ def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def launch_part(
-    part: Part, inputs: Inputs, o: torch.Tensor, workspace: torch.Tensor, units: int, here: tuple[int, int, int, int]
+    function: Callable[..., Any],
+    inputs: Inputs,
+    o: torch.Tensor,
+    workspace: torch.Tensor,
+    units: int,
+    here: tuple[int, int, int, int],
 ) -> None:
     """One launch of tensors that this kernel takes, with the workspace of `PrefillKernel.__call__`.
 
     Args:
-        here: lead, segment, begin and limit, as there.
+        function: of `function_of`. here: lead, segment, begin and limit, as in `PrefillKernel.__call__`.
 
     Raises:
-        InputError, UnavailableError: as `prefill`.
+        InputError: as `prefill`.
     """
     numbers = inputs.options.scale_for(inputs.q.shape[3]), inputs.options.lower_bound or 0.0
     i = inputs
@@ -437,7 +442,7 @@ def launch_part(
             (i.q, i.k, i.v, i.g, i.beta, _flat(i.A_log), _flat(i.dt_bias), o, i.state),
             (i.state_indices, i.cu_seqlens, i.has_initial_state), _kept(i.checkpoints, i.null_slot),
         )  # fmt: skip
-        _call(_function(part, inputs, None), tensors, None, workspace, units, *numbers, *here)
+        _call(function, tensors, None, workspace, units, *numbers, *here)
     except _RefusedError as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
 
@@ -456,7 +461,7 @@ def summaries(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         both.view(N, 2, *both.shape[1:]).copy_(torch.stack((torch.zeros_like(both[0]), _identity(both[0]))))
     else:
         with stage("summaries"):
-            launch_part(Part.SUMMARY, inputs, v, both.view(-1), 0, (0, 0, 0, 0))
+            launch_part(function_of(Part.SUMMARY, inputs), inputs, v, both.view(-1), 0, (0, 0, 0, 0))
     return both[0::2], both[1::2]
 
 
@@ -518,8 +523,8 @@ def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
     return plan(N, T, HV, sms).split
 
 
-def _function(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> Callable[..., Any]:
-    """The compiled function for these tensors."""
+def function_of(part: Part, inputs: Inputs, ht: torch.Tensor | None = None) -> Callable[..., Any]:
+    """The compiled function for these tensors. Raises `UnavailableError`."""
     q, kind = inputs.q, _kind(part, inputs, ht)
     if (function := CACHE.get(("prefill", q.device, kind))) is not None:
         return function

@@ -5,6 +5,8 @@ segment has no tokens: all are units, which run once from no state and once from
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from kda_kernels.triton.segment_outputs import add_segment_outputs
 from kda_kernels.triton.segment_scan import Segments, scan_segments
 
 MOST_UNITS = 128
+Functions = dict[Part, Callable[..., Any]]  # compiled, of one kind of call
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,9 +55,9 @@ def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int] | None:
 class _Cut:
     """The segments of one sequence, dense. Memory: 256 bytes per token and head of units, until outputs are whole."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int) -> None:
+    def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int, functions: Functions) -> None:
         """Runs them. Raises: as `cute.prefill.prefill`."""
-        self.inputs, self.o = inputs, o
+        self.inputs, self.o, self.functions = inputs, o, functions
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
         units = cdiv(max(0, tokens - lead), segment)
         size = HV * (K * K * (1 + 3 * units) + K * units * segment // 2)
@@ -64,7 +67,8 @@ class _Cut:
         pool = None if indices is None else inputs.state
         self.segments = Segments(workspace, pool, indices, None, 1, units, inputs.null_slot, *self.here)
         with stage("segments"):  # a first segment makes its checkpoints here, units when states before them are known
-            self._launch(Part.SPLIT, inputs if lead else inputs.changed(checkpoints=None))
+            later = not lead and inputs.checkpoints is not None
+            self._launch(Part.SPLIT, inputs.changed(checkpoints=None) if later else inputs)
 
     def complete(self) -> None:
         """Outputs and checkpoints, once the states before units are there."""
@@ -75,21 +79,24 @@ class _Cut:
                 self._launch(Part.KEPT, self.inputs)
 
     def _launch(self, part: Part, inputs: Inputs) -> None:
-        prefill.launch_part(part, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
+        if (function := self.functions.get(part)) is None:
+            function = self.functions[part] = prefill.function_of(part, inputs)
+        prefill.launch_part(function, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
 
 
 class HopperBegun(_Cut):
     """See `kda_kernels.parallel.prefill.Begun`."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor, split: tuple[int, int]) -> None:
-        """Args: checked inputs of one sequence, dense, whose pool is read, and not written; `begun_split` of it."""
+    def __init__(self, inputs: Inputs, o: torch.Tensor, split: tuple[int, int], functions: Functions) -> None:
+        """Args: checked inputs of one sequence, dense, whose pool is read, and not written; `begun_split` of it; the
+        functions of calls like this one, which are added."""
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
-        super().__init__(inputs, o, *split)
+        super().__init__(inputs, o, *split, functions)
         end = torch.empty((1, HV, K, K), dtype=torch.float32, device=o.device)
         segments = Segments(self.segments.workspace, end, None, None, 1, self.segments.units, None, *self.here)
         with stage("scan"), on_device(o):
             scan_segments(segments, tokens, HV)
-        self.summary = end.new_zeros((HV, 2 * K, K))
+        self.summary = end.new_empty((HV, 2 * K, K))
         self.summary[:, :K] = end[0]
 
     def finish(self) -> None:
@@ -99,11 +106,11 @@ class HopperBegun(_Cut):
 class HopperCarried(_Cut):
     """See `kda_kernels.parallel.prefill.Carried`."""
 
-    def __init__(self, inputs: Inputs, o: torch.Tensor) -> None:
-        """Args: checked inputs of one sequence, dense."""
+    def __init__(self, inputs: Inputs, o: torch.Tensor, functions: Functions) -> None:
+        """Args: checked inputs of one sequence, dense; the functions of calls like this one, which are added."""
         tokens, HV, K = o.shape[1], o.shape[2], inputs.q.shape[3]
         segment = cdiv(cdiv(tokens, units_of(tokens, HV, multiprocessors(o.device))), CHUNK) * CHUNK
-        super().__init__(inputs, o, 0, segment)
+        super().__init__(inputs, o, 0, segment, functions)
         prefixes = torch.empty((self.segments.units + 1, HV, 2 * K, K), dtype=torch.float32, device=o.device)
         with stage("prefixes"), on_device(o):
             prefixes_of(self.segments, prefixes)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,22 @@ def even_cuts(tokens: int, ranks: int) -> tuple[int, ...]:
     """The first token of each rank's part, and `tokens`: parts as equal as multiples of 64 tokens allow."""
     chunks = cdiv(tokens, CHUNK)
     return tuple(min(tokens, CHUNK * (chunks * rank // ranks)) for rank in range(ranks)) + (tokens,)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastCall:
+    """What calls that are alike share.
+
+    Attributes:
+        likeness: what they have in common; None: nothing is like it.
+        on_hopper: whether the kernel for Hopper runs them.
+        begun, carried: its compiled functions, by part, for sequences that begin here and that began on former ranks.
+    """
+
+    likeness: tuple | None
+    on_hopper: bool
+    begun: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    carried: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,8 +57,7 @@ class ContextParallel:
         final_states: "last": a final state goes to the pool of the rank that has the sequence's last token; "all": to
             that of every rank, for which the host waits.
         timeout: seconds that the host waits for other ranks where it compares their calls.
-        last_call: what the last call was like, so that one like it need not be checked again, and whether the kernel
-            for Hopper ran it.
+        last_call: what need not be found again for a call like the last one.
     """
 
     group: dist.ProcessGroup | None
@@ -57,7 +72,7 @@ class ContextParallel:
     exchanges: bool
     final_states: str = "last"
     timeout: float = TIMEOUT
-    last_call: tuple[tuple | None, bool] = (None, False)
+    last_call: "LastCall | None" = None
     _agreed: Any = None
     _offsets: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
 

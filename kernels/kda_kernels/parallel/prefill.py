@@ -12,7 +12,9 @@ those that have its tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +24,12 @@ from kda_kernels import registry
 from kda_kernels.boundary import check, check_out
 from kda_kernels.checks import is_traced, values_checked
 from kda_kernels.errors import InputError
-from kda_kernels.parallel.context import ContextParallel
+from kda_kernels.parallel.context import ContextParallel, LastCall
 from kda_kernels.parallel.exchange import start_gather, wait
 from kda_kernels.parallel.plain import PlainBegun, PlainCarried
 from kda_kernels.problem import CHUNK, Op, Options
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Checkpoints, Inputs
+from kda_kernels.tensors import Checkpoints, Inputs, picker
 from kda_kernels.triton.runtime import multiprocessors
 
 
@@ -52,7 +54,7 @@ class Begun(Protocol):
     """This rank's tokens of a sequence that begins here and goes on elsewhere.
 
     Attributes:
-        summary: as of `Carried`: E is the state where it ends here, and T is 0, as nothing that came before matters.
+        summary: as of `Carried`: E is the state where it ends here, and nobody reads T, as nothing came before.
     """
 
     summary: torch.Tensor
@@ -78,14 +80,11 @@ def prefill(
     Raises:
         InputError, UnavailableError: as `ContextParallel.require_same`.
     """
-    likeness, (last, on_hopper) = _likeness(inputs, out, kernel), context.last_call
-    if likeness is not None and likeness == last:
-        local = _rows(inputs, context)
-    else:
-        local, on_hopper = _checked(inputs, context, out, kernel)
-        context.last_call = likeness, on_hopper
-    o = torch.empty_like(local.v, memory_format=torch.contiguous_format) if out is None else out
-    call = Call(local, context, o, kernel, on_hopper)
+    likeness, last = _likeness(inputs, out, kernel), context.last_call
+    if last is None or likeness is None or likeness != last.likeness:
+        last = context.last_call = LastCall(likeness, _checked(inputs, context, out, kernel))
+    o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
+    call = Call(inputs, context, o, kernel, last)
     summary = call.start()
     if context.exchanges:
         everyone = summary.new_empty((context.ranks, *summary.shape))
@@ -99,11 +98,8 @@ def prefill(
     return o
 
 
-def _checked(
-    inputs: Inputs, context: ContextParallel, out: torch.Tensor | None, kernel: str | None
-) -> tuple[Inputs, bool]:
-    """The call with this rank's rows, and whether the kernel for Hopper runs it, once all ranks make one like it.
-    Raises as `prefill`."""
+def _checked(inputs: Inputs, context: ContextParallel, out: torch.Tensor | None, kernel: str | None) -> bool:
+    """Whether the kernel for Hopper runs the call, once all ranks make one like it. Raises as `prefill`."""
     on_hopper, error = False, None
     try:
         local = _local(inputs, context)
@@ -111,36 +107,51 @@ def _checked(
         check_out(out, inputs.v)
         on_hopper = _on_hopper(local, out, kernel)
     except InputError as refused:
-        local, error = inputs, refused
+        error = refused
     if context.exchanges or context.final_states == "all":
         context.require_same(_said(inputs, kernel), error)
     elif error is not None:
         raise error
-    return local, on_hopper
+    return on_hopper
+
+
+# Tensors of a call, and what else it says that is compared as it is.
+_TENSORS = picker(
+    *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "has_initial_state"),
+    "cu_seqlens_cpu",
+)
+_OTHERS = picker(
+    "options", "state_v_first", "output_final_state", "null_slot", "num_accepted_tokens", "update_state",
+    "token_states", "token_state_indices", "checkpoints", "batch_invariant", "workspace", "conv", "norm",
+    "state_scales", "rounding_seed",
+)  # fmt: skip
 
 
 def _likeness(inputs: Inputs, out: torch.Tensor | None, kernel: str | None) -> tuple | None:
     """All that the checks of a call look at, which layers have in common; None where they look at more."""
-    if not isinstance(inputs.q, torch.Tensor) or is_traced(inputs.q) or values_checked(inputs.q):
-        return None
-    seen: list[Any] = [kernel]
-    for x in (*inputs.fields(), out):
-        if isinstance(x, torch.Tensor):
-            seen.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15))
-        elif x is None or isinstance(x, int | Options):
-            seen.append(x)
-        else:
+    call = inputs.fields()
+    tensors, others = (*_TENSORS(call), out), _OTHERS(call)
+    try:
+        if is_traced(inputs.q) or values_checked(inputs.q):
             return None
-    return tuple(seen)
+        seen = [
+            None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() & 15) for x in tensors
+        ]  # fmt: skip
+    except AttributeError:  # no tensor, as the check says
+        return None
+    if not all(x is None or isinstance(x, int | Options) for x in others):
+        return None
+    return kernel, others, seen
 
 
 class Call:
     """A rank's share of one call, without what ranks tell each other: `start`, `run_others`, `finish`."""
 
     def __init__(
-        self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None, on_hopper: bool
+        self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None, alike: LastCall
     ) -> None:
-        self.inputs, self.context, self.o, self.kernel, self.on_hopper = inputs, context, o, kernel, on_hopper
+        """Args: checked inputs, with the whole batch's tables; what this call shares with the last one."""
+        self.inputs, self.context, self.o, self.kernel, self.alike = inputs, context, o, kernel, alike
         self.carried: Carried | None = None
         self.begun: Begun | None = None
 
@@ -169,7 +180,7 @@ class Call:
             return
         begin = sum(lens[:first])
         tokens = slice(begin, begin + sum(lens[first:last]))
-        inputs = _sequences(self.inputs, tokens, first, last)
+        inputs = _sequences(self.inputs, tokens, context.first + first, context.first + last)
         cu_seqlens = context.offsets(first, last, inputs.q.device)
         on_host = context.offsets(first, last, torch.device("cpu"))
         inputs = dataclasses.replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_cpu=on_host)
@@ -196,11 +207,10 @@ class Call:
 
     def _begun(self, inputs: Inputs, o: torch.Tensor) -> Begun:
         """From its initial state, which stays as it is; its state ends in fp32."""
-        if self.on_hopper:
-            from kda_kernels.cute.prefill_carried import HopperBegun, begun_split
-
-            if (split := begun_split(o.shape[1], o.shape[2], multiprocessors(o.device))) is not None:
-                return HopperBegun(inputs, o, split)
+        if self.alike.on_hopper:
+            hopper = _hopper()
+            if (split := hopper.begun_split(o.shape[1], o.shape[2], multiprocessors(o.device))) is not None:
+                return hopper.HopperBegun(inputs, o, split, self.alike.begun)
         if inputs.state_indices is not None:
             state, indices = _apart(inputs)
             inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
@@ -210,21 +220,29 @@ class Call:
         kept = inputs.checkpoints
         if kept is not None:
             kept = _counted_from(kept, self.context.before)
-        inputs = inputs.changed(has_initial_state=None, checkpoints=kept)
-        if self.on_hopper:
-            from kda_kernels.cute.prefill_carried import HopperCarried
-
-            return HopperCarried(inputs, o)
+        if kept is not None or inputs.has_initial_state is not None:
+            inputs = inputs.changed(has_initial_state=None, checkpoints=kept)
+        if self.alike.on_hopper:
+            return _hopper().HopperCarried(inputs, o, self.alike.carried)
         return PlainCarried(inputs, o, lambda one, out: _run(one, out, self.kernel))
 
     def _one(self, n: int) -> tuple[Inputs, torch.Tensor]:
         """A sequence of this rank, dense, and where its outputs go."""
-        inputs, o, lens = self.inputs, self.o, self.context.lens
-        if len(lens) > 1:
-            begin = sum(lens[:n])
-            tokens = slice(begin, begin + lens[n])
-            inputs, o = _sequences(inputs, tokens, n, n + 1), o[:, tokens]
-        return inputs.changed(cu_seqlens=None, cu_seqlens_cpu=None), o
+        context, o, tokens = self.context, self.o, slice(0, self.context.tokens)
+        if len(context.lens) > 1:
+            begin = sum(context.lens[:n])
+            tokens = slice(begin, begin + context.lens[n])
+            o = o[:, tokens]
+        one = _sequences(self.inputs, tokens, context.first + n, context.first + n + 1)
+        return one.changed(cu_seqlens=None, cu_seqlens_cpu=None), o
+
+
+@functools.cache
+def _hopper() -> ModuleType:
+    """The module that needs the compiler for Hopper; an import takes 2 us even where it has been made."""
+    from kda_kernels.cute import prefill_carried
+
+    return prefill_carried
 
 
 def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,10 +300,6 @@ def _local(inputs: Inputs, context: ContextParallel) -> Inputs:
         if table is not None and (table.ndim < 1 or table.shape[0] < context.batch):
             wanted = f"it should have a row for each of the batch's {context.batch} sequences"
             raise InputError(name, f"has shape {list(table.shape)}", wanted)
-    return _rows(inputs, context)
-
-
-def _rows(inputs: Inputs, context: ContextParallel) -> Inputs:
     local = _sequences(inputs, slice(0, context.tokens), context.first, context.first + len(context.lens))
     return local.changed(cu_seqlens=context.offsets(0, len(context.lens), inputs.q.device))
 
@@ -293,20 +307,16 @@ def _rows(inputs: Inputs, context: ContextParallel) -> Inputs:
 def _sequences(inputs: Inputs, tokens: slice, first: int, last: int) -> Inputs:
     """These tokens, and the rows of these sequences of all tables."""
 
-    def rows(table: torch.Tensor | None) -> torch.Tensor | None:
-        return table if table is None or (first, last) == (0, table.shape[0]) else table[first:last]
-
-    kept = inputs.checkpoints
-    if kept is not None:
-        kept = dataclasses.replace(kept, rows=kept.rows[first:last], offsets=rows(kept.offsets))
-    all_of_them = (tokens.start, tokens.stop) == (0, inputs.q.shape[1])
-    names = () if all_of_them else ("q", "k", "v", "g", "beta")
-    return inputs.changed(
-        **{name: getattr(inputs, name)[:, tokens] for name in names},
-        state_indices=rows(inputs.state_indices),
-        has_initial_state=rows(inputs.has_initial_state),
-        checkpoints=kept,
-    )
+    changed: dict[str, Any] = {}
+    if (tokens.start, tokens.stop) != (0, inputs.q.shape[1]):
+        changed = {name: getattr(inputs, name)[:, tokens] for name in ("q", "k", "v", "g", "beta")}
+    for name in ("state_indices", "has_initial_state"):
+        if (table := getattr(inputs, name)) is not None and (first, last) != (0, table.shape[0]):
+            changed[name] = table[first:last]
+    if (kept := inputs.checkpoints) is not None:
+        offsets = None if kept.offsets is None else kept.offsets[first:last]
+        changed["checkpoints"] = dataclasses.replace(kept, rows=kept.rows[first:last], offsets=offsets)
+    return inputs.changed(**changed)
 
 
 def _said(inputs: Inputs, kernel: str | None) -> dict[str, Any]:
