@@ -7,6 +7,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -126,11 +127,11 @@ def _check(name: str, x, dtype: str | None, shape: tuple, sizes: dict[str, int],
 def install(monkeypatch) -> list[FakeFunction]:
     """Makes the decode kernel believe in an H100; what it has compiled is in the list that comes back."""
     monkeypatch.setattr(module, "_last", module._Last())
-    return on_h100(monkeypatch, module, FakeFunction)
+    return on_h100(monkeypatch, FakeFunction, module)
 
 
-def on_h100(monkeypatch, host, function: Callable) -> list:
-    """Makes `host`, a kernel's host half, believe in an H100 and take `function(spec)` for what its compiler makes."""
+def on_h100(monkeypatch, function: Callable, *host: ModuleType) -> list:
+    """Makes the modules of a kernel's host half believe in an H100 and take `function(spec)` for what it compiles."""
     made = []
 
     def build(spec, arch: str, options: str = ""):
@@ -138,9 +139,16 @@ def on_h100(monkeypatch, host, function: Callable) -> list:
         return made[-1]
 
     monkeypatch.setenv("KDA_CACHE_DIR", "")
-    monkeypatch.setattr(host, "CACHE", cache.CompileCache())
-    monkeypatch.setattr(host, "build", build)
-    monkeypatch.setattr(host, "unsupported_here", lambda device=None: None)
-    monkeypatch.setattr(host, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(host, "multiprocessors", lambda device: 132)
+    believed = {
+        "CACHE": cache.CompileCache(),
+        "build": build,
+        "unsupported_here": lambda device=None: None,
+        "architecture": lambda device: "sm_90a",
+        "multiprocessors": lambda device: 132,
+    }
+    for name, value in believed.items():
+        having = [one for one in host if hasattr(one, name)]
+        assert having, name
+        for one in having:
+            monkeypatch.setattr(one, name, value)
     return made

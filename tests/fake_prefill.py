@@ -12,6 +12,7 @@ import torch
 from fake_gpu import check, on_h100
 
 from kda_kernels.cute import prefill as module
+from kda_kernels.cute import prefill_functions
 from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent
@@ -223,7 +224,7 @@ def install(monkeypatch) -> list[FakeFunction]:
     monkeypatch.setattr(segment_scan, "BV", 128)  # the interpreter takes as long for a small program as for a large one
     monkeypatch.setattr(module, "_last", module._Last())
     monkeypatch.setattr(module, "on_device", lambda tensor: contextlib.nullcontext())
-    return on_h100(monkeypatch, module, FakeFunction)
+    return on_h100(monkeypatch, FakeFunction, module, prefill_functions)
 
 
 class OnGpu(torch.Tensor):

@@ -14,7 +14,7 @@ from decode_inputs import DEVICE
 from prefill_inputs import GIVEN, SAFE, SOFTPLUS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
 from kda_kernels.cute import prefill as module
-from kda_kernels.cute import prefill_plan
+from kda_kernels.cute import prefill_functions, prefill_plan
 from kda_kernels.cute.prefill import prefill
 from kda_kernels.cute.prefill_config import CHUNK
 from kda_kernels.cute.prefill_plan import Split
@@ -217,7 +217,7 @@ def test_what_a_closed_gate_hides_is_gone(monkeypatch, period, way):
 @pytest.mark.parametrize("at", [1, 7, 8, 15, 16, 19, 31, 32, 100])
 def test_what_precedes_a_token_does_not_depend_on_it(monkeypatch, options, at, way):
     """In bits; with gates that have a bound, where KDA_CAUSAL asks for it."""
-    monkeypatch.setattr(module, "CAUSAL", options == "SAFE")
+    monkeypatch.setattr(prefill_functions, "CAUSAL", options == "SAFE")
     monkeypatch.setattr(module, "_last", type(module._last)())  # functions of calls that asked for something else
     split(monkeypatch, way)
     inputs, other = (tokens([5 * CHUNK + 3], options=globals()[options], seed=seed) for seed in range(2))
@@ -711,6 +711,6 @@ def test_other_head_counts_compile_nothing(monkeypatch):
     def compiled(*_):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(module, "build", compiled)
+    monkeypatch.setattr(prefill_functions, "build", compiled)
     for heads in (1, 3, 12):
         check(pooled([70, 3], slots=[4, 1], H=heads, HV=heads))

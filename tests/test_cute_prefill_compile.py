@@ -8,7 +8,7 @@ import torch
 from prefill_inputs import split
 
 from kda_kernels.checks import problem_of
-from kda_kernels.cute import cache
+from kda_kernels.cute import cache, prefill_functions
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute.prefill_config import CHUNK, Part
 from kda_kernels.cute.prefill_plan import Split
@@ -104,5 +104,5 @@ def test_the_spec_of_a_problem_is_that_of_its_launch(monkeypatch, part, change):
     made = fake_prefill.install(monkeypatch)
     split(monkeypatch, None if part is Part.WHOLE else Split(CHUNK, CHUNK, 2 * CHUNK))
     module.prefill(dataclasses.replace(inputs, q=inputs.q.as_subclass(fake_prefill.OnGpu)))
-    parts = (part,) if part is Part.WHOLE else module._cut_into(problem.dtype == "bfloat16", False)
-    assert [function.spec for function in made] == [module._problem_spec(problem, one) for one in parts]
+    parts = (part,) if part is Part.WHOLE else prefill_functions.cut_into(problem.dtype == "bfloat16", False)
+    assert [function.spec for function in made] == [prefill_functions.problem_spec(problem, one) for one in parts]

@@ -20,8 +20,7 @@ of 32 tokens then, with keys that are longer than 1 and not normalised here, mak
 
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,23 +29,20 @@ import torch
 from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
-from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import ALIGNMENT, JOIN_WARPS, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import ALIGNMENT, Part
+from kda_kernels.cute.prefill_functions import cut_into, function_of, kind_of, unsupported_here
+from kda_kernels.cute.prefill_functions import variants as variants
 from kda_kernels.cute.prefill_plan import Split, plan, plan_of
-from kda_kernels.cute.runtime import architecture
-from kda_kernels.cute.runtime import unsupported_here as no_cute_here
-from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.dtypes import FLOATS, name_of
-from kda_kernels.errors import InputError, UnavailableError, one_line
+from kda_kernels.errors import InputError, one_line
 from kda_kernels.ints import cdiv
-from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Checkpoints, Inputs, Outputs, picker
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.triton.widened import is_widened, widened
-from kda_kernels.variant import H100, Gpu, Variant
+from kda_kernels.variant import H100
 
-ARCH = "sm_90a"  # wgmma is no other's
 CAUSAL_IN_BITS = CAUSAL
 WORKSPACE_ALIGNMENT = 16  # bytes
 
@@ -203,13 +199,13 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
         return
     options, kept, sms = inputs.options, inputs.checkpoints is not None, multiprocessors(inputs.q.device)
     key = _key(inputs)
-    kind = _kind(Part.WHOLE, inputs, ht)
+    kind = kind_of(Part.WHOLE, inputs, ht)
     last = _Last(key, kind, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
     (B, T), HV, packed = inputs.q.shape[:2], inputs.v.shape[2], inputs.cu_seqlens is not None
     split = None
     if not inputs.batch_invariant:
         split = _split_of(inputs.N, B * T, HV, sms, packed, inputs.cu_seqlens_cpu, inputs.workspace)
-    for part in (Part.WHOLE,) if split is None else _cut_into(inputs.q.dtype is torch.bfloat16, kept):
+    for part in (Part.WHOLE,) if split is None else cut_into(inputs.q.dtype is torch.bfloat16, kept):
         last.functions[part] = function_of(part, inputs, None if part is Part.KEPT else ht)
     try:
         _launch(last, call, o, ht)
@@ -345,12 +341,6 @@ def _launch_split(
                 _staged("outputs", outputs.add_segment_outputs, segments, o)
         if to_kept is not None:
             _staged("checkpoints", _call, to_kept, tensors, None, workspace, units, last.scale, last.bound, *here)
-
-
-def _cut_into(in_bf16: bool, kept: bool) -> tuple[Part, ...]:
-    """The launches of sequences that are cut. In fp16 Triton's kernels join the segments."""
-    joined = (Part.JOIN,) if in_bf16 else ()
-    return (Part.SPLIT, *joined, Part.KEPT) if kept else (Part.SPLIT, *joined)
 
 
 @functools.cache
@@ -523,70 +513,6 @@ def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
     return plan(N, T, HV, sms).split
 
 
-def function_of(part: Part, inputs: Inputs, ht: torch.Tensor | None = None) -> Callable[..., Any]:
-    """The compiled function for these tensors. Raises `UnavailableError`."""
-    q, kind = inputs.q, _kind(part, inputs, ht)
-    if (function := CACHE.get(("prefill", q.device, kind))) is not None:
-        return function
-    if not q.is_cuda:
-        raise UnavailableError(f"cute-prefill: {unsupported_here() or 'the tensors lie on the CPU'}")
-    if (reason := unsupported_here(q.device)) is not None:
-        raise UnavailableError(f"cute-prefill: {reason}")
-    spec, arch = spec_of(part, inputs, ht), architecture(q.device)
-    return CACHE.make(("prefill", q.device, kind), label(spec, arch), lambda: build(spec, arch))
-
-
-def _kind(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
-    """The fields of `PrefillSpec` as they can be looked up: torch's dtypes instead of their names."""
-    q, options, kept = inputs.q, inputs.options, inputs.checkpoints
-    comes = part is not Part.SUMMARY
-    goes = (None, None, False) if kept is None else (kept.states.dtype, kept.rows.dtype, kept.every is not None)
-    tensors = (
-        q, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias, inputs.state if comes else None, ht,
-        inputs.state_indices, inputs.cu_seqlens,
-    )  # fmt: skip
-    return (
-        inputs.v.shape[2] // q.shape[2],
-        options.gate, _bounded(options, q.dtype), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
-        *(None if x is None else x.dtype for x in tensors),
-        part, comes and inputs.has_initial_state is not None,
-        *goes, inputs.batch_invariant, _sanitized(),
-    )  # fmt: skip
-
-
-def _bounded(options: Options, dtype: torch.dtype) -> bool:
-    """Whether no log decay is under the bound with which 16 tokens' decays, exp(+-80), stay inside bf16's range.
-
-    No where bits must not depend on later tokens: decays measured from the middle of a chunk leave rounding before it.
-    No for fp16, which does not hold exp(80).
-    """
-    bound = options.lower_bound
-    if CAUSAL or dtype is not torch.bfloat16 or options.gate is Gate.SOFTPLUS or bound is None:
-        return False
-    return bound >= SAFE_BOUND
-
-
-def spec_of(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> PrefillSpec:
-    """What the kernel has to be compiled for."""
-    return PrefillSpec(*named(_kind(part, inputs, ht)))
-
-
-def _sanitized() -> bool:
-    """Whether compute-sanitizer looks on; slower, and the same results."""
-    return os.environ.get("KDA_SANITIZE") == "1"
-
-
-def label(spec: PrefillSpec, arch: str) -> str:
-    return f"prefill {arch} {spec}"
-
-
-def build(spec: PrefillSpec, arch: str, options: str = "") -> Any:
-    """Compiles; needs the DSL, and no GPU. See `prefill_build.compile_prefill`."""
-    from kda_kernels.cute.prefill_build import compile_prefill
-
-    return compile_prefill(spec, arch, options)
-
-
 def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     if problem is not None and (reason := CONTRACT.refusal(problem)) is not None:
@@ -594,15 +520,6 @@ def unsupported(problem: Problem | None = None) -> str | None:
     if problem is not None and "workspace" in problem.features and problem.features & {"rounding_seed", "state_scales"}:
         return _WIDE_NEEDS_MEMORY
     return unsupported_here()
-
-
-def unsupported_here(device: torch.device | None = None) -> str | None:
-    """Why this machine's current GPU, or `device`, cannot run it; None if it can."""
-    if (reason := no_cute_here(device)) is not None:
-        return reason
-    if (have := torch.cuda.get_device_capability(device)) != (9, 0):
-        return f"the GPU is sm_{have[0]}{have[1]}: this kernel is for {ARCH} only"
-    return None
 
 
 def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str | None:
@@ -678,47 +595,3 @@ def run(inputs: Inputs) -> Outputs:
     outputs = prefill(inputs)
     assert isinstance(outputs, Outputs)  # no other states are asked for
     return outputs
-
-
-_SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
-_POOL = Problem(Op.PREFILL, (2048,) * 8, H=32, HV=32, pool_slots=16, options=_SAFE)
-_GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
-# What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
-# come activated, in fp32, those without a bound; and 12 heads of one sequence, which is split.
-USUAL = {
-    "safe": _POOL,
-    "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
-    "activated": dataclasses.replace(_POOL, g_dtype="float32", options=_GIVEN),
-    "softplus": dataclasses.replace(_POOL, options=Options(gate=Gate.SOFTPLUS)),
-    "safe split": dataclasses.replace(_POOL, seq_lens=(8192,), H=12, HV=12),
-}
-
-
-def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Variant]:
-    """What `kda compile` builds of CuTe's kernels: as a launch for `problem`, or those of `USUAL`, specialises them."""
-    problems = USUAL if problem is None else {str(problem.options.gate): problem}
-    for name, one in problems.items():
-        part = Part.WHOLE if _split(one.N, one.T, one.HV, gpu.sms) is None else Part.SPLIT
-        yield _variant(name, _problem_spec(one, part))
-        if part is Part.SPLIT:
-            for further in _cut_into(one.dtype == "bfloat16", "checkpoints" in one.features)[1:]:
-                yield _variant(f"{name} {further}", _problem_spec(one, further))
-
-
-def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
-    return CuteVariant(
-        name,
-        lambda arch, options: build(spec, arch, options),
-        lambda arch: label(spec, arch),
-        num_warps=sum(JOIN_WARPS) if spec.part is Part.JOIN else THREADS // 32,
-        shared_bytes=None,
-        only=ARCH,
-    )
-
-
-def _problem_spec(problem: Problem, part: Part) -> PrefillSpec:
-    if problem.features & {"rounding_seed", "state_scales"}:  # as `widened` calls it
-        problem = dataclasses.replace(problem, state_dtype="float32", state_rounding="nearest")
-    inputs = pretended(problem)
-    comes_out = problem.pool_slots is None and problem.final_state and part is not Part.KEPT
-    return spec_of(part, inputs, inputs.new_final_state() if comes_out else None)

@@ -54,42 +54,13 @@ class JoinShared:
 
 
 class JoinKernel(PrefillKernel):
-    """Called as the `PrefillKernel` that has run the segments, with its workspace."""
+    """What `PrefillKernel.__call__` launches after a split, with the workspace that this has filled."""
 
-    @cute.jit
-    def __call__(
-        self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        g: cute.Tensor,
-        beta: cute.Tensor,
-        A_log: cute.Tensor | None,
-        dt_bias: cute.Tensor | None,
-        o: cute.Tensor,
-        h0: cute.Tensor | None,
-        ht: cute.Tensor | None,
-        state_indices: cute.Tensor | None,
-        cu_seqlens: cute.Tensor | None,
-        started: cute.Tensor | None,
-        workspace: cute.Tensor | None,
-        kept: cute.Tensor | None,
-        rows: cute.Tensor | None,
-        offsets: cute.Tensor | None,
-        null_slot: Int32,
-        every: Int32,
-        units: Int32,
-        scale: Float32,
-        lower_bound: Float32,
-        lead: Int32,
-        segment: Int32,
-        begin: Int32,
-        limit: Int32,
-        stream,
-    ):
-        HV, K = v.shape[2], self.spec.K
-        sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
-        starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
+    def launch_join(
+        self, o, h0, ht, state_indices, cu_seqlens, starts, summaries, reads, sequences, null_slot, units, lead,
+        segment, begin, limit, heads, stream,
+    ):  # fmt: skip
+        HV, K = o.shape[2], self.spec.K
         square = K * K
         parts = cute.make_tensor(
             cute.recast_ptr(summaries.iterator, dtype=BFloat16),
@@ -107,8 +78,7 @@ class JoinKernel(PrefillKernel):
         ]
         self.join(
             [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, summaries, starts,
-            null_slot, units, lead, segment, begin, limit, cute.fast_divmod_create_divisor_v2(Int32(HV)),
-            self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
+            null_slot, units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
         ).launch(
             grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream
         )  # fmt: skip

@@ -97,26 +97,33 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
             if cutlass.const_expr(part is Part.SPLIT):
                 ctas = ctas + 2 * HV * units
-            else:
+            elif cutlass.const_expr(part is Part.KEPT):
                 summaries, reads = None, None
                 ctas = ctas * rows.shape[1]
-        products = (
-            self.product_of(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-            self.product_of(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
-            self.product_of(CHUNK, MN_MAJOR),  # with the inverse
-            self.product_of(CHUNK),  # with tril(qE kI^T)
-            self.product_of(self.spec.K, MN_MAJOR),  # w kI
-        )
-        load, store, dense = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp(), (1, 3, 2, 0)
-        tiles = [self.by_tile(x, load, self.spec.K, dense) for x in (q, k, v, g)]
-        tiles.append(self.by_tile(o, store, 64, dense))
-        if cutlass.const_expr(reads is not None):
-            tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
-        self.kernel(
-            [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
-            state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
-            scale, lower_bound, lead, segment, begin, limit, cute.fast_divmod_create_divisor_v2(Int32(HV)), *products,
-        ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        heads = cute.fast_divmod_create_divisor_v2(Int32(HV))
+        if cutlass.const_expr(part is Part.JOIN):
+            self.launch_join(
+                o, h0, ht, state_indices, cu_seqlens, starts, summaries, reads, sequences, null_slot, units, lead,
+                segment, begin, limit, heads, stream,
+            )  # fmt: skip
+        else:
+            products = (
+                self.product_of(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
+                self.product_of(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
+                self.product_of(CHUNK, MN_MAJOR),  # with the inverse
+                self.product_of(CHUNK),  # with tril(qE kI^T)
+                self.product_of(self.spec.K, MN_MAJOR),  # w kI
+            )
+            load, store, dense = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp(), (1, 3, 2, 0)
+            tiles = [self.by_tile(x, load, self.spec.K, dense) for x in (q, k, v, g)]
+            tiles.append(self.by_tile(o, store, 64, dense))
+            if cutlass.const_expr(reads is not None):
+                tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
+            self.kernel(
+                [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
+                state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
+                scale, lower_bound, lead, segment, begin, limit, heads, *products,
+            ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def carve(self, workspace, sequences, units, segment, HV, dtype):
         """`starts`, `summaries` and `reads` of a split."""
