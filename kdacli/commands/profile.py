@@ -54,6 +54,12 @@ class Axis(click.ParamType):
 @click.option("--ncu-path", metavar="FILE", help="The program ncu, where it is not found by itself.")
 @click.option("--output", "tool_output", metavar="FILE", help="Report of --nsys or --ncu. Default: kda-profile-<n>.")
 @cp_option("Time a prefill")
+@click.option(
+    "--triton-config",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="With --cp: FLA's kernels take the configuration with this number, as in `kda verify`, and are not tuned.",
+)
 @options.problem_options
 @options.json_option
 @options.force_option
@@ -91,6 +97,8 @@ def command(ctx: click.Context, /, **params: Any) -> None:
     if (ranks := params.pop("cp")) is not None:
         _over_ranks(ctx, ranks, params)
         return
+    if params.pop("triton_config") is not None:
+        raise InputError("--triton-config is for --cp, which is not given")
     wanted = Wanted.of(params)
     for dest in (wanted.json, wanted.plot, wanted.trace):
         check_dest(dest, wanted.force)
@@ -111,7 +119,7 @@ def command(ctx: click.Context, /, **params: Any) -> None:
 # What --cp can be given with.
 _WITH_CP = (
     "cp", "layer", "model", "tp", "tokens", "seqs", "lens", "heads", "v_heads", "gate", "lower_bound", "gates", "keys",
-    "seed", "seconds", "no_peers", "json_dest", "force",
+    "seed", "seconds", "no_peers", "triton_config", "json_dest", "force",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from kda_kernels.errors import UnavailableError, one_line
 from kda_kernels.parallel.balance import balanced_cuts
 from kda_kernels.problem import Op, Problem
 from kda_kernels.triton.runtime import multiprocessors
-from kdacli import options, output, provenance
+from kdacli import autotuning, options, output, provenance
 from kdacli.parallel.ranks import joined
 from kdacli.parallel.timing import Row, flas, ours
 from kdacli.presets import PRESETS
@@ -34,8 +34,11 @@ def profile(params: Mapping[str, Any]) -> None:
     from kda_kernels import ranges
 
     ranges.enable(nvtx.open_range)
+    if (config := params["triton_config"]) is not None:
+        autotuning.take(config)
+    peer = None if params["no_peers"] else "fla" if config is None else f"fla, configuration {config}"
     with joined("cuda") as (rank, ranks):
-        rows, left_out = _rows(problem, regime, params["seconds"], not params["no_peers"], rank, ranks)
+        rows, left_out = _rows(problem, regime, params["seconds"], peer, rank, ranks)
         if rank:
             return
         _print(problem, gates, rows, left_out, layer)
@@ -48,9 +51,9 @@ def profile(params: Mapping[str, Any]) -> None:
 
 
 def _rows(
-    problem: Problem, regime: dict[str, Any], seconds: float, peers: bool, rank: int, ranks: int
+    problem: Problem, regime: dict[str, Any], seconds: float, peer: str | None, rank: int, ranks: int
 ) -> tuple[list[Row], list[str]]:
-    """Of rank 0; and what was not timed, with the reason."""
+    """Of rank 0; and what was not timed, with the reason. peer: what FLA's rows are called, if there are any."""
     rows, left_out = [], []
     room = ROOM * torch.cuda.mem_get_info()[1]
     sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
@@ -66,13 +69,13 @@ def _rows(
         if rank < count:
             rows.append(ours(problem, cuts, group, mine, seconds))
             torch.cuda.empty_cache()
-        if peers and (reason := _no_fla(problem, count)) is not None:
-            left_out.append(f"fla over {count} ranks: {reason}")
-        elif peers and rank < count:
+        if peer is not None and (reason := _no_fla(problem, count)) is not None:
+            left_out.append(f"{peer} over {count} ranks: {reason}")
+        elif peer is not None and rank < count:
             try:
-                rows.append(flas(problem, group, mine, seconds))
+                rows.append(flas(peer, problem, group, mine, seconds))
             except Exception as error:  # a peer's failure is its own
-                left_out.append(f"fla over {count} ranks: {one_line(error, 200)}")
+                left_out.append(f"{peer} over {count} ranks: {one_line(error, 200)}")
             torch.cuda.empty_cache()
         dist.barrier()
     return rows, left_out

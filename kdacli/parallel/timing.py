@@ -129,7 +129,7 @@ def ours(
     )
 
 
-def flas(problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float) -> Row:
+def flas(name: str, problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float) -> Row:
     """Of FLA's chunk_kda, whose parts are equally long, without states. Raises ImportError where there is none."""
     from fla.ops.cp import build_cp_context
     from fla.ops.kda import chunk_kda
@@ -148,7 +148,7 @@ def flas(problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, An
     with torch.no_grad():
         tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
         times = [times_of(lambda: chunk_kda(*tokens, **options), group, seconds, ahead) for ahead in (False, True)]
-    return _row("fla", problem, range(0, problem.T + 1, part), *times)
+    return _row(name, problem, range(0, problem.T + 1, part), *times)
 
 
 def _row(kernel: str, problem: Problem, cuts: Sequence[int], times: list[float], ahead: list[float]) -> Row:
