@@ -26,6 +26,7 @@ from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
 from kdacli.parallel.checks import SOFTPLUS, Case, Part, judged, part_of
+from kdacli.parallel.ranks import start
 
 K = 128
 
@@ -42,6 +43,13 @@ def found(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", [*ranks.CASES, *ranks.CHECKS])
 def test_ranks(found, name):
     assert found[name] == ""
+
+
+def test_what_a_rank_refuses_it_says_alone(capfd):
+    """Not what started it; and the exit code is the rank's."""
+    assert start(2, "cpu", ["run", "--nonsense"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines and all(line.startswith("Error: No such option") for line in lines)
 
 
 def test_parts_are_even_in_chunks():

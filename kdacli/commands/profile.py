@@ -128,12 +128,13 @@ def _over_ranks(ctx: click.Context, ranks: int, params: dict[str, Any]) -> None:
     if len(params["gates"]) > 1:
         raise InputError("--gates is given twice with --cp: leave one out")
     from kdacli.output import check_dest
-    from kdacli.parallel.ranks import start
+    from kdacli.parallel.ranks import is_first, start
 
+    if is_first():
+        check_dest(params["json_dest"], params["force"])
     code = start(ranks, "cuda", ctx.meta.get("kdacli.args") or sys.argv[1:])
     if code is not None:
         ctx.exit(code)
-    check_dest(params["json_dest"], params["force"])
     from kdacli.parallel.profile import profile
 
     profile(params)

@@ -8,7 +8,7 @@ import click
 
 from kda_kernels.errors import InputError
 from kdacli import options
-from kdacli.parallel.ranks import cp_option, start
+from kdacli.parallel.ranks import cp_option, is_first, start
 from kdacli.values import Part
 
 if TYPE_CHECKING:
@@ -222,11 +222,12 @@ def _over_ranks(ctx: click.Context, ranks: int, device: str, json_dest: str | No
     from kdacli.device import pick_device
     from kdacli.output import check_dest
 
+    if is_first():
+        check_dest(json_dest, force)
     device = pick_device(device)
     code = start(ranks, device, ctx.meta.get("kdacli.args") or sys.argv[1:])
     if code is not None:
         ctx.exit(code)
-    check_dest(json_dest, force)
     from kdacli.parallel.verify import verify
 
     verify(device, json_dest, force)

@@ -1,8 +1,9 @@
 """Processes that are ranks: started by torchrun, or by this command itself on one machine."""
 
+import logging
 import os
-import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +21,8 @@ def cp_option(what: str):
 
 
 def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
-    """Runs this command line in so many processes of this machine, and returns its exit code; None: this is a rank.
+    """Runs this command line in so many processes of this machine, and returns the exit code of the first that failed,
+    or 0; None: this is a rank.
 
     Raises:
         InputError: no number of ranks is known, or torchrun started another one.
@@ -41,8 +43,36 @@ def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
         raise InputError(
             "--cp says no number of ranks: --cp 4, or start this with torchrun --nproc-per-node 4 -m kdacli"
         )
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*run, "-m", "kdacli", *words]).returncode
+    return _launched(ranks, words)
+
+
+def _launched(ranks: int, words: Sequence[str]) -> int:
+    """As `torchrun --standalone`, which would say behind what a rank says that it failed, and exit with 1 whatever it
+    was. Raises `KdaError`: a rank was killed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each rank, as torchrun has it
+    config = LaunchConfig(
+        1, 1, ranks, run_id=str(uuid.uuid4()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "kdacli", *words)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise KdaError(f"rank {rank} was killed by signal {-failure.exitcode}") from None
+        return failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or no rank: who looks after the files of a command."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
