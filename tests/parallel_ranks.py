@@ -5,6 +5,7 @@ The group of 4, those of 3 and of 2 first ranks are all in the same four process
 check, "" or what was wrong.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from kda_kernels import ranges
 from kda_kernels.api import chunk_kda, kda_prefill
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.parallel import ContextParallel, convolution_halo
@@ -179,6 +181,15 @@ def a_group_alone(group) -> str:
     return "" if error < 1e-2 else f"error {error}"
 
 
+def stages_are_ranges(group) -> str:
+    case, opened = Case((40,), (0, 20, 40)), []
+    ranges.enable(lambda name: contextlib.nullcontext(opened.append(name)))
+    prefilled(case, case.inputs(), group)
+    ranges.disable()
+    mine = "carried sequence" if dist.get_rank(group) else "begun sequence"
+    return "" if {mine, "exchange"} <= set(opened) else f"only {opened}"
+
+
 def a_dead_rank_ends_all(group) -> str:
     """The last check: rank 3 ends without a word."""
     if dist.get_rank(group) == RANKS - 1:
@@ -194,6 +205,7 @@ CHECKS = {
     "FLA's context": (3, fla_drop_in),
     "the halo of a convolution": (4, halo),
     "a process group": (2, a_group_alone),
+    "stages are ranges of a profiler": (2, stages_are_ranges),
     "another shape on one rank": (2, another_shape_ends_all),
     "a wrong argument on one rank": (2, a_wrong_argument_ends_all),
     "other lengths on one rank": (2, other_lengths_end_all),

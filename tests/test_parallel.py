@@ -22,11 +22,15 @@ from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel import context as context_module
 from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
 from kda_kernels.parallel.context import LastCall, _part
+from kda_kernels.problem import Op, Problem
 from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
+from kdacli.parallel import profile
 from kdacli.parallel.checks import SOFTPLUS, Case, Part, judged, part_of
 from kdacli.parallel.ranks import start
+from kdacli.parallel.timing import Row
+from kdacli.presets import PRESETS
 
 K = 128
 
@@ -187,6 +191,22 @@ def test_on_a_gpu(case):
     assert not wrong
     assert all(v.passed for v in verdicts), verdicts
     assert len(verdicts) == 2 + (case.every is not None)
+
+
+def test_the_table_counts_all_layers(capsys):
+    """And is not wider than a terminal."""
+    one, two = (
+        Row("ours", 1 << 20, 12, n, (1,) * n, 20000 / n, 19000 / n, 21000 / n, 9, 16000 / n, 90.0, 14.0, 3 << 20)
+        for n in (1, 2)
+    )
+    problem = Problem(Op.PREFILL, (1 << 20,), H=12, HV=12)
+    profile._print(problem, "init", [dataclasses.replace(one, exchange_us=None), two], ["fla: no"], "kimi-k3")
+    said = capsys.readouterr()
+    said = (said.out + said.err).splitlines()
+    assert f"{PRESETS['kimi-k3'].kda_layers} KDA layers of kimi-k3" in said[0]
+    assert said[5].split() == ["ours", "2", "10000", "10.0%", "2.00x", "8000", "2.00x", "552.0"]
+    assert "3.15 MB takes 90.0 us by itself" in said[-2] and said[-1] == "not timed: fla: no"
+    assert max(map(len, said[:6])) <= 80
 
 
 def test_a_wrong_context_is_refused():

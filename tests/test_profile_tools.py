@@ -104,7 +104,7 @@ def test_the_traced_run_shows_stages_of_the_measured_calls_only(monkeypatch):
 
 def test_ranges_carry_the_shape(monkeypatch):
     """Where a tool listens, the payload names N, T and the heads; where none does, there is none to make."""
-    monkeypatch.setattr(nvtx, "_listening", lambda: True)
+    monkeypatch.setattr(nvtx, "listening", lambda: True)
     payload = nvtx.shape(Problem(Op.PREFILL, (70, 30), 2, 4, K=32, V=16))
     if isinstance(payload, int):  # an nvtx without structures
         assert payload == 100

@@ -33,7 +33,8 @@ def profile(params: Mapping[str, Any]) -> None:
     regime = {**options.regime_from({**params, "gates": gates}), "gates": gates}
     from kda_kernels import ranges
 
-    ranges.enable(nvtx.open_range)
+    if nvtx.listening():  # ranges cost host time
+        ranges.enable(nvtx.open_range)
     if (config := params["triton_config"]) is not None:
         autotuning.take(config)
     peer = None if params["no_peers"] else "fla" if config is None else f"fla, configuration {config}"
@@ -99,28 +100,20 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
         one = alone.get(row.kernel)
         cells.append((
             row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
-            f"{row.median_us * layers / 1e3:.1f}" if layer else None, f"{1e3 * row.tokens / row.median_us:.0f}",
             None if one is None else f"{one.median_us / row.median_us:.2f}x",
             output.fmt_us(row.ahead_us), None if one is None else f"{one.ahead_us / row.ahead_us:.2f}x",
-            output.fmt_us(row.exchange_us), output.fmt_us(row.exposed_us),
-            output.fmt_bytes(row.exchange_bytes) if row.exchange_bytes else None,
+            *((f"{row.ahead_us * layers / 1e3:.1f}",) if layer else ()),
         ))  # fmt: skip
-    what = f", {layers} KDA layers of {layer}" if layer else ""
-    columns = (
-        "kernel",
-        "ranks",
-        "us",
-        "spread",
-        "ms",
-        "tokens/ms",
-        "vs 1",
-        "ahead us",
-        "vs 1",
-        "exchange us",
-        "exposed us",
-        "received",
-    )
+    columns = ("kernel", "ranks", "us", "spread", "vs 1", "ahead us", "vs 1", *((f"ms of {layers}",) if layer else ()))
+    what = f"; {layers} KDA layers of {layer}, ahead" if layer else ""
     output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
-    output.say("ahead: calls that the host launched before the GPU comes to them, as layers follow each other")
+    output.say("us: of calls on idle GPUs. ahead: the host launched them before the GPU came to them, as in a model")
+    for row in rows:
+        if row.exchange_us is not None:
+            output.say(
+                f"{row.kernel} over {row.ranks} ranks: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
+                f" {output.fmt_us(row.exchange_us)} us by itself; without it a call takes"
+                f" {output.fmt_us(row.exposed_us)} us less"
+            )
     for line in left_out:
         output.say(f"not timed: {line}")

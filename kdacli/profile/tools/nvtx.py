@@ -36,7 +36,7 @@ def shape(problem: "Problem") -> Any:
 
     T alone, as a number, where the package nvtx is too old for structures; None where no profiler listens.
     """
-    if not _listening():
+    if not listening():
         return None
     if not structured():
         return problem.T
@@ -50,7 +50,8 @@ def structured() -> bool:
     return hasattr(_package(), "numpy_dtype")  # which came with them
 
 
-def _listening() -> bool:
+def listening() -> bool:
+    """Whether a profiler does."""
     nvtx = _package()
     return nvtx is not None and type(nvtx.get_domain(DOMAIN)).__name__ != "DummyDomain"
 
