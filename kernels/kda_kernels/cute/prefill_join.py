@@ -23,13 +23,13 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.prefill_config import CHUNK, JOIN_WARPS
 from kda_kernels.cute.prefill_kernel import MN_MAJOR, PrefillKernel
-from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled
+from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.prefill_work import States, Work
 from kda_kernels.cute.ptx import float_pair, fresh, load_transposed, rest
 
 WARPS = JOIN_WARPS[0]
 T_LOADER = WARPS  # the warp behind it loads outputs
-T_STAGES, O_STAGES = 2, 5  # of transitions, of chunks of tokens
+T_STAGES, O_STAGES = 2, 4  # of transitions, of chunks of tokens
 CHANNELS = 64  # value channels of a CTA
 
 
@@ -38,17 +38,21 @@ class JoinShared:
     """Pointers; sizes are in elements.
 
     T:   transitions: [K, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle; two parts a stage
+    E:   the state after a first segment, then what each unit adds: [CHANNELS, K], fp32, as T with 32 channels
     r:   what a chunk's tokens read: [CHUNK, K], the same
     v:   o of these tokens as it is: [CHUNK, CHANNELS], the same
     out: o on its way out, two of them for each half of the value channels
     """
 
     T: Any
+    E: Any
     r: Any
     v: Any
     out: Any
     T_full: Any
     T_empty: Any
+    E_full: Any
+    E_empty: Any
     full: Any
     empty: Any
 
@@ -61,6 +65,7 @@ class JoinKernel(PrefillKernel):
         segment, begin, limit, heads, stream,
     ):  # fmt: skip
         HV, K = o.shape[2], self.spec.K
+        both = self.states(starts.iterator, sequences + 3 * units, HV)  # one behind the other
         square = K * K
         parts = cute.make_tensor(
             cute.recast_ptr(summaries.iterator, dtype=BFloat16),
@@ -72,28 +77,29 @@ class JoinKernel(PrefillKernel):
         dense = (1, 3, 2, 0)
         tiles = [
             self.by_tile(parts, load, K, (2, 3, 1, 0), K),
+            self.by_tile(both, load, K, (2, 3, 1, 0), CHANNELS),
             self.by_tile(reads, load, K, (0, 2, 1)),
             self.by_tile(o, load, CHANNELS, dense),
             self.by_tile(o, store, CHANNELS, dense),
         ]
         self.join(
-            [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, summaries, starts,
-            null_slot, units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
+            [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, starts, null_slot,
+            units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
         ).launch(
-            grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream
+            grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream,
+            min_blocks_per_mp=1, use_pdl=True,
         )  # fmt: skip
 
     @cute.kernel
     def join(
         self,
-        atoms: list[cute.CopyAtom],  # of transitions, reads, o as it comes and as it goes
+        atoms: list[cute.CopyAtom],  # of transitions, states, reads, o as it comes and as it goes
         tiles: list[cute.Tensor],
         o: cute.Tensor,
         h0: cute.Tensor | None,
         ht: cute.Tensor | None,
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
-        summaries: cute.Tensor,
         starts: cute.Tensor,
         null_slot: Int32,
         units: Int32,
@@ -155,7 +161,7 @@ class JoinKernel(PrefillKernel):
                 segment,
                 begin,
             )
-            states = States(h0, ht, None, summaries, starts, None, None, None, Int32(0), units)
+            states = States(h0, ht, None, None, starts, None, None, None, Int32(0), units)
             self.join_one(atoms, tiles, o, states, work, before, ends, half, move, read)
 
     def join_shared(self) -> JoinShared:
@@ -166,11 +172,14 @@ class JoinKernel(PrefillKernel):
 
         return JoinShared(
             T=array(BFloat16, T_STAGES * 2 * K * K),
+            E=array(Float32, CHANNELS * K),
             r=array(BFloat16, O_STAGES * CHUNK * K),
             v=array(BFloat16, O_STAGES * CHUNK * CHANNELS),
             out=array(BFloat16, 2 * self.spec.out_buffers * CHUNK * CHANNELS),
             T_full=array(Int64, T_STAGES, 8),
             T_empty=array(Int64, T_STAGES, 8),
+            E_full=array(Int64, 1, 8),
+            E_empty=array(Int64, 1, 8),
             full=array(Int64, O_STAGES, 8),
             empty=array(Int64, O_STAGES, 8),
         )
@@ -188,32 +197,48 @@ class JoinKernel(PrefillKernel):
             for s in cutlass.range_constexpr(T_STAGES):
                 cute.arch.mbarrier_init(shared.T_full + s, 1)
                 cute.arch.mbarrier_init(shared.T_empty + s, arrivals)
+            cute.arch.mbarrier_init(shared.E_full, 1)
+            cute.arch.mbarrier_init(shared.E_empty, arrivals)
             for s in cutlass.range_constexpr(O_STAGES):
                 cute.arch.mbarrier_init(shared.full + s, 1)
                 cute.arch.mbarrier_init(shared.empty + s, arrivals)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()  # until the segments have run and what they wrote can be seen
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         warp = cute.arch.make_warp_uniform(tid >> 5)
         if warp < WARPS:
-            self.join_states(shared, atoms, tiles, o, states, work, before, ends, n_chunks, half, move, read)
+            self.join_states(shared, atoms[4:], tiles[4:], o, states, work, ends, n_chunks, half, move, read)
         elif warp == T_LOADER:
-            self.load_transitions(shared, atoms[0], tiles[0], work, before)
+            self.load_transitions(shared, atoms, tiles, states, work, before, half)
         else:
-            self.load_outputs(shared, atoms, tiles, work, n_chunks, half)
+            self.load_outputs(shared, atoms[2:], tiles[2:], work, n_chunks, half)
 
     @cute.jit
-    def load_transitions(self, shared, atom, tile, work: Work, before: Int32):
-        K = self.spec.K
+    def load_transitions(self, shared, atoms, tiles, states: States, work: Work, before: Int32, half: Int32):
+        K, N = self.spec.K, self.sequences(states)
+        self.load_channels(shared, atoms[1], tiles[1], work.i_hv, N + before, half, 0)
         for step in cutlass.range(work.index, unroll=1):
             stage = step % T_STAGES
             cute.arch.mbarrier_wait(shared.T_empty + stage, (step // T_STAGES & 1) ^ 1)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(shared.T_full + stage, 2 * K * K * 2)
             for part in cutlass.range_constexpr(2):
-                there = tile[None, None, 2 * work.i_hv + part, 2 * (before + step) + 1]
-                target, source = by_chunk(atom, there, shared.T + (2 * stage + part) * (K * K), 0, K, K)
-                cute.copy(atom, source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage)
+                there = tiles[0][None, None, 2 * work.i_hv + part, 2 * (before + step) + 1]
+                target, source = by_chunk(atoms[0], there, shared.T + (2 * stage + part) * (K * K), 0, K, K)
+                cute.copy(atoms[0], source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage)
+            slot = N + states.units + 2 * (before + step)
+            self.load_channels(shared, atoms[1], tiles[1], work.i_hv, slot, half, step + 1)
+
+    @cute.jit
+    def load_channels(self, shared, atom, tile, i_hv: Int32, slot: Int32, half: Int32, turn: Int32):
+        """This CTA's channels of a state in the workspace, the `turn`-th that it asks for."""
+        K = self.spec.K
+        cute.arch.mbarrier_wait(shared.E_empty, (turn & 1) ^ 1)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(shared.E_full, CHANNELS * K * 4)
+        target, source = by_chunk(atom, tile[None, None, i_hv, slot], shared.E, 0, K, CHANNELS)
+        cute.copy(atom, source[None, half, 0], target, tma_bar_ptr=shared.E_full)
 
     @cute.jit
     def load_outputs(self, shared, atoms, tiles, work: Work, n_chunks: Int32, half: Int32):
@@ -226,16 +251,16 @@ class JoinKernel(PrefillKernel):
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * (K + CHANNELS) * 2)
             here, there = by_chunk(
-                atoms[1], tiles[1][None, None, work.i_hv], shared.r + stage * (CHUNK * K), work.unit * work.segment, K
+                atoms[0], tiles[0][None, None, work.i_hv], shared.r + stage * (CHUNK * K), work.unit * work.segment, K
             )
-            cute.copy(atoms[1], there[None, chunk, 0], here, tma_bar_ptr=full)
+            cute.copy(atoms[0], there[None, chunk, 0], here, tma_bar_ptr=full)
             target = shared.v + stage * (CHUNK * CHANNELS)
-            here, there = by_chunk(atoms[2], tiles[2][None, None, work.i_hv, work.b], target, work.first, CHANNELS)
-            cute.copy(atoms[2], there[None, chunk, half], here, tma_bar_ptr=full)
+            here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv, work.b], target, work.first, CHANNELS)
+            cute.copy(atoms[1], there[None, chunk, half], here, tma_bar_ptr=full)
 
     @cute.jit
     def join_states(
-        self, shared, atoms, tiles, o, states: States, work: Work, before: Int32, ends, n_chunks: Int32, half: Int32,
+        self, shared, atoms, tiles, o, states: States, work: Work, ends, n_chunks: Int32, half: Int32,
         move: cute.TiledMma, read: cute.TiledMma,
     ):  # fmt: skip
         spec = self.spec
@@ -244,28 +269,25 @@ class JoinKernel(PrefillKernel):
         lane = p & 31
         inside = self.inside(half, p) + work.i_hv * (spec.V * K)
         S = cute.make_rmem_tensor(move.partition_shape_C((CHANNELS, K)), Float32)
-        E = cute.make_rmem_tensor(S.shape, Float32)
         upper, lower = (
             cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), BFloat16) for _ in range(2)
         )  # fmt: skip
         T = operand(shared.T, Kind.MN_SW128, (K, K, 2 * T_STAGES), (1, 0, 2))
         T = move.make_fragment_B(move.get_slice(p).partition_B(T))
         N = self.sequences(states)
-        self.load_state(S, states.starts, Int64(N + before), inside)
+        self.take_channels(S, shared, p, 0)
         for step in cutlass.range(work.index, unroll=1):
             stage = step % T_STAGES
-            self.load_state(E, states.summaries, Int64(2 * (before + step)), inside)
             self.round(S, upper)
             self.rest_of(S, upper)
             self.round(S, lower)
+            self.take_channels(S, shared, p, step + 1)
             cute.arch.mbarrier_wait(shared.T_full + stage, step // T_STAGES & 1)
-            self.product(move, S, lower, T, 2 * stage, K // 16, False)
+            self.product(move, S, lower, T, 2 * stage, K // 16, True)
             self.product(move, S, upper, T, 2 * stage + 1, K // 16, True)
             self.product(move, S, upper, T, 2 * stage, K // 16, True)
             warpgroup.wait_group(0)
             arrive(shared.T_empty + stage, lane, spec.each_arrives)
-            for i in cutlass.range_constexpr(cute.size(S)):
-                S[i] = S[i] + E[i]
         if ends:
             if work.last:
                 if cutlass.const_expr(spec.pooled or spec.ht is not None):
@@ -277,6 +299,20 @@ class JoinKernel(PrefillKernel):
                 if work.index > 0:
                     self.store_state(S, states.starts, Int64(N + work.unit), inside)
             self.add_reads(shared, atoms, tiles, o, work, S, n_chunks, half, read)
+
+    @cute.jit
+    def take_channels(self, S, shared, p: Int32, turn: Int32):
+        """What `load_channels` brings in that turn, as accumulators."""
+        warp, lane = p >> 5, p & 31
+        row = 16 * warp + (lane >> 2)
+        cute.arch.mbarrier_wait(shared.E_full, turn & 1)
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            place = swizzled(row, 4 * j + (lane & 3), 2, Float32, CHANNELS)
+            for h in cutlass.range_constexpr(2):
+                pair = vector(shared.E, place + 8 * h * 32).load()
+                for e in cutlass.range_constexpr(2):
+                    S[4 * j + 2 * h + e] = pair[e]
+        arrive(shared.E_empty, lane, self.spec.each_arrives)
 
     @cute.jit
     def rest_of(self, acc, rounded):
@@ -314,5 +350,5 @@ class JoinKernel(PrefillKernel):
             if cutlass.const_expr(self.spec.out_buffers == 1):
                 self.own_buffer(half, warp)
             self.stage(rounded, self.buffer(shared, half, chunk & 1), warp, lane)
-            self.write_out(shared, atoms[3:], tiles[3:], o, work, half, chunk, tokens, p)
+            self.write_out(shared, atoms, tiles, o, work, half, chunk, tokens, p)
         cute.arch.cp_async_bulk_wait_group(0, read=True)

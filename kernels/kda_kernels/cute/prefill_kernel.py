@@ -195,6 +195,8 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         spec = self.spec
         tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
+        if cutlass.const_expr(spec.part is Part.SPLIT):
+            cute.arch.griddepcontrol_launch_dependents()  # the join's CTAs may wait on SMs that are idle
         i_n, i_hv = divmod(pid, heads)
         i_n, i_hv = cute.arch.make_warp_uniform(i_n), cute.arch.make_warp_uniform(i_hv)
         # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
