@@ -134,7 +134,8 @@ class Consumer:
             if not late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
-                self.write_out(shared, atoms[4:], tiles[4:], o, work, group, chunk, tokens, p)
+                source = self.buffer(shared, group, chunk & 1)
+                self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
                     self.end(S, decay + spec.K, col)
@@ -546,26 +547,25 @@ class Consumer:
 
     @cute.jit
     def write_out(
-        self, shared, atoms, tiles, o, work: Work, group: Int32, chunk: Int32, tokens: Int32, p: Int32
+        self, source, atoms, tiles, o, work: Work, group: Int32, half: Int32, chunk: Int32, tokens: Int32, p: Int32
     ):  # fmt: skip
-        """From there to where it belongs: by TMA, but for a last chunk of fewer tokens.
+        """From `source` to where it belongs: by TMA, but for a last chunk of fewer tokens.
 
-        Args: atoms, tiles: of o, and of reads if there are any.
+        Args: atoms, tiles: of o, and of reads if there are any. group: the warpgroup. half: of the value channels.
         """
         warp = p >> 5
         cute.arch.fence_proxy("async.shared", space="cta")  # here: before the wait for products it crashes the compiler
         self.own_buffer(group, warp)  # the other one, if there are two: what is in it has gone
-        source = self.buffer(shared, group, chunk & 1)
         if tokens >= CHUNK or work.kind == 1:
             if warp == 0:
                 if work.kind == 0:
                     here, there = by_chunk(atoms[0], tiles[0][None, None, work.i_hv, work.b], source, work.first, 64)
-                    cute.copy(atoms[0], here, there[None, chunk, group])
+                    cute.copy(atoms[0], here, there[None, chunk, half])
                 if cutlass.const_expr(self.spec.part is Part.SPLIT):
                     if work.kind == 1:
                         rows = work.unit * work.segment
                         here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv], source, rows, 64)
-                        cute.copy(atoms[1], here, there[None, chunk, group])
+                        cute.copy(atoms[1], here, there[None, chunk, half])
                 cute.arch.cp_async_bulk_commit_group()
         else:
             offset = (
@@ -574,5 +574,5 @@ class Consumer:
                 + Int64(work.i_hv) * o.stride[2]
             )
             for row in cutlass.range(p >> 3, tokens, 16, unroll=1):
-                target = vector(o.iterator, offset + row * o.stride[1] + (64 * group + 8 * (p & 7)), 8)
+                target = vector(o.iterator, offset + row * o.stride[1] + (64 * half + 8 * (p & 7)), 8)
                 target.store(vector(source, swizzled(row, p & 7, 8, self.element), 8).load())

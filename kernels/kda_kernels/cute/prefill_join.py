@@ -24,11 +24,12 @@ from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.prefill_config import CHUNK, JOIN_WARPS
 from kda_kernels.cute.prefill_kernel import MN_MAJOR, PrefillKernel
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
-from kda_kernels.cute.prefill_work import States, Work
+from kda_kernels.cute.prefill_work import Barrier, States, Work
 from kda_kernels.cute.ptx import float_pair, fresh, load_transposed, rest
 
-WARPS = JOIN_WARPS[0]
-T_LOADER = WARPS  # the warp behind it loads outputs
+WARPS = 4  # of a warpgroup
+READERS = JOIN_WARPS[0] // WARPS  # warpgroups, which take chunks of tokens in turn; the first one makes the state
+T_LOADER = JOIN_WARPS[0]  # the warp behind it loads outputs
 T_STAGES, O_STAGES = 2, 4  # of transitions, of chunks of tokens
 CHANNELS = 64  # value channels of a CTA
 
@@ -41,7 +42,7 @@ class JoinShared:
     E:   the state after a first segment, then what each unit adds: [CHANNELS, K], fp32, as T with 32 channels
     r:   what a chunk's tokens read: [CHUNK, K], the same
     v:   o of these tokens as it is: [CHUNK, CHANNELS], the same
-    out: o on its way out, two of them for each half of the value channels
+    out: o on its way out, one or two of them for each warpgroup
     """
 
     T: Any
@@ -207,8 +208,8 @@ class JoinKernel(PrefillKernel):
         cute.arch.griddepcontrol_wait()  # until the segments have run and what they wrote can be seen
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         warp = cute.arch.make_warp_uniform(tid >> 5)
-        if warp < WARPS:
-            self.join_states(shared, atoms[4:], tiles[4:], o, states, work, ends, n_chunks, half, move, read)
+        if warp < T_LOADER:
+            self.join_states(shared, atoms[4:], tiles[4:], o, states, work, ends, n_chunks, half, warp >> 2, move, read)
         elif warp == T_LOADER:
             self.load_transitions(shared, atoms, tiles, states, work, before, half)
         else:
@@ -260,9 +261,17 @@ class JoinKernel(PrefillKernel):
 
     @cute.jit
     def join_states(
-        self, shared, atoms, tiles, o, states: States, work: Work, ends, n_chunks: Int32, half: Int32,
+        self, shared, atoms, tiles, o, states: States, work: Work, ends, n_chunks: Int32, half: Int32, group: Int32,
         move: cute.TiledMma, read: cute.TiledMma,
     ):  # fmt: skip
+        if group == 0:
+            self.join_state(shared, states, work, ends, half, move)
+        if not ends:
+            self.add_reads(shared, atoms, tiles, o, work, n_chunks, half, group, read)
+
+    @cute.jit
+    def join_state(self, shared, states: States, work: Work, ends, half: Int32, move: cute.TiledMma):
+        """The state before a unit to those that read it, or the one at the end to where it goes."""
         spec = self.spec
         K = spec.K
         p = cute.arch.thread_idx()[0]
@@ -298,7 +307,13 @@ class JoinKernel(PrefillKernel):
             if cutlass.const_expr(spec.kept is not None):
                 if work.index > 0:
                     self.store_state(S, states.starts, Int64(N + work.unit), inside)
-            self.add_reads(shared, atoms, tiles, o, work, S, n_chunks, half, read)
+            self.round(S, upper)
+            words = cute.recast_tensor(upper, Int32)
+            for i in cutlass.range_constexpr(cute.size(words) // 4):
+                piece = cute.make_rmem_tensor(4, Int32)
+                for e in cutlass.range_constexpr(4):
+                    piece[e] = words[4 * i + e]
+                self.handed(shared, p, i).store(piece.load())
 
     @cute.jit
     def take_channels(self, S, shared, p: Int32, turn: Int32):
@@ -319,36 +334,48 @@ class JoinKernel(PrefillKernel):
         """acc less what it was rounded to."""
         rest(acc, cute.make_tensor(rounded.iterator, acc.layout))
 
+    def handed(self, shared, p: Int32, i: int):
+        """Where the state as it is read lies, of one thread of each warpgroup, in four words: where its warp's rows of
+        `E` were, which no other warp looks at."""
+        place = i // 4 * (CHANNELS * 32) + (p >> 5) * (16 * 32) + (i % 4 * 32 + (p & 31)) * 4
+        return vector(cute.recast_ptr(shared.E, dtype=Int32), place, 4)
+
     @cute.jit
     def add_reads(
-        self, shared, atoms, tiles, o, work: Work, S, n_chunks: Int32, half: Int32, read: cute.TiledMma
+        self, shared, atoms, tiles, o, work: Work, n_chunks: Int32, half: Int32, group: Int32, read: cute.TiledMma
     ):  # fmt: skip
         """o + S r of the unit's tokens."""
+        p = cute.arch.thread_idx()[0] & 127
         S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, self.spec.K // 16)), BFloat16)
-        self.round(S, S_operand)
-        p = cute.arch.thread_idx()[0]
+        words = cute.recast_tensor(S_operand, Int32)
+        cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=32 * JOIN_WARPS[0])
+        for i in cutlass.range_constexpr(cute.size(words) // 4):
+            piece = self.handed(shared, p, i).load()
+            for e in cutlass.range_constexpr(4):
+                words[4 * i + e] = piece[e]
         r = operand(shared.r, Kind.K_SW128, (CHUNK, self.spec.K, O_STAGES), (0, 1, 2))
         r = read.make_fragment_B(read.get_slice(p).partition_B(r))
         out = cute.make_rmem_tensor(read.partition_shape_C((CHANNELS, CHUNK)), Float32)
         rounded = cute.make_rmem_tensor(cute.size(out), BFloat16)
-        for chunk in cutlass.range(n_chunks, unroll=1):
+        for chunk in cutlass.range(group, n_chunks, READERS, unroll=1):
             p = fresh(p)
             warp, lane = p >> 5, p & 31
             stage, tokens = chunk % O_STAGES, work.n_tokens - chunk * CHUNK
             cute.arch.mbarrier_wait(shared.full + stage, chunk // O_STAGES & 1)
             self.product(read, out, S_operand, r, stage, self.spec.K // 16, False)
             place = swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, BFloat16)
-            words = []
+            so_far = []
             for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
-                words.extend(load_transposed(shared.v + (stage * (CHUNK * CHANNELS) + place + j * 8 * 64)))
+                so_far.extend(load_transposed(shared.v + (stage * (CHUNK * CHANNELS) + place + j * 8 * 64)))
             warpgroup.wait_group(0)
             arrive(shared.empty + stage, lane, self.spec.each_arrives)
-            for i in cutlass.range_constexpr(len(words)):
-                so_far = float_pair(words[i])
+            for i in cutlass.range_constexpr(len(so_far)):
+                pair = float_pair(so_far[i])
                 for e in cutlass.range_constexpr(2):
-                    rounded[2 * i + e] = (out[2 * i + e] + so_far[e]).to(BFloat16)
+                    rounded[2 * i + e] = (out[2 * i + e] + pair[e]).to(BFloat16)
             if cutlass.const_expr(self.spec.out_buffers == 1):
-                self.own_buffer(half, warp)
-            self.stage(rounded, self.buffer(shared, half, chunk & 1), warp, lane)
-            self.write_out(shared, atoms, tiles, o, work, half, chunk, tokens, p)
+                self.own_buffer(group, warp)
+            source = self.buffer(shared, group, chunk // READERS & 1)
+            self.stage(rounded, source, warp, lane)
+            self.write_out(source, atoms, tiles, o, work, group, half, chunk, tokens, p)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
