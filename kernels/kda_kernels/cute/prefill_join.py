@@ -309,6 +309,7 @@ class JoinKernel(PrefillKernel):
                     self.store_state(S, states.starts, Int64(N + work.unit), inside)
             self.round(S, upper)
             words = cute.recast_tensor(upper, Int32)
+            cute.arch.sync_warp()  # all have taken what was there
             for i in cutlass.range_constexpr(cute.size(words) // 4):
                 piece = cute.make_rmem_tensor(4, Int32)
                 for e in cutlass.range_constexpr(4):
