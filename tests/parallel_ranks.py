@@ -6,7 +6,6 @@ check, "" or what was wrong.
 """
 
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -21,16 +20,12 @@ import torch
 import torch.distributed as dist
 
 from kda_kernels import ranges
-from kda_kernels.api import chunk_kda, kda_prefill
+from kda_kernels.api import kda_prefill
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.parallel import ContextParallel, convolution_halo
-from kda_kernels.problem import Op
-from kda_kernels.tensors import Outputs
 from kdacli.interpreter import quicken
-from kdacli.judge import Reference, judge
 from kdacli.judge.bits import same_bits
-from kdacli.parallel.checks import SOFTPLUS, Case, arguments, gathered, judged, part_of, prefilled
-from kdacli.synthetic import make_inputs
+from kdacli.parallel.checks import SOFTPLUS, Case, arguments, drop_in, gathered, judged, part_of, prefilled
 
 RANKS = 4
 TIMEOUT = 5.0  # seconds that ranks wait for one that has ended
@@ -107,18 +102,7 @@ def fla_context(case: Case, group) -> SimpleNamespace:
 
 def fla_drop_in(group) -> str:
     case = Case((20, 5, 65), (0, 30, 60, 90))
-    problem = dataclasses.replace(case.problem, pool_slots=None, initial_state=False, final_state=False)
-    inputs, context = make_inputs(problem, gates="weak", seed=5), fla_context(case, group)
-    begin = 30 * dist.get_rank(group)
-    o, state = chunk_kda(
-        **part_of(inputs, begin, begin + 30), A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
-        safe_gate=True, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        cp_context=context,
-    )  # fmt: skip
-    whole = Outputs(torch.cat(gathered(o, group), 1))
-    if dist.get_rank(group):
-        return ""
-    verdicts = judge(Reference(inputs, Op.PREFILL), whole)
+    verdicts, state = drop_in(case, fla_context(case, group), group, "cpu")
     return "; ".join([str(v) for v in verdicts if not v.passed] + (["a state"] if state is not None else []))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kda_kernels.api import Checkpoints, kda_prefill
+from kda_kernels.api import Checkpoints, chunk_kda, kda_prefill
 from kda_kernels.parallel import ContextParallel
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
@@ -158,7 +158,30 @@ def prefilled(case: Case, inputs: Inputs, group: dist.ProcessGroup | None, **how
     return gathered(Part(o.cpu(), before.cpu(), pool.cpu(), kept), group)
 
 
-def judged(case: Case, inputs: Inputs, parts: list[Part]) -> tuple[list[Verdict], str]:
+def alone(inputs: Inputs) -> Outputs:
+    """Of the whole batch on one rank."""
+    local = inputs.fresh()
+    o = kda_prefill(**arguments(local), cu_seqlens=inputs.cu_seqlens)
+    return Outputs(o, local.state, checkpoints=None if local.checkpoints is None else local.checkpoints.states)
+
+
+def drop_in(case: Case, context: Any, group: dist.ProcessGroup | None, device: str) -> tuple[list[Verdict], Any]:
+    """Of `chunk_kda` with FLA's object for equal parts, which knows no states; and the state that it returns."""
+    problem = dataclasses.replace(case.problem, pool_slots=None, initial_state=False, final_state=False)
+    inputs, rank = make_inputs(problem, gates="weak", seed=5, device=device), dist.get_rank(group)
+    tokens: dict[str, Any] = part_of(inputs, *case.cuts[rank : rank + 2])
+    o, state = chunk_kda(
+        **tokens, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
+        safe_gate=True, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        cp_context=context,
+    )  # fmt: skip
+    whole = Outputs(torch.cat(gathered(o.cpu(), group), 1))
+    return (judge(Reference(inputs, Op.PREFILL), whole) if rank == 0 else []), state
+
+
+def judged(
+    case: Case, inputs: Inputs, parts: list[Part], reference: Reference | None = None
+) -> tuple[list[Verdict], str]:
     """Of the whole batch; and which slots were written on the wrong rank, if any."""
     pool, wrong = inputs.pool[0].cpu().clone(), []
     for slot, start, length in case.sequences(inputs):
@@ -174,4 +197,4 @@ def judged(case: Case, inputs: Inputs, parts: list[Part]) -> tuple[list[Verdict]
     kept = [part.kept for part in parts if part.kept is not None]
     if kept:
         outputs.checkpoints = torch.stack(kept).sum(0)  # each is on one rank, and zero on the others
-    return judge(Reference(inputs, Op.PREFILL), outputs), "; ".join(wrong)
+    return judge(reference or Reference(inputs, Op.PREFILL), outputs), "; ".join(wrong)

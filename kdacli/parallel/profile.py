@@ -107,7 +107,7 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
     columns = ("kernel", "ranks", "us", "spread", "vs 1", "ahead us", "vs 1", *((f"ms of {layers}",) if layer else ()))
     what = f"; {layers} KDA layers of {layer}, ahead" if layer else ""
     output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
-    output.say("us: of calls on idle GPUs. ahead: the host launched them before the GPU came to them, as in a model")
+    output.say("us: of calls on idle GPUs. ahead: the host launches them while the GPU runs others, as in a model")
     for row in rows:
         if row.exchange_us is not None:
             output.say(

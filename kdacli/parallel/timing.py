@@ -18,7 +18,7 @@ from kda_kernels.tensors import Inputs
 from kdacli.synthetic import make_inputs
 
 WARM_UP, LEAST, MOST = 3, 10, 1000  # calls
-AHEAD = 2_000_000  # cycles of a GPU that waits until the host has launched a call: 1 ms
+IN_A_ROW = 6  # calls that follow each other, as layers do, behind one that is not timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         parts: tokens of each rank.
-        median_us: of calls on idle GPUs. ahead_us: of calls that the host launched before the GPU comes to them, as
+        median_us: of calls on idle GPUs. ahead_us: of calls that the host launches while the GPU runs those before, as
             layers follow each other.
         low_us, high_us: quartiles.
         exchange_us: the gather of summaries by itself. exposed_us: by how much a call is faster where no rank waits for
@@ -51,27 +51,28 @@ class Row:
 
 
 def times_of(
-    call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float, ahead: bool = False
+    call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float, in_a_row: int = 1
 ) -> list[float]:
-    """us of each call on the slowest rank of the group, whose ranks begin together; see `Row` for `ahead`."""
+    """us of each call on the slowest rank of the group, whose ranks begin together; or the mean of so many in a row."""
     device, alone = torch.device("cuda", torch.cuda.current_device()), dist.get_world_size(group) == 1
     ready, found, total = torch.ones(1, device=device), [], 0.0
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(MOST):
         if not alone:
             dist.all_reduce(ready, op=dist.ReduceOp.MAX, group=group)
-        if ahead:
-            torch.cuda._sleep(AHEAD)
+        if in_a_row > 1:
+            call()
         begin.record()
-        call()
+        for _ in range(in_a_row):
+            call()
         end.record()
         end.synchronize()
-        took = torch.tensor([1e3 * begin.elapsed_time(end)], device=device, dtype=torch.float64)
+        took = torch.tensor([1e3 * begin.elapsed_time(end) / in_a_row], device=device, dtype=torch.float64)
         if not alone:
             dist.all_reduce(took, op=dist.ReduceOp.MAX, group=group)
         if i >= WARM_UP:
             found.append(took.item())
-            total += found[-1]
+            total += found[-1] * in_a_row
         if len(found) >= LEAST and total > seconds * 1e6:
             break
     return found
@@ -110,7 +111,7 @@ def ours(
         given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
     else:
         given["group"] = ContextParallel.of(ends, group, cuts=cuts)
-    times = [times_of(lambda: kda_prefill(**given), group, seconds, ahead) for ahead in (False, True)]
+    times = [times_of(lambda: kda_prefill(**given), group, seconds, in_a_row) for in_a_row in (1, IN_A_ROW)]
     row = _row("ours", problem, cuts, *times)
     if ranks == 1:
         return row
@@ -147,7 +148,7 @@ def flas(name: str, problem: Problem, group: dist.ProcessGroup | None, regime: d
         options["cu_seqlens"] = ends
     with torch.no_grad():
         tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
-        times = [times_of(lambda: chunk_kda(*tokens, **options), group, seconds, ahead) for ahead in (False, True)]
+        times = [times_of(lambda: chunk_kda(*tokens, **options), group, seconds, many) for many in (1, IN_A_ROW)]
     return _row(name, problem, range(0, problem.T + 1, part), *times)
 
 

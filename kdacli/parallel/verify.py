@@ -1,13 +1,19 @@
 """`kda verify --cp`: every case over all ranks; rank 0 judges and prints."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from kda_kernels.errors import CheckFailedError
+from kda_kernels.errors import CheckFailedError, one_line
+from kda_kernels.problem import Op
 from kdacli import output, provenance
-from kdacli.parallel.checks import cases, judged, prefilled
+from kdacli.judge import Reference, Verdict, judge
+from kdacli.parallel.checks import Case, alone, cases, drop_in, judged, prefilled
 from kdacli.parallel.ranks import joined
+from kdacli.peers import fla
 
 SCHEMA = "kda.verify-cp/1"
 
@@ -24,18 +30,19 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
             inputs = case.inputs(device)
             parts = prefilled(case, inputs, None)
             if rank == 0:
-                verdicts, wrong = judged(case, inputs, parts)
-                rows += [
-                    {
-                        "case": name, "tensor": v.tensor, "error": v.error, "bound": v.bound,
-                        "passed": v.passed and not wrong, "note": "; ".join(filter(None, (v.note, wrong))),
-                    }
-                    for v in verdicts
-                ]  # fmt: skip
+                reference = Reference(inputs, Op.PREFILL).computed()
+                verdicts, wrong = judged(case, inputs, parts, reference)
+                rows += _rows(name, verdicts, wrong, judge(reference, alone(inputs)))
             dist.barrier()
+        verdicts, not_run = _through_fla(ranks, device)
+        rows += _rows("FLA's context", verdicts)
         if rank:
             return
         _print(rows, ranks, device, dist.get_backend())
+        larger = max(row["error"] / row["one_rank"] for row in rows if row["one_rank"])
+        output.say(f"errors are at most {larger:.2f} times those of the same batch on one rank")
+        if not_run is not None:
+            output.say(f"not run: chunk_kda with FLA's own context: {not_run}")
         if json_dest is not None:
             head = {"schema": SCHEMA, "provenance": provenance.collect(5), "ranks": ranks, "device": device}
             output.write_json({**head, "rows": rows}, json_dest, force)
@@ -46,13 +53,41 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
             )
 
 
+def _rows(name: str, verdicts: list[Verdict], wrong: str = "", alone: Sequence[Verdict] = ()) -> list[dict[str, Any]]:
+    """alone: of the whole batch on one rank."""
+    return [
+        {
+            "case": name, "tensor": v.tensor, "error": v.error, "one_rank": None if one is None else one.error,
+            "bound": v.bound, "passed": v.passed and not wrong, "note": "; ".join(filter(None, (v.note, wrong))),
+        }
+        for v, one in itertools.zip_longest(verdicts, alone)
+    ]  # fmt: skip
+
+
+def _through_fla(ranks: int, device: str) -> tuple[list[Verdict], str | None]:
+    """Equal parts, and a sequence that is cut inside of chunks; or why FLA's helper makes no context here."""
+    if (reason := fla.unsupported_here()) is not None:
+        return [], reason
+    part = 1000
+    case = Case((part // 2 + 1, part * ranks - part // 2 - 1), tuple(range(0, part * ranks + 1, part)), K=128, V=128)
+    ends = torch.tensor([0, *itertools.accumulate(case.lens)], dtype=torch.int32, device=device)
+    try:
+        from fla.ops.cp import build_cp_context
+
+        context = build_cp_context(ends, dist.group.WORLD)
+    except Exception as error:  # a peer's failure is its own
+        return [], one_line(error, 200)
+    return drop_in(case, context, None, device)[0], None
+
+
 def _print(rows: list[dict[str, Any]], ranks: int, device: str, backend: str) -> None:
     cells = [
         (
-            row["case"], row["tensor"], output.fmt_sci(row["error"]), output.fmt_sci(row["bound"]),
+            row["case"], row["tensor"], output.fmt_sci(row["error"]), output.fmt_sci(row["one_rank"]),
+            output.fmt_sci(row["bound"]),
             output.good("ok") if row["passed"] else output.bad("FAIL"), row["note"],
         )
         for row in rows
     ]  # fmt: skip
-    columns = ("case", "tensor", "error", "bound", "", "note")
+    columns = ("case", "tensor", "error", "one rank", "bound", "", "note")
     output.console().print(output.table(f"prefill over {ranks} ranks, {backend} on {device}", columns, cells))

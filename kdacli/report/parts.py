@@ -131,11 +131,11 @@ def over_ranks(data: Data) -> list[Part]:
     bad = sum(not row["passed"] for row in data["rows"])
     verdict = _judged(bad, f"{bad} of {len(data['rows'])} tensors are wrong", f"{len(data['rows'])} tensors passed")
     rows = [
-        _row(r["case"], r["tensor"], _number(r["error"]), _number(r["bound"]),
+        _row(r["case"], r["tensor"], _number(r["error"]), _number(r.get("one_rank")), _number(r["bound"]),
              _status("pass" if r["passed"] else "fail"), r["note"])
         for r in data["rows"]
     ]  # fmt: skip
-    table = Table(("case", "tensor", "error", "tolerance", "", "note"), rows)
+    table = Table(("case", "tensor", "error", "on one rank", "tolerance", "", "note"), rows)
     return [Part(f"kda verify --cp, {data['ranks']} ranks", data["provenance"], verdict, tables=[table])]
 
 
