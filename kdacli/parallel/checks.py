@@ -170,7 +170,7 @@ def drop_in(case: Case, context: Any, group: dist.ProcessGroup | None, device: s
     problem = dataclasses.replace(case.problem, pool_slots=None, initial_state=False, final_state=False)
     inputs, rank = make_inputs(problem, gates="weak", seed=5, device=device), dist.get_rank(group)
     tokens: dict[str, Any] = part_of(inputs, *case.cuts[rank : rank + 2])
-    o, state = chunk_kda(
+    o, state, *_ = chunk_kda(
         **tokens, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
         safe_gate=True, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
         cp_context=context,
