@@ -675,7 +675,7 @@ def kernels_seen() -> Iterator[set[str]]:
         names.add(kernel.name)
         return kernel
 
-    known = {name: lambda call, out: False for name in ("decode_again", "prefill_again")}
+    known = {name: lambda *call: False for name in ("decode_again", "prefill_again")}
     with mock.patch.multiple(registry, kernel_for=noted, **known):
         yield names
 

@@ -196,6 +196,26 @@ def test_chunk_kda_fwd_takes_the_gate_as_activated_without_a_log():
         assert error(final, expected.final_state) < 8e-3
 
 
+def test_chunk_kda_fwd_writes_final_states_and_checkpoints_where_it_is_told():
+    inputs = make([130, 70], seed=4)
+    given = {"A_log": inputs.A_log, "dt_bias": inputs.dt_bias, "lower_bound": inputs.options.lower_bound}
+    given |= {"initial_state": inputs.state, "cu_seqlens": inputs.cu_seqlens, "out": torch.empty_like(inputs.v)}
+    given |= {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+    before, final = inputs.state.clone(), torch.full_like(inputs.state, float("nan"))
+    rows, offsets = torch.tensor([1, 0], device=DEVICE), torch.tensor([64, 0], device=DEVICE)
+    kept = Checkpoints(final.new_full((2, *final.shape[1:]), float("nan")), rows, offsets)
+    o, returned = chunk_kda_fwd(*tokens, **given, final_state=final, checkpoints=kept)
+    expected = recurrence(inputs)
+    assert returned is final and o is given["out"] and torch.equal(inputs.state, before)
+    assert error(o, expected.o) < 8e-3 and error(final, expected.final_state) < 8e-3
+    first = dataclasses.replace(
+        inputs, **{name: getattr(inputs, name)[:, :64] for name in "qkvg"}, beta=inputs.beta[:, :64],
+        state=inputs.state[:1], cu_seqlens=None,
+    )  # fmt: skip
+    assert error(kept.states[1], recurrence(first).final_state[0]) < 8e-3 and kept.states[0].isnan().all()
+
+
 def test_wrong_arguments_of_chunk_kda_fwd_are_refused_by_name():
     inputs = make([70, 5])
     args = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
@@ -206,6 +226,14 @@ def test_wrong_arguments_of_chunk_kda_fwd_are_refused_by_name():
     ):
         with pytest.raises(InputError, match=message):
             chunk_kda_fwd(*args, **gate, cu_seqlens=inputs.cu_seqlens, chunk_indices=table.to(DEVICE))
+    for final, more, message in (
+        (inputs.state.half(), {"output_final_state": False}, "final_state is given: leave it out"),
+        (inputs.state.int(), {}, "final_state is int32"),
+        (inputs.state[:1], {}, r"final_state has shape \[1"),
+        (inputs.state.mT, {}, "final_state has shape .*, contiguous"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chunk_kda_fwd(*args, **gate, **more, cu_seqlens=inputs.cu_seqlens, final_state=final)
     with pytest.raises(InputError, match="dt_bias is given but the gate is none"):
         chunk_kda_fwd(*args, dt_bias=inputs.dt_bias, cu_seqlens=inputs.cu_seqlens)
     with pytest.raises(InputError, match="without cu_seqlens"):

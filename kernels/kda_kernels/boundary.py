@@ -8,7 +8,7 @@ import torch
 from kda_kernels.checks import check_inputs, require_memory
 from kda_kernels.errors import InputError, KdaError
 from kda_kernels.problem import ROUNDINGS, Options
-from kda_kernels.tensor_checks import INDEX_DTYPES, check_tensor, shape_error
+from kda_kernels.tensor_checks import FLOAT_DTYPES, INDEX_DTYPES, check_tensor, shape_error
 from kda_kernels.tensors import Inputs
 
 
@@ -75,6 +75,19 @@ def check_out(out: torch.Tensor | None, v: torch.Tensor) -> None:
             raise InputError("out", f"has {what} {getattr(out, what)}", f"it should be {getattr(v, what)}, as v")
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         raise InputError("out", f"has stride {out.stride(-1)} in its last dimension", "it should be 1")
+
+
+def check_final_state(final_state: torch.Tensor | None, inputs: Inputs) -> None:
+    """Room for the final states, if it is given, must be [N, HV, V, K], contiguous. Raises `InputError`."""
+    if final_state is None:
+        return
+    if inputs.state_indices is not None or not inputs.output_final_state:
+        why = "a pool is updated in place" if inputs.state_indices is not None else "output_final_state is False"
+        raise InputError("final_state", "is given", f"leave it out: {why}")
+    check_tensor("final_state", final_state, FLOAT_DTYPES, inputs.q, "q")
+    wanted = inputs.state_shape(inputs.N)
+    if tuple(final_state.shape) != wanted or not final_state.is_contiguous():
+        raise shape_error("final_state", final_state, f"{list(wanted)}, contiguous")
 
 
 def check_chunk_indices(chunk_indices: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> None:

@@ -136,9 +136,7 @@ def prefill(
         batch_invariant=batch_invariant, workspace=workspace, cu_seqlens_cpu=cu_seqlens_cpu,
         state_scales=state_scales, rounding_seed=rounding_seed,
     )  # fmt: skip
-    outputs = run_prefill(inputs, out, chunk_indices, kernel_name)
-    if final_state is not None and outputs.final_state is not None:
-        final_state.copy_(outputs.final_state)
+    run_prefill(inputs, out, chunk_indices, kernel_name, final_state=final_state)
 
 
 @decode.register_fake

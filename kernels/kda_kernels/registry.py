@@ -231,16 +231,17 @@ def decode_again(call: tuple, out: "torch.Tensor") -> bool:
     return cute is not None and cute.again(call, out)
 
 
-def prefill_again(call: tuple, out: "torch.Tensor") -> bool:
-    """`prefill` in place, if this call is like the one before but for its lengths; as `decode_again`."""
+def prefill_again(call: tuple, out: "torch.Tensor", final_state: "torch.Tensor | None" = None) -> bool:
+    """`prefill`, if this call is like the one before but for its lengths; as `decode_again`."""
     cute = sys.modules.get("kda_kernels.cute.prefill")
-    return cute is not None and cute.again(call, out)
+    return cute is not None and cute.again(call, out, final_state)
 
 
 def prefill(
     inputs: "Inputs",
     out: "torch.Tensor | None" = None,
     *,
+    final_state: "torch.Tensor | None" = None,
     chunk_indices: "torch.Tensor | None" = None,
     kernel: str | None = None,
 ) -> "Outputs":
@@ -255,9 +256,9 @@ def prefill(
     found = kernel_for(Op.PREFILL, inputs, out) if kernel is None else ours(Op.PREFILL, kernel, inputs)
     inputs = inputs.without_spare_slots()
     if found.backend == "torch":
-        return _plain(found, inputs, out)
+        return _plain(found, inputs, out, final_state)
     table = {} if found.backend == "cute" else {"chunk_indices": chunk_indices}
-    return found.code.prefill(inputs, out=out, **table)
+    return found.code.prefill(inputs, out=out, final_state=final_state, **table)
 
 
 def prefill_with_states(inputs: "Inputs") -> "tuple[Outputs, torch.Tensor]":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from kda_kernels import checks, registry
-from kda_kernels.boundary import check, check_chunk_indices, check_out
+from kda_kernels.boundary import check, check_chunk_indices, check_final_state, check_out
 from kda_kernels.problem import Op
 from kda_kernels.tensors import Inputs, Outputs
 
@@ -37,9 +37,11 @@ def run_prefill(
     chunk_indices: torch.Tensor | None = None,
     kernel: str | None = None,
     names: Mapping[str, str] | None = None,
+    final_state: torch.Tensor | None = None,
 ) -> Outputs:
     """Checks a call, with the caller's names for its arguments, and runs it; see `registry.prefill`."""
     check(inputs, names)
     check_out(out, inputs.v)
+    check_final_state(final_state, inputs)
     check_chunk_indices(chunk_indices, inputs.cu_seqlens)
-    return registry.prefill(inputs, out, chunk_indices=chunk_indices, kernel=kernel)
+    return registry.prefill(inputs, out, final_state=final_state, chunk_indices=chunk_indices, kernel=kernel)

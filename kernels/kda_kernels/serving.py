@@ -297,6 +297,8 @@ def chunk_kda_fwd(
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
     out: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The chunk pipeline behind `chunk_kda` and `kda_prefill`.
 
@@ -307,6 +309,7 @@ def chunk_kda_fwd(
         dt_bias: only with A_log.
         initial_state: [N, HV, V, K] ([N, HV, K, V] without state_v_first), fp32 or bf16, not modified; with
             state_indices a pool [P, ..] that is updated in place.
+        final_state: without state_indices, where the final state goes, contiguous; made here if not given.
         The others: as in `kda_prefill`.
 
     Returns:
@@ -321,21 +324,29 @@ def chunk_kda_fwd(
     if checks.is_traced(q):
         return traced(
             torch.ops.kda.prefill, (q, k, v, g, beta), out, initial_state, state_indices, cu_seqlens,
-            output_final_state=output_final_state, A_log=A_log, dt_bias=dt_bias, chunk_indices=chunk_indices,
-            state_v_first=state_v_first, use_gate_in_kernel=raw, lower_bound=lower_bound if raw else None,
+            output_final_state=output_final_state, final_state=final_state, checkpoints=checkpoints, A_log=A_log,
+            dt_bias=dt_bias, chunk_indices=chunk_indices, state_v_first=state_v_first, use_gate_in_kernel=raw,
+            lower_bound=lower_bound if raw else None, promise=None if raw else lower_bound,
             use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale, promise=None if raw else lower_bound,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale,
         )  # fmt: skip
     options = options_of(
         raw, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, lower_bound
     )
-    inputs = Inputs(
-        q, k, v, g, beta, options, A_log, dt_bias, initial_state, state_indices, cu_seqlens,
-        state_v_first, output_final_state, cu_seqlens_cpu=cu_seqlens_cpu,
+    call = (
+        q, k, v, g, beta, options, A_log, dt_bias, initial_state, state_indices, cu_seqlens, state_v_first,
+        output_final_state, None, None, None, True, None, None, checkpoints, False, None, cu_seqlens_cpu, None, None,
+        None, None,
     )  # fmt: skip
+    plain = checks.CHECK_VALUES != "1" and not torch.is_grad_enabled() and chunk_indices is None
+    plain = plain and state_indices is None and output_final_state == (final_state is not None)
+    if plain and out is not None and registry.prefill_again(call, out, final_state):
+        return out, final_state
+    inputs = Inputs(*call)
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
-        outputs = run_prefill(inputs, out, chunk_indices, names={"state": "initial_state"})
+        names = {"state": "initial_state"}
+        outputs = run_prefill(inputs, out, chunk_indices, names=names, final_state=final_state)
         return outputs.o, outputs.final_state
 
     return forward_only(run, inputs)
@@ -351,6 +362,7 @@ def traced(
     *,
     output_final_state: bool,
     final_state: torch.Tensor | None = None,
+    checkpoints: Checkpoints | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """o and the final state of a call that is traced: an operator of `kda_kernels.ops`, on buffers made for it."""
@@ -362,7 +374,11 @@ def traced(
         dtype = torch.float32 if state is None else state.dtype
         final_state = q.new_empty((N, v.shape[2], *sizes), dtype=dtype)
     A_log, dt_bias = given.pop("A_log"), given.pop("dt_bias")
-    op(*tokens, o, A_log, dt_bias, state, state_indices, cu_seqlens, final_state, None, None, None, **given)
+    kept = None
+    if checkpoints is not None:
+        c, kept = checkpoints, checkpoints.states
+        given |= {"checkpoint_rows": c.rows, "checkpoint_offsets": c.offsets, "checkpoint_every": c.every}
+    op(*tokens, o, A_log, dt_bias, state, state_indices, cu_seqlens, final_state, kept, None, None, **given)
     o = forward_only_traced(o, (*tokens, A_log, dt_bias, state))
     return o, (final_state if state_indices is None else state) if output_final_state else None
 

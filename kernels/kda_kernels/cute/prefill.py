@@ -107,7 +107,11 @@ _last = _Last()
 
 
 def prefill(
-    inputs: Inputs, out: torch.Tensor | None = None, *, return_intermediate_states: bool = False
+    inputs: Inputs,
+    out: torch.Tensor | None = None,
+    *,
+    final_state: torch.Tensor | None = None,
+    return_intermediate_states: bool = False,
 ) -> Outputs | tuple[Outputs, torch.Tensor]:
     """Runs a checked problem.
 
@@ -116,6 +120,7 @@ def prefill(
             multiples of 16 bytes, with a contiguous last dimension; nothing is copied. A pool is updated in place, and
             only in the slots of sequences with tokens.
         out: [B, T, HV, V] in the dtype of v, with strides as v; made here if not given.
+        final_state: without a pool, where the final states go; made here if not given.
         return_intermediate_states: also return the state at the start of every 64 tokens, [B, NT, HV, K, V] in the
             dtype of k (NT over all sequences of a packed batch; this reads cu_seqlens on the host). Not with
             checkpoints. Nothing is written for padding.
@@ -133,7 +138,9 @@ def prefill(
             raise InputError(f"cute-prefill: {reason}")
         return widened(inputs, lambda wide: _outputs(prefill(wide, out)))
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
-    ht = inputs.new_final_state() if inputs.state_indices is None and inputs.output_final_state else None
+    ht = final_state
+    if ht is None and inputs.state_indices is None and inputs.output_final_state:
+        ht = inputs.new_final_state()
     on_the_way = _states_on_the_way(inputs) if return_intermediate_states else None
     if on_the_way is not None:
         inputs = dataclasses.replace(inputs, checkpoints=on_the_way)
@@ -357,6 +364,8 @@ def _check_unseen(last: _Last, N: int, tensors: tuple) -> None:
     assert last.key is not None
     if indices is not None and h0 is None:
         raise _RefusedError("no pool")
+    if ht is not None and not ht.is_contiguous():
+        raise _RefusedError("final states overlap, or lie apart")
     if offsets is not None:
         for x in (started, ht, None if kept is None else kept.rows, h0 if indices is None else None):
             if x is not None and x.shape[0] != N:

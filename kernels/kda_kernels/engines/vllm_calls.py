@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_prefill, kda_step
+from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
 from kda_kernels.engines.weights import joined
 from kda_kernels.errors import InputError
@@ -42,14 +42,14 @@ def k3_flashkda_prefill(
     checkpoint_offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill of packed tokens [1, T, H, K] into `out` and `final_state` [N, H, V, K]; `workspace` is not used."""
-    rows = _slots(initial_state.shape[0], initial_state.device)
     kept = None
     if checkpoint_state is not None and checkpoint_offsets is not None:
+        rows = _slots(checkpoint_state.shape[0], checkpoint_state.device)
         kept = Checkpoints(checkpoint_state, rows, checkpoint_offsets)
-    final_state.copy_(initial_state)  # a pool of the batch's own, which is updated in place
-    kda_prefill(
-        q, k, v, g, beta, state=final_state, state_indices=rows, A_log=A_log.view(-1), dt_bias=dt_bias.view(-1),
-        lower_bound=lower_bound, cu_seqlens=cu_seqlens, out=out, checkpoints=kept,
+    chunk_kda_fwd(
+        q, k, v, g, beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+        use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, cu_seqlens=cu_seqlens, out=out,
+        final_state=final_state, checkpoints=kept,
     )  # fmt: skip
     return out, final_state
 

@@ -143,6 +143,7 @@ def prefill(
     *,
     chunk_indices: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
     return_intermediate_states: bool = False,
     config: PrefillConfig | None = None,
 ) -> Outputs | tuple[Outputs, torch.Tensor]:
@@ -153,6 +154,7 @@ def prefill(
         chunk_indices: from `prepare_chunk_indices(cu_seqlens, T)`; made here if not given (engines make it once per
             batch and pass it to every layer).
         out: [B, T, HV, V] in the dtype of v.
+        final_state: without a pool, where the final states go; made here if not given.
         return_intermediate_states: also return the state at the start of each chunk, [B, NT, HV, K, V] in the dtype of
             k (NT over all sequences for packed batches; this reads cu_seqlens on the host).
         config: tuning choices; None lets `PrefillConfig.choose` decide.
@@ -180,7 +182,7 @@ def prefill(
         table = work.chunk_indices
         fill_chunk_indices(table, inputs.cu_seqlens, slots)
     o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-    ht = _final_state(inputs)
+    ht = _final_state(inputs) if final_state is None else final_state
     h = inputs.k.new_empty((slots, dims.HV, dims.K, dims.V)) if return_intermediate_states else None
     if not dims.N:
         o.zero_()
