@@ -55,11 +55,11 @@ class Dumper:
             self.dump(f"param__model.layers.{layer}.self_attn.{name}", parameter)
 
 
-def assert_is(dump, inputs, outputs):
+def assert_is(dump, inputs, outputs, op=Op.DECODE):
     for name, tensor in inputs.tensors().items():
         assert torch.equal(dump.inputs.tensors()[name], tensor), name
     assert torch.equal(dump.outputs.o, outputs.o) and torch.equal(dump.outputs.final_state, outputs.final_state)
-    assert dump.inputs.options == OPTIONS and dump.op is Op.DECODE
+    assert dump.inputs.options == OPTIONS and dump.op is op
 
 
 @pytest.mark.parametrize("prefix", ["", "kda_", "attn__"])
@@ -204,6 +204,37 @@ def test_the_heads_of_ranks_are_joined(tmp_path):
         join([dataclasses.replace(dump, call="a.rank0"), other])
 
 
+def test_the_heads_of_a_fused_step_are_joined(tmp_path):
+    """Channels of a convolution are those of q, of k and of v, so those of a rank lie in three places."""
+    whole = make_inputs(Problem(Op.STEP, (1, 1), H=4, HV=4, K=16, V=16, options=OPTIONS, pool_slots=3))
+    for pool in (whole.state, whole.conv.states):
+        pool.nan_to_num_(0.5)
+    after = whole.fresh()
+    made = plain_recurrent.run(after)
+    outputs = dataclasses.replace(made, final_state=after.state, conv_states=after.conv.states)
+    channels = torch.arange(3 * 4 * 16).view(3, 2, -1)
+    dim = 2 if whole.conv.tokens_first else 1
+    for rank in (0, 1):
+        heads, own = slice(2 * rank, 2 * rank + 2), channels[:, rank].flatten()
+        part = {name: getattr(whole, name)[:, :, heads] for name in ("q", "k", "v", "g", "beta")}
+        part |= {"A_log": whole.A_log[heads], "dt_bias": whole.dt_bias[heads], "state": whole.state[:, heads]}
+        states = whole.conv.states.index_select(dim, own)
+        bias = None if whole.conv.bias is None else whole.conv.bias[own]
+        part["conv"] = dataclasses.replace(whole.conv, weight=whole.conv.weight[own], bias=bias, states=states)
+        part["norm"] = dataclasses.replace(whole.norm, gate=whole.norm.gate[:, :, heads])
+        result = {"o": outputs.o[:, :, heads], "final_state": outputs.final_state[:, heads]}
+        result["conv_states"] = outputs.conv_states.index_select(dim, own)
+        inputs = dataclasses.replace(whole, **part)
+        save(tmp_path / f"step.rank{rank}.call0000.pt", inputs, dataclasses.replace(outputs, **result), op="step")
+    (dump,) = join(load_all(tmp_path))
+    assert_is(dump, whole, outputs, Op.STEP)
+    for part in ("conv", "norm"):
+        for name, tensor in vars(getattr(whole, part)).items():
+            assert not isinstance(tensor, torch.Tensor) or torch.equal(vars(getattr(dump.inputs, part))[name], tensor)
+    result = CliRunner().invoke(cli, ["compare", str(tmp_path), "--join", "--kernel", "torch-step"])
+    assert result.exit_code == 0, result.output
+
+
 def test_states_in_the_other_layout_are_told(tmp_path):
     inputs = make_inputs(dataclasses.replace(DECODE, V=16))
     inputs.state.nan_to_num_(0.0)
@@ -211,8 +242,12 @@ def test_states_in_the_other_layout_are_told(tmp_path):
     outputs = dataclasses.replace(plain_recurrent.run(after), final_state=after.state)
     turned = dataclasses.replace(inputs, state=inputs.state.transpose(-1, -2).contiguous())
     turned_after = dataclasses.replace(outputs, final_state=outputs.final_state.transpose(-1, -2).contiguous())
-    save(tmp_path / "d.pt", turned, turned_after, op="decode")
-    result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d.pt"), "--kernel", "torch-decode"])
+    for before, left, which in (
+        (turned, outputs, "first states"), (inputs, turned_after, "final states"), (turned, turned_after, "states"),
+    ):  # fmt: skip
+        save(tmp_path / "d.pt", before, left, op="decode", force=True)
+        result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d.pt"), "--kernel", "torch-decode"])
+        assert f"the dump's {which} look K-first" in result.output, result.output
     assert result.exit_code == 1 and "the dump's states look K-first" in result.output, result.output
 
 

@@ -10,7 +10,7 @@ from kda_kernels.checks import problem_of
 from kda_kernels.errors import KdaError, UnavailableError, one_line
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Outputs
 from kdacli.comparison.difference import CallDifference, Difference
 from kdacli.dumps import Dump
 from kdacli.dumps.strides import copy_of
@@ -158,11 +158,9 @@ def compare(
         if recorded is not None:
             verdicts = judge(reference, recorded, carried_state=carried_state(dump), partial=True)
             result.rows += [Row(dump.call, DUMP, verdict) for verdict in verdicts]
-            if result.failed and _fits_transposed(dump, inputs, recorded, device):
+            if result.failed and (transposed := _transposed(dump, reference, recorded, device)):
                 layout = "K-first" if inputs.state_v_first else "V-first"
-                result.dump.notes.append(
-                    f"the dump's states look {layout}: read so, its results are within their bounds"
-                )
+                result.dump.notes.append(f"{transposed} {layout}: read so, its results are within their bounds")
         advance(f"{label}: oracle")
         for kernel in job.kernels:
             try:
@@ -175,12 +173,23 @@ def compare(
         yield result
 
 
-def _fits_transposed(dump: Dump, inputs: Inputs, recorded: Outputs, device: str) -> bool:
-    """Whether what a dump recorded is right once its states are taken in the other layout."""
-    if inputs.state is None or inputs.q.shape[-1] != inputs.v.shape[-1]:
-        return False
-    other = dataclasses.replace(inputs, state_v_first=not inputs.state_v_first)
-    return all(verdict.passed for verdict in judge(Reference(other, dump.op, device), recorded, partial=True))
+def _transposed(dump: Dump, reference: Reference, recorded: Outputs, device: str) -> str:
+    """Which states of a dump look as if they were in the other layout, as all that it recorded is right then; or ""."""
+    inputs, final = reference.inputs, recorded.final_state
+    if inputs.q.shape[-1] != inputs.v.shape[-1]:
+        return ""
+    other = [reference]
+    if inputs.state is not None:
+        other.append(Reference(dataclasses.replace(inputs, state=inputs.state.mT.contiguous()), dump.op, device))
+    for here in other[::-1]:
+        for left in (None,) if final is None else (final.mT.contiguous(), final):
+            if here is reference and left is final:
+                continue  # as it was judged
+            outputs = dataclasses.replace(recorded, final_state=left)
+            if all(verdict.passed for verdict in judge(here, outputs, partial=True)):
+                which = "first states" if left is final else "final states" if here is reference else "states"
+                return f"the dump's {which} look"
+    return ""
 
 
 def carried_state(dump: Dump) -> str | None:

@@ -176,7 +176,8 @@ def _require_alike(problem: Problem, other: Problem, a: Dump, b: Dump) -> list[O
         outputs.append(dump.outputs)
     sizes = ("op", "seq_lens", "H", "HV", "K", "V")
     if any(getattr(problem, size) != getattr(other, size) for size in sizes):
-        raise InputError(f"A is {problem.name} and B {other.name}: only calls of the same shape can be compared")
+        hint = " (--join makes one call of those of tensor-parallel ranks)" if problem.HV != other.HV else ""
+        raise InputError(f"A is {problem.name} and B {other.name}: only calls of the same shape can be compared{hint}")
     return outputs
 
 

@@ -71,7 +71,8 @@ def find(dumps: Sequence[Dump]) -> tuple[list[Trace], list[str]]:
     for dump in dumps:
         if _is_step(dump):
             layers.setdefault(_layer(dump), []).append(dump)
-    traces, notes = [], []
+    traces: list[Trace] = []
+    gaps: dict[tuple[str, str], list[str]] = {}
     for name, calls in layers.items():
         calls.sort(key=_order)
         runs = [[calls[0]]]
@@ -80,9 +81,12 @@ def find(dumps: Sequence[Dump]) -> tuple[list[Trace], list[str]]:
                 runs[-1].append(after)
             else:
                 runs.append([after])
-                notes.append(f"{name}: {gap} between {before.call} and {after.call}")
+                gaps.setdefault((name, gap), []).append(f"between {before.call} and {after.call}")
         traces += [Trace(f"{name}, from {run[0].call}", run) for run in runs if len(run) > 1]
-    return traces, notes
+    return traces, [
+        f"{name}: {gap} {where[0]}" + (f" (and at {len(where) - 1} more)" if len(where) > 1 else "")
+        for (name, gap), where in gaps.items()
+    ]
 
 
 def _is_step(dump: Dump) -> bool:

@@ -37,11 +37,13 @@ def run(wanted: Wanted, dumps: Sequence[Dump], broken: Sequence[str]) -> None:
     Raises:
         CheckFailedError: something is wrong. InputError: there is no decode trace to draw.
     """
-    with progress("replaying", len(dumps)) as advance:
+    traces, gaps = trace.find(dumps)
+    if wanted.plot and not traces:
+        why = gaps[0] if gaps else "of no layer are there two calls with one token of each sequence over a pool"
+        raise InputError(f"--plot has nothing to draw, no decode call carries on where another ended: {why}")
+    with progress("replaying", len(dumps) + len(traces)) as advance:
         found = replay(dumps, wanted.kernels, wanted.device, advance)
     if wanted.plot:
-        if not found.drifts:
-            raise InputError("--plot has nothing to draw: the dump holds no decode trace of two steps or more")
         trace.draw([(name, drift) for name, _, drift in found.drifts if drift.o], wanted.plot)
     if wanted.json_dest:
         write_json(_json(wanted, found, broken), wanted.json_dest, wanted.force)
