@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from decode_inputs import make, with_pool
 
-from kda_kernels.api import kda_decode, kda_prefill
+from kda_kernels.api import Convolution, GatedNorm, kda_decode, kda_prefill, kda_step, prefill_workspace_bytes
 from kda_kernels.cute import prefill as cute_prefill
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs, Outputs
@@ -45,10 +46,10 @@ def steps(N: int = 4, seed: int = 0) -> Inputs:
     return with_pool(make(N=N, H=H, HV=H, K=128, V=128, options=SAFE, seed=seed), [4, 1, 6, 0][:N])
 
 
-def call(inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:
+def call(inputs: Inputs, out: torch.Tensor | None = None, **further) -> torch.Tensor:
     given = {name: getattr(inputs, name) for name in NAMES}
     function = kda_decode if inputs.cu_seqlens is None else kda_prefill
-    return function(**given, lower_bound=inputs.options.lower_bound, out=out)
+    return function(**given, lower_bound=inputs.options.lower_bound, out=out, **further)
 
 
 @pytest.mark.parametrize("inputs", [steps, functools.partial(prompts, [70, 1200], [4, 1])], ids=["decode", "prefill"])
@@ -105,3 +106,75 @@ def test_first_calls_with_256_mb_left():
     here = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", LITTLE], cwd=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def decodes(N: int, **given) -> Callable[[], object]:
+    x = steps(N)
+    return functools.partial(call, x, torch.empty_like(x.v), **given)
+
+
+def verifies(N: int, **given) -> Callable[[], object]:
+    """Drafts of two tokens: the pool stays as it is, the states of tokens go to rows of a buffer."""
+    x = with_pool(make(N=N, T=2, H=H, HV=H, K=128, V=128, options=SAFE), [4, 1, 6, 0][:N])
+    given["token_states"] = x.state.new_empty(N, 2, *x.state.shape[1:])
+    given["token_state_indices"] = torch.arange(N, device=x.q.device)
+    return functools.partial(call, x, torch.empty_like(x.v), update_state=False, **given)
+
+
+def fused_steps(N: int, **given) -> Callable[[], object]:
+    x, D = steps(N), 3 * H * 128
+    conv = Convolution(
+        x.state.new_ones(D, 4).bfloat16(), None, x.state.new_zeros(7, 3, D).bfloat16(), tokens_first=True
+    )
+    norm = GatedNorm(x.g[:, 0], x.A_log.new_ones(128))
+    mixed = torch.cat([t.flatten(1) for t in (x.q, x.k, x.v)], 1)
+    same = {name: getattr(x, name) for name in ("A_log", "dt_bias", "state", "state_indices")}
+    return functools.partial(
+        kda_step, mixed, x.g[:, 0], x.beta[:, 0], **same, conv=conv, norm=norm, lower_bound=-5.0,
+        out=x.v[:, 0].clone(), **given,
+    )  # fmt: skip
+
+
+def prefills(N: int, room: bool = False, **given) -> Callable[[], object]:
+    """N * 512 and 70 tokens: cute-prefill splits them. `room`: with a workspace."""
+    x = prompts([N * 512, 70], [4, 1])
+    if room:
+        size = prefill_workspace_bytes(x.q.shape[1], H, 2, kernel=given.get("kernel"))
+        given["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
+    return functools.partial(call, x, torch.empty_like(x.v), cu_seqlens_cpu=x.cu_seqlens.cpu(), **given)
+
+
+# By kind of call, with `out`: what makes one for N sequences, and how many tensors it may allocate.
+ROOM = functools.partial(prefills, room=True)
+EAGER = {
+    "decode": (decodes, 0),
+    "verify": (verifies, 0),
+    "step": (fused_steps, 0),
+    "prefill": (prefills, 1),
+    "room": (ROOM, 0),
+}
+
+
+@pytest.mark.parametrize("backend", ["cute", "triton"])
+@pytest.mark.parametrize("kind", EAGER)
+def test_nothing_waits_for_the_gpu_nor_asks_it_for_memory(kind, backend):
+    """Once calls of the kind have run; batches and lengths change. What is allocated, the page on serving says."""
+    made, allocations = EAGER[kind]
+    name = {"step": "step", "prefill": "prefill", "room": "prefill"}.get(kind, "decode")
+    calls = [made(N, kernel=f"{backend}-{name}") for N in (4, 3, 2)]
+    with torch.inference_mode():
+        for one in calls:
+            one()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for one in calls:
+                one()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    after = torch.cuda.memory_stats()
+    assert after["num_device_alloc"] == before["num_device_alloc"]
+    if backend == "cute":
+        taken = after["allocation.all.allocated"] - before["allocation.all.allocated"]
+        assert taken <= allocations * len(calls), taken
