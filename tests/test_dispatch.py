@@ -239,6 +239,19 @@ def test_the_fused_prefill_where_it_can(prefills):
 
 
 @no_gpu
+@pytest.mark.parametrize("function", ["decode", "prefill"])
+def test_without_out_a_call_like_the_last_one_is_as_short(gpu, prefills, monkeypatch, function):
+    """The long way, which checks tensors and looks for a kernel, takes several times the host time."""
+    made, once = (prompts, call_prefill) if function == "prefill" else (pooled, call)
+    expected = recurrence(inputs := on_gpu(made()))
+    with torch.inference_mode():
+        once(dataclasses.replace(inputs, state=inputs.state.clone()))
+        monkeypatch.setattr(f"kda_kernels.serving.run_{function}", None)
+        close(once(inputs), expected.o)
+    close(inputs.state, expected.final_state)
+
+
+@no_gpu
 def test_the_fused_prefill_behind_flas_functions(prefills):
     inputs = on_gpu(prefill_inputs.plain())
     expected = recurrence(inputs)

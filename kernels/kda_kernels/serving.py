@@ -125,8 +125,8 @@ def kda_decode(
     )  # fmt: skip
     _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    if plain and out is not None and registry.decode_again(call, out):
-        return out
+    if plain and (o := _room_for(v, out)) is not None and registry.decode_again(call, o):
+        return o
     inputs = Inputs(*call)
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
@@ -216,8 +216,9 @@ def kda_prefill(
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
-    if plain and out is not None and chunk_indices is None and registry.prefill_again(call, out):
-        return out
+    plain = plain and chunk_indices is None
+    if plain and (o := _room_for(v, out)) is not None and registry.prefill_again(call, o):
+        return o
     inputs = Inputs(*call)
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
@@ -388,6 +389,13 @@ def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if getattr(g, "ndim", 0) != 3 or v.ndim != 4 or g.shape[2] % max(v.shape[2], 1):
         return g
     return g.unflatten(2, (v.shape[2], -1))
+
+
+def _room_for(v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+    """Where o goes; None: v is no tensor, which a check will say."""
+    if out is None and isinstance(v, torch.Tensor):
+        return torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out
 
 
 def _require_pool(state: torch.Tensor | None, state_indices: torch.Tensor | None) -> None:
