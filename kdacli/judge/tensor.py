@@ -221,7 +221,8 @@ class TensorJudge:
         wrong, reference = self.sizes.unbind(-1)
         allowed = torch.where(norms > 0, may + self.unit * reference.abs(), 0.0)
         share = torch.where(wrong > 0, wrong / allowed, 0.0)  # inf where nothing may be wrong
-        i, n, h = (int(x) for x in torch.unravel_index(share.argmax(), share.shape))
+        row, h = divmod(int(share.argmax()), share.shape[2])  # torch.unravel_index imports sympy, which takes seconds
+        i, n = divmod(row, share.shape[1])
         place, row, column = self.at[i, n, h].tolist()
         scale = norms[n, h].item() / math.sqrt(max(1.0, self.count[n, h].item()))
         worst, worst_bound = (_ratio(x[i, n, h].item(), scale) for x in (wrong, allowed))

@@ -125,8 +125,8 @@ def kda_decode(
     )  # fmt: skip
     _require_pool(state, state_indices)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    if plain and (o := _room_for(v, out)) is not None and registry.decode_again(call, o):
-        return o
+    if plain and (room := _room_for(v, out)) is not None and registry.decode_again(call, room):
+        return room
     inputs = Inputs(*call)
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
@@ -217,8 +217,8 @@ def kda_prefill(
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
     plain = plain and chunk_indices is None
-    if plain and (o := _room_for(v, out)) is not None and registry.prefill_again(call, o):
-        return o
+    if plain and (room := _room_for(v, out)) is not None and registry.prefill_again(call, room):
+        return room
     inputs = Inputs(*call)
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
