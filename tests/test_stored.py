@@ -76,7 +76,7 @@ def test_int16_has_the_scale_of_its_row():
     assert (held.state.abs().amax(-1) == 32767).all()
     numbers = torch.arange(65536)[:, None, None]
     q, scales = plain.quantised(torch.tensor([[1.0, -0.3, 0.11111, 0.0]]).expand(65536, 1, 4), numbers)
-    assert (q[:, 0, 0] == 32767).all() and not q[:, 0, 3].any()
+    assert set(q[:, 0, 0].tolist()) == {32766, 32767} and not q[:, 0, 3].any()
     mean = (q.double() * scales.double()[..., None]).mean(0)[0]
     assert (mean - torch.tensor([1.0, -0.3, 0.11111, 0.0]).double()).abs().max() < 2e-7
 

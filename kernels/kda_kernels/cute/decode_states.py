@@ -13,15 +13,13 @@ from kda_kernels.cute.decode_config import LANES, DecodeSpec
 from kda_kernels.cute.math import load_now
 from kda_kernels.cute.ptx import lower_halves, select
 from kda_kernels.cute.stored import (
-    LARGEST,
     bf16_stochastic,
     fp16_stochastic,
     int16_nearest,
     int16_stochastic,
-    large_numbers,
+    random_fractions,
     random_words,
     row_scales,
-    within_int16,
 )
 
 TOGETHER = 2  # rows of a thread whose rounding overlaps
@@ -167,26 +165,22 @@ class States:
         self, S, odd, scales, rows: cutlass.Constexpr, first_pass: cutlass.Constexpr[int], stamp, lane: Int32
     ):
         """`words` of S in int16; the rows' scales go to `scales`."""
-        out, wide = self.words(rows), False
+        out = self.words(rows)
         for n in cutlass.range_constexpr(len(rows)):
             p, row = rows[n], first_pass + rows[n]
             most = self.largest(S, p)
-            w, scale = row_scales(most, odd[row] - odd[row] == 0.0)
+            w, scale = row_scales(most, odd[row] - odd[row])
             scales[0] = select(lane % LANES == row, scale, scales[0])
             for s in cutlass.range_constexpr(self.spec.steps):
                 numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.stochastic) else None
                 for i in cutlass.range_constexpr(self.spec.vector // 2):
                     a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                     if cutlass.const_expr(self.spec.stochastic):
-                        low, high = large_numbers(numbers[i])
+                        low, high = random_fractions(numbers[i])
                         low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
                     else:
                         low, high = int16_nearest(a, w), int16_nearest(b, w)
                     out[i, s, n] = lower_halves(low, high)
-            wide = wide or most * w > LARGEST
-        if cutlass.const_expr(self.spec.stochastic):
-            if wide:  # rounded up: some may be too far from 0
-                self.keep_within(out, S, rows)
         return out
 
     @cute.jit
@@ -198,19 +192,3 @@ class States:
                 found[i % 4] = cute.arch.fmax(found[i % 4], cute.arch.fmax(S[i, s, p], -S[i, s, p]))
         most = cute.arch.fmax(cute.arch.fmax(found[0], found[1]), cute.arch.fmax(found[2], found[3]))
         return cute.arch.warp_reduction(most, cute.arch.fmax, threads_in_group=LANES)
-
-    @cute.jit
-    def keep_within(self, out, S, rows: cutlass.Constexpr):
-        """`out`, two integers to a word, of which few are -32768: see `within_int16`."""
-        found = Int32(0)
-        for n in cutlass.range_constexpr(len(rows)):
-            for s in cutlass.range_constexpr(self.spec.steps):
-                for i in cutlass.range_constexpr(self.spec.vector // 2):
-                    x = out[i, s, n] ^ -0x7FFF8000  # 0 in the half
-                    found |= (x - 0x00010001) & ~x & -0x7FFF8000
-        if found != 0:
-            for n in cutlass.range_constexpr(len(rows)):
-                for s in cutlass.range_constexpr(self.spec.steps):
-                    for i in cutlass.range_constexpr(self.spec.vector // 2):
-                        a, b = S[2 * i, s, rows[n]], S[2 * i + 1, s, rows[n]]
-                        out[i, s, n] = within_int16(out[i, s, n], a, b)

@@ -20,9 +20,6 @@ from kda_kernels.cute.ptx import (
 from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 
 MAGIC = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to an integer, which is in its low bits
-INFINITY = float("inf")
-MUCH = 2.0**100
-LESS = 2.0**-64
 
 
 @cute.jit
@@ -65,21 +62,20 @@ def _rounded_to_fp16(x: Float32, number: Int32) -> Float32:
 
 
 @cute.jit
-def row_scales(most: Float32, finite):
-    """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale."""
-    kept = finite and most >= LEAST_ROW and most < INFINITY
-    size = select(kept, most, Float32(1.0))
-    less = select(size > MUCH, Float32(LESS), Float32(1.0))  # of what is larger the reciprocal is no normal number
-    w = quotient(Float32(LARGEST), size * less, reciprocal(size * less)) * less
-    scale = quotient(size, Float32(LARGEST), Float32(1 / LARGEST))
-    other = select(finite and most < LEAST_ROW, Float32(0.0), Float32(float("nan")))
-    return select(kept, w, Float32(0.0)), select(kept, scale, other)
+def row_scales(most: Float32, zero: Float32):
+    """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale. `zero`: NaN where the row has it."""
+    least = most < LEAST_ROW
+    quarter = most * 0.25  # whose reciprocal is a normal number
+    inverse = reciprocal(quarter)
+    inverse = multiply_add(multiply_add(-quarter, inverse, Float32(1.0)), inverse, inverse)
+    w = quotient(Float32(LARGEST / 4), quarter, inverse)
+    scale = quotient(most, Float32(LARGEST), Float32(1 / LARGEST))  # an infinity makes it NaN
+    return select(least, Float32(0.0), w), select(least, Float32(0.0), scale) + zero
 
 
 @cute.jit
 def quotient(a: Float32, b: Float32, inverse: Float32) -> Float32:
-    """a / b, rounded to nearest, from 1 / b within 1 ulp: Markstein's way, of numbers that are far from the least."""
-    inverse = multiply_add(multiply_add(-b, inverse, Float32(1.0)), inverse, inverse)
+    """a / b, rounded to nearest, from 1 / b rounded so: Markstein's way, of numbers that are far from the least."""
     q = a * inverse
     return multiply_add(multiply_add(-q, b, a), inverse, q)
 
@@ -91,26 +87,12 @@ def int16_nearest(x: Float32, w: Float32) -> Int32:
 
 
 @cute.jit
-def int16_stochastic(x: Float32, w: Float32, large: Float32) -> Int32:
-    """Its lower half is the integer; -32768 stands for one that is too far from 0. `large`: see `large_numbers`.
-
-    (floor(65536 a) + r) >> 16 is floor(a + r / 65536), and sums that are rounded down have the same floor.
-    """
-    return float_bits(add_down(multiply_add_down(large, Float32(2.0**-16), x * w), Float32(MAGIC - 128.0)))
+def int16_stochastic(x: Float32, w: Float32, number: Float32) -> Int32:
+    """Its lower half is the integer. `number`: see `random_fractions`. Sums that are rounded down have the same floor."""
+    return float_bits(add_down(multiply_add_down(x, w, number), Float32(MAGIC - 128.0)))
 
 
 @cute.jit
-def large_numbers(word: Uint32):
-    """2**23 + r of the two random numbers in a word."""
-    return float_of(with_upper_half(0x4B00, word, upper=False)), float_of(with_upper_half(0x4B00, word, upper=True))
-
-
-@cute.jit
-def within_int16(word: Int32, a: Float32, b: Float32) -> Int32:
-    """Two integers side by side, of numbers with the signs of a and b: 32767 away from 0 instead of -32768."""
-    low, high = word & 0xFFFF, word & -0x10000
-    if low == 0x8000:
-        low = Int32(0x7FFF) + (Int32(a < 0.0) << 1)
-    if high == Int32(-0x80000000):
-        high = (Int32(0x7FFF) + (Int32(b < 0.0) << 1)) << 16
-    return low | high
+def random_fractions(word: Uint32):
+    """128 + r / 65536 of the two random numbers in a word."""
+    return float_of(with_upper_half(0x4300, word, upper=False)), float_of(with_upper_half(0x4300, word, upper=True))

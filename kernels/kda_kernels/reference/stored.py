@@ -19,10 +19,10 @@ or is infinite from 65536 on. Exact as well, down to the subnormals, but for wha
 
 NaN stays NaN and infinities stay themselves, in both. What else is in a row of K channels that has NaN may be anything.
 
-int16: of a row of K elements, m is the largest |x|. Its scale is m / 32767, rounded to nearest in fp32; with
-w = 32767 / m, rounded so, too, an element is the integer next to the product x w, which is not rounded before; ties go
-to the even one. Stochastically: y = the largest integer not over fl(fl(x w) 65536), within 32767 * 65536 of 0, and
-(y + r) >> 16. A row whose m is under 2^-110, whose w could overflow, is zeros with the scale 0. A row with NaN or an
+int16: of a row of K elements, m is the largest |x|, and c is 32767 - 2^-8. Its scale is m / c, rounded to nearest in
+fp32, and w = c / m, rounded so, too. The product x w is not rounded: it is never over 32767, so that nothing has to be
+limited. An element is the integer next to it, of two the even one; stochastically it is the largest integer not over
+x w + r / 65536. A row whose m is under 2^-110, whose w could overflow, is zeros with the scale 0. A row with NaN or an
 infinity has the scale NaN, whatever its integers are. What is stored means integer times scale, rounded to fp32.
 """
 
@@ -34,7 +34,7 @@ from kda_kernels.dtypes import name_of
 from kda_kernels.tensors import Inputs
 
 ROUNDS = 7
-LARGEST = 32767
+LARGEST = 32767 - 2.0**-8  # that a row's largest number becomes
 LEAST_ROW = 2.0**-110
 _SUBNORMAL = 2.0**-14  # fp16's smallest normal number
 _WORD = 0xFFFFFFFF
@@ -95,12 +95,8 @@ def quantised(x: torch.Tensor, numbers: torch.Tensor | None = None) -> Stored:
     largest = torch.full_like(most, LARGEST)  # a number instead of a tensor would be multiplied with a reciprocal
     w = torch.where(kept, largest / most, 0.0)
     x = torch.where(kept.unsqueeze(-1), x, 0.0)
-    if numbers is None:
-        q = (x.double() * w.double().unsqueeze(-1)).round()
-    else:
-        limit = LARGEST << 16
-        y = (x * w.unsqueeze(-1) * 65536.0).double().floor().long().clamp(-limit, limit)
-        q = (y + numbers) >> 16
+    y = x.double() * w.double().unsqueeze(-1)
+    q = y.round() if numbers is None else ((y * 65536).floor().long() + numbers) >> 16
     scales = torch.where(kept, most / largest, torch.where(most < LEAST_ROW, 0.0, torch.nan))
     return Stored(q.to(torch.int16), scales)
 

@@ -11,6 +11,8 @@ from kda_kernels.reference import stored as definition
 from kda_kernels.triton.common import INTERPRETED, cast, is_cuda, reciprocal
 
 ROUNDS = tl.constexpr(definition.ROUNDS)
+LARGEST = tl.constexpr(definition.LARGEST)
+INVERSE = tl.constexpr(1 / definition.LARGEST)
 LEAST_ROW = tl.constexpr(definition.LEAST_ROW)
 
 
@@ -27,7 +29,7 @@ def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.const
     """[rows, BK] int32: of the elements of these rows, hv V + v, of a state, what rounding to DTYPE adds to them.
 
     The random number itself for bf16, its lower 13 bits for fp16, and 0 in rows that are odd; for int16 the bits of
-    2**23 + it.
+    128 + it / 65536.
 
     seed, slot: int64. odd: see `store_state`.
     """
@@ -49,7 +51,7 @@ def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.const
         c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     if DTYPE == tl.int16:
-        low, high = (words & 0xFFFF) | 0x4B000000, (words >> 16) | 0x4B000000
+        low, high = (words & 0xFFFF) | 0x43000000, (words >> 16) | 0x43000000
     else:
         low, high = words & 0xFFFF, words >> 16
     return tl.reshape(tl.join(low, high).to(tl.int32, bitcast=True), [row.shape[0], BK])
@@ -71,36 +73,39 @@ def rounded_stochastically(x, numbers, DTYPE: tl.constexpr):
 
 @triton.jit
 def _quotient(a, b, inverse):
-    """a / b rounded to nearest, from 1 / b within 1 ulp, of numbers far from the least and the largest (Markstein)."""
+    """a / b rounded to nearest, from 1 / b rounded so, of numbers far from the least and the largest (Markstein)."""
     if INTERPRETED:
-        q = tl.div_rn(a + 0.0 * b, b + 0.0 * a)
+        zero = 0.0 * inverse
+        q = tl.div_rn(zero + a, zero + b)
     else:
-        inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
         q = a * inverse
         q = tl.fma(tl.fma(-q, b, a), inverse, q)
     return q
 
 
 @triton.jit
-def _floor_of_sum(y, large):
-    """int32 whose lower half is floor(y + r / 65536), |y| < 2**15, of the bits of 2**23 + r."""
+def _floor_of_sum(x, w, number):
+    """int32 whose lower half is floor(x w + r / 65536), |x w| < 2**15, of the bits of 128 + r / 65536."""
     if INTERPRETED or not is_cuda():
-        return (tl.floor(y * 65536.0).to(tl.int32) + (large & 0xFFFF)) >> 16
-    # 128 + y + r / 65536, and that + 1.5 * 2**23, both rounded down: the floor stays, and no conversion is made
-    text: tl.constexpr = "{ .reg .f32 a; fma.rm.f32 a, $1, 0f37800000, $2; add.rm.f32 $0, a, 0f4B3FFF80; }"
-    return tl.inline_asm_elementwise(text, "=r,r,f", [large, y], dtype=tl.int32, is_pure=True, pack=1)
+        y = tl.floor(x.to(tl.float64) * w.to(tl.float64) * 65536.0)
+        return (y.to(tl.int32) + (number & 0xFFFF)) >> 16
+    # the sum, and that + 1.5 * 2**23 - 128, both rounded down: the floor stays, and no conversion is made
+    text: tl.constexpr = "{ .reg .f32 a; fma.rm.f32 a, $1, $2, $3; add.rm.f32 $0, a, 0f4B3FFF80; }"
+    return tl.inline_asm_elementwise(text, "=r,f,f,r", [x, w, number], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
 def quantised(x, numbers, odd):
     """fp32 x [rows, K] in int16, and the scales [rows]; `numbers` None: to nearest. odd: see `store_state`."""
     size = tl.max(tl.abs(x), 1)
-    finite = (odd - odd == 0) & (size < float("inf"))
-    kept = finite & (size >= LEAST_ROW)
-    size = tl.where(kept, size, 1.0)
-    small = tl.where(size > 1.2676506002282294e30, 5.421010862427522e-20, 1.0)  # over 2**100: 2**-64
-    w = tl.where(kept, _quotient(32767.0, size * small, reciprocal(size * small)) * small, 0.0)[:, None]
-    scales = tl.where(kept, _quotient(size, 32767.0, 3.051850947599719e-05), tl.where(finite, 0.0, float("nan")))
+    kept = (size >= LEAST_ROW) & (size < float("inf"))
+    quarter = tl.where(kept, size, 1.0) * 0.25  # whose reciprocal is a normal number
+    inverse = reciprocal(quarter)
+    if not INTERPRETED:
+        inverse = tl.fma(tl.fma(-quarter, inverse, 1.0), inverse, inverse)
+    w = tl.where(kept, _quotient(LARGEST / 4, quarter, inverse), 0.0)[:, None]
+    scales = tl.where(kept, _quotient(size, LARGEST, INVERSE), 0.0)
+    scales += tl.where(size < float("inf"), odd - odd, float("nan"))
     if numbers is None:
         # adding 1.5 * 2**23 rounds to an integer, which is in the low half then
         if INTERPRETED:
@@ -109,7 +114,7 @@ def quantised(x, numbers, odd):
             y = tl.fma(x, w, 12582912.0)
         q = y.to(tl.int32, bitcast=True)
     else:
-        q = _floor_of_sum(tl.minimum(tl.maximum(x * w, -32767.0), 32767.0), numbers)
+        q = _floor_of_sum(x, w, numbers)
     return q.to(tl.int16), scales
 
 
