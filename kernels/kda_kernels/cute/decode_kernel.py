@@ -51,6 +51,12 @@ class DecodeKernel:
         shifted = spec.taps > 0 and spec.update and spec.cluster is not None
         return shifted and (spec.norm is None or spec.heads_of_cluster > 1)
 
+    @property
+    def shifts_early(self) -> bool:
+        """Whether windows are shifted as soon as this CTA, their only reader, has them: no register keeps them then."""
+        spec = self.spec
+        return spec.taps > 0 and spec.update and spec.cluster is None and spec.one_token and spec.accepted is None
+
     @cute.jit
     def __call__(
         self,
@@ -244,7 +250,7 @@ class DecodeKernel:
                     before = self.windows.fp32(raw_past)
             numbers = A, bias, scale, lower_bound, eps
             kept = token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales
-            odd = cute.make_rmem_tensor(self.states.passes, Float32)
+            odd = cute.make_rmem_tensor(self.states.together, Float32)
             odd.fill(0.0)
             stored = scales, odd, (keys, Uint32(slot), i_hv * spec.V + row)
             fixed = S, (tile, arrived, target, begun), stored, o, shared, room, kept, scale, b
@@ -253,6 +259,8 @@ class DecodeKernel:
                 final = self.start(h0 if spec.pooled else ht, slot, None, inside)
             if cutlass.const_expr(spec.one_token):
                 self.prepare(raw, numbers, shared, window, n_tokens, tid)
+                if cutlass.const_expr(self.shifts_early):
+                    self.windows.keep(past, past_slot, window[0], 0, lines, i_hv % spec.group == 0, tid)
                 if cutlass.const_expr(spec.cluster is not None):
                     self.meet()
                 self.recur(*fixed, Int32(0), n_tokens, heads, tid)
@@ -279,7 +287,7 @@ class DecodeKernel:
                     self.store(S, final, stored, n_tokens - 1, 0, lane)
             if cutlass.const_expr(self.states.scaled and self.in_place):
                 self.states.store_scales(state_scales, slot, scales, i_hv, row, lane)
-            if cutlass.const_expr(spec.taps and spec.update):
+            if cutlass.const_expr(spec.taps and spec.update and not self.shifts_early):
                 if cutlass.const_expr(self.waits):
                     cute.arch.cluster_wait()  # all have read the windows
                 leads = i_slice == 0 and i_hv % spec.group == 0
@@ -323,14 +331,14 @@ class DecodeKernel:
         return channels, room(SUMS * self.warps), room(self.threads), room(4)
 
     @cute.jit
-    def store(self, S, first: cute.Pointer, stored, t: Int32, first_pass: cutlass.Constexpr[int], lane: Int32):
+    def store(self, S, first: cute.Pointer, stored, t: Int32, first_pass, lane: Int32):
         """S, the rows from `first_pass` on of the state after token t, to where this thread's part of one begins."""
         scales, odd, (keys, slot, row) = stored
         stamp = keys, slot, Uint32(t), row
         self.states.store(S, first, odd, scales, first_pass, stamp, lane)
 
     @cute.jit
-    def keep_token(self, S, stored, kept, b: Int32, t: Int32, first_pass: cutlass.Constexpr[int], heads, tid: Int32):
+    def keep_token(self, S, stored, kept, b: Int32, t: Int32, first_pass, heads, tid: Int32):
         """The state after token t of a sequence, to where it is wanted beside the slot of its last one."""
         token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales = kept
         lane = tid % 32
@@ -487,44 +495,46 @@ class DecodeKernel:
         if cutlass.const_expr(not self.bulk):
             self.tokens(S, None, stored, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
         else:
-            tile, arrived, target, begun = bulk
-            lane = tid % 32
-            row = self.first_row(heads, tid) - heads[2] * self.rows
-            mine = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
-            part = cute.make_layout(self.states.of_warp * K)  # a warp's, of a piece
-            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
             held = None
             if cutlass.const_expr(spec.one_token and K <= 128):
-                held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], lane, 0)
-            for i in cutlass.range_constexpr(spec.pieces):
-                p = i * self.states.together
-                own = mine + self.states.row(p) * K
-                S = self.states.registers(self.states.together)
-                cute.arch.mbarrier_wait(arrived + i, 0)
-                if cutlass.const_expr(spec.fresh):
-                    S.fill(0.0)
-                    if begun or done > 0:
-                        self.states.load(S, own, stored[0], p, lane)
-                else:
-                    self.states.load(S, own, stored[0], p, lane)
-                self.tokens(S, held, stored, o, shared, room, kept, scale, b, done, count, p, heads, tid)
-                if cutlass.const_expr(target is not None or not spec.one_token):
-                    self.store(S, own, stored, done + count - 1, p, lane)
-                if cutlass.const_expr(target is not None):
-                    if count <= spec.block:
-                        cute.arch.fence_proxy("async.shared", space="cta")
-                        cute.arch.sync_warp()
-                        if lane == 0:
-                            first = cute.assume(
-                                (tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector
-                            )
-                            there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
-                            if cutlass.const_expr(spec.config.lasting):
-                                size = cute.size(part) * tile.element_type.width // 8
-                                bulk_store_lasting(there.iterator, here.iterator, size)
-                            else:
-                                cute.copy(atom, here, there)
-                            cute.arch.cp_async_bulk_commit_group()
+                held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], tid % 32, 0)
+            for i in cutlass.range(spec.pieces, unroll=1):  # a loop: less code than the instruction cache holds
+                self.piece(i, held, bulk, stored, o, shared, room, kept, scale, b, done, count, heads, tid)
+
+    @cute.jit
+    def piece(self, i: Int32, held, bulk, stored, o, shared, room, kept, scale: Float32, b, done, count, heads, tid):
+        """A block's tokens through the i-th piece of this CTA's rows."""
+        spec, K = self.spec, self.spec.K
+        tile, arrived, target, begun = bulk
+        lane, p = tid % 32, i * self.states.together
+        row = self.first_row(heads, tid) - heads[2] * self.rows + self.states.row(p)
+        own = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
+        part = cute.make_layout(self.states.of_warp * K)  # a warp's
+        atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
+        S = self.states.registers(self.states.together)
+        cute.arch.mbarrier_wait(arrived + i, 0)
+        if cutlass.const_expr(spec.fresh):
+            S.fill(0.0)
+            if begun or done > 0:
+                self.states.load(S, own, stored[0], p, lane)
+        else:
+            self.states.load(S, own, stored[0], p, lane)
+        self.tokens(S, held, stored, o, shared, room, kept, scale, b, done, count, p, heads, tid)
+        if cutlass.const_expr(target is not None or not spec.one_token):
+            self.store(S, own, stored, done + count - 1, p, lane)
+        if cutlass.const_expr(target is not None):
+            if count <= spec.block:
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.sync_warp()
+                if lane == 0:
+                    first = cute.assume((tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector)
+                    there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
+                    if cutlass.const_expr(spec.config.lasting):
+                        size = cute.size(part) * tile.element_type.width // 8
+                        bulk_store_lasting(there.iterator, here.iterator, size)
+                    else:
+                        cute.copy(atom, here, there)
+                    cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def tokens(self, S, held, stored, o, shared, room, kept, scale: Float32, b, done, count, first_pass, heads, tid):
@@ -541,7 +551,7 @@ class DecodeKernel:
     @cute.jit
     def step(
         self, S, held, odd, o, shared, room, scale: Float32, b: Int32, first: Int32, done: Int32, j,
-        first_pass: cutlass.Constexpr[int], heads, tid: Int32,
+        first_pass, heads, tid: Int32,
     ):  # fmt: skip
         """Token j of a block: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
 
@@ -584,7 +594,7 @@ class DecodeKernel:
             u = beta * (values[row + self.states.row(p), j] - lane_sum(hk[p], LANES) * norm_k)
             hq[p] = lane_sum(hq[p], LANES) * norm_q + qk * u
             hk[p] = u * norm_k
-            odd[first_pass + p] = hk[p]
+            odd[p] = hk[p]
         if cutlass.const_expr(spec.norm is not None):
             for p in cutlass.range_constexpr(passes):
                 self.norm.send(room, hq[p], i_slice * self.rows + row + self.states.row(p), done, j, i_hv, lane)

@@ -77,7 +77,7 @@ class States:
             pool[slot, i_hv, self.scale_row(row, lane)] = scales[0]
 
     @cute.jit
-    def load(self, S, first: cute.Pointer, scales, first_pass: cutlass.Constexpr[int], lane: Int32):
+    def load(self, S, first: cute.Pointer, scales, first_pass, lane: Int32):
         """Rows from `first_pass` on."""
         raw = cute.make_rmem_tensor(S.shape, first.dtype)
         for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
@@ -91,7 +91,7 @@ class States:
                     S[None, s, p].store(S[None, s, p].load() * scale)
 
     @cute.jit
-    def store(self, S, first: cute.Pointer, odd, scales, first_pass: cutlass.Constexpr[int], stamp, lane: Int32):
+    def store(self, S, first: cute.Pointer, odd, scales, first_pass, stamp, lane: Int32):
         """Rounds to the dtype of `first`; scales of rows from `first_pass` on go to `scales`.
 
         Args:
@@ -116,11 +116,11 @@ class States:
                     self.vectors(first, s, p).store(S[None, s, p].load().to(dtype))
 
     @cute.jit
-    def numbers(self, s: cutlass.Constexpr[int], row: cutlass.Constexpr[int], stamp, lane: Int32):
+    def numbers(self, s: cutlass.Constexpr[int], row: Int32, stamp, lane: Int32):
         """The random numbers of access s in this thread's row, two to a word."""
         keys, slot, token, first_row = stamp
         vector, K = self.spec.vector, self.spec.K
-        element = (first_row + self.row(row)) * K + lane % LANES * vector + s * LANES * vector
+        element = (first_row + row) * K + lane % LANES * vector + s * LANES * vector
         words = random_words(keys, slot, token, Uint32(element // 8))
         if cutlass.const_expr(vector == 4):
             upper = element % 8 != 0
@@ -135,7 +135,7 @@ class States:
 
     @cute.jit
     def rounded(
-        self, S, dtype: cutlass.Constexpr, odd, rows: cutlass.Constexpr, first_pass: cutlass.Constexpr[int], stamp,
+        self, S, dtype: cutlass.Constexpr, odd, rows: cutlass.Constexpr, first_pass, stamp,
         lane: Int32,
     ):  # fmt: skip
         """`words` of S in bf16 or fp16, rounded stochastically. One branch for all rows: their arithmetic overlaps."""
@@ -143,14 +143,14 @@ class States:
         for n in cutlass.range_constexpr(len(rows)):
             p = rows[n]
             for s in cutlass.range_constexpr(self.spec.steps):
-                numbers = self.numbers(s, first_pass + p, stamp, lane)
+                numbers = self.numbers(s, self.row(first_pass) + self.row(p), stamp, lane)
                 for i in cutlass.range_constexpr(self.spec.vector // 2):
                     a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                     if cutlass.const_expr(dtype is cutlass.BFloat16):
                         out[i, s, n] = bf16_stochastic(a, b, numbers[i])
                     else:
                         out[i, s, n] = fp16_stochastic(a, b, numbers[i])
-            finite = finite and odd[first_pass + p] - odd[first_pass + p] == 0.0
+            finite = finite and odd[p] - odd[p] == 0.0
         if not finite:  # NaN stays; all ones behind the sign are NaN in either
             for n in cutlass.range_constexpr(len(rows)):
                 for s in cutlass.range_constexpr(self.spec.steps):
@@ -161,18 +161,18 @@ class States:
         return out
 
     @cute.jit
-    def quantised(
-        self, S, odd, scales, rows: cutlass.Constexpr, first_pass: cutlass.Constexpr[int], stamp, lane: Int32
-    ):
+    def quantised(self, S, odd, scales, rows: cutlass.Constexpr, first_pass, stamp, lane: Int32):
         """`words` of S in int16; the rows' scales go to `scales`."""
         out = self.words(rows)
         for n in cutlass.range_constexpr(len(rows)):
             p, row = rows[n], first_pass + rows[n]
             most = self.largest(S, p)
-            w, scale = row_scales(most, odd[row] - odd[row])
+            w, scale = row_scales(most, odd[p] - odd[p])
             scales[0] = select(lane % LANES == row, scale, scales[0])
             for s in cutlass.range_constexpr(self.spec.steps):
-                numbers: Any = self.numbers(s, row, stamp, lane) if cutlass.const_expr(self.spec.stochastic) else None
+                numbers: Any = None
+                if cutlass.const_expr(self.spec.stochastic):
+                    numbers = self.numbers(s, self.row(first_pass) + self.row(p), stamp, lane)
                 for i in cutlass.range_constexpr(self.spec.vector // 2):
                     a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                     if cutlass.const_expr(self.spec.stochastic):

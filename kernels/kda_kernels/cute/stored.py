@@ -63,7 +63,7 @@ def _rounded_to_fp16(x: Float32, number: Int32) -> Float32:
 
 @cute.jit
 def row_scales(most: Float32, zero: Float32):
-    """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale. `zero`: NaN where the row has it."""
+    """Of a row whose largest |x| is `most`: what x is multiplied by, and the scale. `zero`: NaN if the row has NaN."""
     least = most < LEAST_ROW
     quarter = most * 0.25  # whose reciprocal is a normal number
     inverse = reciprocal(quarter)
@@ -88,7 +88,7 @@ def int16_nearest(x: Float32, w: Float32) -> Int32:
 
 @cute.jit
 def int16_stochastic(x: Float32, w: Float32, number: Float32) -> Int32:
-    """Its lower half is the integer. `number`: see `random_fractions`. Sums that are rounded down have the same floor."""
+    """Its lower half is the integer. `number`: see `random_fractions`. Sums rounded down have the same floor."""
     return float_bits(add_down(multiply_add_down(x, w, number), Float32(MAGIC - 128.0)))
 
 
