@@ -175,10 +175,17 @@ def stages_are_ranges(group) -> str:
 
 
 def a_dead_rank_ends_all(group) -> str:
-    """The last check: rank 3 ends without a word."""
-    if dist.get_rank(group) == RANKS - 1:
+    """The last check: rank 3 ends without a word behind a call of all, as the others see in the next and in a new
+    context."""
+    case, rank = Case((80,), (0, 20, 40, 60, 80)), dist.get_rank(group)
+    inputs = case.inputs()
+    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, timeout=20)
+    given = arguments(inputs, **part_of(inputs, *case.cuts[rank : rank + 2]))
+    kda_prefill(**given, group=context)
+    if rank == RANKS - 1:
         os._exit(0)
-    return refused(
+    wrong = refused(lambda: kda_prefill(**given, group=context), UnavailableError, "another rank failed")
+    return wrong or refused(
         lambda: ContextParallel.of([0, 400], group, timeout=TIMEOUT), UnavailableError, "another rank failed"
     )
 
