@@ -31,6 +31,7 @@ def commands() -> list[tuple[str, str]]:
     seen = {}
     for where, text in texts.items():
         text = text.replace("\\\n", " ")
+        text = re.sub(r"^ *(?:- run: |srun bash -c '|torchrun .*-m )?kda(?:cli)? ", "  kda ", text, flags=re.M)
         for line in re.findall(r"^(?: {2,}|\$ |    \$ )\s*(?:\$ )?(kda [a-z].*)$", text, re.M):
             words = re.split(r"\s{2,}|\s+#|\s*[|>]", line.strip())[0]
             seen.setdefault(words, where)
@@ -39,7 +40,14 @@ def commands() -> list[tuple[str, str]]:
 
 def typed(words: str) -> list[str]:
     """Behind `kda`, without what stands for something else."""
-    words = re.sub(r"\.\.\.| &$", "", words).replace("$i", "1").replace("DIR", ".").replace("shard-*", "shard-1")
+    words = re.sub(r"\$\{\{.*?\}\}|\$\(\(.*?\)\)|\$[A-Z_]+", "1", words)
+    words = (
+        re.sub(r"\.\.\.| &$", "", words)
+        .replace("$i", "1")
+        .replace("DIR", ".")
+        .replace("records/shard-*", "shard-1")
+        .replace("shard-*", "shard-1")
+    )
     return shlex.split(words)[1:]
 
 
@@ -60,6 +68,7 @@ GATE = "--kernel triton-gate --variant 'gate_cumsum*e*' --jobs 1"
 LESS = [
     (r"^verify( --op decode --fail-fast)?$", rf"verify\1 {ONE_CASE}"),
     (r"^verify --suite stress --seconds 3600", "verify --suite stress --seconds 0 --kernel torch-decode --shard 1/99"),
+    (r"^verify (?:--suite full )?--shard \S+(.*)", r"verify --kernel torch-decode --force --shard 1/50\1"),
     (r"^verify --kernel mine.py:decode", "verify --kernel mine.py:decode -N 1 -H 1 --head-dim 16 --pool 0"),
     (r"^verify --kernel (m\w+.py:prefill)( --suite full)?", rf"verify {SMALL} --pool 0 --kernel \1"),
     (r"^verify (.*--lens .*)", rf"verify \1 {SMALL}"),
@@ -74,7 +83,7 @@ LESS = [
 ]
 # What lacks something here: a GPU or a package (3), or an engine that never starts (1); a line says so.
 NEEDED = r"profile(?! --from)|.*--kernel (fla|cudnn)-"
-ELSEWHERE = ("verify --cp 4",)  # tests/test_parallel.py runs its cases
+ELSEWHERE = ("verify --cp", "verify --cp 4", "profile --cp -T 1M -H 12")  # tests/test_parallel.py runs its cases
 ENGINES = r"capture --target (sglang|vllm)"
 
 
