@@ -1,6 +1,7 @@
 """Prefill, then decode from the same pool, run as if it were one kernel: together they are one long recurrence."""
 
 import dataclasses
+import functools
 
 import torch
 
@@ -90,8 +91,8 @@ class OneByOne:
         in_order, o = tokens_of(inputs, rows, torch.ones_like(lens)), torch.empty_like(inputs.v)
         made = torch.full_like(inputs.v, torch.nan)
         for t in range(steps):
-            step = slice(t * N, (t + 1) * N)
-            made[:, step] = self.decode.run(with_seed(in_order.map_tokens(lambda x, at=step: x[:, at]), t)).o
+            part = in_order.map_tokens(functools.partial(torch.narrow, dim=1, start=t * N, length=N))
+            made[:, t * N : (t + 1) * N] = self.decode.run(with_seed(part, t)).o
         o[:, rows] = made
         return Outputs(o, inputs.state, state_scales=inputs.state_scales)
 
