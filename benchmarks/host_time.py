@@ -8,7 +8,7 @@
 Timed is what a call keeps the CPU, with the GPU idle before it. Of the shapes "queued" nothing waits: calls follow each
 other as layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by
 name as `kda profile` calls them, their outputs allocated, but peers without the check that their adapter makes. All run
-in one process, in turns.
+in one process, in turns; with them `beta.add_(0)`, which says what one launch by torch costs there.
 """
 
 import dataclasses
@@ -121,13 +121,13 @@ def times_us(calls: list[Callable[[], object]], wait: Callable[[], object], unti
 
 
 def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: list[Kernel]) -> Iterator[Row]:
-    """The public function, then the kernels that can."""
+    """The public function, one launch of torch's, then the kernels that can."""
     from kda_kernels.checks import problem_of
 
     largest = max(all_inputs, key=lambda x: x.v.numel())
     out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
     wait = torch.cuda.synchronize if out.is_cuda and shapes != "queued" else lambda: None
-    callers = {f"kda_{op}": lambda x: as_an_engine(x, out)}
+    callers = {f"kda_{op}": lambda x: as_an_engine(x, out), "torch add_": lambda x: functools.partial(x.beta.add_, 0)}
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
             callers[kernel.name] = lambda x, kernel=kernel: functools.partial(kernel.run, x)

@@ -123,7 +123,8 @@ def kda_decode(
         has_initial_state, num_accepted_tokens, update_state, token_states, token_state_indices, None, False, None,
         None, None, None, state_scales, seed,
     )  # fmt: skip
-    _require_pool(state, state_indices)
+    if state is None or state_indices is None:
+        raise _no_pool(state)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     if plain and (room := _room_for(v, out)) is not None and registry.decode_again(call, room):
         return room
@@ -211,7 +212,8 @@ def kda_prefill(
         has_initial_state, None, True, None, None, checkpoints, batch_invariant, workspace, cu_seqlens_cpu, None, None,
         state_scales, seed,
     )  # fmt: skip
-    _require_pool(state, state_indices)
+    if state is None or state_indices is None:
+        raise _no_pool(state)
     if group is not None:
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
@@ -398,7 +400,5 @@ def _room_for(v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
     return out
 
 
-def _require_pool(state: torch.Tensor | None, state_indices: torch.Tensor | None) -> None:
-    if state is None or state_indices is None:
-        name = "state" if state is None else "state_indices"
-        raise InputError(name, "is missing", "it should be a tensor")
+def _no_pool(state: torch.Tensor | None) -> InputError:
+    return InputError("state" if state is None else "state_indices", "is missing", "it should be a tensor")

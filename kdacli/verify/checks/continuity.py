@@ -88,12 +88,11 @@ class OneByOne:
         N, steps = len(lens), int(lens.max())
         # tokens in the order of the calls, so that each call has a view: thousands of steps then take seconds
         rows = (lens.cumsum(0) - lens + torch.arange(steps, device=lens.device)[:, None]).flatten()
-        in_order, o = tokens_of(inputs, rows, torch.ones_like(lens)), torch.empty_like(inputs.v)
-        made = torch.full_like(inputs.v, torch.nan)
+        in_order, parts, o = tokens_of(inputs, rows, torch.ones_like(lens)), [], torch.full_like(inputs.v, torch.nan)
         for t in range(steps):
             part = in_order.map_tokens(functools.partial(torch.narrow, dim=1, start=t * N, length=N))
-            made[:, t * N : (t + 1) * N] = self.decode.run(with_seed(part, t)).o
-        o[:, rows] = made
+            parts.append(self.decode.run(with_seed(part, t)).o)
+        o[:, rows] = torch.cat(parts, 1)
         return Outputs(o, inputs.state, state_scales=inputs.state_scales)
 
 

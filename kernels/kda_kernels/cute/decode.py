@@ -230,10 +230,10 @@ def _call(
     if A_log is not None and A_log.ndim != 1:
         A_log = _flat(A_log)
     if bias is not None:
-        if bias.numel() != HV * K or bias.shape[-1] not in (K, HV * K):
-            raise ValueError("dt_bias is not one for each channel")
-        if bias.ndim != 1:
+        if bias.ndim != 1 and bias.shape[-1] in (K, HV * K):
             bias = _flat(bias)
+        if bias.ndim != 1 or bias.numel() != HV * K:
+            raise ValueError("dt_bias is not one for each channel")
     slot = -1 if null_slot is None else null_slot
     arguments: tuple = (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started)
     if parts is None:
