@@ -18,7 +18,7 @@ from kdacli.verify.cases.pairs import AXES, axes_of
 from kdacli.verify.cases.suites import NAMES, cases_for, suite
 from kdacli.verify.checks.check import inputs_of
 from kdacli.verify.properties import PROPERTIES
-from kdacli.verify.transforms import LAYOUTS, REGIMES, SERVING, TRANSFORMS
+from kdacli.verify.transforms import LAYOUTS, REGIMES, SERVING, TRANSFORMS, transformed
 
 
 def test_quick_is_part_of_full_and_full_of_stress():
@@ -32,6 +32,7 @@ def test_quick_is_part_of_full_and_full_of_stress():
 
 
 _CHECKPOINTS = {name for name in TRANSFORMS if name.startswith("checkpoint")}
+_PREFILLS = _CHECKPOINTS | {"workspace"}
 
 
 @pytest.mark.parametrize("name", ["quick", "full"])
@@ -41,7 +42,7 @@ def test_every_regime_layout_and_property_is_in_every_op_it_is_about(name):
         held = {p for case in cases for p in case.properties}
         assert held == {p for p, found in PROPERTIES.items() if op in found.ops}
         used = {t for case in cases for t in case.transforms}
-        elsewhere = {"drafts", "read-only", "token-rows"} if op is Op.PREFILL else _CHECKPOINTS
+        elsewhere = {"drafts", "read-only", "token-rows"} if op is Op.PREFILL else _PREFILLS
         elsewhere = elsewhere if op is Op.STEP else {*elsewhere, "own-conv-slots"}
         missing = TRANSFORMS.keys() - used - elsewhere - {"far-pool"}  # for a GPU
         later = {"every-second-token", "huge-keys", "token-rows", "strided-indices"} | _CHECKPOINTS
@@ -124,6 +125,12 @@ def test_a_layout_changes_memory_and_no_value(name):
         assert tensor.nan_to_num(7.0).equal(changed.tensors()[field].nan_to_num(7.0))
     moved = [t for t in changed.tensors().values() if not t.is_contiguous() or t.storage_offset()]
     assert moved
+
+
+def test_checkpoints_in_a_pool_go_with_it():
+    inputs = make_inputs(Problem(Op.PREFILL, (5, 3), H=1, HV=2, K=16, V=8, pool_slots=4))
+    moved = transformed(inputs, ("checkpoints-in-pool", "pool-with-gaps"))
+    assert moved.checkpoints.states is moved.state and not moved.state.is_contiguous()
 
 
 def test_every_case_has_the_dtypes_that_its_problem_names():

@@ -46,6 +46,7 @@ SERVING: dict[str, Callable[[Inputs], Inputs]] = {
     "checkpoints-of-chunks": serving.checkpoints_of_chunks,
     "checkpoints-every": serving.checkpoints_every,
     "checkpoints-in-pool": serving.checkpoints_in_pool,
+    "workspace": serving.workspace,
     "bucket": serving.bucket,
     "strided-indices": serving.strided_indices,
     "long-indices": serving.long_indices,

@@ -72,13 +72,21 @@ def pool_with_gaps(inputs: Inputs) -> Inputs:
         return dataclasses.replace(inputs, conv=conv)
     scales = None if (s := inputs.state_scales) is None else _spaced(s, s[0].numel() + 8)
     state = _spaced(inputs.state, inputs.state[0].numel() + 64)
-    return dataclasses.replace(inputs, state=state, state_scales=scales, conv=conv)
+    return dataclasses.replace(_on_pool(inputs, state), state_scales=scales, conv=conv)
 
 
 def far_pool(inputs: Inputs) -> Inputs:
     """A pool whose last slots lie over 2^31 elements from its start (gigabytes: for a GPU)."""
     assert inputs.state is not None
-    return dataclasses.replace(inputs, state=_spaced(inputs.state, FAR))
+    return _on_pool(inputs, _spaced(inputs.state, FAR))
+
+
+def _on_pool(inputs: Inputs, pool: torch.Tensor) -> Inputs:
+    """With another pool, to which checkpoints go if they went to the one before."""
+    kept = inputs.checkpoints
+    if kept is not None and kept.states is inputs.state:
+        kept = dataclasses.replace(kept, states=pool)
+    return dataclasses.replace(inputs, state=pool, checkpoints=kept)
 
 
 def _slices(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK
+from kda_kernels.serving import prefill_workspace_bytes
 from kda_kernels.tensors import Checkpoints, Convolution, Inputs
 from kdacli.judge.layout import Layout
 from kdacli.synthetic import nothing
@@ -198,6 +199,13 @@ def checkpoints_in_pool(inputs: Inputs) -> Inputs:
     kept = Checkpoints(wider, rows + P, ((lens - 1).clamp(min=0) // CHUNK * CHUNK).to(torch.int32))
     scales = None if scales is None else longer(scales)
     return dataclasses.replace(inputs, state=wider, state_scales=scales, checkpoints=kept)
+
+
+def workspace(inputs: Inputs) -> Inputs:
+    """Scratch memory from the caller, as much as it was told to bring; NaN at first, in every dtype."""
+    size = prefill_workspace_bytes(inputs.q[..., 0, 0].numel(), inputs.v.shape[2], inputs.N, device=inputs.q.device)
+    memory = torch.full((size,), 0xFF, dtype=torch.uint8, device=inputs.q.device)
+    return dataclasses.replace(inputs, workspace=memory)
 
 
 def _pool(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
