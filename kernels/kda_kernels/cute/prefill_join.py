@@ -77,7 +77,7 @@ class JoinKernel(PrefillKernel):
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         dense = (1, 3, 2, 0)
         tiles = [
-            self.by_tile(parts, load, K, (2, 3, 1, 0), K),
+            self.by_tile(parts, cpasync.CopyBulkTensorTileG2SMulticastOp(), K, (2, 3, 1, 0), K),
             self.by_tile(both, load, K, (2, 3, 1, 0), CHANNELS),
             self.by_tile(reads, load, K, (0, 2, 1)),
             self.by_tile(o, load, CHANNELS, dense),
@@ -88,7 +88,7 @@ class JoinKernel(PrefillKernel):
             units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
         ).launch(
             grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream,
-            min_blocks_per_mp=1, use_pdl=True,
+            cluster=(2, 1, 1), min_blocks_per_mp=1, use_pdl=True,
         )  # fmt: skip
 
     @cute.kernel
@@ -197,14 +197,14 @@ class JoinKernel(PrefillKernel):
             arrivals = 32 * WARPS if self.spec.each_arrives else WARPS
             for s in cutlass.range_constexpr(T_STAGES):
                 cute.arch.mbarrier_init(shared.T_full + s, 1)
-                cute.arch.mbarrier_init(shared.T_empty + s, arrivals)
+                cute.arch.mbarrier_init(shared.T_empty + s, 2 * arrivals)
             cute.arch.mbarrier_init(shared.E_full, 1)
             cute.arch.mbarrier_init(shared.E_empty, arrivals)
             for s in cutlass.range_constexpr(O_STAGES):
                 cute.arch.mbarrier_init(shared.full + s, 1)
                 cute.arch.mbarrier_init(shared.empty + s, arrivals)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.both_are_here()
         cute.arch.griddepcontrol_wait()  # until the segments have run and what they wrote can be seen
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         warp = cute.arch.make_warp_uniform(tid >> 5)
@@ -214,6 +214,12 @@ class JoinKernel(PrefillKernel):
             self.load_transitions(shared, atoms, tiles, states, work, before, half)
         else:
             self.load_outputs(shared, atoms[2:], tiles[2:], work, n_chunks, half)
+        self.both_are_here()  # nothing reaches a CTA that has gone
+
+    def both_are_here(self):
+        """The CTAs of both halves of the value channels wait for each other."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
 
     @cute.jit
     def load_transitions(self, shared, atoms, tiles, states: States, work: Work, before: Int32, half: Int32):
@@ -224,10 +230,9 @@ class JoinKernel(PrefillKernel):
             cute.arch.mbarrier_wait(shared.T_empty + stage, (step // T_STAGES & 1) ^ 1)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(shared.T_full + stage, 2 * K * K * 2)
-            for part in cutlass.range_constexpr(2):
-                there = tiles[0][None, None, 2 * work.i_hv + part, 2 * (before + step) + 1]
-                target, source = by_chunk(atoms[0], there, shared.T + (2 * stage + part) * (K * K), 0, K, K)
-                cute.copy(atoms[0], source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage)
+            there = tiles[0][None, None, 2 * work.i_hv + half, 2 * (before + step) + 1]
+            target, source = by_chunk(atoms[0], there, shared.T + (2 * stage + half) * (K * K), 0, K, K)
+            cute.copy(atoms[0], source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage, mcast_mask=cutlass.Int16(3))
             slot = N + states.units + 2 * (before + step)
             self.load_channels(shared, atoms[1], tiles[1], work.i_hv, slot, half, step + 1)
 
@@ -297,6 +302,8 @@ class JoinKernel(PrefillKernel):
             self.product(move, S, upper, T, 2 * stage, K // 16, True)
             warpgroup.wait_group(0)
             arrive(shared.T_empty + stage, lane, spec.each_arrives)
+            if spec.each_arrives or lane == 0:
+                cute.arch.mbarrier_arrive(shared.T_empty + stage, 1 - half)
         if ends:
             if work.last:
                 if cutlass.const_expr(spec.pooled or spec.ht is not None):
