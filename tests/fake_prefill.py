@@ -95,7 +95,7 @@ class FakeFunction:
             _keep_in_units(inputs, starts[len(found) :], *cut)
             return
         summaries, reads = parts[1].view(-1, *v.shape[2:], s.K), parts[2].view(q.dtype).view(-1, v.shape[2], s.K)
-        if s.part is Part.SPLIT:
+        if s.part.splits:
             _check_split(found, units, *cut)
         _run(inputs, o, ht, summaries, starts, reads, *cut)
 

@@ -163,8 +163,8 @@ def test_splits(made, monkeypatch, call, way):
     expected = recurrence(inputs)
     with new_memory_holds_nan():
         outputs = prefill(on_gpu(inputs))
-    joined = [Part.JOIN] if inputs.q.dtype is torch.bfloat16 else []
-    assert [function.spec.part for function in made] == [Part.SPLIT, *joined]
+    in_bf16 = inputs.q.dtype is torch.bfloat16
+    assert [function.spec.part for function in made] == ([Part.SPLIT, Part.JOIN] if in_bf16 else [Part.CUT])
     longest = max(x.end - x.first for x in fake_prefill.sequences(inputs))
     packed, N, T = inputs.cu_seqlens is not None, len(fake_prefill.sequences(inputs)), inputs.q[..., 0, 0].numel()
     assert made[0].calls == -(-(T if packed else longest) // way.limit)
@@ -183,11 +183,11 @@ def test_calls_in_turns_of_dtypes_launch_nothing_twice(made, monkeypatch):
     split(monkeypatch, SPLITS["split"])
     calls = [pooled(LENS, slots=(4, 1, 6, 2), dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
     for inputs in (*calls, calls[1], calls[0], calls[1]):
-        before = [function.calls for function in made if function.spec.part is Part.SPLIT]
+        before = [function.calls for function in made if function.spec.part.splits]
         expected = recurrence(inputs).final_state
         actual = prefill(on_gpu(inputs.fresh())).final_state
         torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-        assert sum(f.calls for f in made if f.spec.part is Part.SPLIT) == sum(before) + 1
+        assert sum(f.calls for f in made if f.spec.part.splits) == sum(before) + 1
 
 
 def test_a_given_buffer_of_a_split(made, monkeypatch):

@@ -328,7 +328,8 @@ def _launch_split(
     kept: bool,
 ) -> None:
     """`_launch` of sequences that are cut, with arguments that it has checked; `given` is the caller's workspace."""
-    function, join = last.functions[Part.SPLIT], last.functions.get(Part.JOIN)
+    join = last.functions.get(Part.JOIN)
+    function = last.functions[Part.CUT if join is None else Part.SPLIT]
     to_kept = last.functions[Part.KEPT] if kept else None
     N, tokens, T, HV, packed = sizes
     units = split.units(N, tokens, packed)

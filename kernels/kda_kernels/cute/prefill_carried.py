@@ -68,7 +68,7 @@ class _Cut:
         self.segments = Segments(workspace, pool, indices, None, 1, units, inputs.null_slot, *self.here)
         with stage("segments"):  # a first segment makes its checkpoints here, units when states before them are known
             later = not lead and inputs.checkpoints is not None
-            self._launch(Part.SPLIT, inputs.changed(checkpoints=None) if later else inputs)
+            self._launch(Part.CUT, inputs.changed(checkpoints=None) if later else inputs)
 
     def complete(self) -> None:
         """Outputs and checkpoints, once the states before units are there."""

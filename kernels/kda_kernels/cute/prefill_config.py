@@ -20,6 +20,8 @@ MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
 # normalised and with beta up to 2, can make of it stays under 65504.
 LARGEST = 4
 MOST_EXPONENT = 60  # of the power of two that a row is multiplied by, or divided
+JOINED = 14  # as LARGEST, of states and transitions where the join multiplies them in fp16
+LEAST_EXPONENT = -110  # of the power of two there; the largest is MOST_EXPONENT
 
 
 class Part(enum.StrEnum):
@@ -28,13 +30,18 @@ class Part(enum.StrEnum):
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
     SUMMARY = "summary"  # of each sequence, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
     SPLIT = "split"  # a head of a sequence's first segment; of the others E and T, and with them what goes into o
+    CUT = "cut"  # a split whose states Triton's kernels make
     JOIN = "join"  # after a split: the states between segments, and what these add to o
     KEPT = "kept"  # after a split: from the state before a unit to a checkpoint inside it
 
     @property
     def reads(self) -> bool:
         """Whether tokens read the state: there are q and o."""
-        return self in (Part.WHOLE, Part.SPLIT)
+        return self in (Part.WHOLE, Part.SPLIT, Part.CUT)
+
+    @property
+    def splits(self) -> bool:
+        return self in (Part.SPLIT, Part.CUT)
 
 
 @dataclasses.dataclass(frozen=True)

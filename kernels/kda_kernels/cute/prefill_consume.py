@@ -4,7 +4,7 @@ import dataclasses
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import float_bits, float_of
@@ -12,7 +12,9 @@ from kda_kernels.cute.prefill_config import (
     ALIGNMENT,
     CHUNK,
     CONSUMERS,
+    JOINED,
     LARGEST,
+    LEAST_EXPONENT,
     MOST_EXPONENT,
     PARTS,
     STAGES,
@@ -168,7 +170,7 @@ class Consumer:
         spec = self.spec
         lane = p & 31
         S = cute.make_rmem_tensor(products.write.partition_shape_C((64, spec.K)), Float32)
-        if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
+        if cutlass.const_expr(spec.part.splits or spec.part is Part.SUMMARY):
             for j in cutlass.range_constexpr(spec.K // 8):  # nothing, or the identity
                 for i in cutlass.range_constexpr(4):
                     row, channel = 64 * group + 16 * (p >> 5) + (lane >> 2) + i // 2 * 8, 8 * j + 2 * (lane & 3) + i % 2
@@ -185,7 +187,7 @@ class Consumer:
         elif cutlass.const_expr(spec.part.reads and spec.h0 is not None):
             if comes_in:
                 self.load_state(S, states.h0, work.slot, inside)
-        if cutlass.const_expr(spec.part is Part.SPLIT):
+        if cutlass.const_expr(spec.part.splits):
             if work.index == 0 and work.begin > 0:
                 self.load_state(S, states.starts, Int64(work.i_n), inside)
         if cutlass.const_expr(spec.kept is not None and spec.part.reads):
@@ -224,7 +226,7 @@ class Consumer:
         for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
             # what follows the last token in memory is another's, and may be no number
             ours = 8 * j + token < tokens
-            if cutlass.const_expr(spec.part in (Part.SPLIT, Part.SUMMARY)):
+            if cutlass.const_expr(spec.part.splits or spec.part is Part.SUMMARY):
                 ours = ours and kind == 0
             words.extend(load_transposed(shared.v + (place + j * 8 * 64 if ours else zeros)))
         return words
@@ -256,7 +258,7 @@ class Consumer:
         """2^exponents, or its inverse."""
         out = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
-            out[h] = float_of((127 + sign * exponents[h]) << 23)
+            out[h] = self.power(sign * exponents[h])
         return out
 
     @cute.jit
@@ -309,9 +311,10 @@ class Consumer:
             self.send_state(S, shared, states.summaries, Int64(2 * work.unit + work.kind), inside, group, p)
         elif cutlass.const_expr(spec.part is Part.KEPT):
             self.store_row(S, states, work.i_n, work.index, inside)
-        elif cutlass.const_expr(spec.part is Part.SPLIT):
+        elif cutlass.const_expr(spec.part.splits):
             if work.kind == 1:
-                self.send_parts(S, shared, states.summaries, Int64(2 * work.unit + 1), work.i_hv, inside, group, p)
+                send = self.send_half if spec.part is Part.SPLIT else self.send_parts
+                send(S, shared, states.summaries, Int64(2 * work.unit + 1), work.i_hv, inside, group, p)
             elif work.index > 0:
                 self.send_state(S, shared, states.summaries, Int64(2 * work.unit), inside, group, p)
             elif not work.last:
@@ -431,6 +434,57 @@ class Consumer:
         send_bytes(words + (2 * slot * states.stride[0] + first), place + lane * pitch, 2 * K)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def send_half(self, S, shared, states, slot: Int64, i_hv: Int32, inside: Int32, group: Int32, p: Int32):
+        """S in fp16, [K, K], in units of a power of two in which its largest number is 2^JOINED to twice that, in the
+        first half of the place of K * K numbers; behind it that power, fp32. As `send_state`."""
+        K, lane, warp = self.spec.K, p & 31, 4 * group + (p >> 5)
+        square = self.spec.V * K
+        pitch = K + 8  # in elements
+        most = cute.make_rmem_tensor(2, Float32)
+        most.fill(0.0)
+        self.largest(S, most)
+        x = larger_size(most[0], most[1])
+        for bit in (1, 2, 4, 8, 16):
+            x = larger_size(x, cute.arch.shuffle_sync_bfly(x, bit))
+        place = cute.recast_ptr(self.row_buffer(shared, group, p), dtype=Float16)
+        if lane == 0:
+            vector(shared.token, warp, 1)[0] = x
+        cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)
+        for other in cutlass.range_constexpr(CONSUMERS // 32):
+            x = larger_size(x, vector(shared.token, other, 1)[0])
+        exponent = self.joined_exponent(x)
+        factor = self.power(exponent)
+        row, col = lane >> 2, 2 * (lane & 3)
+        for j in cutlass.range_constexpr(K // 8):
+            for h in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = S[4 * j + 2 * h + e] * factor
+                vector(place, (row + 8 * h) * pitch + 8 * j + col).store(pair.load().to(Float16))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        start = slot * states.stride[0]
+        if lane < 16:
+            # `inside` has one i_hv already
+            first = inside - row * K - col + i_hv * square + lane * K
+            send_bytes(
+                cute.recast_ptr(states.iterator, dtype=Float16) + (2 * start + first), place + lane * pitch, 2 * K
+            )
+        if warp == 0 and lane == 0:
+            vector(states.iterator, start + (i_hv * square + square // 2), 1)[0] = self.power(-exponent)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def joined_exponent(self, largest: Float32) -> Int32:
+        """Of the power of two that makes such a number 2^JOINED to twice that."""
+        wanted = JOINED + 127 - (float_bits(largest) >> 23)
+        return cutlass.min(cutlass.max(wanted, LEAST_EXPONENT), MOST_EXPONENT)
+
+    def power(self, exponent: Int32) -> Float32:
+        """2^exponent."""
+        return float_of((exponent + 127) << 23)
 
     @cute.jit
     def row_buffer(self, shared, group: Int32, p: Int32):
@@ -561,7 +615,7 @@ class Consumer:
                 if work.kind == 0:
                     here, there = by_chunk(atoms[0], tiles[0][None, None, work.i_hv, work.b], source, work.first, 64)
                     cute.copy(atoms[0], here, there[None, chunk, half])
-                if cutlass.const_expr(self.spec.part is Part.SPLIT):
+                if cutlass.const_expr(self.spec.part.splits):
                     if work.kind == 1:
                         rows = work.unit * work.segment
                         here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv], source, rows, 64)

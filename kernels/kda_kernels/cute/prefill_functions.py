@@ -97,8 +97,8 @@ def unsupported_here(device: torch.device | None = None) -> str | None:
 
 def cut_into(in_bf16: bool, kept: bool) -> tuple[Part, ...]:
     """The launches of sequences that are cut. In fp16 Triton's kernels join the segments."""
-    joined = (Part.JOIN,) if in_bf16 else ()
-    return (Part.SPLIT, *joined, Part.KEPT) if kept else (Part.SPLIT, *joined)
+    launches = (Part.SPLIT, Part.JOIN) if in_bf16 else (Part.CUT,)
+    return (*launches, Part.KEPT) if kept else launches
 
 
 _SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
@@ -125,11 +125,12 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Varian
     """What `kda compile` builds of CuTe's kernels: as a launch for `problem`, or those of `USUAL`, specialises them."""
     problems = USUAL if problem is None else {str(problem.options.gate): problem}
     for name, one in problems.items():
-        part = Part.WHOLE if plan(one.N, one.T, one.HV, gpu.sms).split is None else Part.SPLIT
-        yield _variant(name, problem_spec(one, part))
-        if part is Part.SPLIT:
-            for further in cut_into(one.dtype == "bfloat16", "checkpoints" in one.features)[1:]:
-                yield _variant(f"{name} {further}", problem_spec(one, further))
+        parts: tuple[Part, ...] = (Part.WHOLE,)
+        if plan(one.N, one.T, one.HV, gpu.sms).split is not None:
+            parts = cut_into(one.dtype == "bfloat16", "checkpoints" in one.features)
+        yield _variant(name, problem_spec(one, parts[0]))
+        for further in parts[1:]:
+            yield _variant(f"{name} {further}", problem_spec(one, further))
 
 
 def _variant(name: str, spec: PrefillSpec) -> CuteVariant:

@@ -8,8 +8,8 @@ from the one after the first segment and E and T of the units between them,
 and adds S r to the output of the unit's tokens; the last one stores the final state. What units have in common is
 computed for each of them: products that cost less than telling other CTAs.
 
-Products take S and T in two bf16 parts each, 16 bits together, and S and what tokens read, r, in bf16, which holds what
-any decay leaves of a query; sums are fp32. Inputs in fp16 are not taken.
+S and T are multiplied in fp16, 12 bits, each row of S and all of T in units of a power of two; S and what tokens read, r,
+in bf16, which holds what any decay leaves of a query; sums are fp32. Inputs in fp16 are not taken.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.dsl import SmemAllocator
@@ -25,12 +25,12 @@ from kda_kernels.cute.prefill_config import CHUNK, JOIN_WARPS
 from kda_kernels.cute.prefill_kernel import MN_MAJOR, PrefillKernel
 from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
 from kda_kernels.cute.prefill_work import Barrier, States, Work
-from kda_kernels.cute.ptx import float_pair, fresh, load_transposed, rest
+from kda_kernels.cute.ptx import float_pair, fresh, larger_size, load_transposed
 
 WARPS = 4  # of a warpgroup
 READERS = JOIN_WARPS[0] // WARPS  # warpgroups, which take chunks of tokens in turn; the first one makes the state
 T_LOADER = JOIN_WARPS[0]  # the warp behind it loads outputs
-T_STAGES, O_STAGES = 2, 4  # of transitions, of chunks of tokens
+T_STAGES, E_STAGES, O_STAGES = 3, 2, 4  # of transitions, states, chunks of tokens
 CHANNELS = 64  # value channels of a CTA
 
 
@@ -38,7 +38,7 @@ CHANNELS = 64  # value channels of a CTA
 class JoinShared:
     """Pointers; sizes are in elements.
 
-    T:   transitions: [K, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle; two parts a stage
+    T:   transitions: [K, K], fp16, 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
     E:   the state after a first segment, then what each unit adds: [CHANNELS, K], fp32, as T with 32 channels
     r:   what a chunk's tokens read: [CHUNK, K], the same
     v:   o of these tokens as it is: [CHUNK, CHANNELS], the same
@@ -68,24 +68,25 @@ class JoinKernel(PrefillKernel):
         HV, K = o.shape[2], self.spec.K
         both = self.states(starts.iterator, sequences + 3 * units, HV)  # one behind the other
         square = K * K
-        parts = cute.make_tensor(
-            cute.recast_ptr(summaries.iterator, dtype=BFloat16),
+        halves = cute.make_tensor(
+            cute.recast_ptr(summaries.iterator, dtype=Float16),
             cute.make_layout(
-                (2 * units, 2 * HV, K, K), stride=(cute.assume(2 * HV * square, divby=2 * square), square, K, 1)
+                (2 * units, HV, K, K), stride=(cute.assume(2 * HV * square, divby=2 * square), 2 * square, K, 1)
             ),
         )
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         dense = (1, 3, 2, 0)
         tiles = [
-            self.by_tile(parts, cpasync.CopyBulkTensorTileG2SMulticastOp(), K, (2, 3, 1, 0), K),
+            self.by_tile(halves, cpasync.CopyBulkTensorTileG2SMulticastOp(), K // 2, (2, 3, 1, 0), K),
             self.by_tile(both, load, K, (2, 3, 1, 0), CHANNELS),
             self.by_tile(reads, load, K, (0, 2, 1)),
             self.by_tile(o, load, CHANNELS, dense),
             self.by_tile(o, store, CHANNELS, dense),
         ]
         self.join(
-            [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, starts, null_slot,
-            units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR), self.product_of(CHUNK),
+            [atom for atom, _ in tiles], [x for _, x in tiles], o, h0, ht, state_indices, cu_seqlens, summaries, starts,
+            null_slot, units, lead, segment, begin, limit, heads, self.product_of(K, MN_MAJOR, dtype=Float16),
+            self.product_of(CHUNK),
         ).launch(
             grid=(2 * HV * (sequences + units), 1, 1), block=(32 * sum(JOIN_WARPS), 1, 1), stream=stream,
             cluster=(2, 1, 1), min_blocks_per_mp=1, use_pdl=True,
@@ -101,6 +102,7 @@ class JoinKernel(PrefillKernel):
         ht: cute.Tensor | None,
         state_indices: cute.Tensor | None,
         cu_seqlens: cute.Tensor | None,
+        summaries: cute.Tensor,
         starts: cute.Tensor,
         null_slot: Int32,
         units: Int32,
@@ -162,7 +164,7 @@ class JoinKernel(PrefillKernel):
                 segment,
                 begin,
             )
-            states = States(h0, ht, None, None, starts, None, None, None, Int32(0), units)
+            states = States(h0, ht, None, summaries, starts, None, None, None, Int32(0), units)
             self.join_one(atoms, tiles, o, states, work, before, ends, half, move, read)
 
     def join_shared(self) -> JoinShared:
@@ -172,15 +174,15 @@ class JoinKernel(PrefillKernel):
             return smem.allocate_tensor(dtype, cute.make_layout(size), byte_alignment=align).iterator
 
         return JoinShared(
-            T=array(BFloat16, T_STAGES * 2 * K * K),
-            E=array(Float32, CHANNELS * K),
+            T=array(Float16, T_STAGES * K * K),
+            E=array(Float32, E_STAGES * CHANNELS * K),
             r=array(BFloat16, O_STAGES * CHUNK * K),
             v=array(BFloat16, O_STAGES * CHUNK * CHANNELS),
             out=array(BFloat16, 2 * self.spec.out_buffers * CHUNK * CHANNELS),
             T_full=array(Int64, T_STAGES, 8),
             T_empty=array(Int64, T_STAGES, 8),
-            E_full=array(Int64, 1, 8),
-            E_empty=array(Int64, 1, 8),
+            E_full=array(Int64, E_STAGES, 8),
+            E_empty=array(Int64, E_STAGES, 8),
             full=array(Int64, O_STAGES, 8),
             empty=array(Int64, O_STAGES, 8),
         )
@@ -198,8 +200,9 @@ class JoinKernel(PrefillKernel):
             for s in cutlass.range_constexpr(T_STAGES):
                 cute.arch.mbarrier_init(shared.T_full + s, 1)
                 cute.arch.mbarrier_init(shared.T_empty + s, 2 * arrivals)
-            cute.arch.mbarrier_init(shared.E_full, 1)
-            cute.arch.mbarrier_init(shared.E_empty, arrivals)
+            for s in cutlass.range_constexpr(E_STAGES):
+                cute.arch.mbarrier_init(shared.E_full + s, 1)
+                cute.arch.mbarrier_init(shared.E_empty + s, arrivals)
             for s in cutlass.range_constexpr(O_STAGES):
                 cute.arch.mbarrier_init(shared.full + s, 1)
                 cute.arch.mbarrier_init(shared.empty + s, arrivals)
@@ -209,7 +212,9 @@ class JoinKernel(PrefillKernel):
         n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         warp = cute.arch.make_warp_uniform(tid >> 5)
         if warp < T_LOADER:
-            self.join_states(shared, atoms[4:], tiles[4:], o, states, work, ends, n_chunks, half, warp >> 2, move, read)
+            self.join_states(
+                shared, atoms[4:], tiles[4:], o, states, work, before, ends, n_chunks, half, warp >> 2, move, read
+            )
         elif warp == T_LOADER:
             self.load_transitions(shared, atoms, tiles, states, work, before, half)
         else:
@@ -229,22 +234,25 @@ class JoinKernel(PrefillKernel):
             stage = step % T_STAGES
             cute.arch.mbarrier_wait(shared.T_empty + stage, (step // T_STAGES & 1) ^ 1)
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(shared.T_full + stage, 2 * K * K * 2)
-            there = tiles[0][None, None, 2 * work.i_hv + half, 2 * (before + step) + 1]
-            target, source = by_chunk(atoms[0], there, shared.T + (2 * stage + half) * (K * K), 0, K, K)
-            cute.copy(atoms[0], source[None, 0, 0], target, tma_bar_ptr=shared.T_full + stage, mcast_mask=cutlass.Int16(3))
+                cute.arch.mbarrier_arrive_and_expect_tx(shared.T_full + stage, K * K * 2)
+            there = tiles[0][None, None, work.i_hv, 2 * (before + step) + 1]
+            place = shared.T + (2 * stage + half) * (K * K // 2)
+            target, source = by_chunk(atoms[0], there, place, 0, K // 2, K)
+            full, both = shared.T_full + stage, cutlass.Int16(3)
+            cute.copy(atoms[0], source[None, 0, half], target, tma_bar_ptr=full, mcast_mask=both)
             slot = N + states.units + 2 * (before + step)
             self.load_channels(shared, atoms[1], tiles[1], work.i_hv, slot, half, step + 1)
 
     @cute.jit
     def load_channels(self, shared, atom, tile, i_hv: Int32, slot: Int32, half: Int32, turn: Int32):
         """This CTA's channels of a state in the workspace, the `turn`-th that it asks for."""
-        K = self.spec.K
-        cute.arch.mbarrier_wait(shared.E_empty, (turn & 1) ^ 1)
+        K, stage = self.spec.K, turn % E_STAGES
+        cute.arch.mbarrier_wait(shared.E_empty + stage, (turn // E_STAGES & 1) ^ 1)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(shared.E_full, CHANNELS * K * 4)
-        target, source = by_chunk(atom, tile[None, None, i_hv, slot], shared.E, 0, K, CHANNELS)
-        cute.copy(atom, source[None, half, 0], target, tma_bar_ptr=shared.E_full)
+            cute.arch.mbarrier_arrive_and_expect_tx(shared.E_full + stage, CHANNELS * K * 4)
+        place = shared.E + stage * (CHANNELS * K)
+        target, source = by_chunk(atom, tile[None, None, i_hv, slot], place, 0, K, CHANNELS)
+        cute.copy(atom, source[None, half, 0], target, tma_bar_ptr=shared.E_full + stage)
 
     @cute.jit
     def load_outputs(self, shared, atoms, tiles, work: Work, n_chunks: Int32, half: Int32):
@@ -266,16 +274,18 @@ class JoinKernel(PrefillKernel):
 
     @cute.jit
     def join_states(
-        self, shared, atoms, tiles, o, states: States, work: Work, ends, n_chunks: Int32, half: Int32, group: Int32,
-        move: cute.TiledMma, read: cute.TiledMma,
+        self, shared, atoms, tiles, o, states: States, work: Work, before: Int32, ends, n_chunks: Int32, half: Int32,
+        group: Int32, move: cute.TiledMma, read: cute.TiledMma,
     ):  # fmt: skip
         if group == 0:
-            self.join_state(shared, states, work, ends, half, move)
+            self.join_state(shared, states, work, before, ends, half, move)
         if not ends:
             self.add_reads(shared, atoms, tiles, o, work, n_chunks, half, group, read)
 
     @cute.jit
-    def join_state(self, shared, states: States, work: Work, ends, half: Int32, move: cute.TiledMma):
+    def join_state(
+        self, shared, states: States, work: Work, before: Int32, ends, half: Int32, move: cute.TiledMma
+    ):  # fmt: skip
         """The state before a unit to those that read it, or the one at the end to where it goes."""
         spec = self.spec
         K = spec.K
@@ -283,27 +293,26 @@ class JoinKernel(PrefillKernel):
         lane = p & 31
         inside = self.inside(half, p) + work.i_hv * (spec.V * K)
         S = cute.make_rmem_tensor(move.partition_shape_C((CHANNELS, K)), Float32)
-        upper, lower = (
-            cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), BFloat16) for _ in range(2)
-        )  # fmt: skip
-        T = operand(shared.T, Kind.MN_SW128, (K, K, 2 * T_STAGES), (1, 0, 2))
+        rounded = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), Float16)
+        factors = cute.make_rmem_tensor(2, Float32)
+        T = operand(shared.T, Kind.MN_SW128, (K, K, T_STAGES), (1, 0, 2))
         T = move.make_fragment_B(move.get_slice(p).partition_B(T))
         N = self.sequences(states)
+        unit_next = self.unit_of(states, work, before, 0)
         self.take_channels(S, shared, p, 0)
         for step in cutlass.range(work.index, unroll=1):
-            stage = step % T_STAGES
-            self.round(S, upper)
-            self.rest_of(S, upper)
-            self.round(S, lower)
-            self.take_channels(S, shared, p, step + 1)
+            stage, unit_here = step % T_STAGES, unit_next
+            unit_next = self.unit_of(states, work, before, step + 1)
+            self.round_rows(S, rounded, factors)
             cute.arch.mbarrier_wait(shared.T_full + stage, step // T_STAGES & 1)
-            self.product(move, S, lower, T, 2 * stage, K // 16, True)
-            self.product(move, S, upper, T, 2 * stage + 1, K // 16, True)
-            self.product(move, S, upper, T, 2 * stage, K // 16, True)
+            self.product(move, S, rounded, T, stage, K // 16, False)
             warpgroup.wait_group(0)
             arrive(shared.T_empty + stage, lane, spec.each_arrives)
             if spec.each_arrives or lane == 0:
                 cute.arch.mbarrier_arrive(shared.T_empty + stage, 1 - half)
+            for h in cutlass.range_constexpr(2):
+                factors[h] = factors[h] * unit_here
+            self.take_channels(S, shared, p, step + 1, factors)
         if ends:
             if work.last:
                 if cutlass.const_expr(spec.pooled or spec.ht is not None):
@@ -314,8 +323,9 @@ class JoinKernel(PrefillKernel):
             if cutlass.const_expr(spec.kept is not None):
                 if work.index > 0:
                     self.store_state(S, states.starts, Int64(N + work.unit), inside)
-            self.round(S, upper)
-            words = cute.recast_tensor(upper, Int32)
+            read = cute.make_rmem_tensor(rounded.layout, BFloat16)
+            self.round(S, read)
+            words = cute.recast_tensor(read, Int32)
             cute.arch.sync_warp()  # all have taken what was there
             for i in cutlass.range_constexpr(cute.size(words) // 4):
                 piece = cute.make_rmem_tensor(4, Int32)
@@ -324,23 +334,46 @@ class JoinKernel(PrefillKernel):
                 self.handed(shared, p, i).store(piece.load())
 
     @cute.jit
-    def take_channels(self, S, shared, p: Int32, turn: Int32):
-        """What `load_channels` brings in that turn, as accumulators."""
-        warp, lane = p >> 5, p & 31
-        row = 16 * warp + (lane >> 2)
-        cute.arch.mbarrier_wait(shared.E_full, turn & 1)
-        for j in cutlass.range_constexpr(self.spec.K // 8):
-            place = swizzled(row, 4 * j + (lane & 3), 2, Float32, CHANNELS)
-            for h in cutlass.range_constexpr(2):
-                pair = vector(shared.E, place + 8 * h * 32).load()
-                for e in cutlass.range_constexpr(2):
-                    S[4 * j + 2 * h + e] = pair[e]
-        arrive(shared.E_empty, lane, self.spec.each_arrives)
+    def unit_of(self, states: States, work: Work, before: Int32, step: Int32) -> Float32:
+        """In which units T is that this step multiplies by; see `send_half`. Of the step behind the last: any."""
+        slot = Int64(2 * (before + cutlass.max(cutlass.min(step, work.index - 1), 0)) + 1)
+        square = self.spec.V * self.spec.K
+        place = slot * states.summaries.stride[0] + (work.i_hv * square + square // 2)
+        return vector(states.summaries.iterator, place, 1)[0]
 
     @cute.jit
-    def rest_of(self, acc, rounded):
-        """acc less what it was rounded to."""
-        rest(acc, cute.make_tensor(rounded.iterator, acc.layout))
+    def round_rows(self, S, rounded, factors):
+        """S in fp16, each row in units of a power of two, which goes into `factors`."""
+        most = cute.make_rmem_tensor(2, Float32)
+        most.fill(0.0)
+        self.largest(S, most)
+        for h in cutlass.range_constexpr(2):
+            x = most[h]
+            for bit in (1, 2):  # the lanes of a row
+                x = larger_size(x, cute.arch.shuffle_sync_bfly(x, bit))
+            exponent = self.joined_exponent(x)
+            most[h], factors[h] = self.power(exponent), self.power(-exponent)
+        self.scale_rows(S, most)
+        self.round(S, rounded)
+
+    @cute.jit
+    def take_channels(self, S, shared, p: Int32, turn: Int32, factors=None):
+        """What `load_channels` brings in that turn, as accumulators; and to it, if given, rows of S times `factors`."""
+        warp, lane = p >> 5, p & 31
+        row, stage = 16 * warp + (lane >> 2), turn % E_STAGES
+        cute.arch.mbarrier_wait(shared.E_full + stage, turn // E_STAGES & 1)
+        place = shared.E + stage * (CHANNELS * self.spec.K)
+        for j in cutlass.range_constexpr(self.spec.K // 8):
+            first = swizzled(row, 4 * j + (lane & 3), 2, Float32, CHANNELS)
+            for h in cutlass.range_constexpr(2):
+                pair = vector(place, first + 8 * h * 32).load()
+                for e in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * h + e
+                    if cutlass.const_expr(factors is None):
+                        S[i] = pair[e]
+                    else:
+                        S[i] = S[i] * factors[h] + pair[e]
+        arrive(shared.E_empty + stage, lane, self.spec.each_arrives)
 
     def handed(self, shared, p: Int32, i: int):
         """Where the state as it is read lies, of one thread of each warpgroup, in four words: where its warp's rows of

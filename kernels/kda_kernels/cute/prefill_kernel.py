@@ -82,8 +82,9 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         stream,
     ):
         """In `workspace`, one behind the other: `starts` [N + units, HV, V, K], the states before this round and before
-        each unit; `summaries` [2 units, HV, V, K], E and T of each unit, T of a split in bf16 parts; and in bf16
-        `reads` [units * segment, HV, K], what each token reads of the state before its unit. For summaries just those.
+        each unit; `summaries` [2 units, HV, V, K], E and T of each unit, T as `send_half` or, of a cut, as
+        `send_parts`; and in the dtype of q `reads` [units * segment, HV, K], what each token reads of the state before
+        its unit. For summaries just those.
         """
         part = self.spec.part
         sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
@@ -95,7 +96,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             summaries = self.states(workspace.iterator, 2 * sequences, HV)
         elif cutlass.const_expr(part is not Part.WHOLE):
             starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
-            if cutlass.const_expr(part is Part.SPLIT):
+            if cutlass.const_expr(part.splits):
                 ctas = ctas + 2 * HV * units
             elif cutlass.const_expr(part is Part.KEPT):
                 summaries, reads = None, None
@@ -135,9 +136,9 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         inner = cute.make_layout((units * segment, HV, self.spec.K), stride=(apart, self.spec.K, 1))
         return starts, summaries, cute.make_tensor(place, inner)
 
-    def product_of(self, n: int, b_major=K_MAJOR, source=warpgroup.OperandSource.RMEM):
-        """64 rows by n columns in a warpgroup, fp32."""
-        dtype = self.element
+    def product_of(self, n: int, b_major=K_MAJOR, source=warpgroup.OperandSource.RMEM, dtype=None):
+        """64 rows by n columns in a warpgroup, fp32; of operands of `dtype`, else of the kernel's."""
+        dtype = dtype or self.element
         return make_trivial_tiled_mma(dtype, dtype, K_MAJOR, b_major, Float32, (1, 1, 1), (64, n), source)
 
     def states(self, first, outer, heads):
@@ -204,7 +205,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         if cutlass.const_expr(spec.part is Part.SUMMARY):
             kind, i_n = i_n & 1, i_n >> 1
             unit = i_n
-        elif cutlass.const_expr(spec.part is Part.SPLIT):
+        elif cutlass.const_expr(spec.part.splits):
             i_n, kind, index, unit, last = self.find(
                 i_n, cu_seqlens, Int32(o.shape[0]), Int32(o.shape[1]), lead, segment, begin, limit
             )
@@ -236,7 +237,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             n_tokens = position - offset
             first = first + (begin + offset)
             index = column  # of the checkpoint
-        if cutlass.const_expr(spec.part is Part.SPLIT):
+        if cutlass.const_expr(spec.part.splits):
             offset = Int32(0) if index == 0 else lead + (index - 1) * segment
             n_tokens = cutlass.min(cutlass.max(n_tokens - begin, 0), limit) - offset
             n_tokens = cutlass.min(n_tokens, lead if index == 0 else segment)
@@ -246,7 +247,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         live = found
         if cutlass.const_expr(spec.part.reads and spec.pooled):
             live = found and n_tokens > 0
-        elif cutlass.const_expr(spec.part is Part.SPLIT):
+        elif cutlass.const_expr(spec.part.splits):
             live = found and (n_tokens > 0 or begin == 0)
         if slot < 0 or wrong:  # padding, or no slot: the pool is neither read nor written
             if cutlass.const_expr(spec.part.reads):

@@ -162,7 +162,7 @@ class Preparer:
             grow = cute.recast_tensor(rounded, Int32)[0]
             place = swizzled(i, pair, 2, BFloat16, 2 * CHUNK)
             self.word(rows, place)[0] = multiply_pairs(cute.recast_tensor(k, Int32)[i % batch], grow)
-            if cutlass.const_expr(self.spec.part is Part.SPLIT):  # o is rounded twice then: exactly, for once
+            if cutlass.const_expr(self.spec.part.splits):  # o is rounded twice then: exactly, for once
                 x = self.pair_of(q, i % batch)
                 for e in cutlass.range_constexpr(2):
                     exact[e] = x[e] * exact[e]

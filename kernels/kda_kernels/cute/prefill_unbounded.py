@@ -522,7 +522,7 @@ class Unbounded:
         words = self.packed(factors)
         for s in cutlass.range_constexpr(2):
             out = list(self.scaled(kq[s], words[2 * s : 2 * s + 2]))
-            if cutlass.const_expr(self.spec.part is Part.SPLIT):  # o is rounded twice then: q once
+            if cutlass.const_expr(self.spec.part.splits):  # o is rounded twice then: q once
                 for n in cutlass.range_constexpr(2):
                     pair = float_pair(kq[s][2 * n + 1], self.element)
                     out[2 * n + 1] = self.packed([pair[e] * factors[4 * s + 2 * n + e] for e in range(2)])[0]
