@@ -8,8 +8,8 @@ from the one after the first segment and E and T of the units between them,
 and adds S r to the output of the unit's tokens; the last one stores the final state. What units have in common is
 computed for each of them: products that cost less than telling other CTAs.
 
-S and T are multiplied in fp16, 12 bits, each row of S and all of T in units of a power of two; S and what tokens read, r,
-in bf16, which holds what any decay leaves of a query; sums are fp32. Inputs in fp16 are not taken.
+S and T are multiplied in fp16, 12 bits, each row of S and all of T in units of a power of two; S and what tokens read,
+r, in bf16, which holds what any decay leaves of a query; sums are fp32. Inputs in fp16 are not taken.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
-from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill_shared import (
     L_HALF,
     L_PITCH,
