@@ -293,26 +293,34 @@ class JoinKernel(PrefillKernel):
         lane = p & 31
         inside = self.inside(half, p) + work.i_hv * (spec.V * K)
         S = cute.make_rmem_tensor(move.partition_shape_C((CHANNELS, K)), Float32)
+        half_of_E = cute.make_rmem_tensor(cute.size(S) // 2, Float32)  # registers have no room for more
         rounded = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), Float16)
         factors = cute.make_rmem_tensor(2, Float32)
         T = operand(shared.T, Kind.MN_SW128, (K, K, T_STAGES), (1, 0, 2))
         T = move.make_fragment_B(move.get_slice(p).partition_B(T))
         N = self.sequences(states)
         unit_next = self.unit_of(states, work, before, 0)
-        self.take_channels(S, shared, p, 0)
+        self.take_channels(S, shared, p, 0, 0)
+        arrive(shared.E_empty, lane, spec.each_arrives)
         for step in cutlass.range(work.index, unroll=1):
             stage, unit_here = step % T_STAGES, unit_next
             unit_next = self.unit_of(states, work, before, step + 1)
             self.round_rows(S, rounded, factors)
             cute.arch.mbarrier_wait(shared.T_full + stage, step // T_STAGES & 1)
             self.product(move, S, rounded, T, stage, K // 16, False)
+            self.take_channels(half_of_E, shared, p, step + 1, 0)
             warpgroup.wait_group(0)
             arrive(shared.T_empty + stage, lane, spec.each_arrives)
             if spec.each_arrives or lane == 0:
                 cute.arch.mbarrier_arrive(shared.T_empty + stage, 1 - half)
             for h in cutlass.range_constexpr(2):
                 factors[h] = factors[h] * unit_here
-            self.take_channels(S, shared, p, step + 1, factors)
+            for i in cutlass.range_constexpr(cute.size(half_of_E)):
+                S[i] = S[i] * factors[i // 2 % 2] + half_of_E[i]
+            self.take_channels(half_of_E, shared, p, step + 1, K // 16)
+            arrive(shared.E_empty + (step + 1) % E_STAGES, lane, spec.each_arrives)
+            for i in cutlass.range_constexpr(cute.size(half_of_E)):
+                S[i + cute.size(half_of_E)] = S[i + cute.size(half_of_E)] * factors[i // 2 % 2] + half_of_E[i]
         if ends:
             if work.last:
                 if cutlass.const_expr(spec.pooled or spec.ht is not None):
@@ -357,23 +365,18 @@ class JoinKernel(PrefillKernel):
         self.round(S, rounded)
 
     @cute.jit
-    def take_channels(self, S, shared, p: Int32, turn: Int32, factors=None):
-        """What `load_channels` brings in that turn, as accumulators; and to it, if given, rows of S times `factors`."""
+    def take_channels(self, target, shared, p: Int32, turn: Int32, first: cutlass.Constexpr[int]):
+        """Of what `load_channels` brings in that turn, from the `first`-th 8 channels on, as accumulators lie."""
         warp, lane = p >> 5, p & 31
         row, stage = 16 * warp + (lane >> 2), turn % E_STAGES
         cute.arch.mbarrier_wait(shared.E_full + stage, turn // E_STAGES & 1)
-        place = shared.E + stage * (CHANNELS * self.spec.K)
-        for j in cutlass.range_constexpr(self.spec.K // 8):
-            first = swizzled(row, 4 * j + (lane & 3), 2, Float32, CHANNELS)
+        tile = shared.E + stage * (CHANNELS * self.spec.K)
+        for j in cutlass.range_constexpr(cute.size(target) // 4):
+            place = swizzled(row, 4 * (first + j) + (lane & 3), 2, Float32, CHANNELS)
             for h in cutlass.range_constexpr(2):
-                pair = vector(place, first + 8 * h * 32).load()
+                pair = vector(tile, place + 8 * h * 32).load()
                 for e in cutlass.range_constexpr(2):
-                    i = 4 * j + 2 * h + e
-                    if cutlass.const_expr(factors is None):
-                        S[i] = pair[e]
-                    else:
-                        S[i] = S[i] * factors[h] + pair[e]
-        arrive(shared.E_empty + stage, lane, self.spec.each_arrives)
+                    target[4 * j + 2 * h + e] = pair[e]
 
     def handed(self, shared, p: Int32, i: int):
         """Where the state as it is read lies, of one thread of each warpgroup, in four words: where its warp's rows of
