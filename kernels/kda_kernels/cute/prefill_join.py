@@ -166,6 +166,8 @@ class JoinKernel(PrefillKernel):
             )
             states = States(h0, ht, None, summaries, starts, None, None, None, Int32(0), units)
             self.join_one(atoms, tiles, o, states, work, before, ends, half, move, read)
+        else:
+            cute.arch.griddepcontrol_wait()  # what comes after the join comes after the segments
 
     def join_shared(self) -> JoinShared:
         smem, K = SmemAllocator(), self.spec.K
