@@ -6,7 +6,7 @@ SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What run
 from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
 one of 8 GPUs. Medians in us, of a decode as the replay of a CUDA graph, of a prefill as an eager call, as engines run
 them, and as a graph ("graph"), which leaves out the time of the host, which is "host"; the L2 cache is emptied before
-each, and half of theirs are timed before ours and half behind them. `apart` is
+each, and theirs and ours take turns, a few calls each. `apart` is
 how far the outputs and the states lie apart, relative; `kernels` are those of ours that ran.
 """
 
@@ -40,7 +40,7 @@ CASES = {
     "prefill 4 x 1024, decode 8": Batch((1024,) * 4 + (1,) * 8),
     "prefill T=4096, a checkpoint": Batch((4096,), checkpoint=2048),
 }
-SLOTS, ROUNDS = 128, 30
+SLOTS, TURNS, CALLS = 128, 6, 5
 BOUNDS = {"safe": -5.0, "softplus": None}
 
 
@@ -152,24 +152,22 @@ def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dic
         if layer.engine == "sglang":  # whose model, and not the backend, then has the norm
             return row
     left: list[dict[str, torch.Tensor]] = []
-    times: dict[str, Timed] = {}
-    for whose in ("theirs", "ours", "theirs"):  # what drifts meanwhile is in both
+    times: dict[str, dict[str, Timed]] = {}
+    for turn, whose in itertools.product(range(1 + TURNS), ("theirs", "ours")):  # what drifts meanwhile is in both
         try:
-            with contextlib.ExitStack() as stack:
-                if layer.engine == "sglang" or whose == "ours":
-                    stack.enter_context(OURS[layer.engine]())
-                if len(left) < 2:
+            with OURS[layer.engine]() if layer.engine == "sglang" or whose == "ours" else contextlib.nullcontext():
+                if turn == 0:
                     unfused = whose == "theirs" and layer.engine == "vllm" and "note" in row
                     run = _first_run(layer, dataclasses.replace(batch, fused=False) if unfused else batch, bound, whose)
                     left.append(run.left)
                     row |= {"kernels": run.kernels} if run.kernels else {}
-                    times |= _timed(whose, run.run, graph)
-                for name, timed in times.items():
-                    if name.partition(",")[0] == whose:
-                        timed.more(ROUNDS if whose == "ours" else ROUNDS // 2)
+                    times[whose] = _timed(whose, run.run, graph)
+                    continue
+                for timed in times[whose].values():
+                    timed.more(CALLS)
         except (NotImplementedError, RuntimeError) as error:
             return row | {"note": f"{whose} failed: {str(error).splitlines()[0]}"}
-    for name, timed in times.items():
+    for name, timed in (times["theirs"] | times["ours"]).items():
         row[name] = round(statistics.median(timed.gpu), 1)
         if name in ("theirs", "ours") and not graph:
             row[f"{name}, host"] = round(statistics.median(timed.host), 1)
