@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from kda_kernels import registry
 from kda_kernels.engines import sglang, sglang_calls, sites, vllm, vllm_calls
 from kda_kernels.engines.patches import Patches
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Op, Options, Parts, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Checkpoints, Inputs
@@ -347,6 +349,22 @@ def test_sglang_gets_ours_for_the_phases_that_chose_it(decode, prefill, verify, 
     assert ("custom" in built.given) == (decode == "theirs"), "an unknown backend is SGLang's to refuse"
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["python -m sglang.launch_server", "sglang serve"])
+def test_sglang_takes_the_choice_wherever_its_flags_were_made(early, monkeypatch):
+    """The verify flag has a list of its own, made when the module of the flags is loaded (released 0.5.23)."""
+    listed = ["triton"]
+    choices = types.SimpleNamespace(add_linear_attn_kernel_backend_choices=listed.extend)
+    monkeypatch.setitem(sys.modules, "sglang.srt.arg_groups.choices", choices)
+    flags = {"linear_attn_backend": listed, "linear_attn_verify_backend": [*listed, "more"], "attention_backend": ["a"]}
+    flags = {name: Annotated[str, types.SimpleNamespace(choices=found)] for name, found in flags.items()}
+    if early:
+        made = type("ServerArgs", (), {"__annotations__": flags | {"port": int}})
+        monkeypatch.setitem(sys.modules, "sglang.srt.server_args", types.SimpleNamespace(ServerArgs=made))
+    sglang._add_choice()
+    found = [hint.__metadata__[0].choices for hint in flags.values()]
+    assert found == [["triton", "kda"], ["triton", "more", *["kda"] * early], ["a"]]
+
+
 # --- what is replaced
 
 
@@ -459,4 +477,7 @@ def test_kda_engines_lists_each_call_with_its_reason(tmp_path):
         row["note"] for row in survey(tmp_path) if row["target"].endswith("third_party.kda:fused_recurrent_kda")
     )
     assert note.startswith("not without")
-    assert "vllm, with KDA_VLLM=1" in CliRunner().invoke(command, ["--sources", str(tmp_path)]).output
+    said = CliRunner().invoke(command, ["--sources", str(tmp_path)]).output
+    assert "vllm, with KDA_VLLM=1" in said and f"sglang is not in {tmp_path}" in said.replace("\n", "")
+    nothing = CliRunner().invoke(command, ["--sources", str(tmp_path / "vllm")])
+    assert isinstance(nothing.exception, InputError) and "it holds none of sglang, vllm" in str(nothing.exception)

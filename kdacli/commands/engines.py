@@ -1,10 +1,12 @@
 """`kda engines`: where our kernels run in serving engines, and why not elsewhere."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kda_kernels.errors import InputError
 from kdacli import options
 
 SWITCHES = {"sglang": "sglang serve --linear-attn-backend kda --linear-attn-verify-backend kda", "vllm": "KDA_VLLM=1"}
@@ -32,11 +34,17 @@ def command(sources: str | None, json_dest: str | None, force: bool) -> None:
     from kdacli.provenance import collect
 
     check_dest(json_dest, force)
-    rows = survey(Path(sources) if sources else None)
+    root = Path(sources) if sources else None
+    from kda_kernels.engines.sites import absence
+
+    absent = {engine: absence(engine, root) for engine in SWITCHES}
+    if sources and all(absent.values()):
+        raise InputError(f"--sources {sources}: it holds none of {', '.join(SWITCHES)}, as a wheel's unpacked files do")
+    rows = survey(root)
     if json_dest:
         write_json({"schema": "kda.engines/1", "provenance": collect(), "rows": rows}, json_dest, force)
     if json_dest != "-":
-        _print(rows)
+        _print(rows, absent)
 
 
 def survey(root: Path | None = None) -> list[dict[str, Any]]:
@@ -60,13 +68,13 @@ def survey(root: Path | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], absent: Mapping[str, str | None]) -> None:
     from kdacli.output import bad, console, good, say, table
 
     for engine, switch in SWITCHES.items():
         mine = [row for row in rows if row["engine"] == engine]
-        if any(row["note"] == f"{engine} is not installed" for row in mine):
-            say(f"{engine} is not installed: --sources DIR reads its wheel, unpacked")
+        if reason := absent[engine]:
+            say(f"{reason}: --sources DIR reads its wheel, unpacked")
             continue
         cells = [
             (

@@ -6,6 +6,8 @@ that chose it.
 
 import importlib
 import logging
+import sys
+import typing
 from typing import Any
 
 from kda_kernels.engines.patches import Patches
@@ -48,8 +50,7 @@ def install() -> None:
     reason = next((reason for site, reason in reasons(SITES).items() if site.patched and site.ours and reason), None)
     if reason is None:
         try:
-            choices = importlib.import_module("sglang.srt.arg_groups.choices")
-            choices.add_linear_attn_kernel_backend_choices([NAME])
+            _add_choice()
         except (ImportError, AttributeError) as error:
             reason = f"it takes no further choice: {error}"
     if reason is not None:
@@ -57,6 +58,20 @@ def install() -> None:
         return
     _patches.append(Patches([SITES[0].target], _wrap, lambda target: log.warning("kda: %s is no function", target)))
     _patches[0].install()
+
+
+def _add_choice() -> None:
+    choices = importlib.import_module("sglang.srt.arg_groups.choices")
+    choices.add_linear_attn_kernel_backend_choices([NAME])
+    if (settings := sys.modules.get("sglang.srt.server_args")) is None:
+        return
+    # Loaded before (python -m sglang.launch_server): the verify flag has these choices and one more, in a list of its
+    # own, which was made then.
+    for name, hint in typing.get_type_hints(settings.ServerArgs, include_extras=True).items():
+        for argument in getattr(hint, "__metadata__", ()):
+            listed = getattr(argument, "choices", None)
+            if name.startswith("linear_attn_") and isinstance(listed, list) and NAME not in listed:
+                listed.append(NAME)
 
 
 def _wrap(original: Any, target: str) -> Any:

@@ -5,8 +5,8 @@ The engine's sources are read, not imported: that takes milliseconds, and starts
 
 import ast
 import functools
-import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +46,18 @@ class Site:
         if not self.ours:
             return self.why_not
         engine = self.target.partition(".")[0]
-        root = root or _root(engine)
-        if root is None:
-            return f"{engine} is not installed"
+        if (absent := absence(engine, root)) is not None:
+            return absent
+        root = root or _installed(engine)
+        assert root is not None
         try:
             theirs = parameters(root, self.target, parse)
         except (OSError, SyntaxError, ValueError) as error:
             return f"{engine}'s source cannot be read: {one_line(error)}"
         if theirs is None:
-            return f"{engine} {version(engine)} has no {self.target}"
+            return f"{engine} {version(root / engine)} has no {self.target}"
         if unknown := _not_taken(theirs, parameters(Path(__file__).parents[2], self.ours, parse) or ()):
-            return f"{engine} {version(engine)} passes {', '.join(unknown)}, which ours does not know"
+            return f"{engine} {version(root / engine)} passes {', '.join(unknown)}, which ours does not know"
         return None
 
 
@@ -72,15 +73,22 @@ def reasons(sites: Sequence[Site], root: Path | None = None) -> dict[Site, str |
 
 
 @functools.cache
-def version(package: str) -> str:
-    """As installed; "(of no known version)" for sources alone."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(of no known version)"
+def version(package: Path) -> str:
+    """What a package says of itself in its sources."""
+    file = package / "_version.py"
+    said = re.search(r"^__version__ .*['\"](.+)['\"]", file.read_text() if file.is_file() else "", re.MULTILINE)
+    return said[1] if said else "(of no known version)"
 
 
-def _root(package: str) -> Path | None:
+def absence(engine: str, root: Path | None) -> str | None:
+    """Why an engine is not read at all; None if it is there, in the folder `root` or installed."""
+    if root is not None:
+        return None if (root / engine).is_dir() else f"{engine} is not in {root}"
+    return f"{engine} is not installed" if _installed(engine) is None else None
+
+
+def _installed(package: str) -> Path | None:
+    """The folder that holds it."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return Path(folders[0]).parent if folders else None
