@@ -10,13 +10,13 @@ from torch.nn import functional
 from kda_kernels import checks, registry
 from kda_kernels.api import kda_step
 from kda_kernels.checks import check_inputs, problem_of
+from kda_kernels.engines.weights import derived
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Convolution, Inputs
 from kdacli.options import problem_from
 from kdacli.peers import sglang_step, vllm_step
-from kdacli.peers.given import derived
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 from kdacli.profile.measuring.outputs import Check
 from kdacli.profile.measuring.traffic import traffic

@@ -1,50 +1,21 @@
 """A call's tensors as a peer wants them: parameters of another type, offsets of a dense batch, aligned addresses.
 
-An engine prepares such things once, when it loads a model or plans a batch, so they are remembered here from call to
-call and do not count in a kernel's time. What is made while a CUDA graph is being captured is not: that memory is the
-graph's.
+An engine prepares such things once, when it loads a model or plans a batch, so they are remembered from call to call
+and do not count in a kernel's time.
 """
 
-import functools
-from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from kda_kernels.engines.weights import counted, derived
 from kda_kernels.errors import InputError
 from kda_kernels.tensors import Inputs, Outputs
-
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> {what: (the tensor's version, made of it)}
-_T = TypeVar("_T")
-
-
-def derived(tensor: torch.Tensor, make: Callable[[torch.Tensor], _T], what: Hashable = None) -> _T:
-    """`make(tensor)`, called once for as long as the tensor lives and is not modified.
-
-    Args:
-        make: what stays is known by it, and by `what` where it is not one function for all calls.
-    """
-    what = what or make
-    if tensor.is_inference():
-        return make(tensor)
-    known = _made.setdefault(tensor, {})
-    version, value = known.get(what, (None, None))
-    if version == tensor._version:
-        return value
-    value = make(tensor)
-    if not _capturing(tensor):
-        known[what] = (tensor._version, value)
-    return value
 
 
 def parameter(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` in `dtype`, converted once."""
     return tensor if tensor.dtype == dtype else derived(tensor, lambda x: x.to(dtype), dtype)
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def gate_parameters(
@@ -87,13 +58,7 @@ def offsets(inputs: Inputs) -> torch.Tensor:
     if inputs.cu_seqlens is not None:
         return inputs.cu_seqlens
     B, T = inputs.q.shape[:2]
-    make = _offsets.__wrapped__ if _capturing(inputs.q) else _offsets
-    return make(B, T, inputs.q.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _offsets(B: int, T: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+    return counted(B + 1, inputs.q.device, T)
 
 
 def require_aligned(inputs: Inputs, names: Iterable[str], size: int = 16) -> None:

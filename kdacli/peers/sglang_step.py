@@ -7,11 +7,12 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
+from kda_kernels.engines.weights import derived
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import derived, gate_parameters, parameter, require_aligned
+from kdacli.peers.given import gate_parameters, parameter, require_aligned
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 MODULES = ("sglang.kernels.ops.attention.kda_fused_decode",)

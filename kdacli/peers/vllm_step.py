@@ -8,10 +8,11 @@ import dataclasses
 
 import torch
 
+from kda_kernels.engines.weights import derived
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_step
-from kdacli.peers.given import derived, gate_parameters, parameter
+from kdacli.peers.given import gate_parameters, parameter
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))

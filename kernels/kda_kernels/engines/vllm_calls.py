@@ -4,16 +4,14 @@ They return and write what the functions do that they replace (vLLM 0.33.0); slo
 lacks what is asked for, an `InputError` says so: nothing else runs instead.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
-from kda_kernels.engines.weights import joined
+from kda_kernels.engines.weights import counted, derived, joined
 from kda_kernels.errors import InputError
 
 NULL_SLOT = 0
@@ -44,7 +42,7 @@ def k3_flashkda_prefill(
     """Prefill of packed tokens [1, T, H, K] into `out` and `final_state` [N, H, V, K]; `workspace` is not used."""
     kept = None
     if checkpoint_state is not None and checkpoint_offsets is not None:
-        rows = _slots(checkpoint_state.shape[0], checkpoint_state.device)
+        rows = counted(checkpoint_state.shape[0], checkpoint_state.device)
         kept = Checkpoints(checkpoint_state, rows, checkpoint_offsets)
     chunk_kda_fwd(
         q, k, v, g, beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
@@ -170,19 +168,11 @@ def convolution(
     """The convolution over `states`, seen as [P, D, L].
 
     Args:
-        key: the parameter that `weight` makes our [D, W] of; it is made once for as long as that is not modified, but
-            never kept while a graph is captured, whose memory it would be.
+        key: the parameter that `weight` makes our [D, W] of, once.
     """
-    version, made = _weights.get(key, (None, None))
-    if made is None or (not key.is_inference() and version != key._version):
-        made = weight().contiguous()
-        if not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _weights[key] = (None if key.is_inference() else key._version, made)
+    made = derived(key, lambda _: weight().contiguous(), "convolution", constant=True)
     tokens_first = states.stride(1) == 1
     return Convolution(made, bias, states.mT if tokens_first else states, None, tokens_first)
-
-
-_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def glm_flashkda_prefill(
@@ -352,14 +342,3 @@ def _speculative(
     if accepted is None:
         return (indices[:N, 0] if indices.ndim == 2 else indices[:N]), None
     return indices[:N], accepted[:N]
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_slots(N: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(N, dtype=torch.int32, device=device)
-
-
-def _slots(N: int, device: torch.device) -> torch.Tensor:
-    """0, 1, .. N - 1; made once for each N, but never while a graph is captured, whose memory it would be."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_kept_slots.__wrapped__ if capturing else _kept_slots)(N, device)
