@@ -14,7 +14,8 @@ import torch
 from decode_inputs import close
 from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
-from kda_kernels import registry
+from kda_kernels import registry, serving
+from kda_kernels.api import chunk_kda_fwd
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute import runtime
 from kda_kernels.cute.prefill import prefill
@@ -95,6 +96,32 @@ def test_calls(made, call):
     for _ in range(2):
         check(call())
     assert len(made) == 1 and made[0].calls == 2
+
+
+@torch.no_grad()
+def test_chunk_kda_fwd_goes_the_short_way_again(made, monkeypatch):
+    """With and without room for what it returns; wrong room is refused as in a first call."""
+
+    def call(inputs, **given):
+        x = on_gpu(inputs)
+        return chunk_kda_fwd(
+            x.q, x.k, x.v, x.g, x.beta, initial_state=x.state, A_log=x.A_log, dt_bias=x.dt_bias, lower_bound=-5.0,
+            use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, cu_seqlens=x.cu_seqlens, **given,
+        )  # fmt: skip
+
+    monkeypatch.setattr(registry, "kernel_for", lambda *_: registry.get("cute-prefill"))
+    first, second = plain(lens=[3, 2]), plain(lens=[1, 4, 2])
+    call(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "Inputs", None)  # what a call makes that goes the long way
+        found = [(final, *call(second, final_state=final)) for final in (None, torch.empty_like(second.state))]
+    for final, o, left in found:
+        close(o, recurrence(second).o)
+        close(left, recurrence(second).final_state)
+        assert final is None or left is final
+    for wrong in (second.state.mT, second.state[:1].expand(3, -1, -1, -1)):
+        with pytest.raises(InputError, match="final_state has shape .*, contiguous"):
+            call(second, final_state=wrong)
 
 
 def test_a_function_for_gates_without_a_bound(made):

@@ -341,10 +341,14 @@ def chunk_kda_fwd(
         output_final_state, None, None, None, True, None, None, checkpoints, False, None, cu_seqlens_cpu, None, None,
         None, None,
     )  # fmt: skip
-    plain = checks.CHECK_VALUES != "1" and not torch.is_grad_enabled() and chunk_indices is None
-    plain = plain and state_indices is None and output_final_state == (final_state is not None)
-    if plain and out is not None and registry.prefill_again(call, out, final_state):
-        return out, final_state
+    plain = checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
+    plain = plain and chunk_indices is None and state_indices is None
+    if plain and (room := _room_for(v, out)) is not None:
+        final = final_state
+        if output_final_state and final is None and initial_state is not None:
+            final = _room_for(initial_state, None)
+        if (final is not None) == output_final_state and registry.prefill_again(call, room, final):
+            return room, final
     inputs = Inputs(*call)
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -394,7 +398,7 @@ def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _room_for(v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-    """Where o goes; None: v is no tensor, which a check will say."""
+    """Where what is like v goes; None: v is no tensor, which a check will say."""
     if out is None and isinstance(v, torch.Tensor):
         return torch.empty_like(v, memory_format=torch.contiguous_format)
     return out
