@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kdacli.capture.launch import Result
     from kdacli.capture.settings import Settings
 
+FEW = 8  # calls, of which kda compare's table each is not too long to read
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -153,7 +154,8 @@ def _report(out: str, settings: "Settings", result: "Result") -> None:
         say(f"not recorded: {calls} or more calls of {target}: {reason}", stderr=True)
     if result.files:
         count, total = len(result.files), sum(size for _, size in result.files)
-        say(f"{count} call{'s' if count > 1 else ''}, {fmt_bytes(total)}, in {out}: kda compare {out}")
+        reader = "kda compare" if count <= FEW else "kda verify --dump"  # which has a table of all calls
+        say(f"{count} call{'s' if count > 1 else ''}, {fmt_bytes(total)}, in {out}: {reader} {out}")
 
 
 def _why_nothing(settings: "Settings", result: "Result") -> str:
