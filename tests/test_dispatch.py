@@ -14,6 +14,7 @@ from kda_kernels import registry
 from kda_kernels.api import chunk_kda, chunk_kda_fwd, fused_recurrent_kda_fwd
 from kda_kernels.cute import decode as cute
 from kda_kernels.cute import prefill as cute_prefill
+from kda_kernels.cute import prefill_plan
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence
@@ -236,6 +237,24 @@ def test_the_fused_prefill_where_it_can(prefills):
     inputs = on_gpu(prompts())
     assert call_prefill(inputs, kernel="triton-prefill") is None
     close(call_prefill(inputs, kernel="cute-prefill"), expected.o)
+
+
+@no_gpu
+def test_lengths_on_the_host_are_planned_as_they_are(prefills, monkeypatch):
+    """A long sequence beside a short one, through each function that takes them. What it computes is not looked at."""
+    monkeypatch.setattr(fake_prefill.FakeFunction, "__call__", lambda *given: None)
+    asked = []
+    monkeypatch.setattr(cute_prefill, "plan_of", lambda *given: asked.append(given) or prefill_plan.plan_of(*given))
+    inputs = on_gpu(prefill_inputs.pooled([2040, 8], slots=[1, 4]))
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens")
+    same = {name: getattr(inputs, name) for name in names} | {"lower_bound": -5.0}
+    same["cu_seqlens_cpu"] = inputs.cu_seqlens.clone()
+    kda_prefill(**same, state=inputs.state, state_indices=inputs.state_indices)
+    chunk_kda_fwd(**same, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+    fla = {"use_gate_in_kernel": True, "safe_gate": True, "use_qk_l2norm_in_kernel": True}
+    chunk_kda(**same, **fla, use_beta_sigmoid_in_kernel=True, state_v_first=True)
+    assert len(asked) >= 3 and {given[0] for given in asked} == {(2040, 8)}
+    assert prefill_plan.plan_of((2040, 8), 2, 132) != prefill_plan.plan(2, 2048, 2, 132)
 
 
 @no_gpu
