@@ -11,7 +11,15 @@ import pytest
 import torch
 from decode_inputs import make, with_pool
 
-from kda_kernels.api import Convolution, GatedNorm, kda_decode, kda_prefill, kda_step, prefill_workspace_bytes
+from kda_kernels.api import (
+    Checkpoints,
+    Convolution,
+    GatedNorm,
+    kda_decode,
+    kda_prefill,
+    kda_step,
+    prefill_workspace_bytes,
+)
 from kda_kernels.cute import prefill as cute_prefill
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs, Outputs
@@ -135,33 +143,48 @@ def fused_steps(N: int, **given) -> Callable[[], object]:
     )  # fmt: skip
 
 
-def prefills(N: int, room: bool = False, **given) -> Callable[[], object]:
-    """N * 512 and 70 tokens: cute-prefill splits them. `room`: with a workspace."""
-    x = prompts([N * 512, 70], [4, 1])
-    if room:
-        size = prefill_workspace_bytes(x.q.shape[1], H, 2, kernel=given.get("kernel"))
-        given["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
+def prefills(N: int, part: int = 512, **given) -> Callable[[], object]:
+    """N * 512 and 70 tokens: cute-prefill splits them."""
+    x = prompts([N * part, 70], [4, 1])
     return functools.partial(call, x, torch.empty_like(x.v), cu_seqlens_cpu=x.cu_seqlens.cpu(), **given)
 
 
-# By kind of call, with `out`: what makes one for N sequences, and how many tensors it may allocate.
-ROOM = functools.partial(prefills, room=True)
+def with_room(N: int, **given) -> Callable[[], object]:
+    size = prefill_workspace_bytes(N * 512 + 70, H, 2, kernel=given.get("kernel"))
+    return prefills(N, **given, workspace=torch.empty(size, dtype=torch.uint8, device="cuda"))
+
+
+def with_checkpoints(N: int, **given) -> Callable[[], object]:
+    rows = torch.arange(2, device="cuda", dtype=torch.int32)
+    kept = Checkpoints(torch.empty(2, H, 128, 128, device="cuda"), rows, torch.full_like(rows, 64))
+    return prefills(N, **given, checkpoints=kept)
+
+
+def in_int16(N: int, **given) -> Callable[[], object]:
+    one = prefills(N, state_scales=torch.ones(7, H, 128, device="cuda"), **given)
+    one.args[0].state = torch.zeros(7, H, 128, 128, dtype=torch.int16, device="cuda")
+    return one
+
+
+# By kind of call: its kernel, what makes one of N sequences or so, and the most tensors that it may allocate.
 EAGER = {
-    "decode": (decodes, 0),
-    "verify": (verifies, 0),
-    "step": (fused_steps, 0),
-    "prefill": (prefills, 1),
-    "room": (ROOM, 0),
+    "decode": ("decode", decodes, 0),
+    "verify": ("decode", verifies, 0),
+    "step": ("step", fused_steps, 0),
+    "whole": ("prefill", functools.partial(prefills, part=30), 0),
+    "split": ("prefill", prefills, 1),
+    "workspace": ("prefill", with_room, 0),
+    "checkpoints": ("prefill", with_checkpoints, 1),
+    "int16": ("prefill", in_int16, 3),
 }
 
 
 @pytest.mark.parametrize("backend", ["cute", "triton"])
 @pytest.mark.parametrize("kind", EAGER)
 def test_nothing_waits_for_the_gpu_nor_asks_it_for_memory(kind, backend):
-    """Once calls of the kind have run; batches and lengths change. What is allocated, the page on serving says."""
-    made, allocations = EAGER[kind]
-    name = {"step": "step", "prefill": "prefill", "room": "prefill"}.get(kind, "decode")
-    calls = [made(N, kernel=f"{backend}-{name}") for N in (4, 3, 2)]
+    """Once calls of the kind have run; batches and lengths change. `docs/serving.md` says what is allocated."""
+    op, make_call, allocations = EAGER[kind]
+    calls = [make_call(N, kernel=None if backend == "cute" else f"triton-{op}") for N in (4, 3, 2)]
     with torch.inference_mode():
         for one in calls:
             one()

@@ -38,7 +38,7 @@ class _Last:
     """What the last call was like, and the functions that calls like it take.
 
     Attributes:
-        key: see `_sizes`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: last arguments of functions.
+        key: see `_sizes`. narrow, sms: what `DecodeConfig.choose` looks at. scale, bound: arguments of functions.
         functions: by config. for_count: the same by the number of sequences, as far as there were such calls.
     """
 
@@ -52,26 +52,22 @@ class _Last:
 
 
 # What is taken out of a call, by the names of its fields.
-_SIZED = picker("q", "v", "options", "cu_seqlens", "update_state", "conv", "norm", "rounding_seed")
-_PASSED_ON = picker(
-    *("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens", "state_v_first"),
-    *("null_slot", "has_initial_state", "num_accepted_tokens", "token_states", "token_state_indices"),
-    *("state_scales", "rounding_seed"),
+_TAKEN = picker(
+    *("q", "k", "v", "g", "beta", "options", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens"),
+    *("state_v_first", "null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
+    *("token_state_indices", "conv", "norm", "state_scales", "rounding_seed"),
 )
 _OF_PARTS = picker("q", "v", "state_indices", "cu_seqlens", "num_accepted_tokens", "conv", "norm")
 
 
-def _sizes(call: tuple) -> tuple[tuple, int]:
-    """Of the fields of `Inputs`: what a compiled function cannot see of its tensors, or is not compiled for (options,
+def _sizes(inputs: Inputs) -> tuple:
+    """What a compiled function cannot see of its tensors, or is not compiled for, as `_launch` compares it: options,
     whether the pool is written, one token per sequence, H, K, HV, V, device, `_parts_of`, whether states are rounded to
-    nearest); the number of sequences."""
-    q, v, options, offsets, update, conv, norm, seed = _SIZED(call)
-    B, T, H, K = q.shape
-    _, _, HV, V = v.shape
-    parts = None if conv is None and norm is None else _parts_of(conv, norm, HV // H)
-    if offsets is None:
-        return (options, update, T == 1, H, K, HV, V, q.device, parts, seed is None), B
-    return (options, update, False, H, K, HV, V, q.device, parts, seed is None), offsets.shape[0] - 1
+    nearest."""
+    (_, T, H, K), (_, _, HV, V) = inputs.q.shape, inputs.v.shape
+    one_token, parts = inputs.cu_seqlens is None and T == 1, _parts_of(inputs.conv, inputs.norm, HV // H)
+    nearest = inputs.rounding_seed is None
+    return inputs.options, inputs.update_state, one_token, H, K, HV, V, inputs.q.device, parts, nearest
 
 
 def _parts_of(conv: Convolution | None, norm: GatedNorm | None, group: int) -> tuple[int, bool] | None:
@@ -145,11 +141,12 @@ def launch(
         if not q.shape[0] * q.shape[1] or not inputs.N:
             check_inputs(inputs)
             return _hand_on(inputs, o, ht)
-        sms, (key, N), narrow = multiprocessors(q.device), _sizes(call), _narrow(inputs, ht)
+        sms, key, N, narrow = multiprocessors(q.device), _sizes(inputs), inputs.N, _narrow(inputs, ht)
         chosen = _config(key, N, narrow, sms) if config is None else config
         function = _function(inputs, o, ht, chosen)
         scale, bound = options.scale_for(q.shape[-1]), options.lower_bound or 0.0
-        _call(function, key, N, call, o, ht, scale, bound)
+        last = _Last(key, narrow, sms, scale, bound, {chosen: function}, {N: function})
+        _launch(last, call, o, ht)
     except KdaError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # what these tensors lead to
@@ -158,9 +155,9 @@ def launch(
             raise InputError(f"cute-decode: {one_line(str(error))}") from None
         raise
     if config is None and N <= MOST_BLOCKS:
-        before = _last
-        same = (before.key, before.narrow) == (key, narrow)
-        _last = _Last(key, narrow, sms, scale, bound, {**(before.functions if same else {}), chosen: function})
+        if (_last.key, _last.narrow) == (key, narrow):
+            last.functions.update({**_last.functions, chosen: function})
+        _last = last
 
 
 def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
@@ -171,15 +168,8 @@ def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
     Args:
         call: the fields of `Inputs` in their order; an object of them would take a tenth of this function's time.
     """
-    last = _last
     try:
-        key, N = _sizes(call)
-        if last.key != key or N > MOST_BLOCKS:
-            return False
-        function = last.for_count.get(N)
-        if function is None:
-            function = last.for_count[N] = last.functions[_config(key, N, last.narrow, last.sms)]
-        _call(function, key, N, call, o, ht, last.scale, last.bound)
+        _launch(_last, call, o, ht)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # other dtypes, say; or wrong: see `launch`
         return False
     return True
@@ -191,24 +181,25 @@ def _narrow(inputs: Inputs, ht: torch.Tensor | None) -> bool:
     return inputs.q.shape[3] % 64 == 0 and all(x.element_size() == 2 for x in states)
 
 
-def _call(
-    function: Callable[..., Any],
-    key: tuple,
-    N: int,
-    call: tuple,
-    o: torch.Tensor,
-    ht: torch.Tensor | None,
-    scale: float,
-    bound: float,
-) -> None:
-    """Calls a compiled function.
+def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
+    """A call like `last`, on the way of every step of an engine: spelled out, since calls of functions take time.
 
     Raises:
-        Exception: it does not take these tensors; nothing was launched.
+        Exception: it is another call, or the function does not take these tensors; nothing was launched.
     """
-    (q, k, v, g, beta, A_log, bias, h0, indices, offsets, v_first, null_slot, started, accepted, kept,
-     kept_rows, scales, seed) = _PASSED_ON(call)  # fmt: skip
-    _, _, _, _, K, HV, V, _, parts, _ = key
+    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, null_slot, started, accepted, update, kept,
+     kept_rows, conv, norm, scales, seed) = _TAKEN(call)  # fmt: skip
+    (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
+    N, one_token = (B, T == 1) if offsets is None else (offsets.shape[0] - 1, False)
+    parts = None if conv is None and norm is None else _parts_of(conv, norm, HV // H)
+    key = (options, update, one_token, H, K, HV, V, q.device, parts, seed is None)
+    if last.key != key:
+        raise ValueError("another kind of call")
+    function = last.for_count.get(N)
+    if function is None:
+        if N > MOST_BLOCKS:
+            raise ValueError("more sequences than a launch has blocks")
+        function = last.for_count[N] = last.functions[_config(key, N, last.narrow, last.sms)]
     # What the function cannot see: which way round a square state lies, sizes that differ by one, slots that overlap.
     if not v_first and (h0 is not None or ht is not None):
         raise ValueError("the state is K-first")
@@ -237,10 +228,10 @@ def _call(
     slot = -1 if null_slot is None else null_slot
     arguments: tuple = (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started)
     if parts is None:
-        arguments += (None, None, None, None, None, None, scales, seed, slot, scale, bound, None)
+        arguments += (None, None, None, None, None, None, scales, seed, slot, last.scale, last.bound, None)
     else:
         *given, eps = _parts(call, N)
-        arguments += (*given, scales, seed, slot, scale, bound, eps)
+        arguments += (*given, scales, seed, slot, last.scale, last.bound, eps)
     if ranges.enabled():
         with ranges.stage("decode"):
             function(*arguments)
@@ -461,4 +452,4 @@ def _variant(name: str, problem: Problem, gpu: Gpu) -> CuteVariant:
 def _problem_spec(problem: Problem, gpu: Gpu) -> DecodeSpec:
     inputs = pretended(problem)
     ht = inputs.new_final_state() if problem.pool_slots is None and problem.final_state else None
-    return spec_of(inputs, ht, _config(*_sizes(inputs.fields()), _narrow(inputs, ht), gpu.sms))
+    return spec_of(inputs, ht, _config(_sizes(inputs), inputs.N, _narrow(inputs, ht), gpu.sms))
