@@ -42,7 +42,7 @@ def profile(params: Mapping[str, Any]) -> None:
         rows, left_out = _rows(problem, regime, params["seconds"], peer, rank, ranks)
         if rank:
             return
-        _print(problem, gates, rows, left_out, layer)
+        _print(problem, gates, rows, left_out, layer, params["json_dest"] == "-")
         if params["json_dest"] is not None:
             record = {
                 "schema": SCHEMA, "provenance": provenance.collect(regime["seed"]), "problem": problem.to_dict(),
@@ -92,7 +92,7 @@ def _no_fla(problem: Problem, ranks: int) -> str | None:
     return f"T is {problem.T}: it should be a multiple of the ranks" if problem.T % ranks else None
 
 
-def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], layer: str | None) -> None:
+def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], layer: str | None, stderr: bool) -> None:
     alone = {row.kernel: row for row in rows if row.ranks == 1}
     layers = PRESETS[layer].kda_layers if layer else 0
     cells = []
@@ -106,14 +106,13 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
         ))  # fmt: skip
     columns = ("kernel", "ranks", "us", "spread", "vs 1", "ahead us", "vs 1", *((f"ms of {layers}",) if layer else ()))
     what = f"; {layers} KDA layers of {layer}, ahead" if layer else ""
-    output.console().print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
-    output.say("us: of calls on idle GPUs. ahead: the host launches them while the GPU runs others, as in a model")
-    for row in rows:
-        if row.exchange_us is not None:
-            output.say(
-                f"{row.kernel} over {row.ranks} ranks: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
-                f" {output.fmt_us(row.exchange_us)} us by itself; without it a call takes"
-                f" {output.fmt_us(row.exposed_us)} us less"
-            )
-    for line in left_out:
-        output.say(f"not timed: {line}")
+    output.console(stderr).print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
+    notes = ["us: of calls on idle GPUs. ahead: the host launches them while the GPU runs others, as in a model"]
+    notes += [
+        f"{row.kernel} over {row.ranks} ranks: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
+        f" {output.fmt_us(row.exchange_us)} us alone; without it a call takes {output.fmt_us(row.exposed_us)} us less"
+        for row in rows
+        if row.exchange_us is not None
+    ]
+    for line in (*notes, *(f"not timed: {line}" for line in left_out)):
+        output.say(line, stderr=stderr)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from kda_kernels.errors import InputError, KdaError, UnavailableError
+from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 
 
 def cp_option(what: str):
@@ -79,20 +79,29 @@ def is_first() -> bool:
 def joined(device: str) -> Iterator[tuple[int, int]]:
     """(rank, ranks) of the default process group, NCCL on GPUs and gloo on CPUs, while it is there.
 
-    Only rank 0 prints: what is wrong on all ranks is said once.
+    What is wrong on all ranks is said by rank 0 alone.
+
+    Raises:
+        UnavailableError: ranks do not find each other, or there is no GPU for this one.
     """
     import torch
     import torch.distributed as dist
 
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, have = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= have:
+            raise UnavailableError(f"rank {local} of this machine needs a GPU of its own: there are {have}")
+        torch.cuda.set_device(local)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:  # torch's for peers that are missing, and for variables that are
+        raise UnavailableError(f"ranks do not find each other: {one_line(str(error), 160)}") from None
     try:
         yield dist.get_rank(), dist.get_world_size()
     except KdaError as error:
-        if dist.get_rank():
+        if dist.get_rank() and "context parallel: " in str(error):  # as all ranks say that compare their calls
             from kdacli.main import exit_code
 
             raise SystemExit(exit_code(error)) from None

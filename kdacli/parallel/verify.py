@@ -38,18 +38,14 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
         rows += _rows("FLA's context", verdicts)
         if rank:
             return
-        _print(rows, ranks, device, dist.get_backend())
-        larger = max(row["error"] / row["one_rank"] for row in rows if row["one_rank"])
-        output.say(f"errors are at most {larger:.2f} times those of the same batch on one rank")
-        if not_run is not None:
-            output.say(f"not run: chunk_kda with FLA's own context: {not_run}")
+        _print(rows, f"prefill over {ranks} ranks, {dist.get_backend()} on {device}", not_run, json_dest == "-")
         if json_dest is not None:
             head = {"schema": SCHEMA, "provenance": provenance.collect(5), "ranks": ranks, "device": device}
             output.write_json({**head, "rows": rows}, json_dest, force)
         failed = {row["case"] for row in rows if not row["passed"]}
         if failed:
             raise CheckFailedError(
-                f"{len(failed)} of {len(cases(ranks, device))} cases failed: {', '.join(sorted(failed))}"
+                f"{len(failed)} of {len({row['case'] for row in rows})} cases failed: {', '.join(sorted(failed))}"
             )
 
 
@@ -80,7 +76,8 @@ def _through_fla(ranks: int, device: str) -> tuple[list[Verdict], str | None]:
     return drop_in(case, context, None, device)[0], None
 
 
-def _print(rows: list[dict[str, Any]], ranks: int, device: str, backend: str) -> None:
+def _print(rows: list[dict[str, Any]], title: str, not_run: str | None, stderr: bool) -> None:
+    """not_run: why there is no row of FLA's context."""
     cells = [
         (
             row["case"], row["tensor"], output.fmt_sci(row["error"]), output.fmt_sci(row["one_rank"]),
@@ -90,4 +87,8 @@ def _print(rows: list[dict[str, Any]], ranks: int, device: str, backend: str) ->
         for row in rows
     ]  # fmt: skip
     columns = ("case", "tensor", "error", "one rank", "bound", "", "note")
-    output.console().print(output.table(f"prefill over {ranks} ranks, {backend} on {device}", columns, cells))
+    output.console(stderr).print(output.table(title, columns, cells))
+    larger = max(row["error"] / row["one_rank"] for row in rows if row["one_rank"])
+    output.say(f"errors are at most {larger:.2f} times those of the same batch on one rank", stderr=stderr)
+    if not_run is not None:
+        output.say(f"not run: chunk_kda with FLA's own context: {not_run}", stderr=stderr)
