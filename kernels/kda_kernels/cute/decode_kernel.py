@@ -194,6 +194,17 @@ class DecodeKernel:
             words = cute.recast_tensor(seed, Int32)
             keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
 
+        # what does not wait for the slot, while it is on its way
+        smem, tile, arrived, room = SmemAllocator(), None, None, None
+        if cutlass.const_expr(self.bulk):
+            tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
+            arrived = smem.allocate_array(Int64, spec.pieces)
+            self.begin_tile(arrived, tid)
+        if cutlass.const_expr(spec.norm is not None):
+            room = self.norm.begin(smem, tid)
+        if cutlass.const_expr(spec.cluster is not None):
+            cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
+
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
         lost = False
@@ -211,20 +222,10 @@ class DecodeKernel:
             self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
         elif live:
             inside = i_hv * (spec.V * spec.K) + row * spec.K + col
+            target, begun = None, True
             S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
-            smem, tile, arrived, target = SmemAllocator(), None, None, None
-            if cutlass.const_expr(self.bulk):
-                tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
-                arrived = smem.allocate_array(Int64, spec.pieces)
-            room, begun = None, True
-            if cutlass.const_expr(spec.norm is not None):
-                room = self.norm.begin(smem, tid)
-            if cutlass.const_expr(spec.cluster is not None):
-                cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
             if cutlass.const_expr(spec.fresh):
                 begun = started[i_n]
-            if cutlass.const_expr(spec.taps):
-                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             scales = None
             if cutlass.const_expr(self.states.scaled):
                 scales = self.states.fetch_scales(state_scales, slot, i_hv, row, lane)
@@ -233,14 +234,16 @@ class DecodeKernel:
                 self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), begun, tid)
                 if cutlass.const_expr(spec.ht is not None or self.in_place):
                     target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
-            elif cutlass.const_expr(spec.fresh):
-                S.fill(0.0)
-                if begun:
-                    self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
-            elif cutlass.const_expr(spec.h0 is not None):
-                self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
-            else:
-                S.fill(0.0)
+            # Bulk copies stand in a branch. Were these loads ahead of it, the compiler would put the convolution there,
+            # too, and the state would wait for its windows.
+            if cutlass.const_expr(spec.taps):
+                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
+            if cutlass.const_expr(not self.bulk):
+                if cutlass.const_expr(spec.h0 is None or spec.fresh):
+                    S.fill(0.0)
+                if cutlass.const_expr(spec.h0 is not None):
+                    if begun:
+                        self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
 
             shared = self.shared(smem)
             window, before = None, None
@@ -653,16 +656,17 @@ class DecodeKernel:
         return state.iterator + cute.assume(offset, divby=self.spec.vector)
 
     @cute.jit
-    def fetch_tile(self, tile, arrived, source, begun, tid: Int32):
-        """Asks for the CTA's part of a state, which begins at `source`, if there is one that has `begun`.
-
-        Others may wait for it after a barrier.
-        """
+    def begin_tile(self, arrived, tid: Int32):
+        """Barriers that count the bytes of pieces; others than the first warp may wait at them after a barrier."""
         if tid == 0:
             for i in cutlass.range_constexpr(self.spec.pieces):
                 cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
+
+    @cute.jit
+    def fetch_tile(self, tile, arrived, source, begun, tid: Int32):
+        """Asks for the CTA's part of a state, which begins at `source`, if there is one that has `begun`."""
         if tid == 0:
             size = cute.size(tile) // self.spec.pieces
             piece = cute.make_layout(size)
