@@ -26,6 +26,7 @@ class DecodeConfig(NamedTuple):
         bulk: the state comes and goes by bulk copies through shared memory, instead of through registers.
         together: of the rows that a thread has, how many it takes from there at once.
         lasting: with `bulk`, stores are hinted to be evicted from the L2 cache last, after what was only read.
+        late: with `bulk`, a state is asked for behind the convolution, so that fewer are on their way at once.
     """
 
     rows: int = 16
@@ -34,6 +35,7 @@ class DecodeConfig(NamedTuple):
     bulk: bool = False
     together: int = 1
     lasting: bool = False
+    late: bool = False
 
     @classmethod
     @functools.cache
@@ -89,8 +91,9 @@ class DecodeConfig(NamedTuple):
         if rows <= 32:
             return cls(rows, ctas=4 if one_token else 3)
         if streamed:
-            lasting = not narrow and heads * K * V > LASTING
-            return cls(rows, ctas=4 if narrow else 3, bulk=True, together=2, lasting=lasting)
+            if narrow:
+                return cls(rows, ctas=4, bulk=True, together=2)
+            return cls(rows, 128, 3, True, 2, lasting=heads * K * V > LASTING, late=heads >= 6 * sms)
         return cls(rows, threads=256, ctas=2)
 
 

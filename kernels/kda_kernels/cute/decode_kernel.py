@@ -226,6 +226,8 @@ class DecodeKernel:
             S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
             if cutlass.const_expr(spec.fresh):
                 begun = started[i_n]
+            if cutlass.const_expr(spec.taps and spec.config.late):
+                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             scales = None
             if cutlass.const_expr(self.states.scaled):
                 scales = self.states.fetch_scales(state_scales, slot, i_hv, row, lane)
@@ -234,9 +236,9 @@ class DecodeKernel:
                 self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), begun, tid)
                 if cutlass.const_expr(spec.ht is not None or self.in_place):
                     target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
-            # Bulk copies stand in a branch. Were these loads ahead of it, the compiler would put the convolution there,
-            # too, and the state would wait for its windows.
-            if cutlass.const_expr(spec.taps):
+            # Bulk copies stand in a branch. Where these loads are ahead of it, the compiler puts the convolution there,
+            # too, and the state waits for its windows.
+            if cutlass.const_expr(spec.taps and not spec.config.late):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             if cutlass.const_expr(not self.bulk):
                 if cutlass.const_expr(spec.h0 is None or spec.fresh):

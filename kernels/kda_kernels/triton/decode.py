@@ -59,8 +59,8 @@ class DecodeConfig:
             With a convolution or a norm it is all of them.
         num_warps: of a program. With one warp every reduction over K and every change of layout stays inside it: no
             barrier, no shared memory.
-        piece: of one token's BV rows a program takes so many at a time, and has asked for the next; 0: all at once. Where a
-            state is all that there is beside a token, and lies V-first.
+        piece: a program takes so many of its rows at a time, while the next are on their way; 0: all at once, as
+            everywhere but with one token each and a state V-first, of no more channels than K.
         registers: a limit per thread. On sm_86 ptxas spills to get down to 128, with which 16 programs of a warp share
             a multiprocessor; with 168, or with the 140 that it takes on sm_80, 12 do. None: ptxas chooses.
     """
@@ -86,7 +86,7 @@ class DecodeConfig:
         """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors.
 
         `generation` is `kda_kernels.triton.runtime.generation`. `rounded`: states are int16, or rounded stochastically.
-        `streamed`: they can be taken in pieces.
+        `streamed`: they are of two bytes and can be taken in pieces.
         """
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
@@ -94,8 +94,8 @@ class DecodeConfig:
         # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
-        if streamed and rounded and generation >= 8 and BV == 16 and rows == V == 128:
-            return cls(BV=rows, num_warps=4, piece=32)
+        if streamed and generation >= 8 and BV == 16 and V == rows >= 64:
+            return cls(BV=rows, num_warps=2, piece=BV)
         if rounded and BV == 16 and rows >= 32 and generation == 9:  # two warps share the channels' work
             return cls(BV=32, num_warps=2)
         return cls(BV=BV, registers=168 if generation == 8 else None)
@@ -149,8 +149,9 @@ def decode(
     conv, norm = inputs.conv, inputs.norm
     whole = conv is not None or norm is not None
     streamed = (
-        not (packed or whole) and T == 1 and h0 is not None and inputs.state_v_first and K == next_power_of_2(K)
-        and inputs.has_initial_state is None and inputs.num_accepted_tokens is None and kept is None
+        not (packed or whole) and T == 1 and h0 is not None and h0.element_size() == 2 and inputs.state_v_first
+        and K == next_power_of_2(K) and inputs.has_initial_state is None and inputs.num_accepted_tokens is None
+        and kept is None
     )  # fmt: skip
     if config is None and whole:
         config = DecodeConfig.whole(K, V)

@@ -122,7 +122,7 @@ def _in_pieces(
     p_h0, p_ht, p_scales, p_v, p_o, b_q, b_k, b_decay, b_beta, seed, slot, first_row,
     K: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One token through BV rows of a state, PIECE of them at a time: the next ones are on their way meanwhile.
+    """One token through BV rows of a state, PIECE of them at a time: the next two are on their way meanwhile.
 
     Args:
         p_h0, p_ht: where these rows of K channels begin; p_ht None: they are not kept. p_scales, p_v, p_o: theirs.
@@ -131,7 +131,7 @@ def _in_pieces(
     o_k = tl.arange(0, K)
     b_qk = tl.sum(b_k * b_q)
     next_v = tl.load(p_v + tl.arange(0, PIECE))
-    for i in tl.range(0, BV // PIECE, num_stages=2):
+    for i in tl.range(0, BV // PIECE, num_stages=3):
         o_v = i * PIECE + tl.arange(0, PIECE)
         m_v = o_v < BV
         o_h = o_v[:, None] * K + o_k[None, :]
