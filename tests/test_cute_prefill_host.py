@@ -14,7 +14,7 @@ import torch
 from decode_inputs import close
 from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
-from kda_kernels import registry, serving
+from kda_kernels import registry
 from kda_kernels.api import chunk_kda_fwd
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute import runtime
@@ -113,7 +113,7 @@ def test_chunk_kda_fwd_goes_the_short_way_again(made, monkeypatch):
     first, second = plain(lens=[3, 2]), plain(lens=[1, 4, 2])
     call(first)
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "Inputs", None)  # what a call makes that goes the long way
+        patch.setattr("kda_kernels.run.check", None)  # what a call does that goes the long way
         found = [(final, *call(second, final_state=final)) for final in (None, torch.empty_like(second.state))]
     for final, o, left in found:
         close(o, recurrence(second).o)

@@ -232,7 +232,10 @@ def decode_again(call: tuple, out: "torch.Tensor") -> bool:
 
 
 def prefill_again(call: tuple, out: "torch.Tensor", final_state: "torch.Tensor | None" = None) -> bool:
-    """`prefill`, if this call is like the one before but for its lengths; as `decode_again`."""
+    """`prefill`, if this call is like the one before but for its lengths; as `decode_again`.
+
+    A seed and scales are not looked at: a call that has them is another one.
+    """
     cute = sys.modules.get("kda_kernels.cute.prefill")
     return cute is not None and cute.again(call, out, final_state)
 

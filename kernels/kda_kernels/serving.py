@@ -217,8 +217,7 @@ def kda_prefill(
     if group is not None:
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    plain = plain and seed is None and state_scales is None  # which cute kernels that are called again do not see
-    plain = plain and chunk_indices is None
+    plain = plain and chunk_indices is None and seed is None and state_scales is None
     if plain and (room := _room_for(v, out)) is not None and registry.prefill_again(call, room):
         return room
     inputs = Inputs(*call)
@@ -336,20 +335,10 @@ def chunk_kda_fwd(
     options = options_of(
         raw, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale, lower_bound
     )
-    call = (
+    inputs = Inputs(
         q, k, v, g, beta, options, A_log, dt_bias, initial_state, state_indices, cu_seqlens, state_v_first,
-        output_final_state, None, None, None, True, None, None, checkpoints, False, None, cu_seqlens_cpu, None, None,
-        None, None,
+        output_final_state, checkpoints=checkpoints, cu_seqlens_cpu=cu_seqlens_cpu,
     )  # fmt: skip
-    plain = checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    plain = plain and chunk_indices is None and state_indices is None
-    if plain and (room := _room_for(v, out)) is not None:
-        final = final_state
-        if output_final_state and final is None and initial_state is not None:
-            final = _room_for(initial_state, None)
-        if (final is not None) == output_final_state and registry.prefill_again(call, room, final):
-            return room, final
-    inputs = Inputs(*call)
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
         names = {"state": "initial_state"}
@@ -398,7 +387,7 @@ def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _room_for(v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-    """Where what is like v goes; None: v is no tensor, which a check will say."""
+    """Where o goes; None: v is no tensor, which a check will say."""
     if out is None and isinstance(v, torch.Tensor):
         return torch.empty_like(v, memory_format=torch.contiguous_format)
     return out
