@@ -13,7 +13,7 @@ import torch
 from kda_kernels.api import Checkpoints, GatedNorm, kda_decode, kda_prefill, kda_step
 from kda_kernels.engines.sglang import NAME, STEP
 from kda_kernels.engines.vllm_calls import convolution, split_packed
-from kda_kernels.engines.weights import apart
+from kda_kernels.engines.weights import apart, counted
 from kda_kernels.problem import CHUNK
 
 log = logging.getLogger("sglang.kda")
@@ -153,11 +153,12 @@ class KdaKernel:
             NotImplementedError: states inside the prompts are to be read from anywhere else.
         """
         if return_intermediate_states and track_state is None:
-            _refuse("the states of all chunks", track_ssm_h_src if _any(track_ssm_h_src) else None)
+            wanted = track_ssm_h_src is not None and len(track_ssm_h_src) > 0
+            _refuse("the states of all chunks", wanted or None)
         kept = None
         if track_state is not None and track_chunk_idx is not None:
             track_state.copy_(ssm_states[cache_indices.clamp(min=0)])  # what comes before chunk 0
-            rows = torch.arange(len(track_state), dtype=torch.int32, device=track_state.device)
+            rows = counted(len(track_state), track_state.device)
             kept = Checkpoints(track_state, rows, track_chunk_idx * CHUNK)
         raw = A_log is not None
         o = kda_prefill(
@@ -241,10 +242,6 @@ def kda_fused_decode(
 def _gates(g: torch.Tensor, beta: torch.Tensor, v: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
     """g [1, T, HV, K] and beta [1, T, HV] of tensors with these elements."""
     return g.reshape(*v.shape[:3], K), beta.reshape(v.shape[:3])
-
-
-def _any(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.numel() > 0
 
 
 def _refuse(what: str, given: Any) -> None:
