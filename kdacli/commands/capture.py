@@ -95,7 +95,7 @@ def command(
     Examples:
       kda capture --target fla.ops.kda:chunk_kda --calls 3 --out dumps -- python serve.py
       kda capture --target vllm --ranks 0 --layers 0,3 --out dumps -- vllm serve MODEL --enforce-eager
-      kda capture --target sglang --layers 0 --replays 1,10,100 --out dumps -- python -m sglang.launch_server ...
+      kda capture --target sglang --layers 0 --replays 1,10,100 --out dumps -- sglang serve ...
       kda capture --target mine.kernels:kda --name gates=g --out dumps -- torchrun --nproc-per-node 2 train.py
     """
     from kdacli.capture import launch
