@@ -40,27 +40,36 @@ def run_prefill(
     final_state: torch.Tensor | None = None,
 ) -> Outputs:
     """Checks a call, with the caller's names for its arguments, and runs it; see `registry.prefill`."""
-    if kernel is None and chunk_indices is None and (outputs := _prefill_again(inputs, out, final_state)) is not None:
-        return outputs
+    o, ht = out, final_state
+    if kernel is None and chunk_indices is None and checks.CHECK_VALUES != "1":
+        o, ht = _room(inputs, out, final_state)
+        if o is not None and _is_again(inputs, o, ht):
+            final = ht if inputs.state_indices is None else inputs.state
+            return Outputs(o, final if inputs.output_final_state else None)
     check(inputs, names)
     check_out(out, inputs.v)
     check_final_state(final_state, inputs)
     check_chunk_indices(chunk_indices, inputs.cu_seqlens)
-    return registry.prefill(inputs, out, final_state=final_state, chunk_indices=chunk_indices, kernel=kernel)
+    return registry.prefill(inputs, o, final_state=ht, chunk_indices=chunk_indices, kernel=kernel)
 
 
-def _prefill_again(inputs: Inputs, out: torch.Tensor | None, final_state: torch.Tensor | None) -> Outputs | None:
-    """A call like the one before, whose function checks it: a third of the host time. None: it is not."""
-    if checks.CHECK_VALUES == "1" or inputs.rounding_seed is not None or inputs.state_scales is not None:
-        return None
-    pooled, wanted = inputs.state_indices is not None, inputs.output_final_state
-    if final_state is not None and (pooled or not wanted):
-        return None
+def _room(
+    inputs: Inputs, out: torch.Tensor | None, final_state: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where o and final states without a pool go; as given, where these are no such tensors, as a check will say."""
     try:
         o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
-        ht = inputs.new_final_state() if wanted and not pooled and final_state is None else final_state
-    except (AttributeError, IndexError, RuntimeError, TypeError):  # these are no such tensors, as a check will say
-        return None
-    if not registry.prefill_again(inputs.fields(), o, ht):
-        return None
-    return Outputs(o, (inputs.state if pooled else ht) if wanted else None)
+        if final_state is None and inputs.output_final_state and inputs.state_indices is None:
+            return o, inputs.new_final_state()
+        return o, final_state
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return out, final_state
+
+
+def _is_again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> bool:
+    """Whether it was a call like the one before, whose function checks it: a third of the host time."""
+    if inputs.rounding_seed is not None or inputs.state_scales is not None:
+        return False
+    if ht is not None and not (inputs.output_final_state and inputs.state_indices is None):
+        return False
+    return registry.prefill_again(inputs.fields(), o, ht)

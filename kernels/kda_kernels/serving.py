@@ -126,8 +126,9 @@ def kda_decode(
     if state is None or state_indices is None:
         raise _no_pool(state)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    if plain and (room := _room_for(v, out)) is not None and registry.decode_again(call, room):
-        return room
+    out = _room_for(v, out) if plain else out
+    if plain and out is not None and registry.decode_again(call, out):
+        return out
     inputs = Inputs(*call)
     return forward_only(lambda: (run_decode(inputs, out, None, kernel).o,), inputs)[0]
 
@@ -218,8 +219,9 @@ def kda_prefill(
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     plain = plain and chunk_indices is None and seed is None and state_scales is None
-    if plain and (room := _room_for(v, out)) is not None and registry.prefill_again(call, room):
-        return room
+    out = _room_for(v, out) if plain else out
+    if plain and out is not None and registry.prefill_again(call, out):
+        return out
     inputs = Inputs(*call)
     return forward_only(lambda: (run_prefill(inputs, out, chunk_indices, kernel).o,), inputs)[0]
 
