@@ -1,7 +1,7 @@
-"""SGLang's decode step where its fused kernel does not run: a convolution, packed decode and a gated norm, each a kernel.
+"""SGLang's decode step where its fused kernel does not run: a convolution, packed decode and a gated norm.
 
-Written against SGLang 0.5.23, `KimiDeltaAttention` and `kda_backend.py`: what the fusion of a step saves is the distance
-to this chain.
+Written against SGLang 0.5.23, `KimiDeltaAttention` and `kda_backend.py`. What the fusion of a step saves is the
+distance to this chain of three kernels.
 """
 
 import dataclasses

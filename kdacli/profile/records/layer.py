@@ -50,6 +50,7 @@ def costs(model: str, tp: int, rows: Sequence[Row]) -> LayerCosts:
         found.append(LayerCost(row.op, row.gates, row.kernel, tokens, row.median_us, ms, low, high, tokens / ms))
     apart = {(cost.gates, cost.tokens): cost.ms for cost in found if cost.kernel == UNFUSED}
     for i, cost in enumerate(found):
-        if cost.op == Op.STEP and cost.kernel != UNFUSED and (chain := apart.get((cost.gates, cost.tokens))) is not None:
+        chain = apart.get((cost.gates, cost.tokens)) if cost.op == Op.STEP and cost.kernel != UNFUSED else None
+        if chain is not None:
             found[i] = dataclasses.replace(cost, saved_ms=chain - cost.ms)
     return LayerCosts(model, tp, preset.kda_layers, preset.layers, found)
