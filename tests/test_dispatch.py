@@ -333,7 +333,7 @@ def test_kda_decode_on_a_gpu(monkeypatch):
     if (reason := cute.unsupported()) is not None:
         pytest.skip(reason)
     used = []
-    monkeypatch.setattr(cute, "_call", lambda *args, real=cute._call: used.append("cute-decode") or real(*args))
+    monkeypatch.setattr(cute, "_launch", lambda *args, real=cute._launch: real(*args) or used.append("cute-decode"))
     for sizes, kernel in (({"K": 128, "V": 128}, "cute-decode"), ({"K": 60, "V": 100}, "triton-decode")):
         inputs = pooled(**sizes)
         assert inputs.q.device.type == DEVICE == "cuda"
