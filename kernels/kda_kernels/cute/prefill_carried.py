@@ -12,7 +12,7 @@ import torch
 
 from kda_kernels.cute import prefill
 from kda_kernels.cute.prefill_config import CHUNK, Part
-from kda_kernels.cute.prefill_plan import SCAN, START, plan
+from kda_kernels.cute.prefill_plan import CARRIED_SCAN, CARRIED_START, plan
 from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs
@@ -33,7 +33,7 @@ def units_of(tokens: int, HV: int, sms: int) -> int:
     chunks = cdiv(tokens, CHUNK)
 
     def cost(units: int) -> float:
-        return cdiv(2 * HV * units, sms) * (cdiv(chunks, units) + START) + units * SCAN
+        return cdiv(2 * HV * units, sms) * (cdiv(chunks, units) + CARRIED_START) + units * CARRIED_SCAN
 
     return min(range(1, min(chunks, MOST_UNITS) + 1), key=cost)
 
@@ -53,8 +53,8 @@ def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int] | None:
     split = plan(1, tokens, HV, sms).split
     if split is None:
         waves = cdiv(2 * HV, sms - HV) if HV < sms else 0  # of the unit's CTAs, beside the first segment's
-        size = int((chunks + START - waves * START) / (waves + 1))
-        if waves and size > 0 and chunks - size + START + SCAN < (chunks + START) / BUSY:
+        size = int((chunks + CARRIED_START - waves * CARRIED_START) / (waves + 1))
+        if waves and size > 0 and chunks - size + CARRIED_START + CARRIED_SCAN < (chunks + CARRIED_START) / BUSY:
             return (chunks - size) * CHUNK, size * CHUNK
         return last, CHUNK
     rounds = split.rounds(1, tokens, False)

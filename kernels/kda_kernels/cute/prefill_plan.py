@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from kda_kernels.cute.prefill_config import CHUNK
 
-# In units of the time of a chunk, 2.1 us on an H100 (`docs/notes/prefill-cute.md`):
-START = 7.0  # of a CTA, until its first chunk is ready and after its last
-SCAN = 1.0  # a unit in the states between them
-LAUNCHES = 1.5  # one more of them
-ADD = 0.005  # a chunk and head in the sum of outputs, on the whole GPU: 24 KB at 2.3 TB/s
+# In units of the time of a chunk, 2.3 us on an H200 (`docs/notes/prefill-cute.md`):
+START = 4.6  # of a CTA, until its first chunk is ready and after its last
+SCAN = 0.35  # a unit in the states between them
+LAUNCHES = 2.3  # the join, but for its units
+ADD = 0.003  # a chunk and head in the sum of outputs, on the whole GPU
+CARRIED_START, CARRIED_SCAN = 7.0, 1.0  # the first two of sequences cut between ranks, whose states Triton's scan makes
 GAIN = 1.1  # what a split must promise: with all SMs busy each is slower (P1, by hand: 583 us, promised 530, whole 554)
 MOST = 64  # units per sequence and round
 CHOICES = 4  # numbers of waves that `plan` looks at
@@ -107,10 +108,11 @@ def _plan(sequences: int, chunks: int, HV: int, sms: int) -> Plan:
                 continue
             for size in (shorter, shorter + 1) if shorter else (1,):
                 longer = max(ours - n * size, size)
-                each = n * (SCAN + size * adding)
+                behind = -((longer - ours) // size)  # the longest segment may have taken a unit's tokens
+                each = behind * (SCAN + size * adding)
                 if longer + START + each >= best:
                     continue
-                cost = makespan(sms, (heads, longer + START), (2 * n * heads, size + START)) + each
+                cost = makespan(sms, (heads, longer + START), (2 * behind * heads, size + START)) + each
                 if cost < best and longer < ours:
                     best, lead, segment = cost, longer, size
         if units == most:

@@ -8,7 +8,7 @@ import functools
 
 from kda_kernels.cute.prefill_carried import BUSY, begun_split, units_of
 from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import SCAN, START
+from kda_kernels.cute.prefill_plan import CARRIED_SCAN, CARRIED_START
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK as STEP
 
@@ -18,16 +18,16 @@ def carried_cost(tokens: int, HV: int, sms: int) -> float:
     if not tokens:
         return 0.0
     chunks, units = cdiv(tokens, CHUNK), units_of(tokens, HV, sms)
-    return cdiv(2 * HV * units, sms) * (cdiv(chunks, units) + START) + units * SCAN
+    return cdiv(2 * HV * units, sms) * (cdiv(chunks, units) + CARRIED_START) + units * CARRIED_SCAN
 
 
 def begun_cost(tokens: int, HV: int, sms: int) -> float:
     """Of the part where a sequence begins, until its state is there."""
     split = begun_split(tokens, HV, sms)
     if split is None or split[1] == CHUNK:
-        return cdiv(HV, sms) * (cdiv(tokens, CHUNK) + START) / BUSY
+        return cdiv(HV, sms) * (cdiv(tokens, CHUNK) + CARRIED_START) / BUSY
     lead, segment = split
-    return lead / CHUNK + START + cdiv(tokens - lead, segment) * SCAN
+    return lead / CHUNK + CARRIED_START + cdiv(tokens - lead, segment) * CARRIED_SCAN
 
 
 @functools.lru_cache(maxsize=256)
