@@ -186,6 +186,16 @@ def test_fp16_of_any_size(monkeypatch, sizes, way):
 
 
 @every_way
+@pytest.mark.parametrize("size", [2.0**-60, 2.0**60])
+def test_states_of_any_size(monkeypatch, size, way):
+    """Where segments are joined states are multiplied in fp16, in units of powers of two."""
+    split(monkeypatch, way)
+    inputs = plain([5 * CHUNK + 3])
+    g, v = torch.full_like(inputs.g, -8.0), torch.zeros_like(inputs.v)
+    check(dataclasses.replace(inputs, g=g, v=v, state=inputs.state * size))
+
+
+@every_way
 @pytest.mark.parametrize("A_log", [-7.0, 0.0, 5.3, 89.0])
 def test_fp16_with_gates_of_any_strength(monkeypatch, A_log, way):
     split(monkeypatch, way)
