@@ -1,5 +1,5 @@
-"""A whole and a split prefill of a few tokens, gates with and without a bound, bf16 and fp16, for compute-sanitizer on
-a Hopper GPU; with words only the runs whose names have them all:
+"""A whole and a split prefill of a few tokens, and one that keeps states on the way, gates with and without a bound, bf16
+and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them all:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
 KDA_SANITIZE=1 compute-sanitizer --tool racecheck --print-limit 0 python tests/sanitizer/prefill.py softplus split
@@ -17,17 +17,25 @@ from kda_kernels.checks import check_inputs
 from kda_kernels.cute import prefill as module
 from kda_kernels.cute.prefill_plan import Split
 from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.tensors import Checkpoints
 from kdacli.synthetic import make_inputs
 
 GATES = {"safe": Options(gate=Gate.SAFE, lower_bound=-5.0), "softplus": Options(gate=Gate.SOFTPLUS)}
 KINDS = (("safe", "bfloat16"), ("softplus", "bfloat16"), ("softplus", "float16"))
-WAYS = {"whole": ((70, 0, 33, 1), None), "split": ((200, 20), Split(lead=64, segment=64, limit=256))}
+WAYS = {
+    "whole": ((70, 0, 33, 1), None),
+    "kept": ((200, 64), None),
+    "split": ((200, 20), Split(lead=64, segment=64, limit=256)),
+}
 
 
 def run(gate: str, dtype: str, way: str) -> None:
     lens, split = WAYS[way]
     dtypes = {"dtype": dtype, "g_dtype": dtype, "beta_dtype": dtype}
     inputs = make_inputs(Problem(Op.PREFILL, lens, H=1, HV=1, options=GATES[gate], **dtypes), device="cuda")
+    if way == "kept":
+        states = torch.empty(inputs.state_shape(6), dtype=inputs.k.dtype, device="cuda")
+        inputs.checkpoints = Checkpoints(states, torch.arange(6, device="cuda").view(2, 3), every=64)
     check_inputs(inputs)
     module._split = lambda *shape: split
     outputs = module.prefill(inputs)

@@ -42,7 +42,7 @@ def _arguments(spec: PrefillSpec) -> tuple:
         if dtype is None:
             return None
         shape, inner = (outer, HV, spec.V, spec.K), (spec.V * spec.K, spec.K, 1)
-        return stand_in(dtype, shape, (cute.sym_int64(divisibility=4), *inner), 16)
+        return stand_in(dtype, shape, (cute.sym_int64(divisibility=128 // DTYPES[dtype].width), *inner), 16)
 
     def table(dtype: str | None):
         """[N, C]."""

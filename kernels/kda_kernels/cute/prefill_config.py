@@ -101,6 +101,11 @@ class PrefillSpec:
         return 2 if self.allow_neg_eigval else 1
 
     @property
+    def keeps(self) -> bool:
+        """Whether states leave on the way, as checkpoints."""
+        return self.kept is not None and self.part.reads
+
+    @property
     def out_buffers(self) -> int:
         """For o on its way out: two, if shared memory has room."""
         return 1 if self.g == "float32" else 2

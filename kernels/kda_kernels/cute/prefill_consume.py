@@ -22,8 +22,8 @@ from kda_kernels.cute.prefill_config import (
     Part,
     PrefillSpec,
 )
-from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
-from kda_kernels.cute.prefill_work import Barrier, Products, States, Work
+from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, piece, swizzled, vector
+from kda_kernels.cute.prefill_work import Barrier, Exit, Products, States, Work
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,
@@ -33,6 +33,7 @@ from kda_kernels.cute.ptx import (
     rest,
     select,
     send_bytes,
+    store_matrices,
     store_transposed,
 )
 
@@ -72,12 +73,12 @@ class Consumer:
         out = cute.make_rmem_tensor(w.shape, Float32)
         S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), self.element)
         w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
-        keeps = cutlass.const_expr(spec.kept is not None and spec.part.reads)
         squares = 1 + spec.inverse_parts  # a stage
         exponents = cute.make_rmem_tensor(2, Int32)  # S and what is added to it is times 2 to that, row by row
         exponents.fill(0)
         if cutlass.const_expr(spec.scaled):
             self.scale_state(S, exponents)
+        owed = Int32(-1)  # the stage from which a state leaves
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
@@ -90,6 +91,11 @@ class Consumer:
                 self.decay(S, decay, col, True)
             else:
                 self.invert_in_turn(shared, chunk, stage, group, warp, lane)
+            if cutlass.const_expr(spec.keeps):
+                if owed >= 0 and warp == 0:  # by now it has left
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    arrive(shared.empty + owed, lane, spec.each_arrives)
+                owed = Int32(-1)
             self.round(S, S_operand)
             self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
@@ -127,11 +133,11 @@ class Consumer:
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, chunk, stage, warp, lane, exponents)
             warpgroup.wait_group(0)
-            # the stage is not empty where its decays are read once more
+            # the stage is not empty where its decays are read once more, or a state leaves from it
             late, position = False, work.begin + (chunk + 1) * CHUNK
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 late = chunk & 1 == 1
-            elif cutlass.const_expr(spec.bounded and keeps):
+            elif cutlass.const_expr(spec.keeps):
                 late = position % ALIGNMENT == 0
             if not late:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
@@ -144,15 +150,18 @@ class Consumer:
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
                     self.scale_state(S, exponents)
-            if cutlass.const_expr(keeps):
+            if cutlass.const_expr(spec.keeps):
                 if tokens >= CHUNK and work.kind == 0 and work.index == 0:
                     if cutlass.const_expr(spec.scaled):
                         self.scale_rows(S, self.powers(exponents, -1))
-                    self.keep(S, decay + spec.K, states, work, position, inside)
+                    self.keep(S, decay, states, work, position, Exit(atoms[-1], tiles[-1], shared, stage, group, p))
                     if cutlass.const_expr(spec.scaled):
                         self.scale_rows(S, self.powers(exponents))
             if late:
-                arrive(shared.empty + stage, lane, spec.each_arrives)
+                if cutlass.const_expr(spec.keeps):
+                    owed = stage
+                if warp != 0 or not spec.keeps:
+                    arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
@@ -190,7 +199,7 @@ class Consumer:
         if cutlass.const_expr(spec.part.splits):
             if work.index == 0 and work.begin > 0:
                 self.load_state(S, states.starts, Int64(work.i_n), inside)
-        if cutlass.const_expr(spec.kept is not None and spec.part.reads):
+        if cutlass.const_expr(spec.keeps):
             if work.index == 0 and work.kind == 0 and work.begin == 0:
                 self.mark_unaligned(states, work, inside)
         return S
@@ -564,23 +573,97 @@ class Consumer:
                 S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
 
     @cute.jit
-    def keep(self, S, decay, states: States, work: Work, position: Int32, inside: Int32):
+    def keep(self, S, decay, states: States, work: Work, position: Int32, way: Exit):
         """The state after `position` tokens of a sequence into the rows of the checkpoints that are there."""
         if position % ALIGNMENT == 0:
             if cutlass.const_expr(self.spec.every):
                 column = position // states.every - 1
                 if position % states.every == 0 and column < states.rows.shape[1]:
-                    self.keep_row(S, decay, states, work.i_n, column, inside)
+                    self.keep_row(S, decay, states, work, column, way)
             else:
                 for column in cutlass.range(states.rows.shape[1], unroll=1):
                     if Int32(states.offsets[work.i_n, column]) == position:
-                        self.keep_row(S, decay, states, work.i_n, column, inside)
+                        self.keep_row(S, decay, states, work, column, way)
 
     @cute.jit
-    def keep_row(self, S, decay, states: States, i_n: Int32, column: Int32, inside: Int32):
+    def keep_row(self, S, decay, states: States, work: Work, column: Int32, way: Exit):
         """Of S in the middle of a chunk what it is at its end."""
-        as_it_is = cutlass.const_expr(self.spec.invariant or not self.spec.bounded)
-        self.store_row(S, states, i_n, column, inside, None if as_it_is else decay)
+        row = Int64(states.rows[work.i_n, column])
+        if row >= 0 and row < states.kept.shape[0]:
+            self.send_tile(S, decay + self.spec.K, states.kept.element_type, work.i_hv, Int32(row), way)
+
+    def at_once(self, dtype) -> int:
+        """Channels of a checkpoint for which a stage has room."""
+        return self.spec.K * 16 // dtype.width
+
+    @cute.jit
+    def send_tile(self, S, decay, dtype: cutlass.Constexpr, i_hv: Int32, row: Int32, way: Exit):
+        """S diag(2^decay), or S if it is at a chunk's end already, to a checkpoint's row.
+
+        A warpgroup's 64 value channels take the place of [kE; qE], the other's that of kI. The first warp has to wait
+        until they have left before it says that the stage is empty.
+        """
+        shared, group, warp, lane = way.shared, way.group, way.p >> 5, way.p & 31
+        size, in_the_middle = self.at_once(dtype), self.spec.bounded and not self.spec.invariant
+        place = piece(shared.rows, group * STAGES + way.stage, 2 * CHUNK * self.spec.K)
+        place = cute.recast_ptr(place, dtype=dtype)
+        here, there = by_chunk(way.atom, way.tiles[None, None, i_hv, row], place, 0, size, 64)
+        factors = None
+        for part in cutlass.range_constexpr(self.spec.K // size):
+            if cutlass.const_expr(part > 0 or not self.spec.every):  # without `every` it may go to two rows
+                if warp == 0:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)  # what was there is not needed
+            if cutlass.const_expr(in_the_middle and part == 0):
+                factors = self.powers_of(decay, shared, way.stage, group, warp, lane) + 2 * (lane & 3)
+            for j in cutlass.range_constexpr(0, size // 8, 2):
+                values = cute.make_rmem_tensor(8, Float32)
+                for i in cutlass.range_constexpr(8):
+                    values[i] = S[4 * (part * (size // 8) + j) + i]
+                if cutlass.const_expr(in_the_middle):
+                    for n in cutlass.range_constexpr(2):
+                        pair = vector(factors, part * size + 8 * (j + n)).load()
+                        for i in cutlass.range_constexpr(4):
+                            values[4 * n + i] = values[4 * n + i] * pair[i % 2]
+                self.put(values, place, j, dtype, warp, lane)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=Barrier.SEND + group, number_of_threads=128)
+            if warp == 0:
+                cute.copy(way.atom, here, there[None, group, part])
+                cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def put(self, values, place, j: cutlass.Constexpr[int], dtype: cutlass.Constexpr, warp: Int32, lane: Int32):
+        """Two neighbouring 8 columns of a warp's 16 rows into a tile of 64, from column 8 j on."""
+        if cutlass.const_expr(dtype.width == 16):
+            # 4 matrices of 8 rows at once, below each other and then beside: lanes give the addresses of rows
+            rounded = cute.make_rmem_tensor(8, dtype)
+            rounded.store(values.load().to(dtype))
+            words = cute.recast_tensor(rounded, Int32)
+            target = place + swizzled(16 * warp + (lane & 15), j + (lane >> 4), 8, dtype, 64)
+            store_matrices(target, tuple(words[i] for i in range(4)))
+        else:
+            for n in cutlass.range_constexpr(2):
+                for h in cutlass.range_constexpr(2):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    for e in cutlass.range_constexpr(2):
+                        pair[e] = values[4 * n + 2 * h + e]
+                    row = 16 * warp + (lane >> 2) + 8 * h
+                    vector(place, swizzled(row, 4 * (j + n) + (lane & 3), 2, dtype, 64)).store(pair.load())
+
+    @cute.jit
+    def powers_of(self, decay, shared, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+        """2^decay of all channels, made once a warp, where the stage's values were."""
+        K = self.spec.K
+        place = stage * (CHUNK * self.spec.V // 2) + (4 * group + warp) * K
+        values = cute.recast_ptr(shared.v, dtype=Float32) + cute.assume(place, divby=K)
+        mine = cute.make_rmem_tensor(4, Float32)
+        mine.store(vector(decay, 4 * lane, 4).load())
+        for i in cutlass.range_constexpr(4):
+            mine[i] = exp2_approx(mine[i])
+        vector(values, 4 * lane, 4).store(mine.load())
+        cute.arch.sync_warp()
+        return values
 
     @cute.jit
     def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32, decay=None):

@@ -120,6 +120,8 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             tiles.append(self.by_tile(o, store, 64, dense))
             if cutlass.const_expr(reads is not None):
                 tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
+            if cutlass.const_expr(self.spec.keeps):
+                tiles.append(self.by_tile(kept, store, self.at_once(kept.element_type), (2, 3, 1, 0), 64))
             self.kernel(
                 [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
                 state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
@@ -160,7 +162,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
     @cute.kernel
     def kernel(
         self,
-        atoms: list[cute.CopyAtom],  # of q, k, v, g, o and reads
+        atoms: list[cute.CopyAtom],  # of q, k, v, g, o, reads and checkpoints
         tiles: list[cute.Tensor],
         g_dtype: cutlass.Constexpr,
         beta: cute.Tensor,

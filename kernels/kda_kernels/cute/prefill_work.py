@@ -65,6 +65,22 @@ class States:
 
 
 @dataclasses.dataclass(frozen=True)
+class Exit:
+    """Where a warpgroup's part of a checkpoint leaves from: what a chunk's operands took of shared memory.
+
+    Attributes:
+        atom, tiles: of the checkpoints. shared: all of it. stage: the chunk's. group, p: the warpgroup, its thread.
+    """
+
+    atom: cute.CopyAtom
+    tiles: cute.Tensor
+    shared: Any
+    stage: Int32
+    group: Int32
+    p: Int32
+
+
+@dataclasses.dataclass(frozen=True)
 class Products:
     """How each product is made."""
 
