@@ -1,5 +1,5 @@
-"""A whole and a split prefill of a few tokens, and one that keeps states on the way, gates with and without a bound, bf16
-and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them all:
+"""A whole and a split prefill of a few tokens, and a whole one that keeps states on the way, gates with and without a
+bound, bf16 and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them all:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
 KDA_SANITIZE=1 compute-sanitizer --tool racecheck --print-limit 0 python tests/sanitizer/prefill.py softplus split
