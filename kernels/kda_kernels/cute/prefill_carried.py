@@ -22,8 +22,6 @@ from kda_kernels.triton.segment_outputs import add_segment_outputs
 from kda_kernels.triton.segment_scan import Segments, scan_segments
 
 MOST_UNITS = 128
-# What a chunk takes where no SM is idle, over one where a quarter is: on two H200 2.27 to 2.29 us over 2.14 to 2.18.
-BUSY = 1.05
 Functions = dict[Part, Callable[..., Any]]  # compiled, of one kind of call
 
 
@@ -42,20 +40,13 @@ def begun_split(tokens: int, HV: int, sms: int) -> tuple[int, int] | None:
     """Tokens of the first and of other segments of a sequence that begins here; None: it is a single chunk.
 
     As `plan` cuts it, but in one round, so that its final state is known before anything is added to outputs. What
-    `plan` leaves whole has a unit on the SMs that its heads leave idle, as `plan` does not, since adding to outputs
-    costs more; here later ranks take longer for theirs. Where that gains nothing it is cut before its last chunk: then
-    its state comes in fp32 from the scan, as that of others.
+    `plan` leaves whole is cut before its last chunk: then its state comes in fp32 from the scan, as that of others.
     """
-    chunks = cdiv(tokens, CHUNK)
-    last = (chunks - 1) * CHUNK
+    last = (cdiv(tokens, CHUNK) - 1) * CHUNK
     if not last:  # of a pool, a first segment without tokens hands no state on
         return None
     split = plan(1, tokens, HV, sms).split
     if split is None:
-        waves = cdiv(2 * HV, sms - HV) if HV < sms else 0  # of the unit's CTAs, beside the first segment's
-        size = int((chunks + CARRIED_START - waves * CARRIED_START) / (waves + 1))
-        if waves and size > 0 and chunks - size + CARRIED_START + CARRIED_SCAN < (chunks + CARRIED_START) / BUSY:
-            return (chunks - size) * CHUNK, size * CHUNK
         return last, CHUNK
     rounds = split.rounds(1, tokens, False)
     return min(split.lead * rounds, last), split.segment * rounds
