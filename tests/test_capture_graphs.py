@@ -1,6 +1,7 @@
 """Calls in CUDA graphs: recorded by copies in the graph, replays written by number, results those without it."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -12,7 +13,8 @@ from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import plain_recurrent
 from kda_kernels.tensors import Checkpoints, Inputs
 from kdacli import dumps
-from kdacli.capture import capture, journal
+from kdacli.capture import capture, journal, switched
+from kdacli.capture.switched import Copy
 from kdacli.dumps.strides import copy_of
 from kdacli.judge import Reference, judge
 from kdacli.main import cli
@@ -233,3 +235,27 @@ def test_streams_of_their_own_whose_buffers_are_used_again(loop, tmp_path):
     assert all(torch.equal(dumps.load(file).inputs.q, source.q.cpu()) for file, source in zip(files, made, strict=True))
     result = CliRunner().invoke(cli, ["compare", str(tmp_path / "d")])
     assert result.exit_code == 0, result.output
+
+
+def test_copies_are_made_where_the_switch_is_on(monkeypatch):
+    """Of rows that lie apart, of elements of one and two bytes between others, and of rows that indices name."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(switched, "PARTS", 2)
+    made = functools.partial(torch.randn, device=device)
+    tokens, odd = made(3, 5, 64).bfloat16()[..., 1:33], made(7, 6).bfloat16()[:, 1]
+    pool, slots = made(9, 2, 4, 8), torch.tensor([[3, 7], [-1, 7], [20, 7]], device=device)[:, 0]
+    windows = pool.transpose(2, 3)[:, 1]
+    sources = [(tokens.unflatten(-1, (2, 16)), None), (odd, None), (odd > 0, None), (made(()), None)]
+    sources += [(pool, slots), (pool[:, 1], slots.int()), (windows, slots)]
+    copies = [
+        Copy(source.new_zeros(source.shape if rows is None else (3, *source.shape[1:])), source, rows)
+        for source, rows in sources
+    ]
+    table = torch.tensor([switched.row_of(copy) for copy in copies], device=device)
+    switched.launch(torch.tensor([0, table.data_ptr()], device=device), 0, len(table))
+    assert not any(copy.target.any() for copy in copies)
+    switched.launch(torch.tensor([1, table.data_ptr()], device=device), 0, len(table))
+    for copy in copies:
+        inside = None if copy.indices is None else copy.indices.long().clamp(0, 8)
+        assert torch.equal(copy.target, copy.source if inside is None else copy.source[inside])
+    assert switched.row_of(Copy(made(3, 2, 8, 4), pool.transpose(2, 3), slots)) is None  # one dimension too many

@@ -165,20 +165,25 @@ def _unpack(call: Call, mixed: torch.Tensor) -> None:
         call.tensors[name] = tokens.unsqueeze(0) if mixed.ndim == 2 else tokens
 
 
-def mark_padding(call: Call, null_slot: int | None) -> None:
-    """Padding slots become -1; more slots than sequences are the rest of a buffer. Computes on the call's device."""
-    null_slot = call.options.pop("null_slot", null_slot)
+def trim(call: Call) -> None:
+    """More slots than sequences are the rest of a buffer. Makes views."""
     if not call.pooled:
         return
     tensors = call.tensors
     indices, q, cu_seqlens = tensors["state_indices"], tensors["q"], tensors.get("cu_seqlens")
     sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else len(indices) if q.shape[0] == 1 else len(q)
-    indices = indices[:sequences]
-    padding = indices < 0 if null_slot is None else (indices < 0) | (indices == null_slot)
-    tensors["state_indices"] = torch.where(padding, -1, indices)
-    for name in ("num_accepted_tokens", "has_initial_state", "token_state_indices"):
+    for name in ("state_indices", "num_accepted_tokens", "has_initial_state", "token_state_indices"):
         if name in tensors:
             tensors[name] = tensors[name][:sequences]
+
+
+def mark_padding(tensors: dict[str, torch.Tensor], null_slot: int | None) -> None:
+    """Padding slots become -1. Computes where the tensors lie."""
+    if "state_indices" not in tensors or "state" not in tensors:
+        return
+    indices = tensors["state_indices"]
+    padding = indices < 0 if null_slot is None else (indices < 0) | (indices == null_slot)
+    tensors["state_indices"] = torch.where(padding, -1, indices)
     if "num_accepted_tokens" in tensors:  # of rows that are padding, it is whatever the buffer held
         accepted = tensors["num_accepted_tokens"]
         tensors["num_accepted_tokens"] = torch.where(padding.all(dim=1), 1, accepted)

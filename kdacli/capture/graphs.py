@@ -1,10 +1,11 @@
 """Calls in CUDA graphs: copies of their tensors become part of the graph, and chosen replays are written out.
 
-A call under graph capture runs later, at each replay, and Python sees none of it. So at capture its inputs and outputs
-are copied into buffers of the recorder's, by copies that the graph then holds. After a replay that was chosen, the
-buffers go to pinned host memory on the same stream, which the next replay waits for, and a thread writes the dump.
+A call under graph capture runs later, at each replay, and Python sees none of it. So at capture the graph is given
+copies of its inputs and outputs into buffers of the recorder's, which only chosen replays make. After one the buffers
+go to pinned host memory on the same stream, which the next replay waits for, and a thread writes the dump.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import queue
@@ -18,25 +19,49 @@ import torch
 
 from kda_kernels.errors import one_line
 from kdacli.capture import taken
-from kdacli.capture.arguments import Call
+from kdacli.capture.arguments import Call, mark_padding
 from kdacli.capture.settings import Settings
-from kdacli.dumps.strides import copies
+from kdacli.capture.switched import Copy, Switch
+from kdacli.dumps.strides import copies, room_for
 
 Meta = dict[str, Any]
 Write = Callable[[taken.Tensors, taken.Tensors, dict[str, Any], Meta], None]  # inputs, outputs, options, meta
 
 
 class _InGraph:
-    """How `taken` keeps tensors here: on their device; of pools, a row for each index, padding included."""
+    """How `taken` keeps tensors here: on their device; of pools, a row for each index, padding included.
+
+    Attributes:
+        copies: that fill what it gave room to.
+    """
+
+    def __init__(self) -> None:
+        self.copies: list[Copy] = []
 
     def whole(self, tensors: taken.Tensors) -> taken.Tensors:
         made: taken.Tensors = {}
         for device in {tensor.device for tensor in tensors.values()}:
-            made |= copies({name: tensor for name, tensor in tensors.items() if tensor.device == device}, device)
+            here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+            made |= room_for(here, device, fill=False)
+        self.copies += [Copy(made[name], tensor) for name, tensor in tensors.items()]
         return made
 
     def rows(self, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        return torch.index_select(pool, 0, indices.flatten().clamp(0, pool.shape[0] - 1))
+        indices = indices.flatten()
+        room = pool.new_empty((len(indices), *pool.shape[1:]))
+        self.copies.append(Copy(room, pool, indices))
+        return room
+
+    def make(self, switch: Switch | None) -> None:
+        """Makes the copies part of the graph: those of tensors on its GPU where the switch is on."""
+        there = []
+        for copy in self.copies:
+            if switch is not None and copy.source.device == switch.cell.device:
+                there.append(copy)
+            else:
+                copy.now()
+        if switch is not None:
+            switch.copy(there)
 
 
 @dataclasses.dataclass
@@ -44,20 +69,31 @@ class GraphCall:
     """One call of a graph: copies in memory that only the recorder knows, which each replay fills.
 
     Attributes:
+        null_slot: of its pool. switch: of its graph's copies; None without a GPU.
         bytes: of them. hosts: how often they are on the host, too; spare: those of them that are free to be filled.
     """
 
     call: Call
     meta: Meta
+    null_slot: int | None
+    switch: Switch | None
     bytes: int
-    inputs: taken.Tensors
+    inputs: taken.Tensors = dataclasses.field(default_factory=dict)
     outputs: taken.Tensors = dataclasses.field(default_factory=dict)
     hosts: int = 0
     spare: list["GraphCall"] = dataclasses.field(default_factory=list)
 
+    def begin(self) -> None:
+        """The call is about to run, under capture."""
+        keeper = _InGraph()
+        self.inputs = taken.before(self.call, keeper)
+        keeper.make(self.switch)
+
     def finish(self, result: Any) -> None:
         """The call returned `result`, still under capture."""
-        self.outputs = taken.after(self.call, result, _InGraph())
+        keeper = _InGraph()
+        self.outputs = taken.after(self.call, result, keeper)
+        keeper.make(self.switch)
         self.call = dataclasses.replace(self.call, tensors={}, out=None)  # their memory is the graph's to use again
 
     def memory(self) -> dict[Any, torch.Tensor]:
@@ -88,6 +124,23 @@ def _storage(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
     return tensor.untyped_storage().data_ptr(), tensor.dtype
 
 
+@dataclasses.dataclass
+class _Graph:
+    """A graph with calls that are recorded.
+
+    Attributes:
+        number: of all such graphs. replays: so far.
+    """
+
+    number: int
+    calls: list[GraphCall]
+    switch: Switch | None
+    replays: int = 0
+
+    def switched_on(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.switch is None else self.switch.on()
+
+
 class Graphs:
     """The graphs of one process whose calls are recorded.
 
@@ -99,10 +152,9 @@ class Graphs:
     def __init__(self, settings: Settings, write: Write, tell: Callable[[str, str], None]) -> None:
         self.replays, self.limit, self.write, self.tell = frozenset(settings.replays), settings.graph_bytes, write, tell
         self._used = self._pinned = 0  # bytes on the GPU, and on the host
-        self._capturing = threading.local()  # `calls`: of the graph that a thread captures
+        self._capturing = threading.local()  # `calls` and `switch`: of the graph that a thread captures
         self._numbers = itertools.count()
-        self._known: weakref.WeakKeyDictionary[Any, tuple[int, list[GraphCall]]] = weakref.WeakKeyDictionary()
-        self._replayed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, _Graph] = weakref.WeakKeyDictionary()
         self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, GraphCall, Meta]] = queue.SimpleQueue()
         self._captures, self._unwritten, self._gate = 0, 0, threading.Lock()
         self._undo = [(name, vars(torch.cuda.CUDAGraph)[name]) for name in ("capture_begin", "capture_end", "replay")]
@@ -118,10 +170,11 @@ class Graphs:
     def has_room(self, need: int) -> bool:
         return self._used + need <= self.limit
 
-    def begin(self, call: Call, meta: Meta, need: int) -> GraphCall:
-        """Copies the inputs of a call under capture."""
+    def begin(self, call: Call, meta: Meta, need: int, null_slot: int | None) -> GraphCall:
+        """Copies the inputs of a call under capture, which takes `need` bytes."""
         self._used += need
-        found = GraphCall(call, meta, need, taken.before(call, _InGraph()))
+        found = GraphCall(call, meta, null_slot, self._capturing.switch, need)
+        found.begin()
         self._pending.append(found)
         return found
 
@@ -147,6 +200,14 @@ class Graphs:
         with self._gate:  # while a stream is captured, no thread may ask the GPU anything
             self._captures += 1
         self._pending.clear()
+        self._capturing.switch = None
+        if torch.cuda.is_initialized():
+            try:
+                self._capturing.switch = Switch()
+            except Exception as error:  # then every replay makes the copies
+                self.tell(
+                    f"every replay of a graph is slowed down, not those chosen alone: {one_line(error, 200)}", "switch"
+                )
         return original()
 
     def _capture_end(self, graph: Any, original: Callable) -> Any:
@@ -155,13 +216,23 @@ class Graphs:
         finally:
             with self._gate:
                 self._captures -= 1
-            if calls := [*self._pending]:
-                self._known[graph] = (next(self._numbers), calls)
-                weakref.finalize(graph, self._forget, calls).atexit = False
-            for call in calls:
-                self._pinned += call.bytes
-                call.spare.append(call.pinned())
+            try:
+                if calls := [*self._pending]:
+                    self._keep(graph, calls)
+            except Exception as error:
+                self._known.pop(graph, None)
+                self.tell(f"a graph is not recorded: {one_line(error, 200)}", "")
             self._pending.clear()
+
+    def _keep(self, graph: Any, calls: list[GraphCall]) -> None:
+        """The graph is captured, with these calls in it."""
+        found = self._known[graph] = _Graph(next(self._numbers), calls, self._capturing.switch)
+        weakref.finalize(graph, self._forget, calls).atexit = False
+        for call in calls:
+            self._pinned += call.bytes
+            call.spare.append(call.pinned())
+        if found.switch is not None:
+            found.switch.ready()
 
     def _forget(self, calls: list[GraphCall]) -> None:
         """Their graph is no more."""
@@ -169,23 +240,26 @@ class Graphs:
         self._pinned -= sum(call.bytes * call.hosts for call in calls)
 
     def _replay(self, graph: Any, original: Callable) -> Any:
-        result = original()
-        if graph in self._known:
-            number = self._replayed[graph] = self._replayed.get(graph, 0) + 1
-            if number in self.replays:
-                self._stage(graph, number)
+        found = self._known.get(graph)
+        if found is None:
+            return original()
+        found.replays += 1
+        if found.replays not in self.replays:
+            return original()
+        with found.switched_on():
+            result = original()
+        self._stage(found)
         return result
 
-    def _stage(self, graph: Any, number: int) -> None:
+    def _stage(self, graph: _Graph) -> None:
         """Sends what the buffers hold to the host, as far as there is room."""
-        which, calls = self._known[graph]
-        for call in calls:
+        for call in graph.calls:
             if not call.spare and self._pinned + call.bytes <= self.limit:
                 self._pinned += call.bytes
                 call.spare.append(call.pinned())
             if not call.spare:
                 why = "those before are still being written, and --graph-bytes allows no more"
-                self.tell(f"replay {number} of graph {which} is not written: {why}", "replay")
+                self.tell(f"replay {graph.replays} of graph {graph.number} is not written: {why}", "replay")
                 continue
             host = call.spare.pop()
             call.fill(host)
@@ -193,7 +267,7 @@ class Graphs:
             event.record()
             with self._gate:
                 self._unwritten += 1
-            self._queue.put((event, host, host.meta | {"graph": which, "replay": number}))
+            self._queue.put((event, host, host.meta | {"graph": graph.number, "replay": graph.replays}))
 
     def _write_all(self) -> None:
         while True:
@@ -218,6 +292,7 @@ class Graphs:
 def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
     """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
     inputs, outputs = copies(call.inputs), copies(call.outputs)
+    mark_padding(inputs, call.null_slot)
     slots_of = {
         "state_indices": ("state", "final_state", "conv_states", "state_scales"),
         "token_state_indices": ("token_states",),

@@ -126,7 +126,9 @@ class Recorder:
         if number is None or not self._room(taken.size(call, self.settings.whole_pool)):
             return None
         meta["call_number"] = number
-        arguments.mark_padding(call, site.null_slot)
+        null_slot = call.options.pop("null_slot", site.null_slot)
+        arguments.trim(call)
+        arguments.mark_padding(call.tensors, null_slot)
         keeper = taken.OnHost(self.settings.whole_pool)
         inputs = taken.before(call, keeper)
         if call.pooled and not keeper.whole_pool:
@@ -152,8 +154,9 @@ class Recorder:
             limit = fmt_bytes(self.graphs.limit)
             self._tell_once(f"a call of {fmt_bytes(need)} in a graph would exceed --graph-bytes {limit}", "graph bytes")
             return None
-        arguments.mark_padding(call, site.null_slot)
-        found = self.graphs.begin(call, meta, need)
+        null_slot = call.options.pop("null_slot", site.null_slot)
+        arguments.trim(call)
+        found = self.graphs.begin(call, meta, need, null_slot)
         return lambda result, raised: None if raised else found.finish(result)
 
     def _write_replay(self, inputs: taken.Tensors, outputs: taken.Tensors, options: dict, meta: dict[str, Any]) -> None:

@@ -18,6 +18,16 @@ def copies(tensors: Mapping[Name, torch.Tensor], device: torch.device | str = "c
     larger than they need. What lies between and before elements is NaN (0 for integers), which a kernel that reads
     there will show. Where the elements of a tensor share memory (a broadcast dimension), its copy is contiguous.
     """
+    made = room_for(tensors, device)
+    for name, tensor in tensors.items():
+        made[name].copy_(tensor)
+    return made
+
+
+def room_for(
+    tensors: Mapping[Name, torch.Tensor], device: torch.device | str = "cpu", *, fill: bool = True
+) -> dict[Name, torch.Tensor]:
+    """What `copies` copies to, with what lies between elements filled, or left as it is."""
     made: dict[Name, torch.Tensor] = {}
     places: dict[tuple[int, torch.dtype], list[tuple[int, int, Name]]] = {}
     for name, tensor in tensors.items():
@@ -26,15 +36,15 @@ def copies(tensors: Mapping[Name, torch.Tensor], device: torch.device | str = "c
             at = (tensor.untyped_storage().data_ptr(), tensor.dtype)
             places.setdefault(at, []).append((start, start + span, name))
         else:
-            made[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+            made[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     for found in places.values():
         together: list[tuple[int, int, Name]] = []
         for start, end, name in sorted(found, key=lambda place: place[:2]):
             if together and start >= max(place[1] for place in together):
-                made |= _side_by_side(tensors, together, device)
+                made |= _side_by_side(tensors, together, device, fill)
                 together = []
             together.append((start, end, name))
-        made |= _side_by_side(tensors, together, device)
+        made |= _side_by_side(tensors, together, device, fill)
     return {name: made[name] for name in tensors}
 
 
@@ -52,23 +62,20 @@ def copy_of(inputs: Inputs, device: torch.device | str) -> Inputs:
 
 
 def _side_by_side(
-    tensors: Mapping[Name, torch.Tensor], places: list[tuple[int, int, Name]], device: torch.device | str
+    tensors: Mapping[Name, torch.Tensor], places: list[tuple[int, int, Name]], device: torch.device | str, fill: bool
 ) -> dict[Name, torch.Tensor]:
-    """Copies in one storage of tensors at (first element, behind the last, name) of another."""
+    """Room in one storage of tensors at (first element, behind the last, name) of another."""
     first, end = places[0][0], max(place[1] for place in places)
     one = tensors[places[0][2]]
     head = one.data_ptr() % _ALIGNED // one.element_size()
     length = head + end - first
-    if length == one.numel():
-        storage = torch.empty(length, dtype=one.dtype, device=device)
-    else:
-        gap = float("nan") if one.is_floating_point() else 0
-        storage = torch.full((length,), gap, dtype=one.dtype, device=device)
-    made = {}
-    for start, _, name in places:
-        view = storage.as_strided(tensors[name].shape, tensors[name].stride(), head + start - first)
-        made[name] = view.copy_(tensors[name])
-    return made
+    storage = torch.empty(length, dtype=one.dtype, device=device)
+    if fill and length != one.numel():
+        storage.fill_(float("nan") if one.is_floating_point() else 0)
+    return {
+        name: storage.as_strided(tensors[name].shape, tensors[name].stride(), head + start - first)
+        for start, _, name in places
+    }
 
 
 def layout(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
