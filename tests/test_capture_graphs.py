@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
 import sys
 
 import pytest
@@ -259,3 +261,22 @@ def test_copies_are_made_where_the_switch_is_on(monkeypatch):
         inside = None if copy.indices is None else copy.indices.long().clamp(0, 8)
         assert torch.equal(copy.target, copy.source if inside is None else copy.source[inside])
     assert switched.row_of(Copy(made(3, 2, 8, 4), pool.transpose(2, 3), slots)) is None  # one dimension too many
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kdacli.capture.copy_kernel import copy_kernel
+
+types = {"cell": "*i64", "first": "i32", "COLUMNS": "constexpr", "BLOCK": "constexpr"}
+source = ASTSource(copy_kernel, types, {"COLUMNS": 16, "BLOCK": 1024})
+triton.compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def test_what_makes_the_copies_compiles():
+    """In Triton's interpreter, which has the tests above, a variable may have two types."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

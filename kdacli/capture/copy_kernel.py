@@ -37,8 +37,8 @@ def copy_kernel(
             a = slot * s0 + i_1 * s1 + i_2 * s2 + i_3
             b = i_0 * t0 + i_1 * t1 + i_2 * t2 + i_3
             if kind // 2 == 4:
-                x = tl.load(source.to(tl.pointer_type(tl.int32)) + a, mask=there)
-                tl.store(target.to(tl.pointer_type(tl.int32)) + b, x, mask=there)
+                word = tl.load(source.to(tl.pointer_type(tl.int32)) + a, mask=there)
+                tl.store(target.to(tl.pointer_type(tl.int32)) + b, word, mask=there)
             else:
-                x = tl.load(source.to(tl.pointer_type(tl.int8)) + a, mask=there)
-                tl.store(target.to(tl.pointer_type(tl.int8)) + b, x, mask=there)
+                byte = tl.load(source.to(tl.pointer_type(tl.int8)) + a, mask=there)
+                tl.store(target.to(tl.pointer_type(tl.int8)) + b, byte, mask=there)
