@@ -2,7 +2,7 @@
 
 A call under graph capture runs later, at each replay, and Python sees none of it. So at capture the graph is given
 copies of its inputs and outputs into buffers of the recorder's, which only chosen replays make. After one the buffers
-go to pinned host memory on the same stream, which the next replay waits for, and a thread writes the dump.
+go to pinned host memory on a stream of their own, which the next chosen replay waits for, and a thread writes the dump.
 """
 
 import contextlib
@@ -140,6 +140,9 @@ class _Graph:
     def switched_on(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.switch is None else self.switch.on()
 
+    def sending(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.switch is None else self.switch.sending()
+
 
 class Graphs:
     """The graphs of one process whose calls are recorded.
@@ -155,7 +158,7 @@ class Graphs:
         self._capturing = threading.local()  # `calls` and `switch`: of the graph that a thread captures
         self._numbers = itertools.count()
         self._known: weakref.WeakKeyDictionary[Any, _Graph] = weakref.WeakKeyDictionary()
-        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, GraphCall, Meta]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, GraphCall, GraphCall, Meta]] = queue.SimpleQueue()
         self._captures, self._unwritten, self._gate = 0, 0, threading.Lock()
         self._undo = [(name, vars(torch.cuda.CUDAGraph)[name]) for name in ("capture_begin", "capture_end", "replay")]
         for name, original in self._undo:
@@ -262,18 +265,21 @@ class Graphs:
                 self.tell(f"replay {graph.replays} of graph {graph.number} is not written: {why}", "replay")
                 continue
             host = call.spare.pop()
-            call.fill(host)
             event = torch.cuda.Event()
-            event.record()
+            with graph.sending():
+                call.fill(host)
+                event.record()
             with self._gate:
                 self._unwritten += 1
-            self._queue.put((event, host, host.meta | {"graph": graph.number, "replay": graph.replays}))
+            # with the call, whose memory must last until it is sent
+            self._queue.put((event, call, host, host.meta | {"graph": graph.number, "replay": graph.replays}))
 
     def _write_all(self) -> None:
         while True:
-            event, host, meta = self._queue.get()
+            event, call, host, meta = self._queue.get()
             while not self._over(event):
                 time.sleep(0.002)
+            del call
             try:
                 inputs, outputs = _tensors(host, meta)
                 host.spare.append(host)

@@ -34,6 +34,7 @@ class Switch:
 
     def __init__(self) -> None:
         self.cell = torch.zeros(2, dtype=torch.int64, device="cuda")
+        self.aside = torch.cuda.Stream()
         self.rows: list[list[int]] = []
         self.table: torch.Tensor | None = None
         launch(self.cell, 0, 1)
@@ -57,11 +58,19 @@ class Switch:
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """A replay inside, on the current stream, makes the copies."""
+        torch.cuda.current_stream().wait_stream(self.aside)
         self.cell[0].fill_(1)
         try:
             yield
         finally:
             self.cell[0].fill_(0)
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[None]:
+        """What is made inside comes behind the replay, and beside all that follows but the next one that is `on`."""
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.aside):
+            yield
 
 
 def launch(cell: torch.Tensor, first: int, copies: int) -> None:
