@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kda_kernels.errors import one_line
+from kda_kernels.triton.runtime import interpreted
 from kdacli.capture import taken
 from kdacli.capture.arguments import Call, mark_padding
 from kdacli.capture.settings import Settings
@@ -204,7 +205,7 @@ class Graphs:
             self._captures += 1
         self._pending.clear()
         self._capturing.switch = None
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized() and not interpreted():
             try:
                 self._capturing.switch = Switch()
             except Exception as error:  # then every replay makes the copies
