@@ -19,7 +19,7 @@ import torch
 
 from kda_kernels.errors import one_line
 from kda_kernels.triton.runtime import interpreted
-from kdacli.capture import taken
+from kdacli.capture import steps, taken
 from kdacli.capture.arguments import Call, mark_padding
 from kdacli.capture.settings import Settings
 from kdacli.capture.switched import Copy, Switch
@@ -299,6 +299,7 @@ class Graphs:
 def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
     """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
     inputs, outputs = copies(call.inputs), copies(call.outputs)
+    steps.joined(inputs)
     mark_padding(inputs, call.null_slot)
     slots_of = {
         "state_indices": ("state", "final_state", "conv_states", "state_scales"),

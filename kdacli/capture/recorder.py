@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kda_kernels.errors import one_line
-from kdacli.capture import arguments, journal, taken
+from kdacli.capture import arguments, journal, steps, taken
 from kdacli.capture.graphs import Graphs
 from kdacli.capture.settings import Settings
 from kdacli.capture.sites import Site, resolve
@@ -131,6 +131,7 @@ class Recorder:
         arguments.mark_padding(call.tensors, null_slot)
         keeper = taken.OnHost(self.settings.whole_pool)
         inputs = taken.before(call, keeper)
+        steps.joined(inputs)
         if call.pooled and not keeper.whole_pool:
             meta["slots"] = keeper.slots(inputs["state_indices"])
             inputs["state_indices"] = keeper.numbered(inputs["state_indices"])

@@ -1,15 +1,14 @@
 """The parts of a call beside the recurrence, of the arguments that engines give it, by a dump's names: of a fused step
 convolution and gated norm; of ours checkpoints too.
 
-Nothing is copied but weights, which engines keep tap by tap or apart, and small offsets.
+Nothing is computed on the GPU, as a graph under capture would do it in every replay: a convolution's weight that an
+engine keeps tap by tap or apart is joined when a dump is written.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-from kda_kernels.engines import weights
 
 Parts = tuple[dict[str, torch.Tensor], dict[str, Any]]  # tensors and options
 
@@ -22,16 +21,15 @@ def vllm(arguments: Mapping[str, Any]) -> Parts:
 
     weight [3, W, H K], with q, k and v of one size; conv_state a view [P, D, L].
     """
-    tensors = {"conv_weight": weights.joined(arguments["weight"]), "conv_bias": arguments.get("bias")}
+    tensors = _weights(*arguments["weight"].mT.unbind()) | {"conv_bias": arguments.get("bias")}
     norm = arguments["output_gate"], arguments["norm_weight"], arguments["norm_eps"]
     return _common(tensors, arguments["conv_state"], arguments["state"], norm)
 
 
 def sglang(arguments: Mapping[str, Any]) -> Parts:
     """`kda_fused_decode`: a weight [W, H K] each for q, k and v; conv_states [P, L, D]."""
-    weight = weights.apart(*(arguments[f"w_{name}_t"] for name in "qkv"))
     norm = arguments["onorm_g"], arguments["onorm_weight"], arguments["onorm_eps"]
-    tensors = {"conv_weight": weight, "conv_bias": arguments["conv_bias"]}
+    tensors = _weights(*(arguments[f"w_{name}_t"].mT for name in "qkv")) | {"conv_bias": arguments["conv_bias"]}
     return _common(tensors, arguments["conv_states"].mT, arguments["ssm_states"], norm)
 
 
@@ -46,7 +44,7 @@ def sglang_verify(arguments: Mapping[str, Any]) -> Parts:
     if not _same(arguments["conv_state_indices"], arguments["cache_indices"]):
         raise ValueError(_OWN_SLOTS)
     mixed, tokens = arguments["mixed_qkv"], arguments["T"]
-    offsets = torch.arange(0, len(mixed) + 1, tokens, dtype=torch.int32, device=mixed.device)
+    offsets = torch.arange(0, len(mixed) + 1, tokens, dtype=torch.int32)
     states, pool = arguments["conv_state"], arguments["ssm_states"]
     tensors, options = _common({"cu_seqlens": offsets}, states, pool, (None, None, None))
     return tensors, options | {"conv_rounded": True}
@@ -60,7 +58,7 @@ def sglang_mtp(arguments: Mapping[str, Any]) -> Parts:
         ValueError: the states are no such slices.
     """
     tensors = {name: arguments[f"x_{name}"] for name in "qkv"}
-    tensors["conv_weight"] = torch.cat([arguments[f"w_{name}"] for name in "qkv"])
+    tensors |= _weights(*(arguments[f"w_{name}"] for name in "qkv"))
     states = _side_by_side([arguments[f"cs_{name}"] for name in "qkv"])
     norm = arguments["onorm_gate"], arguments["onorm_weight"], arguments["onorm_eps"]
     return _common(tensors, states, arguments["recurrent_state"], norm)
@@ -86,6 +84,20 @@ def kda(arguments: Mapping[str, Any]) -> Parts:
         tensors |= {f"checkpoint_{name}": getattr(kept, name) for name in ("states", "rows", "offsets")}
         options |= {} if kept.every is None else {"checkpoint_every": kept.every}
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}, options
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the channels of each [channels, W], for `joined`."""
+    return dict(zip(WEIGHTS, (q, k, v), strict=True))
+
+
+WEIGHTS = ("conv_weight.q", "conv_weight.k", "conv_weight.v")
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> None:
+    """Puts `conv_weight` in the place of its parts, if there are any."""
+    if WEIGHTS[0] in tensors:
+        tensors["conv_weight"] = torch.cat([tensors.pop(name) for name in WEIGHTS])
 
 
 _OWN_SLOTS = "its convolution has slots of its own, which a dump of the slots in use does not hold"
