@@ -13,7 +13,6 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference import stored as plain
 from kda_kernels.triton import stored as device
-from kda_kernels.triton.decode import DecodeConfig, decode
 from kda_kernels.triton.widened import widened
 from kdacli.dumps import load, save
 from kdacli.judge import Reference, judge
@@ -205,26 +204,6 @@ def test_stored_states_are_unbiased_over_seeds():
         last_place = size.double() * 2.0 ** (1 - STATES[dtype].digits)
         assert ((off / last_place).abs() <= 5 * 0.5 / draws**0.5).all(), dtype
         assert (off / last_place).square().mean().sqrt() <= 0.5 / draws**0.5, dtype
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_decode_takes_states_in_pieces(dtype, device="cpu"):
-    """As at once, but for sums that may run in another order: a last place of the row's largest number."""
-    shape = {"H": 1, "HV": 2, "K": 32, "V": 64, "packed": False, "pool_slots": 5, "padding": 1}
-    inputs = make_inputs(Problem(Op.DECODE, (1,) * 3, **shape, state_dtype=dtype, state_rounding="stochastic"))
-    whole, pieces = inputs.to(device).fresh(), inputs.to(device).fresh()
-    expected = decode(whole, config=DecodeConfig(64, 2))
-    made = decode(pieces, config=DecodeConfig(64, 2, piece=16))
-    torch.testing.assert_close(made.o, expected.o)
-    have, want = (plain.Stored(x.state, x.state_scales).values(torch.float64).nan_to_num() for x in (pieces, whole))
-    last_place = want.abs().amax(-1, keepdim=True) * 2.0 ** (1 - STATES[dtype].digits)
-    assert ((have - want).abs() <= last_place).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_takes_states_in_pieces(dtype):
-    test_triton_decode_takes_states_in_pieces(dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,8 +25,8 @@ class DecodeConfig(NamedTuple):
         ctas: how many of them shall fit on a multiprocessor, which bounds the registers.
         bulk: the state comes and goes by bulk copies through shared memory, instead of through registers.
         together: of the rows that a thread has, how many it takes from there at once.
-        lasting: with `bulk`, stores are hinted to be evicted from the L2 cache last, after what was only read.
-        late: with `bulk`, a state is asked for behind the convolution, so that fewer are on their way at once.
+        lasting: with `bulk`, stores are hinted to be evicted from the L2 cache last, after what was only read. And a
+            state is asked for behind the convolution, so that fewer are on their way at once.
     """
 
     rows: int = 16
@@ -35,7 +35,6 @@ class DecodeConfig(NamedTuple):
     bulk: bool = False
     together: int = 1
     lasting: bool = False
-    late: bool = False
 
     @classmethod
     @functools.cache
@@ -83,19 +82,22 @@ class DecodeConfig(NamedTuple):
         """As `choose`, where the CTAs of `group` value heads share a convolution, or those of one a norm.
 
         Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller: a
-        whole state where there is one for each multiprocessor, in pieces through shared memory. A state of two
-        bytes is not rounded between two tokens, so it cannot lie there: with several tokens it stays in registers.
+        whole state where there are two for each multiprocessor, halves where there is half a one, in pieces through
+        shared memory. A state of two bytes is not rounded between two tokens, so it cannot lie there: with several
+        tokens it stays in registers.
         """
-        few = heads < sms
         streamed = one_token or not narrow
+        if narrow or not one_token:
+            wanted = 32 if heads < sms else 128 if streamed else 64
+        else:
+            wanted = 32 if heads < sms / 2 else 64 if heads < 2 * sms else 128
         fitting = cls.fitting(K, V, group)
-        rows = next((rows for rows in fitting if rows >= (32 if few else 128 if streamed else 64)), fitting[-1])
+        rows = next((rows for rows in fitting if rows >= wanted), fitting[-1])
         if rows <= 32:
             return cls(rows, ctas=4 if one_token else 3)
         if streamed:
-            if narrow:
-                return cls(rows, ctas=4, bulk=True, together=2)
-            return cls(rows, 128, 3, True, 2, lasting=heads * K * V > LASTING, late=heads >= 6 * sms)
+            lasting = not narrow and heads * K * V > LASTING
+            return cls(rows, ctas=4 if narrow or rows < 128 else 3, bulk=True, together=2, lasting=lasting)
         return cls(rows, threads=256, ctas=2)
 
 

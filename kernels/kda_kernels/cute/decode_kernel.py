@@ -226,7 +226,7 @@ class DecodeKernel:
             S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
             if cutlass.const_expr(spec.fresh):
                 begun = started[i_n]
-            if cutlass.const_expr(spec.taps and spec.config.late):
+            if cutlass.const_expr(spec.taps and spec.config.lasting):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             scales = None
             if cutlass.const_expr(self.states.scaled):
@@ -238,7 +238,7 @@ class DecodeKernel:
                     target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
             # Bulk copies stand in a branch. Where these loads are ahead of it, the compiler puts the convolution there,
             # too, and the state waits for its windows.
-            if cutlass.const_expr(spec.taps and not spec.config.late):
+            if cutlass.const_expr(spec.taps and not spec.config.lasting):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             if cutlass.const_expr(not self.bulk):
                 if cutlass.const_expr(spec.h0 is None or spec.fresh):

@@ -59,8 +59,6 @@ class DecodeConfig:
             With a convolution or a norm it is all of them.
         num_warps: of a program. With one warp every reduction over K and every change of layout stays inside it: no
             barrier, no shared memory.
-        piece: a program takes so many of its rows at a time, while the next are on their way; 0: all at once, as
-            everywhere but with one token each and a state V-first, of no more channels than K.
         registers: a limit per thread. On sm_86 ptxas spills to get down to 128, with which 16 programs of a warp share
             a multiprocessor; with 168, or with the 140 that it takes on sm_80, 12 do. None: ptxas chooses.
     """
@@ -68,7 +66,6 @@ class DecodeConfig:
     BV: int = 16
     num_warps: int = 1
     registers: int | None = None
-    piece: int = 0
 
     @classmethod
     @functools.cache
@@ -81,12 +78,10 @@ class DecodeConfig:
         sms: int = 132,
         generation: int = 9,
         rounded: bool = False,
-        streamed: bool = False,
     ) -> "DecodeConfig":
         """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors.
 
         `generation` is `kda_kernels.triton.runtime.generation`. `rounded`: states are int16, or rounded stochastically.
-        `streamed`: they are of two bytes and can be taken in pieces.
         """
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
@@ -94,8 +89,6 @@ class DecodeConfig:
         # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
-        if streamed and generation >= 8 and BV == 16 and V == rows >= 64:
-            return cls(BV=rows, num_warps=2, piece=BV)
         if rounded and BV == 16 and rows >= 32 and generation == 9:  # two warps share the channels' work
             return cls(BV=32, num_warps=2)
         return cls(BV=BV, registers=168 if generation == 8 else None)
@@ -148,19 +141,13 @@ def decode(
         ht = inputs.new_final_state()
     conv, norm = inputs.conv, inputs.norm
     whole = conv is not None or norm is not None
-    streamed = (
-        not (packed or whole) and T == 1 and h0 is not None and h0.element_size() == 2 and inputs.state_v_first
-        and K == next_power_of_2(K) and inputs.has_initial_state is None and inputs.num_accepted_tokens is None
-        and kept is None
-    )  # fmt: skip
     if config is None and whole:
         config = DecodeConfig.whole(K, V)
     elif config is None:
         sequences = 1 if inputs.batch_invariant else N
         gpu = multiprocessors(q.device), generation(q.device)
         rounded = scales is not None or seed is not None
-        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu, rounded, streamed)
-    piece = config.piece if streamed else 0
+        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu, rounded)
     if not N:
         o.zero_()
     else:
@@ -173,7 +160,7 @@ def decode(
         params = (inputs.A_log, inputs.dt_bias)
         tables = (inputs.cu_seqlens, inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices)
         constants = (
-            H, HV, K, V, next_power_of_2(K), config.BV, piece, inputs.state_v_first, GATE_CODES[options.gate],
+            H, HV, K, V, next_power_of_2(K), config.BV, inputs.state_v_first, GATE_CODES[options.gate],
             options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
             1 if conv is None else HV // H, 0 if conv is None else conv.width, conv is not None and conv.tokens_first,
             inputs.update_state,

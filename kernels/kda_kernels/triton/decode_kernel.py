@@ -117,38 +117,6 @@ def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
             p_o += stride_o_t
 
 
-@triton.jit
-def _in_pieces(
-    p_h0, p_ht, p_scales, p_v, p_o, b_q, b_k, b_decay, b_beta, seed, slot, first_row,
-    K: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """One token through BV rows of a state, PIECE of them at a time: the next two are on their way meanwhile.
-
-    Args:
-        p_h0, p_ht: where these rows of K channels begin; p_ht None: they are not kept. p_scales, p_v, p_o: theirs.
-        first_row: hv V + v of the first.
-    """
-    o_k = tl.arange(0, K)
-    b_qk = tl.sum(b_k * b_q)
-    next_v = tl.load(p_v + tl.arange(0, PIECE))
-    for i in tl.range(0, BV // PIECE, num_stages=3):
-        o_v = i * PIECE + tl.arange(0, PIECE)
-        m_v = o_v < BV
-        o_h = o_v[:, None] * K + o_k[None, :]
-        scales = None
-        if p_scales is not None:
-            scales = p_scales + o_v
-        b_v = next_v.to(tl.float32)
-        next_v = tl.load(p_v + PIECE + o_v, mask=o_v + PIECE < BV, other=0.0)
-        b_h = load_state(p_h0 + o_h, None, scales, m_v, 1) * b_decay[None, :]
-        b_u = b_beta * (b_v - tl.sum(b_h * b_k[None, :], 1))
-        b_o = tl.sum(b_h * b_q[None, :], 1) + b_qk * b_u
-        tl.store(p_o + o_v, cast(b_o, p_o.dtype.element_ty))
-        if p_ht is not None:
-            b_h += b_u[:, None] * b_k[None, :]
-            store_state(p_ht + o_h, b_h, None, scales, m_v, b_u, seed, slot, 0, first_row + o_v, K, K)
-
-
 # Whatever changes from call to call must not compile a new kernel: the batch, its strides, where rows of single numbers
 # begin, and values in general. Only what decides about 16-byte loads is specialised (by Triton: a multiple of 16?).
 NUMBERS = (
@@ -235,7 +203,6 @@ def decode_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PIECE: tl.constexpr,
     STATE_V_FIRST: tl.constexpr,
     GATE: tl.constexpr,
     BETA_LOGIT: tl.constexpr,
@@ -249,7 +216,7 @@ def decode_kernel(
     """One program: V-slice i_v of HEADS value heads from i_first on, of sequence i_n.
 
     Grid: (cdiv(V, BV) * HV / HEADS * N,), V-slices fastest. With a convolution HEADS is HV / H, otherwise 1; with
-    either part there is one V-slice. PIECE: see `_in_pieces`; 0: the slice lies in registers through all tokens.
+    either part there is one V-slice.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     FULL: tl.constexpr = BK == K and V % BV == 0
@@ -326,7 +293,7 @@ def decode_kernel(
         else:
             o_h = i_hv * (K * V) + o_k[None, :] * V + o_v[:, None]
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
-        if (h0 is not None) & (PIECE == 0):
+        if h0 is not None:
             p_h0 = h0 + slot * stride_h0_n + o_h
             if has_initial_state is not None:
                 has = tl.load(has_initial_state + i_n)
@@ -372,24 +339,6 @@ def decode_kernel(
         A = 1.0
         if A_log is not None:
             A, b_bias = gate_parameters(tl.load(A_log + i_hv), b_bias, GATE)
-
-        if PIECE > 0:
-            first_row = i_hv * V + (pid % NV) * BV
-            p_final = None
-            if ht is not None:
-                p_final = ht + slot * stride_ht_n + first_row * K
-            p_first_scale = None
-            if state_scales is not None:
-                p_first_scale = state_scales + slot * stride_scales_n + first_row
-            _in_pieces(
-                h0 + slot * stride_h0_n + first_row * K, p_final, p_first_scale,
-                v + first * stride_v_s + i_hv * stride_v_h + (pid % NV) * BV,
-                o + first * stride_o_s + i_hv * stride_o_h + (pid % NV) * BV,
-                _normalised(next_q, L2NORM) * scale, _normalised(next_k, L2NORM),
-                exp2(log2_decay(next_g.to(tl.float32), A, b_bias, lower_bound, GATE)),
-                beta_value(next_beta, BETA_LOGIT, NEG_EIGVAL), seed, slot, first_row, K, BV, PIECE,
-            )  # fmt: skip
-            n_tokens = 0
 
         b_odd = tl.zeros([BV], dtype=tl.float32)
         # A loop even for a single token: ptxas reorders freely within a block of straight code, and there it put the
@@ -450,7 +399,7 @@ def decode_kernel(
                     m_to, m_rows = (m_h & live) != 0, (m_v & live) != 0
                     store_state(p_ht, b_h, m_to, to_scales, m_rows, b_u, seed, slot, t, row, K, BK)
 
-        if (ht is not None) & (num_accepted_tokens is None) & (PIECE == 0):
+        if (ht is not None) & (num_accepted_tokens is None):
             p_ht = ht + slot * stride_ht_n + o_h
             store_state(p_ht, b_h, None if FULL else m_h, p_scales, m_v, b_odd, seed, slot, n_tokens - 1, row, K, BK)
         if conv_weight is not None:
