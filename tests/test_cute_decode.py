@@ -141,7 +141,7 @@ def test_the_schedule_of_every_batch(N, T, state_dtype):
 
 
 def test_bulk_copies_with_several_tokens():
-    """Not chosen by itself."""
+    """Of so few states they are not chosen by themselves."""
     check(usual(T=3), DecodeConfig(rows=32, bulk=True))
     check(usual(lens=[2, 0, 5]), DecodeConfig(rows=32, bulk=True))
 
