@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from kda_kernels.cute.decode_config import LANES, DecodeSpec
-from kda_kernels.cute.math import float_of, load_now
+from kda_kernels.cute.math import load_now
 from kda_kernels.cute.ptx import lower_halves, select
 from kda_kernels.cute.stored import (
     bf16_stochastic,
@@ -83,13 +83,7 @@ class States:
         for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
             for s in cutlass.range_constexpr(self.spec.steps):
                 raw[None, s, p].store(self.vectors(first, s, p).load())
-        if cutlass.const_expr(self.scaled):
-            words = cute.recast_tensor(raw, Int32)
-            for i in cutlass.range_constexpr(cute.size(S) // 2):
-                S[2 * i] = raw[2 * i].to(Float32)
-                S[2 * i + 1] = float_of((words[i] >> 16) + 0x4B008000) - 8421376.0
-        else:
-            S.store(raw.load().to(Float32))
+        S.store(raw.load().to(Float32))
         if cutlass.const_expr(self.scaled):
             for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
                 scale = cute.arch.shuffle_sync(scales[0], lane // LANES * LANES + first_pass + p)

@@ -131,7 +131,8 @@ def load_state(p, mask, scales, mask_rows, K_AXIS: tl.constexpr):
         x = x.to(tl.float32)
     else:
         # 2**23 + 2**15 + x, of which a conversion of its own would take four times as long
-        x = (x.to(tl.int32) + 0x4B008000).to(tl.float32, bitcast=True) - 8421376.0
+        bits = (x.to(tl.uint16, bitcast=True).to(tl.uint32) ^ 0x8000) | 0x4B000000
+        x = bits.to(tl.uint32).to(tl.float32, bitcast=True) - 8421376.0
         x *= tl.expand_dims(tl.load(scales, mask=mask_rows, other=0.0), K_AXIS)
     return x
 
