@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from decode_inputs import DEVICE, GIVEN, SAFE, make, with_pool, with_state
 
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode.config import DecodeConfig
 from kda_kernels.problem import Gate, Options
 from kda_kernels.tensors import Inputs
 from kdacli.verify.cases.cover import Row, pairwise_cover

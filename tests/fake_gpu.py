@@ -1,7 +1,7 @@
 """The host half of the CuTe decode kernel without a GPU: a stand-in for what the compiler makes.
 
 `FakeFunction` takes and refuses what the compiled function does, which TVM-FFI checks from the types of
-`decode_build._arguments`, and computes the operation in plain torch.
+`decode/build._arguments`, and computes the operation in plain torch.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 
 from kda_kernels.cute import cache
-from kda_kernels.cute import decode as module
-from kda_kernels.cute.decode_config import DecodeSpec
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode.config import DecodeSpec
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent

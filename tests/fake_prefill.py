@@ -1,6 +1,6 @@
 """The host half of the CuTe prefill without a GPU: a stand-in for what the compiler makes, as in `fake_gpu`.
 
-It takes and refuses what the compiled function does, which TVM-FFI checks from the types of `prefill_build._arguments`,
+It takes and refuses what the compiled function does, which TVM-FFI checks from the types of `prefill/build._arguments`,
 and computes the operation in plain torch: whole sequences, or what is made of segments.
 """
 
@@ -11,9 +11,9 @@ import itertools
 import torch
 from fake_gpu import check, on_h100
 
-from kda_kernels.cute import prefill as module
-from kda_kernels.cute import prefill_functions
-from kda_kernels.cute.prefill_config import CHUNK, Part, PrefillSpec
+from kda_kernels.cute.prefill import functions as prefill_functions
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill.config import CHUNK, Part, PrefillSpec
 from kda_kernels.problem import Gate, Options
 from kda_kernels.reference import plain_recurrent
 from kda_kernels.tensors import Checkpoints, Inputs

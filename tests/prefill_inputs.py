@@ -9,9 +9,9 @@ import pytest
 import torch
 from decode_inputs import make, with_pool, with_state
 
-from kda_kernels.cute import prefill as module
-from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import Split
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill.config import CHUNK
+from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.problem import Gate, Options
 from kda_kernels.tensors import Inputs
 

@@ -20,8 +20,8 @@ from fake_compiled import Build, FakeCompiled
 from filelock import FileLock
 
 from kda_kernels.cute import cache as module
-from kda_kernels.cute import decode
 from kda_kernels.cute.cache import CompileCache
+from kda_kernels.cute.decode import host as decode
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import Op, Problem
@@ -401,7 +401,7 @@ class TestFingerprint:
     def test_the_same_sources_give_the_same(self, sources):
         assert module.fingerprint.__wrapped__() == module.fingerprint()
 
-    @pytest.mark.parametrize("name", ["decode_kernel.py", "math.py", "decode_build.py", "decode_config.py"])
+    @pytest.mark.parametrize("name", ["decode/kernel.py", "math.py", "decode/build.py", "prefill/config.py"])
     def test_a_change_of_a_source(self, sources, name):
         with (sources / name).open("a") as file:
             file.write("\n# changed\n")
@@ -427,7 +427,8 @@ class TestFingerprint:
 SPEC = decode._problem_spec(Problem(Op.DECODE, (1,), H=1, HV=1, K=32, V=32, packed=False, pool_slots=1), H100)
 LOAD = """
 import sys
-from kda_kernels.cute import cache, decode
+from kda_kernels.cute import cache
+from kda_kernels.cute.decode import host as decode
 
 def build():
     raise AssertionError("compiled again")

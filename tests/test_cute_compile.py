@@ -11,8 +11,8 @@ import torch
 from kda_kernels import registry
 from kda_kernels.checks import problem_of
 from kda_kernels.cute import cache
-from kda_kernels.cute import decode as module
-from kda_kernels.cute.decode_config import DecodeConfig, DecodeSpec
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode.config import DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.cute.variant import CuteVariant
 from kda_kernels.problem import Gate, Op, Options, Problem

@@ -25,9 +25,9 @@ from decode_inputs import (
 )
 
 from kda_kernels.cute import cache
-from kda_kernels.cute import decode as module
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode.config import DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.errors import InputError, KdaError
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.reference import plain_recurrent

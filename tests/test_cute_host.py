@@ -17,10 +17,10 @@ import wrong_tensors
 from decode_inputs import GIVEN, SAFE, close, make, with_pool, with_state
 
 from kda_kernels import registry
-from kda_kernels.cute import decode as module
 from kda_kernels.cute import runtime
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode.config import DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference.oracle import recurrence
@@ -59,7 +59,7 @@ def check(inputs: Inputs, **given) -> Outputs:
 
 @pytest.mark.skipif(runtime.missing_packages() is not None, reason=str(runtime.missing_packages()))
 def test_the_stand_in_takes_what_the_kernel_takes():
-    from kda_kernels.cute.decode_kernel import DecodeKernel
+    from kda_kernels.cute.decode.kernel import DecodeKernel
 
     real = list(inspect.signature(DecodeKernel.__call__).parameters)
     assert real[-3:] == ["lower_bound", "eps", "stream"]

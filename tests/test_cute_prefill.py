@@ -13,11 +13,12 @@ import torch
 from decode_inputs import DEVICE
 from prefill_inputs import GIVEN, SAFE, SOFTPLUS, WAYS, new_memory_holds_nan, plain, pooled, split, tokens
 
-from kda_kernels.cute import prefill as module
-from kda_kernels.cute import prefill_functions, prefill_plan
-from kda_kernels.cute.prefill import prefill
-from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import Split
+from kda_kernels.cute.prefill import functions as prefill_functions
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill import plan as prefill_plan
+from kda_kernels.cute.prefill.config import CHUNK
+from kda_kernels.cute.prefill.host import prefill
+from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.serving import kda_decode, kda_prefill

@@ -8,10 +8,11 @@ import torch
 from prefill_inputs import split
 
 from kda_kernels.checks import problem_of
-from kda_kernels.cute import cache, prefill_functions
-from kda_kernels.cute import prefill as module
-from kda_kernels.cute.prefill_config import CHUNK, Part
-from kda_kernels.cute.prefill_plan import Split
+from kda_kernels.cute import cache
+from kda_kernels.cute.prefill import functions as prefill_functions
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill.config import CHUNK, Part
+from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.cute.variant import launched_shared_bytes
 from kda_kernels.errors import UnavailableError

@@ -16,10 +16,10 @@ from prefill_inputs import GIVEN, SAFE, SOFTPLUS, SPLITS, WAYS, new_memory_holds
 
 from kda_kernels import registry
 from kda_kernels.api import chunk_kda_fwd
-from kda_kernels.cute import prefill as module
 from kda_kernels.cute import runtime
-from kda_kernels.cute.prefill import prefill
-from kda_kernels.cute.prefill_config import Part
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill.config import Part
+from kda_kernels.cute.prefill.host import prefill
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
@@ -55,7 +55,7 @@ def check(inputs: Inputs, out: torch.Tensor | None = None) -> Outputs:
 
 @pytest.mark.skipif(runtime.missing_packages() is not None, reason=str(runtime.missing_packages()))
 def test_the_stand_in_takes_what_the_kernel_takes():
-    from kda_kernels.cute.prefill_kernel import PrefillKernel
+    from kda_kernels.cute.prefill.kernel import PrefillKernel
 
     real = list(inspect.signature(PrefillKernel.__call__).parameters)
     assert list(inspect.signature(fake_prefill.FakeFunction.__call__).parameters) == real[:-1]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from decode_inputs import DEVICE, SAFE, close
 
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode.config import DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.problem import Op, Options, Parts, Problem
 from kda_kernels.reference.oracle import recurrence
 from kda_kernels.tensors import Inputs, Outputs

@@ -8,10 +8,10 @@ import torch
 from decode_inputs import close
 
 from kda_kernels import registry
-from kda_kernels.cute import decode as module
-from kda_kernels.cute import step
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import MOST_CLUSTERED, DecodeConfig
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode import step
+from kda_kernels.cute.decode.config import MOST_CLUSTERED, DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem

@@ -6,8 +6,8 @@ import pytest
 import torch
 from decode_inputs import DEVICE, SAFE
 
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode.config import DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.dtypes import torch_dtype
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference.stored import Stored, stored

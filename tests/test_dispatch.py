@@ -12,9 +12,9 @@ from decode_inputs import DEVICE, close, make, with_pool, with_state
 
 from kda_kernels import registry
 from kda_kernels.api import chunk_kda, chunk_kda_fwd, fused_recurrent_kda_fwd
-from kda_kernels.cute import decode as cute
-from kda_kernels.cute import prefill as cute_prefill
-from kda_kernels.cute import prefill_plan
+from kda_kernels.cute.decode import host as cute
+from kda_kernels.cute.prefill import host as cute_prefill
+from kda_kernels.cute.prefill import plan as prefill_plan
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.problem import Op
 from kda_kernels.reference.oracle import recurrence

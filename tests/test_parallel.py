@@ -16,7 +16,7 @@ import torch
 from decode_inputs import DEVICE
 
 from kda_kernels import checks, registry
-from kda_kernels.cute import prefill_carried
+from kda_kernels.cute.prefill import carried as prefill_carried
 from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel import context as context_module

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import (
+from kda_kernels.cute.prefill.config import CHUNK
+from kda_kernels.cute.prefill.plan import (
     ADD,
     GAIN,
     LAUNCHES,

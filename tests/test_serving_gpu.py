@@ -20,7 +20,7 @@ from kda_kernels.api import (
     kda_step,
     prefill_workspace_bytes,
 )
-from kda_kernels.cute import prefill as cute_prefill
+from kda_kernels.cute.prefill import host as cute_prefill
 from kda_kernels.problem import Gate, Op, Options
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge.bits import same_bits

@@ -8,9 +8,9 @@ is V-first and its slots are 16-byte aligned; `triton-decode` runs everything el
 Step: `cute-step` on such a GPU, under the same conditions, when the states of the value heads that share a key head fit
 the CTAs of a cluster (K = V = 128: up to 8 heads); `triton-step` runs everything else.
 
-Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill`: on sm_90a, with the DSL, bf16 or fp16, K = V =
-128, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured; `triton-prefill`
-runs everything else.
+Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill.host`: on sm_90a, with the DSL, bf16 or fp16,
+K = V = 128, V-first states, rows that are multiples of 16 bytes), as it was faster in every shape measured;
+`triton-prefill` runs everything else.
 
 Nothing falls back in silence: `kernel_for` and `choose` return the kernel they chose, and a kernel asked for by name
 either runs or raises an error with its reason. Registering costs no import of torch or triton: a kernel names its
@@ -227,7 +227,7 @@ def decode_again(call: tuple, out: "torch.Tensor") -> bool:
     Args:
         call: the fields of `Inputs` in their order.
     """
-    cute = sys.modules.get("kda_kernels.cute.decode")
+    cute = sys.modules.get("kda_kernels.cute.decode.host")
     return cute is not None and cute.again(call, out)
 
 
@@ -236,7 +236,7 @@ def prefill_again(call: tuple, out: "torch.Tensor", final_state: "torch.Tensor |
 
     A seed and scales are not looked at: a call that has them is another one.
     """
-    cute = sys.modules.get("kda_kernels.cute.prefill")
+    cute = sys.modules.get("kda_kernels.cute.prefill.host")
     return cute is not None and cute.again(call, out, final_state)
 
 
@@ -283,14 +283,20 @@ def _plain(
 
 _T, _C, _R = "kda_kernels.triton", "kda_kernels.cute", "kda_kernels.reference"
 for _kernel in (
-    Kernel("cute-decode", Op.DECODE, "cute", f"{_C}.decode", "fused recurrent update, in place, sm_90a"),
+    Kernel("cute-decode", Op.DECODE, "cute", f"{_C}.decode.host", "fused recurrent update, in place, sm_90a"),
     Kernel("triton-decode", Op.DECODE, "triton", f"{_T}.decode", "fused recurrent update, in place"),
-    Kernel("cute-prefill", Op.PREFILL, "cute", f"{_C}.prefill", "chunks and chain in one kernel, sm_90a"),
+    Kernel("cute-prefill", Op.PREFILL, "cute", f"{_C}.prefill.host", "chunks and chain in one kernel, sm_90a"),
     Kernel("triton-prefill", Op.PREFILL, "triton", f"{_T}.prefill", "chunk factors, their inverse, then the chain"),
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
     Kernel("torch-decode", Op.DECODE, "torch", f"{_R}.plain_recurrent", "plain torch, float32"),
-    Kernel("cute-step", Op.STEP, "cute", f"{_C}.step", "decode with convolution and gated norm, in one launch, sm_90a"),
+    Kernel(
+        "cute-step",
+        Op.STEP,
+        "cute",
+        f"{_C}.decode.step",
+        "decode with convolution and gated norm, in one launch, sm_90a",
+    ),
     Kernel("triton-step", Op.STEP, "triton", f"{_T}.decode", "decode with convolution and gated norm, in one launch"),
     Kernel("torch-step", Op.STEP, "torch", f"{_R}.plain_recurrent", "the same with convolution and gated norm"),
     Kernel("torch-prefill", Op.PREFILL, "torch", f"{_R}.plain_chunk", "plain torch, chunked"),

@@ -14,8 +14,8 @@ import sys
 import torch
 
 from kda_kernels.checks import check_inputs
-from kda_kernels.cute import prefill as module
-from kda_kernels.cute.prefill_plan import Split
+from kda_kernels.cute.prefill import host as module
+from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.tensors import Checkpoints
 from kdacli.synthetic import make_inputs

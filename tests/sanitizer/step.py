@@ -9,8 +9,8 @@ driver lacks.
 
 import torch
 
-from kda_kernels.cute.decode import decode
-from kda_kernels.cute.decode_config import DecodeConfig
+from kda_kernels.cute.decode.config import DecodeConfig
+from kda_kernels.cute.decode.host import decode
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
 from kdacli.synthetic import make_inputs

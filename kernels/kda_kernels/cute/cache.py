@@ -149,7 +149,7 @@ def directory() -> Path | None:
 def fingerprint() -> str:
     """A hash of what a file depends on beside its key: these sources, the compiler, and the interface of calls."""
     parts = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         parts.update(source.name.encode() + source.read_bytes())
     for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         parts.update(f"{package}={importlib.metadata.version(package)}".encode())

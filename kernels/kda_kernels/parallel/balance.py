@@ -6,9 +6,9 @@ identity (`kda_kernels.parallel.prefill`). Costs are those of the fused prefill,
 
 import functools
 
-from kda_kernels.cute.prefill_carried import units_of
-from kda_kernels.cute.prefill_config import CHUNK
-from kda_kernels.cute.prefill_plan import CARRIED_SCAN, CARRIED_START, plan
+from kda_kernels.cute.prefill.carried import units_of
+from kda_kernels.cute.prefill.config import CHUNK
+from kda_kernels.cute.prefill.plan import CARRIED_SCAN, CARRIED_START, plan
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import CHUNK as STEP
 

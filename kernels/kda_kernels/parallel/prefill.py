@@ -240,9 +240,9 @@ class Call:
 @functools.cache
 def _hopper() -> ModuleType:
     """The module that needs the compiler for Hopper; an import takes 2 us even where it has been made."""
-    from kda_kernels.cute import prefill_carried
+    from kda_kernels.cute.prefill import carried
 
-    return prefill_carried
+    return carried
 
 
 def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,12 @@
-"""How the prefill kernel turns the inputs of a chunk into the operands of its products; see `prefill_kernel.py`."""
+"""How the prefill kernel turns the inputs of a chunk into the operands of its products; see `kernel.py`."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
-from kda_kernels.cute.prefill_shared import arrive, swizzled, vector
+from kda_kernels.cute.prefill.config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
 from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs, rest
 from kda_kernels.problem import Gate
 

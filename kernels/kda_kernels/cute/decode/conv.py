@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from kda_kernels.cute.decode_config import DecodeSpec
+from kda_kernels.cute.decode.config import DecodeSpec
 from kda_kernels.cute.math import load_now, sigmoid
 from kda_kernels.cute.ptx import load_words
 

@@ -2,22 +2,12 @@
 
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from kda_kernels.cute.decode_config import DecodeSpec
-from kda_kernels.cute.decode_kernel import DecodeKernel
-
-DTYPES = {
-    "float32": cutlass.Float32,
-    "float16": cutlass.Float16,
-    "bfloat16": cutlass.BFloat16,
-    "int32": cutlass.Int32,
-    "int64": cutlass.Int64,
-    "bool": cutlass.Boolean,
-    "int16": cutlass.Int16,
-}
+from kda_kernels.cute.arguments import DTYPES, stand_in
+from kda_kernels.cute.decode.config import DecodeSpec
+from kda_kernels.cute.decode.kernel import DecodeKernel
 
 
 def compile_decode(spec: DecodeSpec, arch: str, options: str = "") -> Any:
@@ -109,9 +99,3 @@ def _arguments(spec: DecodeSpec) -> tuple:
         Float32(0.0) if spec.norm else None,
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-
-
-def stand_in(dtype: str, shape: tuple, strides, align: int | None = None):
-    """A tensor for the compiler: aligned to its elements, or to `align` bytes."""
-    kind = DTYPES[dtype]
-    return cute.runtime.make_fake_tensor(kind, shape, tuple(strides), assumed_align=align or max(1, kind.width // 8))

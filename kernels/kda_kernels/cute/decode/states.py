@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from kda_kernels.cute.decode_config import LANES, DecodeSpec
+from kda_kernels.cute.decode.config import LANES, DecodeSpec
 from kda_kernels.cute.math import load_now
 from kda_kernels.cute.ptx import lower_halves, select
 from kda_kernels.cute.stored import (

@@ -5,10 +5,10 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from kda_kernels.cute.decode_build import DTYPES, stand_in
-from kda_kernels.cute.prefill_config import Part, PrefillSpec
-from kda_kernels.cute.prefill_join import JoinKernel
-from kda_kernels.cute.prefill_kernel import PrefillKernel
+from kda_kernels.cute.arguments import DTYPES, stand_in
+from kda_kernels.cute.prefill.config import Part, PrefillSpec
+from kda_kernels.cute.prefill.join import JoinKernel
+from kda_kernels.cute.prefill.kernel import PrefillKernel
 
 
 def compile_prefill(spec: PrefillSpec, arch: str, options: str = "") -> Any:

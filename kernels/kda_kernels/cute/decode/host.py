@@ -1,4 +1,4 @@
-"""The fused recurrent update in CuTe DSL, for Hopper and newer. Host half; `decode_kernel` is the device half.
+"""The fused recurrent update in CuTe DSL, for Hopper and newer. Host half; `kernel` is the device half.
 
 Floor: the states of all sequences read and written once, 2 * N * HV * K * V elements. H=96, N=32, fp32: 403 MB, 133 us
 at 3.0 TB/s.
@@ -18,7 +18,7 @@ from kda_kernels import ranges
 from kda_kernels.boundary import check_out
 from kda_kernels.checks import check_inputs, require_features, values_checked
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.decode_config import MOST_BLOCKS, DecodeConfig, DecodeSpec
+from kda_kernels.cute.decode.config import MOST_BLOCKS, DecodeConfig, DecodeSpec
 from kda_kernels.cute.runtime import architecture, unsupported_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
@@ -354,8 +354,8 @@ def label(spec: DecodeSpec, arch: str) -> str:
 
 
 def build(spec: DecodeSpec, arch: str, options: str = "") -> Any:
-    """Compiles; needs the DSL, and no GPU. See `decode_build.compile_decode`."""
-    from kda_kernels.cute.decode_build import compile_decode
+    """Compiles; needs the DSL, and no GPU. See `build.compile_decode`."""
+    from kda_kernels.cute.decode.build import compile_decode
 
     return compile_decode(spec, arch, options)
 

@@ -1,8 +1,8 @@
-"""The fused prefill in CuTe DSL, for Hopper. Host half; `prefill_kernel` is the device half.
+"""The fused prefill in CuTe DSL, for Hopper. Host half; `kernel` is the device half.
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
-goes through a workspace. Where there are too few of them, `prefill_plan` cuts sequences into segments: one launch runs
-all of them, a second one makes the states between them and adds what these give to the output (`prefill_join`; in fp16
+goes through a workspace. Where there are too few of them, `plan` cuts sequences into segments: one launch runs
+all of them, a second one makes the states between them and adds what these give to the output (`join`; in fp16
 a scan and a sum of Triton's); then checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
@@ -29,10 +29,10 @@ import torch
 from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
-from kda_kernels.cute.prefill_config import ALIGNMENT, Part
-from kda_kernels.cute.prefill_functions import cut_into, function_of, kind_of, unsupported_here
-from kda_kernels.cute.prefill_functions import variants as variants
-from kda_kernels.cute.prefill_plan import Split, plan, plan_of
+from kda_kernels.cute.prefill.config import ALIGNMENT, Part
+from kda_kernels.cute.prefill.functions import cut_into, function_of, kind_of, unsupported_here
+from kda_kernels.cute.prefill.functions import variants as variants
+from kda_kernels.cute.prefill.plan import Split, plan, plan_of
 from kda_kernels.dtypes import FLOATS, name_of
 from kda_kernels.errors import InputError, one_line
 from kda_kernels.ints import cdiv

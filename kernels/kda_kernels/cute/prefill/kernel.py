@@ -1,7 +1,7 @@
 """The fused prefill kernel: chunk-local work and the chain over chunks meet in one CTA, through shared memory.
 
-A CTA has one value head of one sequence, or of one segment (`prefill_plan.py`). Two warpgroups (`prefill_produce.py`)
-turn every other chunk of 32 tokens each into what the chain needs; two (`prefill_consume.py`) hold the state, 64 value
+A CTA has one value head of one sequence, or of one segment (`plan.py`). Two warpgroups (`produce.py`)
+turn every other chunk of 32 tokens each into what the chain needs; two (`consume.py`) hold the state, 64 value
 channels each, and run the chain.
 
 With G the running sum of log2 decays in a chunk and m its middle (after token 15), for token i and channel c:
@@ -17,7 +17,7 @@ b = |k|^-2 beta, and are left out of the operands. With the state S~ (V x K) as 
 
 and from one chunk's m to the next one's S~ decays once, by exp2(G_31 - m + m'). w is u / |k|: the update that the delta
 rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by substitution, what lies below them from
-products of numbers of 16 bits (`prefill_relate.py`).
+products of numbers of 16 bits (`relate.py`).
 
 Keys may be long: in the first half of a chunk kE, qE and w are divided by 2^25 and kI is multiplied by it, in the
 second half the other way. So nothing overflows unless q or k is longer than 2^37, and then o is made NaN.
@@ -29,13 +29,13 @@ from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
-from kda_kernels.cute.decode_build import DTYPES
-from kda_kernels.cute.prefill_config import ALIGNMENT, CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
-from kda_kernels.cute.prefill_consume import Consumer
-from kda_kernels.cute.prefill_produce import Producer
-from kda_kernels.cute.prefill_shared import allocate, tile_layout, vector
-from kda_kernels.cute.prefill_unbounded import Unbounded
-from kda_kernels.cute.prefill_work import Products, States, Work
+from kda_kernels.cute.arguments import DTYPES
+from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill.consume import Consumer
+from kda_kernels.cute.prefill.produce import Producer
+from kda_kernels.cute.prefill.shared import allocate, tile_layout, vector
+from kda_kernels.cute.prefill.unbounded import Unbounded
+from kda_kernels.cute.prefill.work import Products, States, Work
 from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
@@ -44,7 +44,7 @@ REGISTERS = {True: (96, 160), False: (96, 160)}  # by whether gates are bounded
 
 
 class PrefillKernel(Producer, Unbounded, Consumer):
-    """Called with tensors of the shapes of `Inputs`; see `prefill_build.py`."""
+    """Called with tensors of the shapes of `Inputs`; see `build.py`."""
 
     def __init__(self, spec: PrefillSpec) -> None:
         self.spec = spec

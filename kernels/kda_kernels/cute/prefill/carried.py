@@ -1,6 +1,6 @@
 """Sequences that are cut between ranks, in the fused prefill for Hopper.
 
-Both are the launch that cuts a sequence into segments (`cute.prefill`). Where it began on a former rank its first
+Both are the launch that cuts a sequence into segments (`prefill/host.py`). Where it began on a former rank its first
 segment has no tokens: all are units, which run once from no state and once from the identity.
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from kda_kernels.cute import prefill
-from kda_kernels.cute.prefill_config import CHUNK, Part
-from kda_kernels.cute.prefill_plan import CARRIED_SCAN, CARRIED_START, plan
+from kda_kernels.cute.prefill import host
+from kda_kernels.cute.prefill.config import CHUNK, Part
+from kda_kernels.cute.prefill.plan import CARRIED_SCAN, CARRIED_START, plan
 from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs
@@ -27,7 +27,7 @@ Functions = dict[Part, Callable[..., Any]]  # compiled, of one kind of call
 
 @functools.lru_cache(maxsize=4096)
 def units_of(tokens: int, HV: int, sms: int) -> int:
-    """Segments of so many tokens that make the time of a part least, as `prefill_plan` counts it."""
+    """Segments of so many tokens that make the time of a part least, as `plan` counts it."""
     chunks = cdiv(tokens, CHUNK)
 
     def cost(units: int) -> float:
@@ -56,7 +56,7 @@ class _Cut:
     """The segments of one sequence, dense. Memory: 256 bytes per token and head of units, until outputs are whole."""
 
     def __init__(self, inputs: Inputs, o: torch.Tensor, lead: int, segment: int, functions: Functions) -> None:
-        """Runs them. Raises: as `cute.prefill.prefill`."""
+        """Runs them. Raises: as `prefill.host.prefill`."""
         self.inputs, self.o, self.functions = inputs, o, functions
         (_, tokens, HV), K = o.shape[:3], inputs.q.shape[3]
         units = cdiv(max(0, tokens - lead), segment)
@@ -80,8 +80,8 @@ class _Cut:
 
     def _launch(self, part: Part, inputs: Inputs) -> None:
         if (function := self.functions.get(part)) is None:
-            function = self.functions[part] = prefill.function_of(part, inputs)
-        prefill.launch_part(function, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
+            function = self.functions[part] = host.function_of(part, inputs)
+        host.launch_part(function, inputs, self.o, self.segments.workspace, self.segments.units, self.here)
 
 
 class HopperBegun(_Cut):

@@ -21,10 +21,10 @@ from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.dsl import SmemAllocator
-from kda_kernels.cute.prefill_config import CHUNK, JOIN_WARPS
-from kda_kernels.cute.prefill_kernel import MN_MAJOR, PrefillKernel
-from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, swizzled, vector
-from kda_kernels.cute.prefill_work import Barrier, States, Work
+from kda_kernels.cute.prefill.config import CHUNK, JOIN_WARPS
+from kda_kernels.cute.prefill.kernel import MN_MAJOR, PrefillKernel
+from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, swizzled, vector
+from kda_kernels.cute.prefill.work import Barrier, States, Work
 from kda_kernels.cute.ptx import float_pair, fresh, larger_size, load_transposed
 
 WARPS = 4  # of a warpgroup

@@ -1,4 +1,4 @@
-"""The half of the prefill kernel that holds the state and runs the chain over chunks; see `prefill_kernel.py`."""
+"""The half of the prefill kernel that holds the state and runs the chain over chunks; see `kernel.py`."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import float_bits, float_of
-from kda_kernels.cute.prefill_config import (
+from kda_kernels.cute.prefill.config import (
     ALIGNMENT,
     CHUNK,
     CONSUMERS,
@@ -22,8 +22,8 @@ from kda_kernels.cute.prefill_config import (
     Part,
     PrefillSpec,
 )
-from kda_kernels.cute.prefill_shared import Kind, arrive, by_chunk, operand, piece, swizzled, vector
-from kda_kernels.cute.prefill_work import Barrier, Exit, Products, States, Work
+from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, piece, swizzled, vector
+from kda_kernels.cute.prefill.work import Barrier, Exit, Products, States, Work
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,

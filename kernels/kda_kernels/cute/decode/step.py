@@ -7,8 +7,8 @@ ways, beside 1.57 MB of fp32 state.
 import dataclasses
 from collections.abc import Iterator
 
-from kda_kernels.cute import decode as module
-from kda_kernels.cute.decode import FEATURES, decode, run, unsupported, unsupported_here, unsupported_tensors
+from kda_kernels.cute.decode import host as module
+from kda_kernels.cute.decode.host import FEATURES, decode, run, unsupported, unsupported_here, unsupported_tensors
 from kda_kernels.cute.variant import CuteVariant
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.variant import H100, Gpu
@@ -17,7 +17,7 @@ __all__ = ["FEATURES", "decode", "run", "unsupported", "unsupported_here", "unsu
 
 
 def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[CuteVariant]:
-    """As those of `kda_kernels.cute.decode`; the usual problem's gate is safe, and of few and of many sequences."""
+    """As those of `decode.host`; the usual problem's gate is safe, and of few and of many sequences."""
     if problem is not None:
         yield from module.variants(problem, gpu)
         return

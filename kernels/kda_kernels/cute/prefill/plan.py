@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from heapq import heappush, heapreplace
 from typing import NamedTuple
 
-from kda_kernels.cute.prefill_config import CHUNK
+from kda_kernels.cute.prefill.config import CHUNK
 
 # In units of the time of a chunk, 2.3 us on an H200 (`docs/notes/prefill-cute.md`):
 START = 4.6  # of a CTA, until its first chunk is ready and after its last

@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.dsl import SmemAllocator
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, PrefillSpec
 
 Kind = warpgroup.SmemLayoutAtomKind
 BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks

@@ -1,12 +1,12 @@
-"""How the prefill kernel relates the tokens of a chunk: norms, products, the inverse; see `prefill_kernel.py`."""
+"""How the prefill kernel relates the tokens of a chunk: norms, products, the inverse; see `kernel.py`."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
-from kda_kernels.cute.prefill_config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
-from kda_kernels.cute.prefill_shared import BLOCK, L_HALF, L_PITCH, TILE, TILE_PITCH, swizzled, vector
+from kda_kernels.cute.prefill.config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
+from kda_kernels.cute.prefill.shared import BLOCK, L_HALF, L_PITCH, TILE, TILE_PITCH, swizzled, vector
 from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, multiply_pairs, rest, select
 
 

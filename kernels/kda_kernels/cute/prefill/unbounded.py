@@ -1,4 +1,4 @@
-"""How the prefill kernel prepares chunks whose gates have no bound; see `prefill_kernel.py` for the names.
+"""How the prefill kernel prepares chunks whose gates have no bound; see `kernel.py` for the names.
 
 With G the running sum of log decays in a chunk, and 31 its last token: kE = k exp(G), qE = q exp(G), kI =
 k exp(G_31 - G). The state S is the one before the chunk, and decays once, by exp(G_31). For tokens j < i,
@@ -22,8 +22,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
-from kda_kernels.cute.prefill_config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, PrefillSpec
-from kda_kernels.cute.prefill_shared import (
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, PrefillSpec
+from kda_kernels.cute.prefill.shared import (
     L_HALF,
     L_PITCH,
     TILE,
@@ -34,7 +34,7 @@ from kda_kernels.cute.prefill_shared import (
     swizzled,
     vector,
 )
-from kda_kernels.cute.prefill_work import Barrier
+from kda_kernels.cute.prefill.work import Barrier
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,

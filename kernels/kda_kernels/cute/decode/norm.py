@@ -10,7 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from kda_kernels.cute.decode_config import LANES, DecodeSpec
+from kda_kernels.cute.decode.config import LANES, DecodeSpec
 from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.math import float_bits, lane_sum, load_now, rsqrt, sigmoid
 

@@ -9,8 +9,8 @@ import torch
 
 from kda_kernels.checks import CAUSAL
 from kda_kernels.cute.cache import CACHE
-from kda_kernels.cute.prefill_config import JOIN_WARPS, THREADS, Part, PrefillSpec
-from kda_kernels.cute.prefill_plan import plan
+from kda_kernels.cute.prefill.config import JOIN_WARPS, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill.plan import plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
@@ -80,8 +80,8 @@ def label(spec: PrefillSpec, arch: str) -> str:
 
 
 def build(spec: PrefillSpec, arch: str, options: str = "") -> Any:
-    """Compiles; needs the DSL, and no GPU. See `prefill_build.compile_prefill`."""
-    from kda_kernels.cute.prefill_build import compile_prefill
+    """Compiles; needs the DSL, and no GPU. See `build.compile_prefill`."""
+    from kda_kernels.cute.prefill.build import compile_prefill
 
     return compile_prefill(spec, arch, options)
 

@@ -19,10 +19,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 
-from kda_kernels.cute.decode_config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
-from kda_kernels.cute.decode_conv import Windows
-from kda_kernels.cute.decode_norm import Norm
-from kda_kernels.cute.decode_states import States
+from kda_kernels.cute.decode.config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
+from kda_kernels.cute.decode.conv import Windows
+from kda_kernels.cute.decode.norm import Norm
+from kda_kernels.cute.decode.states import States
 from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
 from kda_kernels.cute.ptx import bulk_store_lasting

@@ -1,4 +1,4 @@
-"""The half of the prefill kernel that makes chunks ready for the chain; see `prefill_kernel.py`."""
+"""The half of the prefill kernel that makes chunks ready for the chain; see `kernel.py`."""
 
 import cutlass
 import cutlass.cute as cute
@@ -6,11 +6,11 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import sigmoid
-from kda_kernels.cute.prefill_config import CHUNK, PARTS, STAGES, THREADS
-from kda_kernels.cute.prefill_prepare import Preparer
-from kda_kernels.cute.prefill_relate import Relater
-from kda_kernels.cute.prefill_shared import TILE, Kind, arrive, by_chunk, operand, vector
-from kda_kernels.cute.prefill_work import Barrier, Work
+from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS
+from kda_kernels.cute.prefill.prepare import Preparer
+from kda_kernels.cute.prefill.relate import Relater
+from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, vector
+from kda_kernels.cute.prefill.work import Barrier, Work
 from kda_kernels.cute.ptx import fresh
 
 INVERTER, LOADER = 0, 3  # warps

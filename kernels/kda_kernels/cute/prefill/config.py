@@ -15,7 +15,7 @@ THREADS = CONSUMERS + PRODUCERS
 JOIN_WARPS = 8, 1, 1  # that multiply, that load transitions, and outputs
 ALIGNMENT = 2 * CHUNK  # of checkpoints, in tokens
 SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, and those of the second multiplied
-MOST_NORM = 2.0**37  # of q and k; see `prefill_kernel`
+MOST_NORM = 2.0**37  # of q and k; see `kernel`
 # Of rows of S and w in fp16, log2: 16 to 32 is their largest number before a chunk. What 32 tokens of at most that, L2
 # normalised and with beta up to 2, can make of it stays under 65504.
 LARGEST = 4
