@@ -177,7 +177,7 @@ def serving(problem: Problem) -> dict[str, Problem]:
     asked: dict[str, set[str]]
     tokens, several = 1, 4  # of a sequence; of drafts
     if problem.op.decodes:
-        counts, asked = (1, 256), {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
+        counts, asked = _BATCHES, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
     else:
         counts, tokens, several = (1, 2, 4, 8, 32), 512, 512
         asked = {"resumed": {"has_initial_state"}, "checkpoints": {"checkpoints"}}
@@ -189,7 +189,7 @@ def serving(problem: Problem) -> dict[str, Problem]:
             problem,
             seq_lens=(several if name else tokens,) * count,
             packed=packed,
-            pool_slots=512,
+            pool_slots=2 * max(counts),
             features=frozenset(features),
         )
         for name, features in {"": set(), **asked}.items()
@@ -199,6 +199,8 @@ def serving(problem: Problem) -> dict[str, Problem]:
 
 
 _VERIFY = {"update_state", "token_states", "token_state_indices"}
+# Sequences of a decode: close enough that each configuration that a kernel chooses by their number is met.
+_BATCHES = tuple(sorted({n << k for n in (2, 3) for k in range(9)} | {1}))  # 1, 2, 3, 4, 6, .., 512, 768
 
 
 def _users(kernel: UserKernel, problem: Problem | None) -> list[Variant]:
