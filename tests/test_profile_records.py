@@ -313,3 +313,12 @@ def test_the_cost_of_a_models_layers():
     (cost,) = found.rows
     assert (cost.ms, cost.low_ms, cost.high_ms) == pytest.approx((6.9, 6.831, 7.038))
     assert cost.tokens_per_ms == pytest.approx(8192 / 6.9)
+
+
+def test_what_the_fusion_of_a_step_saves():
+    """Of the kernels of the same batch, and of no other op."""
+    step = dataclasses.replace(SMALL, op=Op.STEP, seq_lens=(1, 1), packed=False)
+    rows = [row("cute-step", us=10.0, op="step", problem=step), row("sglang-chain", us=14.0, op="step", problem=step)]
+    fused, chain, other = layer.costs("kimi-k3", 8, [*rows, row("k")]).rows
+    assert fused.saved_ms == pytest.approx(69 * 4e-3)
+    assert chain.saved_ms is None and other.saved_ms is None

@@ -15,6 +15,8 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
 from kda_kernels.tensors import Convolution, Inputs
+from kdacli.judge import judge
+from kdacli.judge.reference import Reference, pool_as_final_state
 from kdacli.options import problem_from
 from kdacli.peers import sglang_step, vllm_step
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
@@ -279,6 +281,18 @@ def test_a_timed_step_is_held_against_the_oracle_with_its_convolutions_states(to
         return outputs
 
     assert check.error(forgetful) == float("inf")
+
+
+def test_who_declares_that_its_convolution_rounds_is_judged_so():
+    inputs = make((1, 1), padding=0, dtype="bfloat16", tokens_first=True)
+    apart = dataclasses.replace(inputs.fresh(), conv=dataclasses.replace(inputs.fresh().conv, rounded=True))
+    outputs = pool_as_final_state(registry.get("torch-step").run(apart), apart)
+    reference = Reference(inputs, Op.STEP)
+    assert [v.tensor for v in judge(reference.granted(False), outputs) if not v.passed] == ["final_state"]
+    assert all(v.passed for v in judge(reference.granted(True), outputs))
+    wrong = dataclasses.replace(outputs, final_state=outputs.final_state * 1.05)
+    assert not all(v.passed for v in judge(reference.granted(True), wrong))
+    assert registry.get("sglang-chain").unsupported() and registry.get("sglang-chain").rounded_convolution
 
 
 def test_fused_steps_of_engines_are_given_the_projection_itself():

@@ -176,6 +176,7 @@ class _Alone:
         o = torch.cat(self.o, dim=1)
         self.found.o = [_relative(o[rows, t], exact[:, t]) for t in range(o.shape[1])]
         outputs = pool_as_final_state(Outputs(o), dataclasses.replace(reference.inputs, state=self.pool))
+        reference = reference.granted(self.kernel.rounded_convolution)
         call = CallJudge(reference, outputs, carried_state=self.kernel.carried_state)
         for piece in reference:
             call.add(piece)

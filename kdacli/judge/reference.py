@@ -5,6 +5,7 @@ So memory is bounded and length is not, and a result is judged alike whether its
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,6 +126,7 @@ class Reference:
         self.inputs, self.op = inputs, Op(op)
         self.device = torch.device(inputs.q.device if device is None else device)
         self.layout = Layout.of(inputs)
+        self._stepwise = stepwise
         self.seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
         steps = rounding_steps(stored_dtype(inputs, "final_state"), self.seed) if stepwise else None
         self.plains = plains(self.op, inputs.q.dtype, max(self.layout.lens, default=0), steps)
@@ -149,6 +151,16 @@ class Reference:
         other._kept = [piece.placed(other.layout) for piece in self]
         other._squares, other._states, other._normed = self._squares, self._states, self._normed
         return other
+
+    def granted(self, rounded_convolution: bool) -> "Reference":
+        """What a kernel is judged by whose convolution rounds what it gives, where it says so."""
+        return self._rounding if rounded_convolution and self.inputs.conv is not None else self
+
+    @functools.cached_property
+    def _rounding(self) -> "Reference":
+        assert (conv := self.inputs.conv) is not None
+        inputs = dataclasses.replace(self.inputs, conv=dataclasses.replace(conv, rounded=True))
+        return Reference(inputs, self.op, self.device, stepwise=self._stepwise)
 
     def name(self, field: str) -> str:
         """What a field of `Outputs` is called in verdicts."""

@@ -16,6 +16,7 @@ for _name, _op, _backend, _module, _summary in (
     ("sglang-packed-decode", Op.DECODE, "sglang", "sglang_packed_decode", "SGLang's default decode, Triton or CUDA"),
     ("sglang-prefill", Op.PREFILL, "sglang", "sglang_prefill", "SGLang's default chunk_kda, Triton"),
     ("sglang-step", Op.STEP, "sglang", "sglang_step", "SGLang's fused decode step, CUDA"),
+    ("sglang-chain", Op.STEP, "sglang", "sglang_chain", "SGLang's step unfused, in three kernels"),
     ("vllm-step", Op.STEP, "vllm", "vllm_step", "vLLM's fused decode step, CUDA"),
     ("cula-decode", Op.DECODE, "cula", "cula_decode", "cuLA's CuTe DSL decode"),
     ("flashinfer-decode", Op.DECODE, "flashinfer", "flashinfer_decode", "FlashInfer's recurrent_kda"),

@@ -70,6 +70,11 @@ class UserKernel(Kernel):
         """As `Kernel.carried_state`: what the function's attribute of that name says."""
         return getattr(self.function, "carried_state", None)
 
+    @property
+    def rounded_convolution(self) -> bool:
+        """As `Kernel.rounded_convolution`: a user's function runs no step, so it has none."""
+        return False
+
     def run(self, inputs: "Inputs") -> "Outputs":
         """Calls the function on checked inputs.
 

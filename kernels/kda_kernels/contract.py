@@ -27,6 +27,8 @@ class Contract:
         one_token: every sequence has exactly one token.
         carried_state: what it says that it carries states in from chunk to chunk, where that is less than their own
             dtype; states are judged as such.
+        rounded_convolution: its convolution is a kernel of its own, which rounds what it gives to the dtype of q, k
+            and v; results are judged as such.
         plain_state: takes a state that is not modified. pool: takes a pool, itself or through its adapter.
         padding: takes negative state indices.
         features: what it has of `kda_kernels.problem.FEATURES`.
@@ -43,6 +45,7 @@ class Contract:
     param_dtypes: tuple[str, ...] = tuple(FLOATS)
     state_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     carried_state: str | None = None
+    rounded_convolution: bool = False
     K: tuple[int, ...] = (128,)
     V_multiple: int = 1
     square: bool = False

@@ -115,6 +115,11 @@ class Kernel:
         """
         return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "carried_state", None)
 
+    @property
+    def rounded_convolution(self) -> bool:
+        """Whether it says that its convolution rounds what it gives. Known as `carried_state` is."""
+        return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "rounded_convolution", False)
+
     def run(self, inputs: "Inputs") -> "Outputs":
         """Raises `InputError` where the call uses a feature that it does not have, or its tensors have no memory."""
         from kda_kernels.checks import require_features, require_memory

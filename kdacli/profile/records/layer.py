@@ -3,8 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+from kda_kernels.problem import Op
 from kdacli.presets import PRESETS
 from kdacli.profile.records.row import Row, timed
+
+UNFUSED = "sglang-chain"  # the step in kernels of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class LayerCost:
     low_ms: float  # 95% confidence
     high_ms: float
     tokens_per_ms: float
+    saved_ms: float | None = None  # by a fused step, of what the same step takes in kernels of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +48,9 @@ def costs(model: str, tp: int, rows: Sequence[Row]) -> LayerCosts:
         low, ms, high = (preset.kda_layers * us / 1e3 for us in (row.low_us, row.median_us, row.high_us))
         tokens = row.problem.T
         found.append(LayerCost(row.op, row.gates, row.kernel, tokens, row.median_us, ms, low, high, tokens / ms))
+    apart = {(cost.gates, cost.tokens): cost.ms for cost in found if cost.kernel == UNFUSED}
+    for i, cost in enumerate(found):
+        chain = apart.get((cost.gates, cost.tokens)) if cost.op == Op.STEP and cost.kernel != UNFUSED else None
+        if chain is not None:
+            found[i] = dataclasses.replace(cost, saved_ms=chain - cost.ms)
     return LayerCosts(model, tp, preset.kda_layers, preset.layers, found)

@@ -43,8 +43,8 @@ class Record:
     ] = None
     layer: Annotated[
         LayerCosts | None,
-        "with `--layer`: what the KDA operation costs in all KDA layers of the model; no projection, convolution or "
-        "norm",
+        "with `--layer`: what the KDA operation costs in all KDA layers of the model, without projections; `saved_ms` "
+        "of a step: what it saves against the chain of three kernels that `sglang-chain` is",
     ] = None
     half_lives: Annotated[
         HalfLives | None, "of a dump's gates: how many channels have a half-life between the `edges`, in tokens"

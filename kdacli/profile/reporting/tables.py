@@ -237,7 +237,14 @@ def layer_tables(layer: LayerCosts) -> "Iterator[Table]":
             ]
             for r in rows
         ]  # fmt: skip
-        yield output.table(title, ("gates", "kernel", "us per layer", "ms", "± ms", "tokens/ms"), lines)
+        names = ["gates", "kernel", "us per layer", "ms", "± ms", "tokens/ms"]
+        if any(r.saved_ms is not None for r in rows):
+            names.append("fusion saves, ms")
+            lines = [
+                [*line, "-" if r.saved_ms is None else f"{r.saved_ms:.{_digits(r.ms)}f}"]
+                for line, r in zip(lines, rows, strict=True)
+            ]
+        yield output.table(title, names, lines)
 
 
 def _digits(ms: float) -> int:

@@ -187,7 +187,7 @@ def _check(kernel: Kernel, bench: Bench) -> Result:
             return result("refused", [one_line(error, _LONGEST)])
         return result("error", [one_line(error, _LONGEST)])
     outputs = first.outputs
-    verdicts = judge(bench.reference, outputs, carried_state=runner.carried_state)
+    verdicts = judge(bench.reference.granted(runner.rounded_convolution), outputs, carried_state=runner.carried_state)
     notes = [*_wrong_beside_values(bench, first), *_differences(outputs, again.outputs)]
     passed = not notes and all(verdict.passed for verdict in verdicts)
     held: tuple[Held, ...] = ()

@@ -41,6 +41,10 @@ class PrefillThenDecode:
     def carried_state(self) -> str | None:
         return self.prefill.carried_state
 
+    @property
+    def rounded_convolution(self) -> bool:
+        return self.prefill.rounded_convolution
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why not, as `Kernel.unsupported`."""
         if self.decode is None:
@@ -75,6 +79,10 @@ class OneByOne:
     @property
     def carried_state(self) -> str | None:
         return self.decode.carried_state
+
+    @property
+    def rounded_convolution(self) -> bool:
+        return self.decode.rounded_convolution
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why not, as `Kernel.unsupported`."""

@@ -54,6 +54,7 @@ class Subject:
             inputs: of a call that means the same; None: those of the case.
         """
         reference = self.reference if inputs is None else self.reference.on(inputs)
+        reference = reference.granted(self.kernel.rounded_convolution)
         found = judge(reference, outputs, carried_state=self.kernel.carried_state)
         return (f"{verdict.tensor}: {verdict.note}" for verdict in found if not verdict.passed)
 

@@ -28,6 +28,8 @@ def report(outcome: Outcome, json_dest: str | None, junit: str | None, verbose: 
     for kernel in outcome.kernels:
         if kernel.carried_state:
             say(f"{kernel.name} declares that it carries states in {kernel.carried_state}: they are judged as such")
+        if kernel.rounded_convolution:
+            say(f"{kernel.name} declares that its convolution rounds what it gives: results are judged as such")
     for line in outcome.searched:
         say(line)
     why = {case.name: case.why for case in outcome.cases.values()}
