@@ -3,18 +3,19 @@
 import email
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -102,19 +103,50 @@ def test_dependencies_are_open_ranges(metadata):
     assert {spec.operator for r in requirements for spec in r.specifier} == {">="}
 
 
+def stub(folder: Path, name: str, version: str, requires: Iterable[str] = ()) -> None:
+    """A wheel that holds nothing, and asks for what `requires` says."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    said = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {x}" for x in requires)]
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(said))
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+def resolved(folder: Path, *words: str) -> dict[str, str]:
+    """What pip would install from the wheels of a folder, by name: the version."""
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    done = subprocess.run(
+        [*pip, "--no-index", "--find-links", str(folder), *words], env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = (one["metadata"] for one in json.loads(done.stdout)["install"])
+    return {canonicalize_name(one["name"]): one["version"] for one in found}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
 @pytest.mark.parametrize("engine", ["sglang-0.5.23", "vllm-0.33.0"])
-def test_an_engine_keeps_its_pins(metadata, engine):
-    """Ours ask for nothing that the release's own requirements, of its wheel's metadata, do not admit."""
+def test_pip_installs_the_same_versions_of_an_engines_packages_with_and_without_ours(wheel, metadata, engine, tmp_path):
+    """Of the release's own requirements, as its wheel's metadata has them, in an index of empty wheels: each package
+    in each version that anybody names, one far below and one far beyond."""
     lines = (ROOT / "tests" / "data" / f"requires-{engine}.txt").read_text().splitlines()
-    theirs = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines)}
-    theirs["triton"] = SpecifierSet("==3.8.0")  # what torch 2.14 pins
-    shared = [r for r in map(Requirement, metadata.get_all("Requires-Dist")) if canonicalize_name(r.name) in theirs]
-    assert {"torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "numpy"} <= {r.name for r in shared}
-    for requirement in shared:
-        specifier = theirs[canonicalize_name(requirement.name)]
-        named = {spec.version for spec in (*specifier, *requirement.specifier)}
-        admitted = [version for version in named if specifier.contains(version)]
-        assert not named or any(map(requirement.specifier.contains, admitted)), f"{requirement} beside {specifier}"
+    versions: dict[str, set[str]] = {"triton": {"3.8.0"}}
+    for requirement in map(Requirement, (*lines, *metadata.get_all("Requires-Dist"))):
+        named = {spec.version.replace("*", "0") for spec in requirement.specifier}
+        versions.setdefault(canonicalize_name(requirement.name), {"0.1", "9999"}).update(named)
+    versions["triton"].add("9999")
+    for name, several in versions.items():
+        for version in several if name != "kdacli" else ():
+            torchs = ["triton==3.8.0"] if (name, version[:4]) == ("torch", "2.14") else []  # what torch 2.14 pins
+            stub(tmp_path, name, version, torchs)
+    name, version = engine.split("-")
+    stub(tmp_path, name, version, lines)
+    shutil.copy(wheel, tmp_path)
+    alone = resolved(tmp_path, name)
+    beside = resolved(tmp_path, name, "kdacli[cute,verify,plot,report]")
+    assert alone["torch"].startswith("2.14") and {"kdacli", "nvidia-cutlass-dsl", "apache-tvm-ffi"} <= set(beside)
+    assert {name: beside[name] for name in alone} == alone
 
 
 def test_constraints_pin_every_dependency_within_its_range(metadata):
