@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import rich.console
 import torch
 from profile_stand_ins import SMALL, Kernel, failed_row, load, method, point, record, row, wanted
 
@@ -19,6 +20,7 @@ from kdacli.profile.records import baseline, halflife, layer, sweep
 from kdacli.profile.records.fit import bumps, fit
 from kdacli.profile.records.record import Record, Saver, read, require_complete
 from kdacli.profile.records.row import FailedRow, TimedRow, documented, to_json
+from kdacli.profile.reporting.tables import layer_tables
 from kdacli.synthetic import make_inputs
 
 RECORDS = Path(__file__).parent.parent / "benchmarks"
@@ -322,3 +324,8 @@ def test_what_the_fusion_of_a_step_saves():
     fused, chain, other = layer.costs("kimi-k3", 8, [*rows, row("k")]).rows
     assert fused.saved_ms == pytest.approx(69 * 4e-3)
     assert chain.saved_ms is None and other.saved_ms is None
+    (table,) = layer_tables(layer.LayerCosts("kimi-k3", 8, 69, 93, [fused, chain]))
+    narrow = rich.console.Console(width=80)
+    with narrow.capture() as shown:
+        narrow.print(table)
+    assert "sglang-chain" in shown.get() and "saved ms" in shown.get(), "on a terminal of 80 columns nothing is cut"

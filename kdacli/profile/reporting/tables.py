@@ -239,7 +239,7 @@ def layer_tables(layer: LayerCosts) -> "Iterator[Table]":
         ]  # fmt: skip
         names = ["gates", "kernel", "us per layer", "ms", "± ms", "tokens/ms"]
         if any(r.saved_ms is not None for r in rows):
-            names.append("fusion saves, ms")
+            names.append("saved ms")
             lines = [
                 [*line, "-" if r.saved_ms is None else f"{r.saved_ms:.{_digits(r.ms)}f}"]
                 for line, r in zip(lines, rows, strict=True)
