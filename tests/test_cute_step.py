@@ -94,7 +94,7 @@ def test_bits_depend_on_nothing_but_the_sequence():
             mine, threads = inputs.fresh(), 128 if rows < 64 else 256
             found.append((decode(mine, config=DecodeConfig(rows, threads, 2, bulk)).o, mine.state))
     mine = inputs.fresh()
-    large = DecodeConfig(128, ctas=3, bulk=True, together=2, lasting=True)
+    large = DecodeConfig(128, ctas=3, bulk=True, together=2, huge=True)
     found.append((decode(mine, config=large).o, mine.state))
     some = inputs.fresh()
     rows = {name: getattr(some, name)[2:3] for name in ("q", "k", "v", "g", "beta", "state_indices")}

@@ -10,7 +10,7 @@ from torch.nn import functional
 from kda_kernels import checks, registry
 from kda_kernels.api import kda_step
 from kda_kernels.checks import check_inputs, problem_of
-from kda_kernels.engines.weights import derived
+from kda_kernels.engines.derived import derived
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle

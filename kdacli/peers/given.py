@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from kda_kernels.engines.weights import counted, derived
+from kda_kernels.engines.derived import counted, derived
 from kda_kernels.errors import InputError
 from kda_kernels.tensors import Inputs, Outputs
 

@@ -7,7 +7,7 @@ import torch
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.contract import Contract
-from kda_kernels.engines.weights import derived
+from kda_kernels.engines.derived import derived
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Convolution, Inputs, Outputs

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from kda_kernels.engines.weights import derived
+from kda_kernels.engines.derived import derived
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_step

@@ -295,14 +295,8 @@ for _kernel in (
     Kernel("triton-gate", Op.GATE, "triton", f"{_T}.gate", "kda_gate_chunk_cumsum, one kernel"),
     Kernel("triton-gate-unfused", Op.GATE, "triton", f"{_T}.gate_unfused", "activation, then cumsum: the baseline"),
     Kernel("torch-decode", Op.DECODE, "torch", f"{_R}.plain_recurrent", "plain torch, float32"),
-    Kernel(
-        "cute-step",
-        Op.STEP,
-        "cute",
-        f"{_C}.decode.step",
-        "decode with convolution and gated norm, in one launch, sm_90a",
-    ),
-    Kernel("triton-step", Op.STEP, "triton", f"{_T}.decode", "decode with convolution and gated norm, in one launch"),
+    Kernel("cute-step", Op.STEP, "cute", f"{_C}.decode.step", "decode with convolution and gated norm, fused, sm_90a"),
+    Kernel("triton-step", Op.STEP, "triton", f"{_T}.decode", "decode with convolution and gated norm, fused"),
     Kernel("torch-step", Op.STEP, "torch", f"{_R}.plain_recurrent", "the same with convolution and gated norm"),
     Kernel("torch-prefill", Op.PREFILL, "torch", f"{_R}.plain_chunk", "plain torch, chunked"),
 ):

@@ -149,8 +149,9 @@ def directory() -> Path | None:
 def fingerprint() -> str:
     """A hash of what a file depends on beside its key: these sources, the compiler, and the interface of calls."""
     parts = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        parts.update(source.name.encode() + source.read_bytes())
+    folder = Path(__file__).parent
+    for source in sorted(folder.rglob("*.py")):
+        parts.update(str(source.relative_to(folder)).encode() + source.read_bytes())
     for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         parts.update(f"{package}={importlib.metadata.version(package)}".encode())
     parts.update(f"{sys.implementation.cache_tag} {sysconfig.get_platform()}".encode())

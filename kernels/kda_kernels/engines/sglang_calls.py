@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from kda_kernels.api import Checkpoints, GatedNorm, kda_decode, kda_prefill, kda_step
+from kda_kernels.engines.derived import apart, counted
 from kda_kernels.engines.sglang import NAME, STEP
 from kda_kernels.engines.vllm_calls import convolution, split_packed
-from kda_kernels.engines.weights import apart, counted
 from kda_kernels.problem import CHUNK
 
 log = logging.getLogger("sglang.kda")

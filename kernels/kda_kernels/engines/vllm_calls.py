@@ -11,7 +11,7 @@ import torch
 
 from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
-from kda_kernels.engines.weights import counted, derived, joined
+from kda_kernels.engines.derived import counted, derived, joined
 from kda_kernels.errors import InputError
 
 NULL_SLOT = 0

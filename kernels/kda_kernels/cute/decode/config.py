@@ -9,7 +9,7 @@ from kda_kernels.problem import Gate
 SUMS = 3  # over K: q.q, k.k, q.k
 MOST_BLOCKS = 65535  # along the last axis of a grid: sequences of one launch
 LANES = 8  # that share a row of the state: 16 bytes each are a line of 128
-LASTING = 1 << 26  # elements of all fp32 states, 256 MB: of more, what is written is hinted to stay in the L2 cache
+HUGE = 1 << 26  # elements of all fp32 states, 256 MB: of more, see `DecodeConfig.huge`
 MOST_CLUSTERED = 8  # CTAs of a cluster that every GPU of sm_90 and newer has room for
 
 
@@ -25,8 +25,8 @@ class DecodeConfig(NamedTuple):
         ctas: how many of them shall fit on a multiprocessor, which bounds the registers.
         bulk: the state comes and goes by bulk copies through shared memory, instead of through registers.
         together: of the rows that a thread has, how many it takes from there at once.
-        lasting: with `bulk`, stores are hinted to be evicted from the L2 cache last, after what was only read. And a
-            state is asked for behind the convolution, so that fewer are on their way at once.
+        huge: with `bulk`, for more states than the L2 cache has room for. Stores are hinted to be evicted from it last,
+            after what was only read, and a state is asked for behind the convolution, so that fewer are on their way.
     """
 
     rows: int = 16
@@ -34,7 +34,7 @@ class DecodeConfig(NamedTuple):
     ctas: int = 4
     bulk: bool = False
     together: int = 1
-    lasting: bool = False
+    huge: bool = False
 
     @classmethod
     @functools.cache
@@ -81,9 +81,10 @@ class DecodeConfig(NamedTuple):
     ) -> "DecodeConfig":
         """As `choose`, where the CTAs of `group` value heads share a convolution, or those of one a norm.
 
-        Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller: a
-        whole state where there are two for each multiprocessor, halves where there is half a one, in pieces through
-        shared memory. A state of two bytes is not rounded between two tokens, so it cannot lie there: with several
+        Every CTA of a head prepares the same channels, so CTAs are larger than without either, and clusters smaller. In
+        fp32, with one token, a CTA has a whole state from two states per multiprocessor on, half of one from half a
+        state on; else a whole one, or half of one in registers, from one state on. States of that size come in pieces
+        through shared memory. One of two bytes is not rounded between two tokens, so it cannot lie there: with several
         tokens it stays in registers.
         """
         streamed = one_token or not narrow
@@ -96,8 +97,8 @@ class DecodeConfig(NamedTuple):
         if rows <= 32:
             return cls(rows, ctas=4 if one_token else 3)
         if streamed:
-            lasting = not narrow and heads * K * V > LASTING
-            return cls(rows, ctas=4 if narrow or rows < 128 else 3, bulk=True, together=2, lasting=lasting)
+            huge = not narrow and heads * K * V > HUGE
+            return cls(rows, ctas=4 if narrow or rows < 128 else 3, bulk=True, together=2, huge=huge)
         return cls(rows, threads=256, ctas=2)
 
 

@@ -226,7 +226,7 @@ class DecodeKernel:
             S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
             if cutlass.const_expr(spec.fresh):
                 begun = started[i_n]
-            if cutlass.const_expr(spec.taps and spec.config.lasting):
+            if cutlass.const_expr(spec.taps and spec.config.huge):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             scales = None
             if cutlass.const_expr(self.states.scaled):
@@ -238,7 +238,7 @@ class DecodeKernel:
                     target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
             # Bulk copies stand in a branch. Where these loads are ahead of it, the compiler puts the convolution there,
             # too, and the state waits for its windows.
-            if cutlass.const_expr(spec.taps and not spec.config.lasting):
+            if cutlass.const_expr(spec.taps and not spec.config.huge):
                 raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
             if cutlass.const_expr(not self.bulk):
                 if cutlass.const_expr(spec.h0 is None or spec.fresh):
@@ -534,7 +534,7 @@ class DecodeKernel:
                 if lane == 0:
                     first = cute.assume((tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector)
                     there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
-                    if cutlass.const_expr(spec.config.lasting):
+                    if cutlass.const_expr(spec.config.huge):
                         size = cute.size(part) * tile.element_type.width // 8
                         bulk_store_lasting(there.iterator, here.iterator, size)
                     else:

@@ -41,6 +41,7 @@ class Part(enum.StrEnum):
 
     @property
     def splits(self) -> bool:
+        """Whether it runs the segments of sequences that are cut."""
         return self in (Part.SPLIT, Part.CUT)
 
 
