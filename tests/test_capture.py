@@ -658,13 +658,6 @@ def test_other_processes_pay_next_to_nothing(tmp_path):
     assert (result.stdout, result.stderr) == ("False True\n", "")
 
 
-def test_the_bootstrap_is_installed_with_the_package():
-    """setuptools takes along only folders that are packages."""
-    from setuptools import find_packages
-
-    assert "kdacli.capture.bootstrap" in find_packages(str(ROOT), include=["kdacli*"])
-
-
 def test_help_is_quick_and_whole():
     from kdacli.commands.capture import command
 

@@ -17,9 +17,12 @@ import pytest
 import torch
 
 from kda_kernels.errors import InputError, UnavailableError
-from kda_kernels.problem import Gate, Op, Options, Problem
+from kda_kernels.problem import Gate, Op, Options, Parts, Problem
+from kda_kernels.reference.fused import gated_norm
 from kda_kernels.reference.oracle import recurrence
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import GatedNorm, Inputs, Outputs
+from kdacli.judge import judge
+from kdacli.judge.reference import Reference, pool_as_final_state
 from kdacli.peers import flashkda_prefill, given, here, sglang_packed_decode
 from kdacli.synthetic import make_inputs
 from tests import engine_sources
@@ -298,6 +301,29 @@ def sglang_packed(
     return out, initial_state
 
 
+def sglang_convolution(
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):  # fmt: skip
+    """One token of each sequence; -1 is padding, whose row is not written."""
+    assert activation == "silu" and cache_seqlens is None
+    out = torch.full_like(x, torch.nan)
+    for n, slot in enumerate(conv_state_indices.tolist()):
+        if slot >= 0:
+            window = torch.cat([conv_state[slot], x[n, :, None].to(conv_state.dtype)], 1)
+            sums = (window.float() * weight.float()).sum(1) + (0.0 if bias is None else bias.float())
+            out[n] = torch.nn.functional.silu(sums).to(x.dtype)
+            conv_state[slot] = window[:, 1:]
+    return out
+
+
+def sglang_gated_norm(
+    x, g, weight, bias, activation="swish", residual=None, prenorm=False, residual_in_fp32=False, eps=1e-6
+):
+    assert (bias, residual, activation) == (None, None, "sigmoid")
+    norm = GatedNorm(g, weight, eps)
+    return gated_norm(x.float(), norm, g).to(x.dtype)
+
+
 def sglang_chunk(
     q, k, v, g, beta, scale=None, initial_state=None, initial_state_indices=None, use_qk_l2norm_in_kernel=False,
     cu_seqlens=None, A_log=None, dt_bias=None, lower_bound=None, output_intermediate_states=False, track_state=None,
@@ -449,6 +475,26 @@ def test_what_an_adapter_hands_over_is_the_call(name, change, stand_ins):
         torch.testing.assert_close(outputs.final_state.double(), expected.final_state, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("parts", [Parts(width=4, bias=True), Parts(width=2, tokens_first=False, norm=False)], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_sglangs_unfused_step_is_right_for_one_whose_convolution_rounds(parts, packed, monkeypatch):
+    """In the layouts that the adapter hands over; padding included."""
+    chain = adapter("sglang_chain")
+    functions = {
+        sglang_packed_decode.MODULES: {"fused_recurrent_kda_packed_decode": sglang_packed},
+        chain.CONVOLUTION: {"causal_conv1d_update": sglang_convolution},
+        chain.NORM: {"rms_norm_gated": sglang_gated_norm},
+    }
+    monkeypatch.setattr(here, "load", lambda modules: types.SimpleNamespace(**functions[modules]))
+    problem = dataclasses.replace(DECODE, op=Op.STEP, packed=packed, padding=1, options=SAFE, K=64, V=64, parts=parts)
+    assert chain.CONTRACT.refusal(problem) is None and chain.CONTRACT.rounded_convolution
+    inputs = make_inputs(problem, gates="init")
+    mine = inputs.fresh()
+    outputs = pool_as_final_state(chain.run(mine), mine)
+    assert all(torch.equal(getattr(mine, name), getattr(inputs, name)) for name in "qkvg")
+    assert all(verdict.passed for verdict in judge(Reference(inputs, Op.STEP).granted(True), outputs))
+
+
 @pytest.mark.parametrize("name", ["flashkda_prefill", "cudnn_prefill", "flashinfer_prefill"])
 def test_a_raw_gate_without_bias_is_refused(name, stand_ins):
     inputs = make_inputs(problem_for(name, **TAKES[name]))
@@ -468,6 +514,8 @@ RELEASED = [
     (sglang_update, "sglang/kernels/ops/attention/cutedsl_kda.py", "cutedsl_fused_sigmoid_gating_kda_update"),
     (sglang_packed, "sglang/kernels/ops/attention/fla/fused_recurrent.py", "fused_recurrent_kda_packed_decode"),
     (sglang_chunk, "sglang/kernels/ops/attention/fla/kda.py", "chunk_kda"),
+    (sglang_convolution, "sglang/kernels/ops/mamba/causal_conv1d_triton.py", "causal_conv1d_update"),
+    (sglang_gated_norm, "sglang/kernels/ops/attention/fla/fused_norm_gate.py", "rms_norm_gated"),
     (flashinfer_kda, "flashinfer/kda_decode.py", "recurrent_kda"),
     (flashinfer_kda, "flashinfer/kda.py", "recurrent_kda"),
 ]

@@ -11,7 +11,6 @@ import torch
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_packed_decode, sglang_step
-from kdacli.peers.given import gate_parameters
 from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
 
 CONVOLUTION = ("sglang.kernels.ops.mamba.causal_conv1d_triton",)
@@ -31,9 +30,9 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with these kernels; None if it can."""
     return (
         (CONTRACT.refusal(problem) if problem is not None else None)
-        or here.missing_package(("sglang",), "pip install sglang")
-        or here.no_gpu("SGLang's kernels")
-        or next(filter(None, map(here.not_loadable, (sglang_packed_decode.MODULES, CONVOLUTION, NORM))), None)
+        or sglang_packed_decode.unsupported()
+        or here.not_loadable(CONVOLUTION)
+        or here.not_loadable(NORM)
     )
 
 
@@ -43,35 +42,23 @@ def run(inputs: Inputs) -> Outputs:
     Raises:
         InputError: see `sglang_step.checked`.
     """
-    conv, norm, (pool, indices) = sglang_step.checked(inputs), inputs.norm, inputs.pool
-    N, (HV, V) = len(indices), inputs.v.shape[2:]
-    A_log, dt_bias = gate_parameters(inputs)
+    conv, norm, (_, indices) = sglang_step.checked(inputs), inputs.norm, inputs.pool
+    tokens, V = (inputs.q, inputs.k, inputs.v), inputs.v.shape[3]
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         convolved = here.load(CONVOLUTION).causal_conv1d_update(
-            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            side_by_side(*map(rows_of, tokens)),
             conv.by_channel,
             conv.weight,
             conv.bias,
             "silu",
             conv_state_indices=indices,
         )
-        o = torch.empty(N, 1, HV, V, dtype=inputs.v.dtype, device=inputs.v.device)
-        here.load(sglang_packed_decode.MODULES).fused_recurrent_kda_packed_decode(
-            convolved,
-            a=rows_of(inputs.g).contiguous(),
-            b=inputs.beta.reshape(N, HV).contiguous(),
-            A_log=A_log,
-            dt_bias=dt_bias.flatten(),
-            scale=inputs.scale,
-            initial_state=pool,
-            out=o,
-            ssm_state_indices=indices,
-            use_qk_l2norm_in_kernel=inputs.options.qk_l2norm,
-            lower_bound=inputs.options.lower_bound,
-        )
+        parts = convolved.split([x.shape[2] * x.shape[3] for x in tokens], dim=1)
+        q, k, v = (part.view(x.shape) for part, x in zip(parts, tokens, strict=True))
+        outputs = sglang_packed_decode.run(dataclasses.replace(inputs, q=q, k=k, v=v, conv=None, norm=None))
         if norm is not None:
             o = here.load(NORM).rms_norm_gated(
-                o.view(-1, V), norm.gate.reshape(-1, V), norm.weight, None, activation="sigmoid", eps=norm.eps
+                outputs.o.view(-1, V), norm.gate.reshape(-1, V), norm.weight, None, activation="sigmoid", eps=norm.eps
             )
-    final = inputs.state if inputs.output_final_state else None
-    return Outputs(o.view(inputs.v.shape), final, conv_states=conv.states)
+            outputs = dataclasses.replace(outputs, o=o.view(inputs.v.shape))
+    return dataclasses.replace(outputs, conv_states=conv.states)
