@@ -33,7 +33,7 @@ from kdacli.profile.measuring.timing import Statistics
 from kdacli.synthetic import make_inputs
 
 TOKENS, SEQUENCES, BATCH = 8192, 6, 128  # at most: of a prefill call, packed in it, of a decode step
-TURN = 20  # calls of a kernel before the next one's; in the first turn they warm up
+TURN = 20  # calls of a row before the next one's; in the first turn they warm up
 LIMIT_S = 20.0  # for the calls of one row, of which each may compile
 OPS = (Op.PREFILL.value, Op.DECODE.value)
 SHAPES = {Op.PREFILL: ("same", "length", "packed"), Op.DECODE: ("same", "batch", "queued")}
@@ -120,41 +120,63 @@ def times_us(calls: list[Callable[[], object]], wait: Callable[[], object], unti
     return times
 
 
-def measure(op: Op, heads: int, shapes: str, all_inputs: list[Inputs], kernels: list[Kernel]) -> Iterator[Row]:
-    """The public function, one launch of torch's, then the kernels that can."""
+@dataclasses.dataclass
+class _Timed:
+    """One row on its way. Attributes: wait: after each call. left: seconds that its calls may still take."""
+
+    shapes: str
+    kernel: str
+    caller: Callable[[Inputs], Callable[[], object]]
+    wait: Callable[[], object]
+    times_us: list[float] = dataclasses.field(default_factory=list)
+    left: float = LIMIT_S
+    error: str | None = None
+
+    def turn(self, inputs: list[Inputs], counts: bool) -> None:
+        """A call of each of the inputs, whose times are kept if it `counts`."""
+        begin = time.monotonic()
+        try:
+            with torch.inference_mode():
+                found = times_us([self.caller(x) for x in inputs], self.wait, begin + self.left)
+        except Exception as error:  # a peer may raise anything
+            self.error = one_line(error, 200)
+            return
+        self.times_us += found if counts else []
+        self.left -= time.monotonic() - begin
+
+    def row(self, op: Op, heads: int) -> Row:
+        said = self.error or (None if self.times_us else f"the first {TURN} calls took more than {LIMIT_S:.0f} s")
+        if said is not None:
+            return Row(op, heads, self.shapes, self.kernel, error=said)
+        about, most = Statistics.of(self.times_us), max(self.times_us)
+        return Row(op, heads, self.shapes, self.kernel, len(self.times_us), about.median_us, about.p90_us, most)
+
+
+def measure(op: Op, heads: int, inputs: dict[str, list[Inputs]], kernels: list[Kernel]) -> Iterator[Row]:
+    """Of the calls of each shapes, as many of one as of another: the public function, one launch of torch's, then the
+    kernels that can. The pace of a machine changes from second to second: a turn goes through all rows."""
     from kda_kernels.checks import problem_of
 
-    largest = max(all_inputs, key=lambda x: x.v.numel())
+    largest = max(itertools.chain(*inputs.values()), key=lambda x: x.v.numel())
     out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
-    wait = torch.cuda.synchronize if out.is_cuda and shapes != "queued" else lambda: None
     callers = {f"kda_{op}": lambda x: as_an_engine(x, out), "torch add_": lambda x: functools.partial(x.beta.add_, 0)}
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
             callers[kernel.name] = lambda x, kernel=kernel: functools.partial(kernel.run, x)
             if not kernel.ours:  # no engine checks a call before a peer does
                 vars(kernel.code).update(check_inputs=lambda inputs: None)
-    times: dict[str, list[float]] = {name: [] for name in callers}
-    left, errors = dict.fromkeys(callers, LIMIT_S), dict[str, str]()
-    for first in range(0, len(all_inputs), TURN):
-        for name in [name for name in callers if name not in errors]:
-            begin = time.monotonic()
-            try:
-                with torch.inference_mode():
-                    turn = times_us([callers[name](x) for x in all_inputs[first:][:TURN]], wait, begin + left[name])
-            except Exception as error:  # a peer may raise anything
-                errors[name] = one_line(error, 200)
-                continue
-            times[name] += turn if first else []
-            left[name] -= time.monotonic() - begin
-            if out.is_cuda:
-                torch.cuda.synchronize()
-    for name, found in times.items():
-        said = errors.get(name) or (None if found else f"the first {TURN} calls took more than {LIMIT_S:.0f} s")
-        if said is not None:
-            yield Row(op, heads, shapes, name, error=said)
-            continue
-        about = Statistics.of(found)
-        yield Row(op, heads, shapes, name, len(found), about.median_us, about.p90_us, max(found))
+    synchronize = torch.cuda.synchronize if out.is_cuda else lambda: None
+    rows = [
+        _Timed(shapes, name, caller, (lambda: None) if shapes == "queued" else synchronize)
+        for shapes, (name, caller) in itertools.product(inputs, callers.items())
+    ]
+    for first in range(0, max(map(len, inputs.values())), TURN):
+        for row in [row for row in rows if row.error is None]:
+            row.turn(inputs[row.shapes][first:][:TURN], first > 0)
+            if row.error is None:
+                synchronize()
+    for row in rows:
+        yield row.row(op, heads)
 
 
 @click.command(help=__doc__)
@@ -205,8 +227,8 @@ def rows_of(
     for op, H in itertools.product(ops, heads):
         kernels = [kernel for kernel in candidates([op], names, peers) if kernel.op is op]
         make = prefill_calls if op is Op.PREFILL else decode_calls
-        for shapes in [one for one in SHAPES[op] if not wanted or one in wanted]:
-            yield from measure(op, H, shapes, list(make(H, shapes, calls + TURN)), kernels)
+        shapes = [one for one in SHAPES[op] if not wanted or one in wanted]
+        yield from measure(op, H, {one: list(make(H, one, calls + TURN)) for one in shapes}, kernels)
 
 
 if __name__ == "__main__":

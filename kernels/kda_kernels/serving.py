@@ -126,7 +126,8 @@ def kda_decode(
     if state is None or state_indices is None:
         raise _no_pool(state)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
-    out = _room_for(v, out) if plain else out
+    if plain and out is None:
+        out = _room_for(v)
     if plain and out is not None and registry.decode_again(call, out):
         return out
     inputs = Inputs(*call)
@@ -219,7 +220,8 @@ def kda_prefill(
         return _over_ranks(Inputs(*call), out, group, kernel)
     plain = kernel is None and checks.CHECK_VALUES != "1" and not torch.is_grad_enabled()
     plain = plain and chunk_indices is None and seed is None and state_scales is None
-    out = _room_for(v, out) if plain else out
+    if plain and out is None:
+        out = _room_for(v)
     if plain and out is not None and registry.prefill_again(call, out):
         return out
     inputs = Inputs(*call)
@@ -388,11 +390,9 @@ def by_head(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return g.unflatten(2, (v.shape[2], -1))
 
 
-def _room_for(v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+def _room_for(v: torch.Tensor) -> torch.Tensor | None:
     """Where o goes; None: v is no tensor, which a check will say."""
-    if out is None and isinstance(v, torch.Tensor):
-        return torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out
+    return torch.empty_like(v, memory_format=torch.contiguous_format) if isinstance(v, torch.Tensor) else None
 
 
 def _no_pool(state: torch.Tensor | None) -> InputError:

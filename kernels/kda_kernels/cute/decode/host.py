@@ -30,7 +30,7 @@ from kda_kernels.variant import H100, Gpu
 FEATURES = frozenset(
     ("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states", "token_state_indices")
 ) | {"strided_indices", "tail", "conv", "norm", "rounding_seed", "state_scales"}
-_NO_PARTS: tuple = (None,) * 7
+_NO_PARTS: tuple = ((None,) * 6, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,6 @@ class _Last:
     for_count: dict[int, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
-# What is taken out of a call, by the names of its fields.
-_TAKEN = picker(
-    *("q", "k", "v", "g", "beta", "options", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens"),
-    *("state_v_first", "null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states"),
-    *("token_state_indices", "conv", "norm", "state_scales", "rounding_seed"),
-)
 _OF_PARTS = picker("q", "v", "state_indices", "cu_seqlens", "num_accepted_tokens", "conv", "norm")
 
 
@@ -187,8 +181,8 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
     Raises:
         Exception: it is another call, or the function does not take these tensors; nothing was launched.
     """
-    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, null_slot, started, accepted, update, kept,
-     kept_rows, conv, norm, scales, seed) = _TAKEN(call)  # fmt: skip
+    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, _, null_slot, started, accepted, update,
+     kept, kept_rows, _, _, _, _, conv, norm, scales, seed) = call  # fmt: skip
     (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
     N, one_token = (B, T == 1) if offsets is None else (offsets.shape[0] - 1, False)
     parts = None if conv is None and norm is None else _parts_of(conv, norm, HV // H)
@@ -225,13 +219,11 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
             bias = _flat(bias)
         if bias.ndim != 1 or bias.numel() != HV * K:
             raise ValueError("dt_bias is not one for each channel")
-    slot = -1 if null_slot is None else null_slot
-    arguments: tuple = (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started)
-    if parts is None:
-        arguments += (None, None, None, None, None, None, scales, seed, slot, last.scale, last.bound, None)
-    else:
-        *given, eps = _parts(call, N)
-        arguments += (*given, scales, seed, slot, last.scale, last.bound, eps)
+    given, eps = _NO_PARTS if parts is None else _parts(call, N)
+    arguments: tuple = (
+        (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started) + given
+        + (scales, seed, -1 if null_slot is None else null_slot, last.scale, last.bound, eps)
+    )  # fmt: skip
     if ranges.enabled():
         with ranges.stage("decode"):
             function(*arguments)
@@ -239,11 +231,13 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
         function(*arguments)
 
 
-def _parts(call: tuple, N: int) -> tuple:
-    """What a function takes for a convolution and a norm. Raises `ValueError` for what it cannot see."""
+def _parts(call: tuple, N: int) -> tuple[tuple, float | None]:
+    """What a function takes for a convolution and a norm, and the norm's eps. Raises `ValueError` for what it cannot
+    see."""
     q, v, indices, offsets, accepted, conv, norm = _OF_PARTS(call)
-    convolution: tuple = _NO_PARTS[:4]
-    ending: tuple = _NO_PARTS[:3]
+    convolution: tuple = (None,) * 4
+    ending: tuple = (None,) * 2
+    eps = None
     if conv is not None:
         states = conv.states
         P, *slot = states.shape
@@ -260,8 +254,8 @@ def _parts(call: tuple, N: int) -> tuple:
     if norm is not None:
         if not norm.eps > 0:
             raise ValueError("eps")
-        ending = norm.weight, norm.gate, norm.eps
-    return *convolution, *ending
+        ending, eps = (norm.weight, norm.gate), norm.eps
+    return convolution + ending, eps
 
 
 def _flat(parameter: torch.Tensor) -> torch.Tensor:

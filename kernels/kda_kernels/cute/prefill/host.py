@@ -38,7 +38,7 @@ from kda_kernels.errors import InputError, one_line
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Checkpoints, Inputs, Outputs, picker
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.triton.widened import is_widened, widened
 from kda_kernels.variant import H100
@@ -87,14 +87,6 @@ class _Last:
     bound: float = 0.0
     sms: int = 1
     functions: dict[Part, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-
-
-# What is taken out of a call at once, by the names of its fields.
-_TAKEN = picker(
-    *("q", "k", "v", "g", "beta", "options", "A_log", "dt_bias", "state", "state_indices", "cu_seqlens"),
-    *("state_v_first", "null_slot", "has_initial_state", "checkpoints", "batch_invariant", "workspace"),
-    "cu_seqlens_cpu",
-)
 
 
 def _key(inputs: Inputs) -> tuple:
@@ -260,8 +252,8 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
 
     Raises `_RefusedError`, or what wrong tensors lead to, before anything was launched.
     """
-    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, null_slot, started, kept, invariant, given,
-     ends) = _TAKEN(call)  # fmt: skip
+    (q, k, v, g, beta, options, A_log, bias, h0, indices, offsets, v_first, _, null_slot, started, _, _, _, _, kept,
+     invariant, given, ends, _, _, _, _) = call  # fmt: skip
     split = None
     try:
         (B, T, H, K), (_, _, HV, V) = q.shape, v.shape
@@ -280,7 +272,7 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
         _check_unseen(last, N, (h0, ht, indices, offsets, started, kept, given))
     if indices is not None and (indices.shape[0] < N or not (h0.is_contiguous() or h0.stride()[0] >= HV * V * K)):
         raise _RefusedError("not one for each sequence, or slots overlap")
-    if not all((*q.stride(), *k.stride(), *v.stride(), *g.stride(), *o.stride())):
+    if 0 in q.stride() or 0 in k.stride() or 0 in v.stride() or 0 in g.stride() or 0 in o.stride():
         raise _RefusedError("rows lie on each other")
     if A_log is not None and A_log.ndim != 1:
         A_log = _flat(A_log)
@@ -289,23 +281,12 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
             raise _RefusedError("dt_bias is not one for each channel")
         if bias.ndim != 1:
             bias = _flat(bias)
-    tensors = (
-        (q, k, v, g, beta, A_log, bias, o, h0), (indices, offsets, started),
-        _NOT_KEPT if null_slot is None and kept is None else _kept(kept, null_slot),
-    )  # fmt: skip
+    tensors = (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, started)
+    kept_there = _NOT_KEPT if null_slot is None and kept is None else _kept(kept, null_slot)
     if split is not None:
         sizes = _Sizes(N, B * T, T, HV, offsets is not None)
-        return _launch_split(last, split, sizes, tensors, ht, given, kept is not None)
-    function = last.functions[Part.WHOLE]
-    _staged("prefill", _call, function, tensors, ht, None, 0, last.scale, last.bound, 0, 0, 0, 0)
-
-
-def _staged(name: str, launch: Callable[..., None], *arguments: Any) -> None:
-    """`launch(*arguments)` in a stage: a context manager that does nothing costs a third of a microsecond."""
-    if not ranges.enabled():
-        return launch(*arguments)
-    with stage(name):
-        launch(*arguments)
+        return _launch_split(last, split, sizes, tensors, kept_there, given)
+    _call("prefill", last.functions[Part.WHOLE], tensors, None, kept_there, (0, last.scale, last.bound, 0, 0, 0, 0))
 
 
 class _Sizes(NamedTuple):
@@ -319,36 +300,38 @@ class _Sizes(NamedTuple):
 
 
 def _launch_split(
-    last: _Last,
-    split: Split,
-    sizes: _Sizes,
-    tensors: tuple,
-    ht: torch.Tensor | None,
-    given: torch.Tensor | None,
-    kept: bool,
+    last: _Last, split: Split, sizes: _Sizes, tensors: tuple, kept: tuple, given: torch.Tensor | None
 ) -> None:
-    """`_launch` of sequences that are cut, with arguments that it has checked; `given` is the caller's workspace."""
+    """`_launch` of sequences that are cut, with arguments of `_call` that it has checked.
+
+    Args:
+        given: the caller's workspace.
+    """
     join = last.functions.get(Part.JOIN)
     function = last.functions[Part.CUT if join is None else Part.SPLIT]
-    to_kept = last.functions[Part.KEPT] if kept else None
+    to_kept = last.functions[Part.KEPT] if kept[0] is not None else None
     N, tokens, T, HV, packed = sizes
     units = split.units(N, tokens, packed)
-    (*_, o, pool), (indices, offsets, _), (*_, null_slot, _) = tensors
+    *_, o, pool, ht, indices, offsets, _ = tensors
     workspace = _workspace(_split_bytes(split, N, units, HV), o, given)
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
-        _staged("segments", _call, function, tensors, ht, workspace, units, last.scale, last.bound, *here)
+        numbers = (units, last.scale, last.bound, *here)
+        _call("segments", function, tensors, workspace, kept, numbers)
         if join is not None:
-            _staged("join", _call, join, tensors, ht, workspace, units, last.scale, last.bound, *here)
+            _call("join", join, tensors, workspace, kept, numbers)
         else:
             scan, outputs = _segment_kernels()
             final = ht if indices is None else pool
-            segments = scan.Segments(workspace, final, indices, offsets, N, units, null_slot, *here)
+            segments = scan.Segments(workspace, final, indices, offsets, N, units, kept[3], *here)
             with on_device(o):
-                _staged("scan", scan.scan_segments, segments, T, HV)
-                _staged("outputs", outputs.add_segment_outputs, segments, o)
+                with stage("scan"):
+                    scan.scan_segments(segments, T, HV)
+                with stage("outputs"):
+                    outputs.add_segment_outputs(segments, o)
         if to_kept is not None:
-            _staged("checkpoints", _call, to_kept, tensors, None, workspace, units, last.scale, last.bound, *here)
+            without_ht = (*tensors[:9], None, *tensors[10:])
+            _call("checkpoints", to_kept, without_ht, workspace, kept, numbers)
 
 
 @functools.cache
@@ -394,17 +377,24 @@ def _kept(kept: Checkpoints | None, null_slot: int | None) -> tuple:
 
 
 def _call(
+    name: str,
     function: Callable[..., Any],
     tensors: tuple,
-    ht: torch.Tensor | None,
     workspace: torch.Tensor | None,
-    units: int,
-    *numbers: float,
+    kept: tuple,
+    numbers: tuple[float, ...],
 ) -> None:
-    """One launch. Raises `_RefusedError`."""
-    first, middle, last = tensors
+    """One launch, in a stage of that name. Raises `_RefusedError`.
+
+    Args:
+        tensors, workspace, kept, numbers: the arguments of `PrefillKernel.__call__` in their order; see `_kept`.
+    """
     try:
-        function(*first, ht, *middle, workspace, *last, units, *numbers)
+        if ranges.enabled():
+            with stage(name):
+                function(*tensors, workspace, *kept, *numbers)
+        else:  # a context manager that does nothing costs a third of a microsecond
+            function(*tensors, workspace, *kept, *numbers)
     except (TypeError, ValueError) as error:
         raise _RefusedError(error) from None
 
@@ -435,15 +425,15 @@ def launch_part(
     Raises:
         InputError: as `prefill`.
     """
-    numbers = inputs.options.scale_for(inputs.q.shape[3]), inputs.options.lower_bound or 0.0
     i = inputs
+    numbers = (units, i.options.scale_for(i.q.shape[3]), i.options.lower_bound or 0.0, *here)
     try:
         tensors = (
-            (i.q, i.k, i.v, i.g, i.beta, _flat(i.A_log), _flat(i.dt_bias), o, i.state),
-            (i.state_indices, i.cu_seqlens, i.has_initial_state), _kept(i.checkpoints, i.null_slot),
+            i.q, i.k, i.v, i.g, i.beta, _flat(i.A_log), _flat(i.dt_bias), o, i.state, None, i.state_indices,
+            i.cu_seqlens, i.has_initial_state,
         )  # fmt: skip
-        _call(function, tensors, None, workspace, units, *numbers, *here)
-    except _RefusedError as error:
+        function(*tensors, workspace, *_kept(i.checkpoints, i.null_slot), *numbers)
+    except (TypeError, ValueError, _RefusedError) as error:
         raise InputError(f"cute-prefill: {one_line(str(error))}") from None
 
 
