@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import fake_prefill
@@ -215,6 +216,9 @@ def test_a_wrong_context_is_refused():
         prefill._local(inputs, context)
     with pytest.raises(InputError, match="60 tokens of a sequence on former ranks: it should be a multiple of 64"):
         prefill._local(dataclasses.replace(inputs, **part_of(inputs, 60, 80)), context)
+    zigzag = SimpleNamespace(group=object(), cu_seqlens=torch.tensor([0, 80]), layout="zigzag")
+    with pytest.raises(InputError, match="cp_context has layout 'zigzag': only 'contiguous' is supported"):
+        ContextParallel.of_fla(zigzag)
 
 
 def test_balanced_parts_are_of_chunks_and_take_equally_long():

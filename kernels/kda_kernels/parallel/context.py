@@ -125,7 +125,7 @@ class ContextParallel:
         """What an `FLACPContext` of `fla.ops.cp` says; made once, and kept on it.
 
         Raises:
-            InputError: it has no group or no cu_seqlens.
+            InputError: it has no group or no cu_seqlens, or a rank's tokens are not contiguous.
         """
         if isinstance(context, cls):
             return context
@@ -134,6 +134,8 @@ class ContextParallel:
         for name in ("group", "cu_seqlens"):
             if getattr(context, name, None) is None:
                 raise InputError("cp_context", f"has no {name}", "fla.ops.cp.build_cp_context makes one that has")
+        if (layout := getattr(context, "layout", "contiguous")) != "contiguous":
+            raise InputError("cp_context", f"has layout {layout!r}", "only 'contiguous' is supported")
         local = context.cu_seqlens if context.cu_seqlens_cpu is None else context.cu_seqlens_cpu
         ends = local.tolist()
         part = ends[-1]  # of every rank, as FLA cuts
