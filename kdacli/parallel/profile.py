@@ -13,7 +13,7 @@ from kda_kernels.problem import Op, Problem
 from kda_kernels.triton.runtime import multiprocessors
 from kdacli import autotuning, options, output, provenance
 from kdacli.parallel.ranks import joined
-from kdacli.parallel.timing import Row, flas, ours
+from kdacli.parallel.timing import Row, Timed, flas, ours
 from kdacli.presets import PRESETS
 from kdacli.profile.tools import nvtx
 from kdacli.synthetic import elements
@@ -39,7 +39,8 @@ def profile(params: Mapping[str, Any]) -> None:
         autotuning.take(config)
     peer = None if params["no_peers"] else "fla" if config is None else f"fla, configuration {config}"
     with joined("cuda") as (rank, ranks):
-        rows, left_out = _rows(problem, regime, params["seconds"], peer, rank, ranks)
+        mine = {**regime, "seed": regime["seed"] + rank}
+        rows, left_out = _rows(Timed(problem, mine, params["seconds"]), peer, rank, ranks)
         if rank:
             return
         _print(problem, gates, rows, left_out, layer, params["json_dest"] == "-")
@@ -51,30 +52,27 @@ def profile(params: Mapping[str, Any]) -> None:
             output.write_json(record, params["json_dest"], params["force"])
 
 
-def _rows(
-    problem: Problem, regime: dict[str, Any], seconds: float, peer: str | None, rank: int, ranks: int
-) -> tuple[list[Row], list[str]]:
+def _rows(timed: Timed, peer: str | None, rank: int, ranks: int) -> tuple[list[Row], list[str]]:
     """Of rank 0; and what was not timed, with the reason. peer: what FLA's rows are called, if there are any."""
-    rows, left_out = [], []
+    problem, rows, left_out = timed.problem, [], []
     room = ROOM * torch.cuda.mem_get_info()[1]
     sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
     for count in sorted({1, ranks, *(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks)}):
         group = dist.new_group(list(range(count)))
         cuts = balanced_cuts(problem.T, count, problem.HV, sms)
-        mine = {**regime, "seed": regime["seed"] + rank}
         # drawing takes as much again for the largest tensor, in fp32
         needed = 3 * elements(problem) / problem.T * max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
         if needed > room:
             left_out.append(f"{count} ranks: about {output.fmt_bytes(needed)} a GPU, more than there is")
             continue
         if rank < count:
-            rows.append(ours(problem, cuts, group, mine, seconds))
+            rows.append(ours(timed, cuts, group))
             torch.cuda.empty_cache()
         if peer is not None and (reason := _no_fla(problem, count)) is not None:
             left_out.append(f"{peer} over {count} ranks: {reason}")
         elif peer is not None and rank < count:
             try:
-                rows.append(flas(peer, problem, group, mine, seconds))
+                rows.append(flas(peer, timed, group))
             except Exception as error:  # a peer's failure is its own
                 left_out.append(f"{peer} over {count} ranks: {one_line(error, 200)}")
             torch.cuda.empty_cache()
@@ -109,7 +107,7 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
     output.console(stderr).print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
     notes = ["us: of calls on idle GPUs. ahead: the host launches them while the GPU runs others, as in a model"]
     notes += [
-        f"{row.kernel} over {row.ranks} ranks: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
+        f"{row.kernel} over {row.ranks} ranks, ahead: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
         f" {output.fmt_us(row.exchange_us)} us alone; without it a call takes {output.fmt_us(row.exposed_us)} us less"
         for row in rows
         if row.exchange_us is not None

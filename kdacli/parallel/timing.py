@@ -22,6 +22,22 @@ IN_A_ROW = 6  # calls that follow each other, as layers do, behind one that is n
 
 
 @dataclasses.dataclass(frozen=True)
+class Timed:
+    """What rows are of: a problem, how `make_inputs` draws it, and seconds of calls that a median is of."""
+
+    problem: Problem
+    regime: dict[str, Any]
+    seconds: float
+
+    def inputs(self, tokens: int) -> Inputs:
+        """So many tokens of it on this GPU, as one sequence with room for the states of all."""
+        N = self.problem.N
+        local = dataclasses.replace(self.problem, seq_lens=(tokens,), pool_slots=N, packed=True, padding=0)
+        inputs = make_inputs(local, **self.regime, device="cuda")
+        return dataclasses.replace(inputs, state_indices=torch.arange(N, dtype=torch.int32, device="cuda"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A prefill over ranks, or on one GPU; times are those of the slowest rank, us.
 
@@ -30,8 +46,8 @@ class Row:
         median_us: of calls on idle GPUs. ahead_us: of calls that the host launches while the GPU runs those before, as
             layers follow each other.
         low_us, high_us: quartiles.
-        exchange_us: the gather of summaries by itself. exposed_us: by how much a call is faster where no rank waits for
-            another's summary; it holds what ranks differ by.
+        exchange_us: the gather of summaries by itself, ahead. exposed_us: by how much a call ahead is faster where no
+            rank waits for another's summary; it holds what ranks differ by.
         exchange_bytes: that each rank receives.
     """
 
@@ -89,21 +105,11 @@ def _no_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> _Done:
     return _Done()
 
 
-def inputs_of(problem: Problem, tokens: int, regime: dict[str, Any]) -> Inputs:
-    """So many tokens of `problem` on this GPU, as one sequence with room for the states of all."""
-    local = dataclasses.replace(problem, seq_lens=(tokens,), pool_slots=problem.N, packed=True, padding=0)
-    inputs = make_inputs(local, **regime, device="cuda")
-    slots = torch.arange(problem.N, dtype=torch.int32, device="cuda")
-    return dataclasses.replace(inputs, state_indices=slots)
-
-
-def ours(
-    problem: Problem, cuts: Sequence[int], group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float
-) -> Row:
+def ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None) -> Row:
     """Of this package, cut at `cuts`."""
-    ranks, rank = len(cuts) - 1, dist.get_rank(group)
+    problem, ranks, rank = timed.problem, len(cuts) - 1, dist.get_rank(group)
     ends = [0, *itertools.accumulate(problem.seq_lens)]
-    inputs = inputs_of(problem, cuts[rank + 1] - cuts[rank], regime)
+    inputs = timed.inputs(cuts[rank + 1] - cuts[rank])
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state", "state_indices")
     given: dict[str, Any] = {name: getattr(inputs, name) for name in names}
     given |= {"out": torch.empty_like(inputs.v), "lower_bound": inputs.options.lower_bound}
@@ -111,8 +117,11 @@ def ours(
         given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
     else:
         given["group"] = ContextParallel.of(ends, group, cuts=cuts)
-    times = [times_of(lambda: kda_prefill(**given), group, seconds, in_a_row) for in_a_row in (1, IN_A_ROW)]
-    row = _row("ours", problem, cuts, *times)
+
+    def call() -> None:
+        kda_prefill(**given)
+
+    row = _row("ours", problem, cuts, *(times_of(call, group, timed.seconds, many) for many in (1, IN_A_ROW)))
     if ranks == 1:
         return row
     (HV, V), K = inputs.v.shape[2:], inputs.q.shape[3]
@@ -122,33 +131,37 @@ def ours(
     def gather() -> None:
         exchange.wait(exchange.start_gather(everyone, summary, group))
 
-    alone = statistics.median(times_of(gather, group, 0.05))
+    alone = statistics.median(times_of(gather, group, 0.05, IN_A_ROW))
     with mock.patch.object(over_ranks, "start_gather", _no_gather):
-        without = statistics.median(times_of(lambda: kda_prefill(**given), group, seconds))
+        without = statistics.median(times_of(call, group, timed.seconds, IN_A_ROW))
     return dataclasses.replace(
-        row, exchange_us=alone, exposed_us=row.median_us - without, exchange_bytes=everyone.nbytes
+        row, exchange_us=alone, exposed_us=row.ahead_us - without, exchange_bytes=everyone.nbytes
     )
 
 
-def flas(name: str, problem: Problem, group: dist.ProcessGroup | None, regime: dict[str, Any], seconds: float) -> Row:
+def flas(name: str, timed: Timed, group: dist.ProcessGroup | None) -> Row:
     """Of FLA's chunk_kda, whose parts are equally long, without states. Raises ImportError where there is none."""
     from fla.ops.cp import build_cp_context
     from fla.ops.kda import chunk_kda
 
     from kdacli.peers import fla
 
-    ranks = dist.get_world_size(group)
+    problem, ranks = timed.problem, dist.get_world_size(group)
     part = problem.T // ranks
-    inputs = dataclasses.replace(inputs_of(problem, part, regime), state=None, state_indices=None, cu_seqlens=None)
+    inputs = dataclasses.replace(timed.inputs(part), state=None, state_indices=None, cu_seqlens=None)
     options = {**fla.options_of(inputs), "safe_gate": fla.safe_gate(inputs), "state_v_first": False}
     ends = torch.tensor([0, *itertools.accumulate(problem.seq_lens)], dtype=torch.int32, device="cuda")
     if ranks > 1:
         options["cp_context"] = build_cp_context(ends, group)
     else:
         options["cu_seqlens"] = ends
+    tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
+
+    def call() -> None:
+        chunk_kda(*tokens, **options)
+
     with torch.no_grad():
-        tokens = (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)
-        times = [times_of(lambda: chunk_kda(*tokens, **options), group, seconds, many) for many in (1, IN_A_ROW)]
+        times = [times_of(call, group, timed.seconds, many) for many in (1, IN_A_ROW)]
     return _row(name, problem, range(0, problem.T + 1, part), *times)
 
 
