@@ -140,6 +140,11 @@ def test_the_schedule_of_every_batch(N, T, state_dtype):
     check(usual(N, T=T, state_dtype=state_dtype))
 
 
+@pytest.mark.parametrize("N", [3, 40, 200])
+def test_the_states_of_tokens_in_every_schedule(N):
+    check(usual(N, T=4), token_states=torch.empty(N, 4, 4, 128, 128, device=DEVICE))
+
+
 def test_bulk_copies_with_several_tokens():
     """Of so few states they are not chosen by themselves."""
     check(usual(T=3), DecodeConfig(rows=32, bulk=True))
