@@ -64,58 +64,74 @@ def bind(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[di
 def read(site: Site, arguments: Mapping[str, Any], given: set[str], renamed: Mapping[str, str]) -> Call:
     """Sorts the arguments of one call.
 
+    Args:
+        given: those that are no defaults. renamed: {their name: the one it counts as}.
     Raises:
         NotKdaError: the call is none of KDA, or one that a dump cannot hold.
     """
     if site.only_if and not arguments.get(site.only_if):
         raise NotKdaError
-    if site.seen_only:
-        raise NotKdaError(site.seen_only)
-    if reason := next((why for name, why in site.not_if.items() if arguments.get(name) is not None), None):
+    reasons = (why for name, why in site.not_if.items() if arguments.get(name) is not None)
+    if reason := site.seen_only or next(reasons, None):
         raise NotKdaError(reason)
     arguments = dict(arguments) | {name: getattr(arguments["self"], own) for name, own in site.own.items()}
     updates = site.options.get("update_state", not arguments.get("disable_state_update"))
     call = Call({}, {}, None, [], writes_state=updates)
-    for name, value in sorted(
-        arguments.items(), key=lambda item: item[0] in given
-    ):  # what was given goes last and wins
-        if value is None or name == site.packed_qkv or name in site.ignored or name in (site.checkpoints or ()):
-            continue
-        known = renamed.get(name, name)
-        if isinstance(value, torch.Tensor):
-            if key := names.ours(known, names.INPUTS):
-                call.tensors[key] = value.detach()
-            elif known in _OUT:
-                call.out = value.detach()
-            else:
-                call.left_out.append(name)
-        elif known in names.INPUTS["rounding_seed"] and isinstance(value, int):
-            call.tensors["rounding_seed"] = torch.tensor([value])
-        elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
-            call.options[key] = value
+    for name in sorted(arguments, key=given.__contains__):  # what was given goes last and wins
+        if arguments[name] is not None and name not in (site.packed_qkv, *site.ignored, *(site.checkpoints or ())):
+            _sort(call, name, renamed.get(name, name), arguments[name])
     if site.step:
-        try:
-            tensors, options = steps.ARRANGEMENTS[site.step](arguments)
-        except ValueError as error:
-            raise NotKdaError(str(error)) from error
-        call.tensors |= tensors
-        call.options |= options
-        call.left_out = [name for name in call.left_out if name in steps.NOT_HELD]
+        _arrange(call, site.step, arguments)
     _apply(site, call, arguments)
     if site.packed_qkv:
         _unpack(call, arguments[site.packed_qkv])
+    if site.checkpoints:
+        _keep_checkpoints(call, *site.checkpoints, arguments)
+    _complete(call)
+    return call
+
+
+def _sort(call: Call, name: str, known: str, value: Any) -> None:
+    """Adds an argument to what it is of a call; `known`: as which it is looked up."""
+    if isinstance(value, torch.Tensor):
+        if key := names.ours(known, names.INPUTS):
+            call.tensors[key] = value.detach()
+        elif known in _OUT:
+            call.out = value.detach()
+        else:
+            call.left_out.append(name)
+    elif known in names.INPUTS["rounding_seed"] and isinstance(value, int):
+        call.tensors["rounding_seed"] = torch.tensor([value])
+    elif isinstance(value, bool | int | float) and (key := names.ours(known, names.OPTIONS)):
+        call.options[key] = value
+
+
+def _arrange(call: Call, step: str, arguments: Mapping[str, Any]) -> None:
+    """What a fused step has beside the recurrence."""
+    try:
+        tensors, options = steps.ARRANGEMENTS[step](arguments)
+    except ValueError as error:
+        raise NotKdaError(str(error)) from error
+    call.tensors |= tensors
+    call.options |= options
+    call.left_out = [name for name in call.left_out if name in steps.NOT_HELD]
+
+
+def _complete(call: Call) -> None:
+    """Leaves out what has no meaning without its other half.
+
+    Raises:
+        NotKdaError: something is missing that every call has, or the slots are of no known form.
+    """
     if missing := [name for name in names.REQUIRED if name not in call.tensors]:
         raise NotKdaError(f"it has no {' and no '.join(missing)} (--name THEIRS=OURS says which arguments they are)")
     if ("token_states" in call.tensors) != ("token_state_indices" in call.tensors):
         both = ("token_states", "token_state_indices")
         call.left_out += [name for name in both if call.tensors.pop(name, None) is not None]
-    if site.checkpoints:
-        _keep_checkpoints(call, *site.checkpoints, arguments)
     if not call.pooled:
         call.tensors.pop("state_indices", None)
     elif call.tensors["state_indices"].ndim != 1 + ("num_accepted_tokens" in call.tensors):
         raise NotKdaError(f"its slots have {call.tensors['state_indices'].ndim} dimensions")
-    return call
 
 
 def _apply(site: Site, call: Call, arguments: Mapping[str, Any]) -> None:

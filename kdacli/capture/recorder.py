@@ -169,7 +169,7 @@ class Recorder:
         with self._lock:
             self._lost[site.target, reason] += 1
             calls = self._lost[site.target, reason]
-        if str(calls).strip("0") == "1":
+        if _power_of_ten(calls):
             journal.record(self.settings.out, "left out", target=site.target, reason=reason, calls=calls)
         if calls == 1:
             journal.note(f"calls of {site.target} are counted and not recorded: {reason}")
@@ -209,7 +209,10 @@ class Recorder:
         self.files.append(path)
         bytes_ = path.stat().st_size
         journal.record(self.settings.out, "written", target=meta["target"], file=path.name, bytes=bytes_)
-        journal.note(f"{path.name}, {fmt_bytes(bytes_)}{', of a call that raised' if 'raised' in meta else ''}")
+        count = len(self.files)
+        if count < 10 or _power_of_ten(count) or "raised" in meta:
+            raised = ", of a call that raised" if "raised" in meta else ""
+            journal.note(f"{path.name}, {fmt_bytes(bytes_)}, dump {count} of this process{raised}")
 
     def _place(self, part: Path, meta: dict[str, Any]) -> Path:
         """Gives the written file a name that no other has, at once: whoever is killed leaves a whole dump or none."""
@@ -247,6 +250,11 @@ class Recorder:
             self._told.add(kind or text)
         journal.note(text)
         journal.record(self.settings.out, "note", text=text)
+
+
+def _power_of_ten(count: int) -> bool:
+    """When a count that may grow for long is told."""
+    return str(count).strip("0") == "1"
 
 
 def rank_of() -> int:

@@ -190,7 +190,7 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def draw(found: Sequence[tuple[str, Drift]], path: str) -> None:
-    """Writes the curves of (trace, drift): a row for each trace, its outputs beside its states."""
+    """Writes the curves of (trace, drift) under their bounds: a row for each trace, its outputs beside its states."""
     import matplotlib.figure
 
     traces = list(dict.fromkeys(name for name, _ in found))
@@ -199,9 +199,15 @@ def draw(found: Sequence[tuple[str, Drift]], path: str) -> None:
         grid = figure.subplots(len(traces), 2, squeeze=False)
         for name, axes in zip(traces, grid, strict=True):
             for tensor, axis in zip(("o", "states"), axes, strict=True):
-                for drifted in (drifted for trace, drifted in found if trace == name):
+                mine = [drifted for trace, drifted in found if trace == name]
+                for drifted in mine:
                     errors = getattr(drifted, tensor)
                     axis.plot(range(1, len(errors) + 1), errors, label=drifted.kernel, linewidth=1)
+                judged = "final_state" if tensor == "states" else tensor
+                for bound in {
+                    v.bound for drifted in mine for v in drifted.verdicts if v.tensor == judged and v.bound > 0
+                }:
+                    axis.axhline(bound, label="bound", color="gray", linestyle="--", linewidth=1)
                 axis.set(title=f"{tensor}: {name}", xlabel="step", ylabel="relative error", yscale="log")
                 axis.legend()
         figure.savefig(path, dpi=150)
