@@ -365,8 +365,9 @@ def test_a_sequence_does_not_depend_on_the_others(monkeypatch, way):
 
 
 @pytest.mark.parametrize("at", [CHUNK, 3 * CHUNK, 37, 1])
-def test_two_halves_are_the_whole(at):
+def test_two_halves_are_the_whole(monkeypatch, at):
     """On a pool in fp32. Not to the bit: decays before and behind a cut are one factor where nothing is cut."""
+    split(monkeypatch, None)
     inputs = pooled([5 * CHUNK + 3], slots=[2])
     whole, halves = inputs.fresh(), inputs.fresh()
     expected = prefill(whole)
