@@ -16,6 +16,7 @@ SPEED = {
     "prefill-softplus-h200": "Prefill with the softplus gate, P1 to P7, on an H200",
     "prefill-nvidia-h200": "Prefill at the shapes of NVIDIA's benchmark, on an H200, bench gates",
     "decode-h100": "Decode, fp32 states",
+    "decode-h200": "The same on an H200",
     "decode-bf16-h100": "Decode, bf16 states",
     "decode-states-h200": "Decode on an H200, states in two bytes",
     "step-h200": "The fused decode step, on an H200",
