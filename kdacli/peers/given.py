@@ -75,3 +75,20 @@ def require_aligned(inputs: Inputs, names: Iterable[str], size: int = 16) -> Non
         if name in names and in_place and tensor.data_ptr() % size:
             wanted = f"its address should be a multiple of {size} bytes for this kernel"
             raise InputError(name, "is not aligned", wanted)
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[N, heads * size] of [N, 1, heads, size] or [1, N, heads, size]; a view where there can be one."""
+    return tensor.flatten(0, 1).flatten(1)
+
+
+def side_by_side(*tokens: torch.Tensor) -> torch.Tensor:
+    """The rows of q, k and v as one [N, ..]: the tensor they are slices of, or a new one."""
+    q, k, v = map(rows_of, tokens)
+    width, size = sum(x.shape[1] for x in (q, k, v)), q.element_size()
+    row, starts = q.stride(0), (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    expected = (starts[0], starts[0] + q.shape[1] * size, starts[0] + (q.shape[1] + k.shape[1]) * size)
+    shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    if shared and starts == expected and all(x.stride() == (row, 1) for x in (q, k, v)) and row >= width:
+        return q.as_strided((q.shape[0], width), (row, 1))
+    return torch.cat((q, k, v), dim=1)

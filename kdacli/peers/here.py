@@ -130,3 +130,8 @@ def not_loadable(modules: tuple[str, ...]) -> str | None:
     except UnavailableError as error:
         return str(error)
     return None
+
+
+def without_sglang(modules: tuple[str, ...]) -> str | None:
+    """Why kernels in these modules of SGLang cannot run here; None if they can."""
+    return missing_package(("sglang",), "pip install sglang") or no_gpu("SGLang's kernels") or not_loadable(modules)

@@ -11,7 +11,7 @@ import torch
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_packed_decode, sglang_step
-from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
+from kdacli.peers.given import side_by_side
 
 CONVOLUTION = ("sglang.kernels.ops.mamba.causal_conv1d_triton",)
 NORM = ("sglang.kernels.ops.attention.fla.fused_norm_gate",)
@@ -46,7 +46,7 @@ def run(inputs: Inputs) -> Outputs:
     tokens, V = (inputs.q, inputs.k, inputs.v), inputs.v.shape[3]
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         convolved = here.load(CONVOLUTION).causal_conv1d_update(
-            side_by_side(*map(rows_of, tokens)),
+            side_by_side(*tokens),
             conv.by_channel,
             conv.weight,
             conv.bias,

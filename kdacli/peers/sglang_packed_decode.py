@@ -10,7 +10,7 @@ from kda_kernels.contract import Contract
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import gate_parameters
+from kdacli.peers.given import gate_parameters, rows_of, side_by_side
 
 MODULES = ("sglang.kernels.ops.attention.fla.fused_recurrent",)
 
@@ -30,12 +30,7 @@ CONTRACT = Contract(
 
 def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
-    return (
-        (CONTRACT.refusal(problem) if problem is not None else None)
-        or here.missing_package(("sglang",), "pip install sglang")
-        or here.no_gpu("SGLang's kernels")
-        or here.not_loadable(MODULES)
-    )
+    return (CONTRACT.refusal(problem) if problem is not None else None) or here.without_sglang(MODULES)
 
 
 def run(inputs: Inputs) -> Outputs:
@@ -55,7 +50,7 @@ def run(inputs: Inputs) -> Outputs:
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         o = torch.empty(N, 1, HV, V, dtype=inputs.v.dtype, device=inputs.v.device)
         packed_decode(
-            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            side_by_side(inputs.q, inputs.k, inputs.v),
             a=rows_of(inputs.g).contiguous(),
             b=inputs.beta.reshape(N, HV).contiguous(),
             A_log=A_log,
@@ -68,19 +63,3 @@ def run(inputs: Inputs) -> Outputs:
             lower_bound=inputs.options.lower_bound,
         )
     return Outputs(o.view(inputs.v.shape), inputs.state if inputs.output_final_state else None)
-
-
-def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[N, heads * size] of [N, 1, heads, size] or [1, N, heads, size]; a view where there can be one."""
-    return tensor.flatten(0, 1).flatten(1)
-
-
-def side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The rows of q, k and v as one [N, ..]: the tensor they are slices of, or a new one."""
-    width, size = sum(x.shape[1] for x in (q, k, v)), q.element_size()
-    row, starts = q.stride(0), (q.data_ptr(), k.data_ptr(), v.data_ptr())
-    expected = (starts[0], starts[0] + q.shape[1] * size, starts[0] + (q.shape[1] + k.shape[1]) * size)
-    shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-    if shared and starts == expected and all(x.stride() == (row, 1) for x in (q, k, v)) and row >= width:
-        return q.as_strided((q.shape[0], width), (row, 1))
-    return torch.cat((q, k, v), dim=1)

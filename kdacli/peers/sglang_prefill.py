@@ -31,12 +31,7 @@ CONTRACT = Contract(
 
 def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
-    return (
-        (CONTRACT.refusal(problem) if problem is not None else None)
-        or here.missing_package(("sglang",), "pip install sglang")
-        or here.no_gpu("SGLang's Triton kernels")
-        or here.not_loadable(MODULES)
-    )
+    return (CONTRACT.refusal(problem) if problem is not None else None) or here.without_sglang(MODULES)
 
 
 def run(inputs: Inputs) -> Outputs:

@@ -12,8 +12,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Gate, Problem
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from kdacli.peers import here
-from kdacli.peers.given import gate_parameters, parameter, require_aligned
-from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
+from kdacli.peers.given import gate_parameters, parameter, require_aligned, rows_of, side_by_side
 
 MODULES = ("sglang.kernels.ops.attention.kda_fused_decode",)
 
@@ -37,12 +36,7 @@ CONTRACT = Contract(
 
 def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
-    return (
-        (_refusal(problem) if problem is not None else None)
-        or here.missing_package(("sglang",), "pip install sglang")
-        or here.no_gpu("SGLang's kernels")
-        or here.not_loadable(MODULES)
-    )
+    return (_refusal(problem) if problem is not None else None) or here.without_sglang(MODULES)
 
 
 def _refusal(problem: Problem) -> str | None:
@@ -68,7 +62,7 @@ def run(inputs: Inputs) -> Outputs:
     with torch.no_grad(), torch.cuda.device_of(inputs.q):
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = step(
-            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            side_by_side(inputs.q, inputs.k, inputs.v),
             rows_of(inputs.g).contiguous(),
             inputs.beta.flatten(0, 1).contiguous(),
             conv.states,

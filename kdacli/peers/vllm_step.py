@@ -12,8 +12,7 @@ from kda_kernels.engines.derived import derived
 from kda_kernels.problem import Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.peers import here, sglang_step
-from kdacli.peers.given import gate_parameters, parameter
-from kdacli.peers.sglang_packed_decode import rows_of, side_by_side
+from kdacli.peers.given import gate_parameters, parameter, side_by_side
 
 LIBRARY = here.VllmLibrary("KDA_VLLM_LIB", "_C_stable_libtorch", ("_C.fused_kda_decode",))
 
@@ -51,7 +50,7 @@ def run(inputs: Inputs) -> Outputs:
         A_log, dt_bias = gate_parameters(inputs, torch.float32, torch.float32)
         o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
         step(
-            side_by_side(*(rows_of(x) for x in (inputs.q, inputs.k, inputs.v))),
+            side_by_side(inputs.q, inputs.k, inputs.v),
             derived(conv.weight, sglang_step.by_tap),
             None if conv.bias is None else parameter(conv.bias, torch.float32),
             conv.by_channel,
