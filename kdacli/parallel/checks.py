@@ -86,7 +86,7 @@ class Case:
 def cases(ranks: int, device: str) -> dict[str, Case]:
     """For so many ranks: small ones for Triton's interpreter, large ones on GPUs."""
     size: dict[str, Any] = {"K": 128, "V": 128, "H": 2, "HV": 4} if device == "cuda" else {}
-    unit = 1500 if device == "cuda" else 40  # tokens of a rank
+    unit = 1000 if device == "cuda" else 40  # tokens of a rank
     T = unit * ranks
     even = tuple(CHUNK * (i * T // ranks // CHUNK) for i in range(ranks)) + (T,)
     odd = tuple(i * T // ranks + i % 3 for i in range(ranks)) + (T,)
