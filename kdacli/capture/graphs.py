@@ -7,6 +7,7 @@ go to pinned host memory on a stream of their own, which the next chosen replay 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -97,15 +98,16 @@ class GraphCall:
         keeper.make(self.switch)
         self.call = dataclasses.replace(self.call, tensors={}, out=None)  # their memory is the graph's to use again
 
+    @functools.cached_property
     def memory(self) -> dict[Any, torch.Tensor]:
-        """Each storage once, whole."""
+        """Each storage once, whole; of a call that is finished. Kept, as a replay that is written waits for it."""
         tensors = (*self.inputs.values(), *self.outputs.values())
         return {_storage(tensor): tensor.new_empty(0).set_(tensor.untyped_storage()) for tensor in tensors}
 
     def pinned(self) -> "GraphCall":
         """Room for the same on the host."""
         self.hosts += 1
-        room = {at: torch.empty(m.shape, dtype=m.dtype, pin_memory=m.is_cuda) for at, m in self.memory().items()}
+        room = {at: torch.empty(m.shape, dtype=m.dtype, pin_memory=m.is_cuda) for at, m in self.memory.items()}
 
         def placed(tensors: taken.Tensors) -> taken.Tensors:
             return {
@@ -117,7 +119,7 @@ class GraphCall:
 
     def fill(self, host: "GraphCall") -> None:
         """Copies all to `host`, which holds it once the current stream has come so far."""
-        for mine, theirs in zip(self.memory().values(), host.memory().values(), strict=True):
+        for mine, theirs in zip(self.memory.values(), host.memory.values(), strict=True):
             theirs.copy_(mine, non_blocking=True)
 
 
