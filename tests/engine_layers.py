@@ -568,45 +568,12 @@ def _load_jit(
 
 def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slots: int = 64) -> Run:
     """SGLang's KDA backend, from behind the projections to before the gated norm."""
-    name = sglang.NAME if ours else "triton"
-    vars(MAMBA).update(
-        linear_attn_backend=name, linear_attn_decode_backend=None, linear_attn_prefill_backend=None,
-        linear_attn_verify_backend=name,
-    )  # fmt: skip
-    module = importlib.import_module("sglang.srt.layers.attention.linear.kda_backend")
-    kinds = importlib.import_module("sglang.srt.layers.attention.linear.utils").LinearAttnKernelBackend
     N, S = len(batch.lens), len(batch.accepted)
-    tokens = sum(batch.lens) + batch.drafts * S + batch.padded
-    conv, pool = random(slots, WIDTH - 1, CHANNELS), random(slots, H, D, D, scale=0.3, dtype=torch.float32)
-    steps = max(batch.drafts, 1)
-    cache = types.SimpleNamespace(
-        conv=[conv], temporal=pool, replayssm_d=None, replayssm_k=None, replayssm_g=None, replayssm_rawv=None,
-        intermediate_ssm=torch.zeros(slots, steps, H, D, D, device=DEVICE),
-        intermediate_conv_window=[torch.zeros(slots, steps, WIDTH - 1, CHANNELS, dtype=torch.bfloat16, device=DEVICE)],
-    )  # fmt: skip
-    backend = object.__new__(module.KDAAttnBackend)
-    vars(backend).update(
-        kernel_dispatcher=module.KDAKernelDispatcher(*[kinds(name)] * 3),
-        req_to_token_pool=types.SimpleNamespace(mamba2_layer_cache=lambda layer: cache, size=slots),
-        forward_metadata=_sglang_metadata(batch), accept_lens_pool=None,
-        _fused_chain_verify_fn=_fused_verify() if batch.fused and S and not ours else None,
-        verify_intermediate_state_indices=torch.arange(slots, dtype=torch.int32, device=DEVICE),
-        _fused_override_notice=None,
-        _track_mamba_state_decode=lambda *a: None, _track_mamba_state_extend=_track,
-    )  # fmt: skip
-    if batch.drafts:
-        module.select_verify_intermediate_state_indices = lambda rows, *rest: rows
-    layer = types.SimpleNamespace(
-        layer_id=0, q_dim=H * D, k_dim=H * D, v_dim=H * D, head_q_dim=D, head_k_dim=D, head_v_dim=D, num_q_heads=H,
-        num_k_heads=H, num_v_heads=H, bias=None, lower_bound=lower_bound,
-        conv_weights=random(CHANNELS, WIDTH, scale=0.5, dtype=torch.float32),
-        A_log=random(1, 1, H, 1, dtype=torch.float32).abs(), dt_bias=random(H * D, dtype=torch.float32),
-    )  # fmt: skip
-    if batch.fused and batch.decode:
-        parts = (part.mT.contiguous() for part in layer.conv_weights.split(H * D))
-        norm = (layer.A_log.view(-1), 1 + 0.1 * random(D, dtype=torch.float32), 1e-5)
-        layer._k3_fused_decode_args = (*parts, torch.zeros(CHANNELS, device=DEVICE), *norm)
-        layer._k3_onorm_gate = random(tokens, H * D)
+    real = sum(batch.lens) + batch.drafts * S
+    tokens = real + batch.padded
+    cache = _sglang_cache(batch, slots)
+    backend = _sglang_backend(batch, ours, cache, slots)
+    layer = _sglang_parameters(batch, lower_bound, tokens)
     mode = types.SimpleNamespace(is_target_verify=lambda: bool(S), is_draft_extend_v2=lambda: False)
     forward = types.SimpleNamespace(
         forward_mode=mode, extend_prefix_lens=ints(*(n % 2 * 9 for n in range(N))),
@@ -629,11 +596,60 @@ def sglang_layer(batch: Batch, ours: bool, lower_bound: float | None = -5.0, slo
             o = (torch.nn.functional.rms_norm(o.float(), (D,), weight, eps) * gate.sigmoid()).to(o.dtype)
         return o
 
-    real = tokens - batch.padded
-    state = {"conv": conv, "pool": pool, "drafts": cache.intermediate_ssm}
+    state = {"conv": cache.conv[0], "pool": cache.temporal, "drafts": cache.intermediate_ssm}
     if batch.fused and S:  # the fused verify leaves it as it is; what is committed afterwards sets it
         del state["conv"]
     return Run(go, out, state)
+
+
+def _sglang_cache(batch: Batch, slots: int) -> types.SimpleNamespace:
+    """A layer's states."""
+    steps = max(batch.drafts, 1)
+    return types.SimpleNamespace(
+        conv=[random(slots, WIDTH - 1, CHANNELS)], temporal=random(slots, H, D, D, scale=0.3, dtype=torch.float32),
+        replayssm_d=None, replayssm_k=None, replayssm_g=None, replayssm_rawv=None,
+        intermediate_ssm=torch.zeros(slots, steps, H, D, D, device=DEVICE),
+        intermediate_conv_window=[torch.zeros(slots, steps, WIDTH - 1, CHANNELS, dtype=torch.bfloat16, device=DEVICE)],
+    )  # fmt: skip
+
+
+def _sglang_backend(batch: Batch, ours: bool, cache: types.SimpleNamespace, slots: int) -> Any:
+    name = sglang.NAME if ours else "triton"
+    vars(MAMBA).update(
+        linear_attn_backend=name, linear_attn_decode_backend=None, linear_attn_prefill_backend=None,
+        linear_attn_verify_backend=name,
+    )  # fmt: skip
+    module = importlib.import_module("sglang.srt.layers.attention.linear.kda_backend")
+    kinds = importlib.import_module("sglang.srt.layers.attention.linear.utils").LinearAttnKernelBackend
+    backend = object.__new__(module.KDAAttnBackend)
+    vars(backend).update(
+        kernel_dispatcher=module.KDAKernelDispatcher(*[kinds(name)] * 3),
+        req_to_token_pool=types.SimpleNamespace(mamba2_layer_cache=lambda layer: cache, size=slots),
+        forward_metadata=_sglang_metadata(batch), accept_lens_pool=None,
+        _fused_chain_verify_fn=_fused_verify() if batch.fused and batch.drafts and not ours else None,
+        verify_intermediate_state_indices=torch.arange(slots, dtype=torch.int32, device=DEVICE),
+        _fused_override_notice=None,
+        _track_mamba_state_decode=lambda *a: None, _track_mamba_state_extend=_track,
+    )  # fmt: skip
+    if batch.drafts:
+        module.select_verify_intermediate_state_indices = lambda rows, *rest: rows
+    return backend
+
+
+def _sglang_parameters(batch: Batch, lower_bound: float | None, tokens: int) -> types.SimpleNamespace:
+    """What a layer has of the model."""
+    layer = types.SimpleNamespace(
+        layer_id=0, q_dim=H * D, k_dim=H * D, v_dim=H * D, head_q_dim=D, head_k_dim=D, head_v_dim=D, num_q_heads=H,
+        num_k_heads=H, num_v_heads=H, bias=None, lower_bound=lower_bound,
+        conv_weights=random(CHANNELS, WIDTH, scale=0.5, dtype=torch.float32),
+        A_log=random(1, 1, H, 1, dtype=torch.float32).abs(), dt_bias=random(H * D, dtype=torch.float32),
+    )  # fmt: skip
+    if batch.fused and batch.decode:
+        parts = (part.mT.contiguous() for part in layer.conv_weights.split(H * D))
+        norm = (layer.A_log.view(-1), 1 + 0.1 * random(D, dtype=torch.float32), 1e-5)
+        layer._k3_fused_decode_args = (*parts, torch.zeros(CHANNELS, device=DEVICE), *norm)
+        layer._k3_onorm_gate = random(tokens, H * D)
+    return layer
 
 
 def _fused_verify() -> Any:
