@@ -30,7 +30,7 @@ from kda_kernels.variant import H100, Gpu
 FEATURES = frozenset(
     ("null_slot", "has_initial_state", "num_accepted_tokens", "update_state", "token_states", "token_state_indices")
 ) | {"strided_indices", "tail", "conv", "norm", "rounding_seed", "state_scales"}
-_NO_PARTS: tuple = ((None,) * 6, None)
+_NO_PARTS: tuple = (None,) * 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,25 +219,29 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
             bias = _flat(bias)
         if bias.ndim != 1 or bias.numel() != HV * K:
             raise ValueError("dt_bias is not one for each channel")
-    given, eps = _NO_PARTS if parts is None else _parts(call, N)
-    arguments: tuple = (
-        (q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started) + given
-        + (scales, seed, -1 if null_slot is None else null_slot, last.scale, last.bound, eps)
-    )  # fmt: skip
+    filters, conv_bias, conv_states, conv_rows, weight, gate, eps = _NO_PARTS if parts is None else _parts(call, N)
+    slot = -1 if null_slot is None else null_slot
     if ranges.enabled():
+        function = _in_stage(function)
+    function(
+        q, k, v, g, beta, A_log, bias, o, h0, ht, indices, offsets, kept, accepted, kept_rows, started, filters,
+        conv_bias, conv_states, conv_rows, weight, gate, scales, seed, slot, last.scale, last.bound, eps,
+    )  # fmt: skip
+
+
+def _in_stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> None:
         with ranges.stage("decode"):
             function(*arguments)
-    else:  # a context manager that does nothing costs a third of a microsecond
-        function(*arguments)
+
+    return launch
 
 
-def _parts(call: tuple, N: int) -> tuple[tuple, float | None]:
-    """What a function takes for a convolution and a norm, and the norm's eps. Raises `ValueError` for what it cannot
-    see."""
+def _parts(call: tuple, N: int) -> tuple:
+    """What a function takes for a convolution and a norm. Raises `ValueError` for what it cannot see."""
     q, v, indices, offsets, accepted, conv, norm = _OF_PARTS(call)
-    convolution: tuple = (None,) * 4
-    ending: tuple = (None,) * 2
-    eps = None
+    convolution: tuple = _NO_PARTS[:4]
+    ending: tuple = _NO_PARTS[:3]
     if conv is not None:
         states = conv.states
         P, *slot = states.shape
@@ -254,8 +258,8 @@ def _parts(call: tuple, N: int) -> tuple[tuple, float | None]:
     if norm is not None:
         if not norm.eps > 0:
             raise ValueError("eps")
-        ending, eps = (norm.weight, norm.gate), norm.eps
-    return convolution + ending, eps
+        ending = norm.weight, norm.gate, norm.eps
+    return *convolution, *ending
 
 
 def _flat(parameter: torch.Tensor) -> torch.Tensor:

@@ -389,12 +389,13 @@ def _call(
     Args:
         tensors, workspace, kept, numbers: the arguments of `PrefillKernel.__call__` in their order; see `_kept`.
     """
+    arguments = tensors + (workspace,) + kept + numbers
     try:
         if ranges.enabled():
             with stage(name):
-                function(*tensors, workspace, *kept, *numbers)
+                function(*arguments)
         else:  # a context manager that does nothing costs a third of a microsecond
-            function(*tensors, workspace, *kept, *numbers)
+            function(*arguments)
     except (TypeError, ValueError) as error:
         raise _RefusedError(error) from None
 
@@ -501,12 +502,17 @@ def _split_of(
         split = _split(N, tokens, HV, sms)
     else:
         at = ends.tolist()
-        lengths = (at[1] - at[0],) if N == 1 else map(int.__sub__, at[1:], at)
-        split = plan_of(tuple(lengths), HV, sms).split
+        split = _split(1, at[1] - at[0], HV, sms) if N == 1 else _split_at(tuple(at), HV, sms)
     if split is not None and given is not None:
         size = _split_bytes(split, N, split.units(N, tokens, packed), HV)
         return split if size + WORKSPACE_ALIGNMENT <= given.numel() else None
     return split
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_at(ends: tuple[int, ...], HV: int, sms: int) -> Split | None:
+    """Remembered, as all layers of a model have the same sequences."""
+    return plan_of(tuple(map(int.__sub__, ends[1:], ends)), HV, sms).split
 
 
 def _split(N: int, T: int, HV: int, sms: int) -> Split | None:
