@@ -79,23 +79,29 @@ class Consumer:
         if cutlass.const_expr(spec.scaled):
             self.scale_state(S, exponents)
         owed = Int32(-1)  # the stage from which a state leaves
+        column, due = self.first_column(states, work)
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
             warp, lane = p >> 5, p & 31
             col = 2 * (lane & 3)
             stage, tokens = chunk % STAGES, work.n_tokens - chunk * CHUNK
+            if cutlass.const_expr(spec.keeps):
+                self.hand_back(shared, owed, lane)
+                owed = Int32(-1)
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
+            position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
+            if cutlass.const_expr(spec.keeps and spec.every):
+                row = states.rows.element_type(-1)
+                if position == due:  # asked for here, since memory takes its time
+                    if column < states.rows.shape[1]:
+                        row = states.rows[work.i_n, column]
+                    column, due = column + 1, due + states.every
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, col, True)
             else:
                 self.invert_in_turn(shared, chunk, stage, group, warp, lane)
-            if cutlass.const_expr(spec.keeps):
-                if owed >= 0 and warp == 0:  # by now it has left
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-                    arrive(shared.empty + owed, lane, spec.each_arrives)
-                owed = Int32(-1)
             self.round(S, S_operand)
             self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
@@ -134,7 +140,7 @@ class Consumer:
                 self.stage_out(out, shared, group, chunk, stage, warp, lane, exponents)
             warpgroup.wait_group(0)
             # the stage is not empty where its decays are read once more, or a state leaves from it
-            late, position = False, work.begin + (chunk + 1) * CHUNK
+            late = False
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 late = chunk & 1 == 1
             elif cutlass.const_expr(spec.keeps):
@@ -154,13 +160,15 @@ class Consumer:
                 if tokens >= CHUNK and work.kind == 0 and work.index == 0:
                     if cutlass.const_expr(spec.scaled):
                         self.scale_rows(S, self.powers(exponents, -1))
-                    self.keep(S, decay, states, work, position, Exit(atoms[-1], tiles[-1], shared, stage, group, p))
+                    self.keep(
+                        S, decay, states, work, position, row, Exit(atoms[-1], tiles[-1], shared, stage, group, p)
+                    )
                     if cutlass.const_expr(spec.scaled):
                         self.scale_rows(S, self.powers(exponents))
             if late:
                 if cutlass.const_expr(spec.keeps):
                     owed = stage
-                if warp != 0 or not spec.keeps:
+                else:
                     arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -572,84 +580,98 @@ class Consumer:
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
 
-    @cute.jit
-    def keep(self, S, decay, states: States, work: Work, position: Int32, way: Exit):
-        """The state after `position` tokens of a sequence into the rows of the checkpoints that are there."""
-        if position % ALIGNMENT == 0:
-            if cutlass.const_expr(self.spec.every):
-                column = position // states.every - 1
-                if position % states.every == 0 and column < states.rows.shape[1]:
-                    self.keep_row(S, decay, states, work, column, way)
-            else:
-                for column in cutlass.range(states.rows.shape[1], unroll=1):
-                    if Int32(states.offsets[work.i_n, column]) == position:
-                        self.keep_row(S, decay, states, work, column, way)
+    def first_column(self, states: States, work: Work):
+        """Of checkpoints at regular distances the first one in this round, and the tokens before it."""
+        column = Int32(0)
+        if self.spec.keeps and self.spec.every:
+            column = work.begin // states.every
+        return column, (column + 1) * states.every
 
     @cute.jit
-    def keep_row(self, S, decay, states: States, work: Work, column: Int32, way: Exit):
-        """Of S in the middle of a chunk what it is at its end."""
-        row = Int64(states.rows[work.i_n, column])
+    def keep(self, S, decay, states: States, work: Work, position: Int32, row, way: Exit):
+        """The state after `position` tokens of a sequence into the rows of the checkpoints that are there.
+
+        At regular distances there is one of them at most, in `row`. S is in the middle of a chunk, and leaves as it is
+        at its end.
+        """
+        if cutlass.const_expr(self.spec.every):
+            self.keep_row(S, decay, states, work, row, way)
+        elif position % ALIGNMENT == 0:
+            for column in cutlass.range(states.rows.shape[1], unroll=1):
+                if Int32(states.offsets[work.i_n, column]) == position:
+                    self.keep_row(S, decay, states, work, states.rows[work.i_n, column], way)
+
+    @cute.jit
+    def keep_row(self, S, decay, states: States, work: Work, row, way: Exit):
         if row >= 0 and row < states.kept.shape[0]:
-            self.send_tile(S, decay + self.spec.K, states.kept.element_type, work.i_hv, Int32(row), way)
-
-    def at_once(self, dtype) -> int:
-        """Channels of a checkpoint for which a stage has room."""
-        return self.spec.K * 16 // dtype.width
+            self.send_tiles(S, decay + self.spec.K, states.kept.element_type, work.i_hv, Int32(row), way)
 
     @cute.jit
-    def send_tile(self, S, decay, dtype: cutlass.Constexpr, i_hv: Int32, row: Int32, way: Exit):
+    def hand_back(self, shared, owed: Int32, lane: Int32):
+        """Says of the stage from which a state leaves, or of none (-1), that what this warp had there has left."""
+        if owed >= 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            arrive(shared.empty + owed, lane, self.spec.each_arrives)
+
+    @cute.jit
+    def send_tiles(self, S, decay, dtype: cutlass.Constexpr, i_hv: Int32, row: Int32, way: Exit):
         """S diag(2^decay), or S if it is at a chunk's end already, to a checkpoint's row.
 
-        A warpgroup's 64 value channels take the place of [kE; qE], the other's that of kI. The first warp has to wait
-        until they have left before it says that the stage is empty.
+        It leaves in tiles of a warp's 16 value channels and 128 bytes of key channels. A warpgroup's have the place of
+        [kE; qE], the other's that of kI: two tiles a warp.
         """
-        shared, group, warp, lane = way.shared, way.group, way.p >> 5, way.p & 31
-        size, in_the_middle = self.at_once(dtype), self.spec.bounded and not self.spec.invariant
-        place = piece(shared.rows, group * STAGES + way.stage, 2 * CHUNK * self.spec.K)
-        place = cute.recast_ptr(place, dtype=dtype)
-        here, there = by_chunk(way.atom, way.tiles[None, None, i_hv, row], place, 0, size, 64)
+        shared, warp, lane = way.shared, cute.arch.make_warp_uniform(way.p >> 5), way.p & 31
+        in_the_middle = self.spec.bounded and not self.spec.invariant
+        channels = 1024 // dtype.width
+        half = cute.arch.make_warp_uniform(way.group * STAGES + way.stage)
+        place = piece(shared.rows, half, 2 * CHUNK * self.spec.K)
+        place = cute.recast_ptr(place + cute.assume(warp * (2 * 16 * 64), divby=2 * 16 * 64), dtype=dtype)
+        cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)  # what was there is not needed
         factors = None
-        for part in cutlass.range_constexpr(self.spec.K // size):
-            if cutlass.const_expr(part > 0 or not self.spec.every):  # without `every` it may go to two rows
-                if warp == 0:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)  # what was there is not needed
-            if cutlass.const_expr(in_the_middle and part == 0):
-                factors = self.powers_of(decay, shared, way.stage, group, warp, lane) + 2 * (lane & 3)
-            for j in cutlass.range_constexpr(0, size // 8, 2):
-                values = cute.make_rmem_tensor(8, Float32)
-                for i in cutlass.range_constexpr(8):
-                    values[i] = S[4 * (part * (size // 8) + j) + i]
-                if cutlass.const_expr(in_the_middle):
-                    for n in cutlass.range_constexpr(2):
-                        pair = vector(factors, part * size + 8 * (j + n)).load()
-                        for i in cutlass.range_constexpr(4):
-                            values[4 * n + i] = values[4 * n + i] * pair[i % 2]
-                self.put(values, place, j, dtype, warp, lane)
+        if cutlass.const_expr(in_the_middle):
+            factors = self.powers_of(decay, shared, way.stage, way.group, warp, lane) + 2 * (lane & 3)
+        for part in cutlass.range_constexpr(self.spec.K // channels):
+            if cutlass.const_expr(part >= 2):
+                cute.arch.cp_async_bulk_wait_group(1, read=True)
+                cute.arch.sync_warp()
+            elif cutlass.const_expr(part == 0 and not self.spec.every):  # then it may go to two rows
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                cute.arch.sync_warp()
+            tile = place + part % 2 * (16 * channels)
+            here, there = by_chunk(way.atom, way.tiles[None, None, i_hv, row], tile, 0, channels, 16)
+            n = channels // 8
+            values = cute.make_rmem_tensor(4 * n, Float32)
+            for i in cutlass.range_constexpr(4 * n):
+                values[i] = S[4 * n * part + i]
+            if cutlass.const_expr(in_the_middle):
+                pairs = [vector(factors, part * channels + 8 * j).load() for j in range(n)]
+                for i in cutlass.range_constexpr(4 * n):
+                    values[i] = values[i] * pairs[i // 4][i % 2]
+            self.put(values, tile, dtype, lane)
             cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.barrier(barrier_id=Barrier.SEND + group, number_of_threads=128)
-            if warp == 0:
-                cute.copy(way.atom, here, there[None, group, part])
-                cute.arch.cp_async_bulk_commit_group()
+            cute.arch.sync_warp()
+            cute.copy(way.atom, here, there[None, 4 * way.group + warp, part])
+            cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def put(self, values, place, j: cutlass.Constexpr[int], dtype: cutlass.Constexpr, warp: Int32, lane: Int32):
-        """Two neighbouring 8 columns of a warp's 16 rows into a tile of 64, from column 8 j on."""
+    def put(self, values, tile, dtype: cutlass.Constexpr, lane: Int32):
+        """16 rows of accumulators into a tile of as many columns."""
         if cutlass.const_expr(dtype.width == 16):
             # 4 matrices of 8 rows at once, below each other and then beside: lanes give the addresses of rows
-            rounded = cute.make_rmem_tensor(8, dtype)
+            rounded = cute.make_rmem_tensor(cute.size(values), dtype)
             rounded.store(values.load().to(dtype))
             words = cute.recast_tensor(rounded, Int32)
-            target = place + swizzled(16 * warp + (lane & 15), j + (lane >> 4), 8, dtype, 64)
-            store_matrices(target, tuple(words[i] for i in range(4)))
+            for j in cutlass.range_constexpr(0, 8, 2):
+                target = tile + swizzled(lane & 15, j + (lane >> 4), 8, dtype, 16)
+                store_matrices(target, tuple(words[2 * j + i] for i in range(4)))
         else:
-            for n in cutlass.range_constexpr(2):
+            for j in cutlass.range_constexpr(4):
                 for h in cutlass.range_constexpr(2):
                     pair = cute.make_rmem_tensor(2, Float32)
                     for e in cutlass.range_constexpr(2):
-                        pair[e] = values[4 * n + 2 * h + e]
-                    row = 16 * warp + (lane >> 2) + 8 * h
-                    vector(place, swizzled(row, 4 * (j + n) + (lane & 3), 2, dtype, 64)).store(pair.load())
+                        pair[e] = values[4 * j + 2 * h + e]
+                    place = swizzled((lane >> 2) + 8 * h, 4 * j + (lane & 3), 2, dtype, 16)
+                    vector(tile, place).store(pair.load())
 
     @cute.jit
     def powers_of(self, decay, shared, stage: Int32, group: Int32, warp: Int32, lane: Int32):

@@ -121,7 +121,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             if cutlass.const_expr(reads is not None):
                 tiles.append(self.by_tile(reads, store, 64, (0, 2, 1)))
             if cutlass.const_expr(self.spec.keeps):
-                tiles.append(self.by_tile(kept, store, self.at_once(kept.element_type), (2, 3, 1, 0), 64))
+                tiles.append(self.by_tile(kept, store, 1024 // kept.element_type.width, (2, 3, 1, 0), 16))
             self.kernel(
                 [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
                 state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
