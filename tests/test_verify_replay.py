@@ -7,11 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kda_kernels.problem import Gate, Op, Options, Problem
-from kda_kernels.reference import plain_recurrent
+from kda_kernels import registry
+from kda_kernels.problem import Gate, Op, Options, Parts, Problem
 from kdacli.comparison.trace import find
 from kdacli.dumps import load_all
 from kdacli.dumps.save import save
+from kdacli.judge.reference import pool_as_final_state
 from kdacli.main import cli
 from kdacli.synthetic import make_inputs
 
@@ -46,23 +47,29 @@ def decode(q, k, v, g, beta, A_log, dt_bias, initial_state, state_indices, lower
 
 @pytest.fixture
 def capture(tmp_path):
-    """A folder of decode calls, each from the states that the one before left."""
-    folder = tmp_path / "dumps"
+    return captured(tmp_path / "dumps", STEP)
+
+
+def captured(folder, problem):
+    """A folder of calls, each from the states that the one before left."""
     folder.mkdir()
-    pool = None
+    shared = make_inputs(problem, gates="weak", seed=0)
+    before = None
     for number in range(STEPS):
-        inputs = make_inputs(dataclasses.replace(STEP), gates="weak", seed=number)
-        shared = make_inputs(STEP, gates="weak", seed=0)
+        inputs = make_inputs(problem, gates="weak", seed=number)
         inputs = dataclasses.replace(inputs, A_log=shared.A_log, dt_bias=shared.dt_bias)
+        if inputs.conv is not None:
+            inputs.conv = dataclasses.replace(shared.conv, states=inputs.conv.states)
+            inputs.norm = dataclasses.replace(inputs.norm, weight=shared.norm.weight)
         inputs.state_indices.copy_(torch.tensor([0, 1]))
-        if pool is not None:
-            inputs.state.copy_(pool)
-        call = inputs.fresh()
-        outputs = plain_recurrent.run(call)
-        pool = call.state
-        meta = {"target": "engine:decode", "rank": 0, "layer": 3, "call_number": number}
-        outputs = dataclasses.replace(outputs, final_state=pool)
-        save(folder / f"decode.call{number:04d}.pt", inputs, outputs, op=Op.DECODE, meta=meta)
+        if before is not None:
+            inputs.state.copy_(before.state)
+            if inputs.conv is not None:
+                inputs.conv.states.copy_(before.conv.states)
+        before = inputs.fresh()
+        outputs = pool_as_final_state(registry.get(f"torch-{problem.op}").run(before), before)
+        meta = {"target": f"engine:{problem.op}", "rank": 0, "layer": 3, "call_number": number}
+        save(folder / f"{problem.op}.call{number:04d}.pt", inputs, outputs, op=problem.op, meta=meta)
     return folder
 
 
@@ -84,6 +91,15 @@ def test_a_capture_is_replayed_call_by_call_and_as_a_trace(capture, tmp_path):
     assert trace["states"][-1] > trace["states"][0] > 0, "rounding the states to bf16 adds up"
     assert picture.stat().st_size > 1000
     assert "everything within its bounds" in verify(capture, "--kernel", "torch-decode").output
+
+
+def test_a_trace_of_fused_steps(tmp_path):
+    problem = dataclasses.replace(STEP, op=Op.STEP, parts=Parts())
+    found = json.loads(verify(captured(tmp_path / "dumps", problem), "--kernel", "torch-step", "--json", "-").stdout)
+    (trace,) = found["traces"]
+    assert (trace["steps"], trace["passed"], len(trace["o"])) == (STEPS, True, STEPS)
+    assert [verdict["tensor"] for verdict in trace["verdicts"]] == ["o", "final_state", "conv_states"]
+    assert max(trace["o"]) < 1e-2, "by the outputs behind the norm"
 
 
 def test_a_drift_fails_the_trace_though_each_step_passes(capture, tmp_path):

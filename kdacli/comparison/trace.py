@@ -5,7 +5,7 @@ runs the whole trace by itself, from the first recorded state on, beside the fp6
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from kda_kernels.checks import loaded_slots, problem_of
 from kda_kernels.errors import KdaError, one_line
 from kda_kernels.problem import Op
 from kda_kernels.reference.batch import load_states, prepare
+from kda_kernels.reference.fused import gated_norm
 from kda_kernels.reference.recurrent import token_recurrence
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs, Outputs
@@ -35,14 +36,19 @@ class Trace:
     @property
     def whole(self) -> Inputs:
         """All steps as one dense call, on the CPU: [N, steps, ..]; a sequence starts from its first recorded state."""
-        first = self.dumps[0].inputs
-        N, steps = first.N, [dump.inputs for dump in self.dumps]
+        steps = [dump.inputs for dump in self.dumps]
+        first, N = steps[0], steps[0].N
 
-        def joined(name: str) -> torch.Tensor:
-            return torch.cat([_dense(getattr(step, name), N) for step in steps], dim=1).contiguous()
+        def joined(each: Iterable[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([_dense(tokens, N) for tokens in each], dim=1).contiguous()
 
-        q, k, v, g, beta = map(joined, ("q", "k", "v", "g", "beta"))
-        return dataclasses.replace(first, q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=None, cu_seqlens_cpu=None)
+        q, k, v, g, beta = (joined(getattr(x, name) for x in steps) for name in ("q", "k", "v", "g", "beta"))
+        norm = first.norm
+        if norm is not None:
+            norm = dataclasses.replace(norm, gate=joined(x.norm.gate for x in steps if x.norm is not None))
+        return dataclasses.replace(
+            first, q=q, k=k, v=v, g=g, beta=beta, norm=norm, cu_seqlens=None, cu_seqlens_cpu=None
+        )
 
 
 @dataclasses.dataclass
@@ -91,10 +97,12 @@ def find(dumps: Sequence[Dump]) -> tuple[list[Trace], list[str]]:
 
 def _is_step(dump: Dump) -> bool:
     """Whether a call is one token of each sequence over a pool, with nothing that a later call has to undo."""
-    if dump.op is not Op.DECODE or dump.outputs is None or dump.inputs.state_indices is None:
+    if dump.op not in (Op.DECODE, Op.STEP) or dump.outputs is None or dump.inputs.state_indices is None:
+        return False
+    if dump.inputs.conv is not None and dump.inputs.conv.indices is not None:
         return False
     problem = problem_of(dump.inputs, dump.op)
-    return set(problem.seq_lens) == {1} and not problem.features - {"null_slot", "strided_indices"}
+    return set(problem.seq_lens) == {1} and not problem.features - {"null_slot", "strided_indices", "conv", "norm"}
 
 
 def _layer(dump: Dump) -> str:
@@ -114,12 +122,17 @@ def _gap(before: Dump, after: Dump) -> str | None:
         return "the batch changes"
     if not torch.equal(a.pool[1], b.pool[1]):
         return "the slots change"
-    left = before.outputs.final_state if before.outputs is not None else None
-    if left is None:
-        return "no states were recorded"
+    assert before.outputs is not None
+    carried = [(before.outputs.final_state, b.pool[0])]
+    if b.conv is not None:
+        carried.append((before.outputs.conv_states, b.conv.states))
     slots = [slot for slot in loaded_slots(a) if slot >= 0]
-    ours, theirs = (x[slots].contiguous().view(torch.uint8) for x in (left, b.pool[0]))
-    return None if torch.equal(ours, theirs) else "the states change, by calls that were not recorded,"
+    for left, found in carried:
+        if left is None:
+            return "no states were recorded"
+        if not torch.equal(*(x[slots].contiguous().view(torch.uint8) for x in (left, found))):
+            return "the states change, by calls that were not recorded,"
+    return None
 
 
 def _dense(tokens: torch.Tensor, N: int) -> torch.Tensor:
@@ -142,22 +155,32 @@ def drift(trace: Trace, kernels: Sequence[Kernel], device: str) -> Iterator[Drif
                 one.step(inputs, exact, slots)
 
     exact = token_recurrence(batch, load_states(whole, batch), after).view(whole.v.shape)
-    reference = Reference(whole, Op.DECODE, device, stepwise=True)
+    if whole.norm is not None:
+        exact = gated_norm(exact, whole.norm, whole.norm.gate)
+    reference = Reference(whole, trace.dumps[0].op, device, stepwise=True)
     for one in alone:
         yield one.end(reference, exact[rows], rows)
 
 
 class _Alone:
-    """A kernel with a pool of its own."""
+    """A kernel with pools of its own."""
 
     def __init__(self, kernel: Kernel, whole: Inputs) -> None:
         assert whole.state is not None
         self.kernel, self.pool, self.found = kernel, whole.state.clone(), Drift(kernel.name)
+        self.windows = None if whole.conv is None else whole.conv.states.clone()
         self.o: list[torch.Tensor] = []
+
+    def _over(self, inputs: Inputs) -> Inputs:
+        """A call over these pools."""
+        conv = inputs.conv
+        if conv is not None and self.windows is not None:
+            conv = dataclasses.replace(conv, states=self.windows)
+        return dataclasses.replace(inputs, state=self.pool, conv=conv)
 
     def step(self, inputs: Inputs, exact: torch.Tensor, slots: torch.Tensor) -> None:
         """One call from the states of its own; `exact`: the fp64 states behind it, of the pool's `slots`."""
-        mine = dataclasses.replace(inputs, state=self.pool)
+        mine = self._over(inputs)
         try:
             outputs = self.kernel.run(mine)
         except KdaError as refusal:
@@ -175,7 +198,7 @@ class _Alone:
             return self.found
         o = torch.cat(self.o, dim=1)
         self.found.o = [_relative(o[rows, t], exact[:, t]) for t in range(o.shape[1])]
-        outputs = pool_as_final_state(Outputs(o), dataclasses.replace(reference.inputs, state=self.pool))
+        outputs = pool_as_final_state(Outputs(o), self._over(reference.inputs))
         reference = reference.granted(self.kernel.rounded_convolution)
         call = CallJudge(reference, outputs, carried_state=self.kernel.carried_state)
         for piece in reference:
