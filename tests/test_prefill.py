@@ -367,6 +367,21 @@ def test_rows_behind_the_last_sequence_are_zero(slots):
     assert not out[:, 73:].any() and not out.isnan().any()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_of_no_tokens_hand_their_states_on(packed):
+    """Dense ones of no token, and a table of no chunk with tokens behind the last sequence."""
+    inputs, table = with_state(random_inputs(N=2, T=0, K=32, V=32, options=SAFE)), None
+    if packed:
+        inputs = make([0, 0, 5])
+        inputs = dataclasses.replace(inputs, cu_seqlens=inputs.cu_seqlens[:3], state=inputs.state[:2])
+        table = prepare_chunk_indices(inputs.cu_seqlens, 0)
+    with new_memory_holds_nan():
+        for has in (None, torch.tensor([True, False], device=DEVICE)):
+            got = prefill(dataclasses.replace(inputs, has_initial_state=has), chunk_indices=table)
+            expected = inputs.state if has is None else inputs.state * has[:, None, None, None]
+            assert got.final_state.equal(expected) and not got.o.any()
+
+
 def test_workspace():
     inputs = make([66, 5], K=16, V=16)
     size = workspace_bytes(71, 1, 2, K=16)

@@ -315,6 +315,23 @@ def picker(*names: str) -> Callable[[tuple], Any]:
     return operator.itemgetter(*map(_NAMES.index, names))
 
 
+def hand_on(inputs: Inputs, o: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """What a call does whose sequences have no tokens: states come out as they came in, and o is zero.
+
+    Args:
+        final_state: None where there is a pool, or none is wanted.
+    """
+    o.zero_()
+    if final_state is None:
+        return
+    if inputs.state is None:
+        final_state.zero_()
+    elif inputs.has_initial_state is None:
+        final_state.copy_(inputs.state)
+    else:
+        final_state.copy_(inputs.state.where(inputs.has_initial_state[:, None, None, None], 0))
+
+
 def _once(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`fn`, called once for each tensor: a pool that is also where checkpoints go stays one tensor."""
     done: dict[int, torch.Tensor] = {}

@@ -16,7 +16,7 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.ints import cdiv, next_power_of_2
 from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensors import Inputs, Outputs, hand_on
 from kda_kernels.triton.chunk_chain import chunk_chain_kernel
 from kda_kernels.triton.chunk_factors import chunk_factors_kernel, chunk_sums
 from kda_kernels.triton.chunk_factors_bounded import chunk_factors_bounded_kernel
@@ -184,9 +184,9 @@ def prefill(
     o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
     ht = _final_state(inputs) if final_state is None else final_state
     h = inputs.k.new_empty((slots, dims.HV, dims.K, dims.V)) if return_intermediate_states else None
-    if not dims.N:
-        o.zero_()
-    elif chunks:
+    if not dims.N or not chunks:
+        hand_on(inputs, o, ht if inputs.state_indices is None else None)
+    else:
         call = _Call(inputs, work, slots, table, o, ht, h, config)
         with on_device(q):
             call.factors(chunks)

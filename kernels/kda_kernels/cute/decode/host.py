@@ -23,7 +23,7 @@ from kda_kernels.cute.runtime import architecture, unsupported_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
 from kda_kernels.problem import MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
-from kda_kernels.tensors import Convolution, GatedNorm, Inputs, Outputs, picker
+from kda_kernels.tensors import Convolution, GatedNorm, Inputs, Outputs, hand_on, picker
 from kda_kernels.triton.runtime import multiprocessors
 from kda_kernels.variant import H100, Gpu
 
@@ -134,7 +134,7 @@ def launch(
         q, options = inputs.q, inputs.options
         if not q.shape[0] * q.shape[1] or not inputs.N:
             check_inputs(inputs)
-            return _hand_on(inputs, o, ht)
+            return hand_on(inputs, o, ht)
         sms, key, N, narrow = multiprocessors(q.device), _sizes(inputs), inputs.N, _narrow(inputs, ht)
         chosen = _config(key, N, narrow, sms) if config is None else config
         function = _function(inputs, o, ht, chosen)
@@ -311,19 +311,6 @@ def _kind_of_parts(inputs: Inputs) -> tuple:
             conv.tokens_first, of_channel in (8, 16) and conv.weight.data_ptr() % of_channel == 0,
         )  # fmt: skip
     return *kind, *((None, None) if norm is None else (norm.weight.dtype, norm.gate.dtype))
-
-
-def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
-    """No token of any sequence: a state that is not in place goes out as it came in, and o is zero."""
-    o.zero_()
-    if ht is None:
-        return
-    if inputs.state is None:
-        ht.zero_()
-    elif inputs.has_initial_state is None:
-        ht.copy_(inputs.state)
-    else:
-        ht.copy_(torch.where(inputs.has_initial_state[:, None, None, None], inputs.state, 0))
 
 
 def _check_all(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:

@@ -38,7 +38,7 @@ from kda_kernels.errors import InputError, one_line
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.ranges import stage
-from kda_kernels.tensors import Checkpoints, Inputs, Outputs
+from kda_kernels.tensors import Checkpoints, Inputs, Outputs, hand_on
 from kda_kernels.triton.runtime import multiprocessors, on_device
 from kda_kernels.triton.widened import is_widened, widened
 from kda_kernels.variant import H100
@@ -194,7 +194,7 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     if (reason := unsupported_tensors(inputs, o)) is not None:
         raise InputError(f"cute-prefill: {reason}")
     if not o.shape[0] * o.shape[1] or not inputs.N:  # no token of any sequence
-        _hand_on(inputs, o, ht)
+        hand_on(inputs, o, ht)
         return
     options, kept, sms = inputs.options, inputs.checkpoints is not None, multiprocessors(inputs.q.device)
     key = _key(inputs)
@@ -232,19 +232,6 @@ def again(call: tuple, o: torch.Tensor, ht: torch.Tensor | None = None) -> bool:
 
 class _RefusedError(Exception):
     """A function does not take these tensors; nothing was launched."""
-
-
-def _hand_on(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> None:
-    """No token of any sequence: a state that is not in place goes out as it came in, and o is zero."""
-    o.zero_()
-    if ht is None:
-        return
-    if inputs.state is None:
-        ht.zero_()
-    elif inputs.has_initial_state is None:
-        ht.copy_(inputs.state)
-    else:
-        ht.copy_(inputs.state.where(inputs.has_initial_state[:, None, None, None], 0))
 
 
 def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) -> None:
