@@ -70,6 +70,10 @@ class Drift:
     def passed(self) -> bool:
         return all(verdict.passed for verdict in self.verdicts)
 
+    def curve(self, tensor: str) -> list[float]:
+        """The errors of the tensor of a verdict after each step; of the states of a convolution, copies, none."""
+        return {"o": self.o, "final_state": self.states}.get(tensor, [])
+
 
 def find(dumps: Sequence[Dump]) -> tuple[list[Trace], list[str]]:
     """The traces of two steps and more, and notes: where a trace ends although calls follow, and why."""
@@ -221,14 +225,13 @@ def draw(found: Sequence[tuple[str, Drift]], path: str) -> None:
         figure = matplotlib.figure.Figure((11, 3.2 * len(traces)), layout="constrained")
         grid = figure.subplots(len(traces), 2, squeeze=False)
         for name, axes in zip(traces, grid, strict=True):
-            for tensor, axis in zip(("o", "states"), axes, strict=True):
+            for tensor, axis in zip(("o", "final_state"), axes, strict=True):
                 mine = [drifted for trace, drifted in found if trace == name]
                 for drifted in mine:
-                    errors = getattr(drifted, tensor)
+                    errors = drifted.curve(tensor)
                     axis.plot(range(1, len(errors) + 1), errors, label=drifted.kernel, linewidth=1)
-                judged = "final_state" if tensor == "states" else tensor
                 for bound in {
-                    v.bound for drifted in mine for v in drifted.verdicts if v.tensor == judged and v.bound > 0
+                    v.bound for drifted in mine for v in drifted.verdicts if v.tensor == tensor and v.bound > 0
                 }:
                     axis.axhline(bound, label="bound", color="gray", linestyle="--", linewidth=1)
                 axis.set(title=f"{tensor}: {name}", xlabel="step", ylabel="relative error", yscale="log")

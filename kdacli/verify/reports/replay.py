@@ -121,5 +121,5 @@ def _word(passed: bool) -> Any:
 
 
 def _curve(drift: trace.Drift, tensor: str) -> list[str]:
-    errors = drift.o if tensor == "o" else drift.states
+    errors = drift.curve(tensor)
     return [fmt_sci(errors[i]) for i in (0, len(errors) // 2, -1)] if errors else ["-"] * 3
