@@ -44,6 +44,10 @@ CASES = {
     "checkpoints at offsets, new requests": Case((66, 130), (0, 130, 196), every=-64, fresh=True),
     "head sizes apart": Case((40,), (0, 20, 40), K=32, V=16),
     "heads too large for one call": Case((40,), (0, 20, 40), K=144, V=128),
+    "chained, 3 ranks": Case((100,), (0, 40, 70, 100), SOFTPLUS, dtype="bfloat16", chained=True),
+    "chained, empty ranks": Case((30, 40), (0, 0, 40, 40, 70), padding=1, chained=True),
+    "chained, several sequences a rank": Case((7, 0, 9, 30, 0, 3, 0), (0, 10, 10, 30, 49), chained=True),
+    "chained, checkpoints, new requests": Case((66, 130), (0, 130, 196), every=-64, fresh=True, chained=True),
     "more heads": Case((40,), (0, 20, 40), H=2, HV=2),
 }
 
@@ -103,6 +107,8 @@ def fla_context(case: Case, group) -> SimpleNamespace:
 def fla_drop_in(group) -> str:
     case = Case((20, 5, 65), (0, 30, 60, 90))
     verdicts, state = drop_in(case, fla_context(case, group), group, "cpu")
+    chained = ContextParallel.of([0, 20, 25, 90], group, chained=True, cuts=case.cuts)
+    verdicts += drop_in(case, chained, group, "cpu")[0]
     return "; ".join([str(v) for v in verdicts if not v.passed] + (["a state"] if state is not None else []))
 
 
@@ -179,7 +185,7 @@ def a_dead_rank_ends_all(group) -> str:
     context."""
     case, rank = Case((80,), (0, 20, 40, 60, 80)), dist.get_rank(group)
     inputs = case.inputs()
-    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, timeout=20)
+    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, timeout=120)  # ranks come from other checks
     given = arguments(inputs, **part_of(inputs, *case.cuts[rank : rank + 2]))
     kda_prefill(**given, group=context)
     if rank == RANKS - 1:

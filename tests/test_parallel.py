@@ -195,18 +195,21 @@ def test_on_a_gpu(case):
 
 
 def test_the_table_counts_all_layers(capsys):
-    """And is not wider than a terminal."""
+    """Chained, the last rank ends a call later; and it is not wider than a terminal."""
     one, two = (
         Row("ours", 1 << 20, 12, n, (1,) * n, 20000 / n, 19000 / n, 21000 / n, 9, 16000 / n, 90.0, 14.0, 3 << 20)
         for n in (1, 2)
     )
     problem = Problem(Op.PREFILL, (1 << 20,), H=12, HV=12)
-    profile._print(problem, "init", [dataclasses.replace(one, exchange_us=None), two], ["fla: no"], "kimi-k3", False)
+    one = dataclasses.replace(one, exchange_us=None)
+    chained = dataclasses.replace(one, kernel="ours, chained", ranks=2, late=1, ahead_us=8000.0)
+    profile._print(problem, "init", [one, two, chained], ["fla: no"], "kimi-k3", False)
     said = capsys.readouterr().out.splitlines()
     assert f"{PRESETS['kimi-k3'].kda_layers} KDA layers of kimi-k3" in said[0]
     assert said[5].split() == ["ours", "2", "10000", "10.0%", "2.00x", "8000", "2.00x", "552.0"]
+    assert said[6].split() == ["ours,", "chained", "2", "20000", "10.0%", "1.00x", "8000", "2.00x", "560.0"]
     assert "3.15 MB takes 90.0 us alone" in said[-2] and said[-1] == "not timed: fla: no"
-    assert max(map(len, said[:6])) <= 80
+    assert max(map(len, said[:7])) <= 80
 
 
 def test_a_wrong_context_is_refused():

@@ -29,6 +29,7 @@ class Case:
         every: checkpoints at so many tokens; negative: at offsets that lie as far apart.
         fresh: every other request is new.
         dtype: of states. activations: of q, k, v and g.
+        chained: see `ContextParallel`.
     """
 
     lens: tuple[int, ...]
@@ -43,6 +44,7 @@ class Case:
     HV: int = 1
     dtype: str = "float32"
     activations: str = "bfloat16"
+    chained: bool = False
 
     @property
     def ranks(self) -> int:
@@ -107,6 +109,9 @@ def cases(ranks: int, device: str) -> dict[str, Case]:
     found["checkpoints at offsets, new requests"] = Case((20, long), late, every=-CHUNK, fresh=True, **size)
     short = (0, 20, *(20 + unit * i for i in range(1, ranks)))
     found["a part shorter than a chunk"] = Case((short[-1],), short, **size)
+    for name in ("one long sequence, softplus", "many short sequences", "padding, bf16 states"):
+        found[f"{name}, chained"] = dataclasses.replace(found[name], chained=True)
+    found["checkpoints, chained"] = dataclasses.replace(found["checkpoints at offsets, new requests"], chained=True)
     if device == "cuda":
         found["fp16"] = Case((T,), odd, activations="float16", **size)
         found["heads that fill the GPU"] = Case((T // 3,), tuple(cut // 3 for cut in odd), K=128, V=128, H=96, HV=96)
@@ -152,7 +157,7 @@ def prefilled(case: Case, inputs: Inputs, group: dist.ProcessGroup | None, **how
             pool[slot] = float("nan")
     before = pool.clone()
     assert inputs.cu_seqlens is not None  # cases are packed
-    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, **how)
+    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, chained=case.chained, **how)
     o = kda_prefill(**arguments(local, **part_of(inputs, begin, end)), group=context)
     kept = None if local.checkpoints is None else local.checkpoints.states.cpu()
     return gathered(Part(o.cpu(), before.cpu(), pool.cpu(), kept), group)

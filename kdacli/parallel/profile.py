@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 from kda_kernels.errors import UnavailableError, one_line
+from kda_kernels.parallel import even_cuts
 from kda_kernels.parallel.balance import balanced_cuts
 from kda_kernels.problem import Op, Problem
 from kda_kernels.triton.runtime import multiprocessors
 from kdacli import autotuning, options, output, provenance
 from kdacli.parallel.ranks import joined
-from kdacli.parallel.timing import Row, Timed, flas, ours
+from kdacli.parallel.timing import CHAINED, Row, Timed, flas, ours
 from kdacli.presets import PRESETS
 from kdacli.profile.tools import nvtx
 from kdacli.synthetic import elements
@@ -68,6 +69,9 @@ def _rows(timed: Timed, peer: str | None, rank: int, ranks: int) -> tuple[list[R
         if rank < count:
             rows.append(ours(timed, cuts, group))
             torch.cuda.empty_cache()
+            if count > 1:
+                rows.append(ours(timed, even_cuts(problem.T, count), group, chained=True))
+                torch.cuda.empty_cache()
         if peer is not None and (reason := _no_fla(problem, count)) is not None:
             left_out.append(f"{peer} over {count} ranks: {reason}")
         elif peer is not None and rank < count:
@@ -95,17 +99,21 @@ def _print(problem: Problem, gates: str, rows: list[Row], left_out: list[str], l
     layers = PRESETS[layer].kda_layers if layer else 0
     cells = []
     for row in rows:
-        one = alone.get(row.kernel)
+        one = alone.get(row.kernel.removesuffix(CHAINED))
         cells.append((
             row.kernel, row.ranks, output.fmt_us(row.median_us), f"{(row.high_us - row.low_us) / row.median_us:.1%}",
             None if one is None else f"{one.median_us / row.median_us:.2f}x",
             output.fmt_us(row.ahead_us), None if one is None else f"{one.ahead_us / row.ahead_us:.2f}x",
-            *((f"{row.ahead_us * layers / 1e3:.1f}",) if layer else ()),
+            *((f"{row.ahead_us * (layers + row.late) / 1e3:.1f}",) if layer else ()),
         ))  # fmt: skip
     columns = ("kernel", "ranks", "us", "spread", "vs 1", "ahead us", "vs 1", *((f"ms of {layers}",) if layer else ()))
     what = f"; {layers} KDA layers of {layer}, ahead" if layer else ""
     output.console(stderr).print(output.table(f"{problem.name}, {gates} gates{what}", columns, cells))
     notes = ["us: of calls on idle GPUs. ahead: the host launches them while the GPU runs others, as in a model"]
+    if any(row.late for row in rows):
+        notes.append(
+            "chained: a rank waits for the one before it; ranks work side by side in calls that follow each other"
+        )
     notes += [
         f"{row.kernel} over {row.ranks} ranks, ahead: the exchange of {output.fmt_bytes(row.exchange_bytes)} takes"
         f" {output.fmt_us(row.exchange_us)} us alone; without it a call takes {output.fmt_us(row.exposed_us)} us less"

@@ -18,6 +18,7 @@ from kda_kernels.tensors import Inputs
 from kdacli.synthetic import make_inputs
 
 WARM_UP, LEAST, MOST = 3, 10, 1000  # calls
+CHAINED = ", chained"  # what the names of rows end in
 IN_A_ROW = 6  # calls that follow each other, as layers do, behind one that is not timed
 
 
@@ -49,6 +50,7 @@ class Row:
         exchange_us: the gather of summaries by itself, ahead. exposed_us: by how much a call ahead is faster where no
             rank waits for another's summary; it holds what ranks differ by.
         exchange_bytes: that each rank receives.
+        late: calls by which the last rank is behind the first, where states go from rank to rank.
     """
 
     kernel: str
@@ -64,6 +66,7 @@ class Row:
     exchange_us: float | None = None
     exposed_us: float | None = None
     exchange_bytes: int = 0
+    late: int = 0
 
 
 def times_of(
@@ -105,8 +108,8 @@ def _no_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> _Done:
     return _Done()
 
 
-def ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None) -> Row:
-    """Of this package, cut at `cuts`."""
+def ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None, chained: bool = False) -> Row:
+    """Of this package, cut at `cuts`. chained: see `ContextParallel`."""
     problem, ranks, rank = timed.problem, len(cuts) - 1, dist.get_rank(group)
     ends = [0, *itertools.accumulate(problem.seq_lens)]
     inputs = timed.inputs(cuts[rank + 1] - cuts[rank])
@@ -116,12 +119,15 @@ def ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None) -> 
     if ranks == 1:
         given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
     else:
-        given["group"] = ContextParallel.of(ends, group, cuts=cuts)
+        given["group"] = ContextParallel.of(ends, group, cuts=cuts, chained=chained)
 
     def call() -> None:
         kda_prefill(**given)
 
-    row = _row("ours", problem, cuts, *(times_of(call, group, timed.seconds, many) for many in (1, IN_A_ROW)))
+    times = [times_of(call, group, timed.seconds, many) for many in (1, IN_A_ROW)]
+    row = _row(f"ours{CHAINED}" if chained else "ours", problem, cuts, *times)
+    if chained:
+        return dataclasses.replace(row, late=ranks - 1)
     if ranks == 1:
         return row
     (HV, V), K = inputs.v.shape[2:], inputs.q.shape[3]

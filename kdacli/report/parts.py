@@ -352,20 +352,21 @@ def cut_sweeps(data: Data) -> list[Part]:
 
 def context_parallel(data: Data) -> list[Part]:
     """One sequence over several GPUs: times by number of ranks."""
-    one = {(r["kernel"], r["tokens"], r["heads"]): r["median_us"] for r in data["rows"] if r["ranks"] == 1}
+    one = {(r["kernel"], r["tokens"], r["heads"]): r for r in data["rows"] if r["ranks"] == 1}
     rows = [
         _row(r["kernel"], r["tokens"], r["heads"], r["ranks"], fmt_us(r["median_us"]),
-             f"{fmt_us(r['low_us'])} to {fmt_us(r['high_us'])}", _speedup(r, one), fmt_us(r.get("ahead_us")),
-             fmt_us(r["exchange_us"]),
+             f"{fmt_us(r['low_us'])} to {fmt_us(r['high_us'])}", _speedup(r, one, "median_us"),
+             fmt_us(r.get("ahead_us")), _speedup(r, one, "ahead_us"), fmt_us(r["exchange_us"]),
              fmt_bytes(r["exchange_bytes"]))
         for r in data["rows"]
     ]  # fmt: skip
-    names = "kernel, tokens, heads, GPUs, us, quartiles, one GPU / this, us with the host ahead, exchange us, received"
+    names = "kernel, tokens, heads, GPUs, us, quartiles, one GPU / this, us with the host ahead, one GPU / this"
+    names += ", exchange us, received"
     return [
         Part(f"kda profile --cp, {data['gates']} gates", data["provenance"], tables=[Table(names.split(", "), rows)])
     ]
 
 
-def _speedup(row: Data, one: dict[tuple[str, int, int], float]) -> str | None:
-    alone = one.get((row["kernel"], row["tokens"], row["heads"]))
-    return None if alone is None else f"{alone / row['median_us']:.2f}"
+def _speedup(row: Data, one: dict[tuple[str, int, int], Data], time: str) -> str | None:
+    alone = one.get((row["kernel"].removesuffix(", chained"), row["tokens"], row["heads"]))
+    return None if alone is None or time not in row else f"{alone[time] / row[time]:.2f}"

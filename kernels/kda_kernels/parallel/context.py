@@ -52,11 +52,13 @@ class ContextParallel:
         batch: sequences of the whole batch.
         sources: the former ranks that have tokens of the first sequence here, in order.
         source_tokens: how many each of them has.
-        goes_on: whether the last sequence here has tokens on later ranks.
+        target: the next rank that has tokens of the last sequence here; None: it ends here.
         exchanges: whether any sequence of the batch is cut, so that summaries are exchanged.
         final_states: "last": a final state goes to the pool of the rank that has the sequence's last token; "all": to
             that of every rank, for which the host waits.
         timeout: seconds that the host waits for other ranks where it compares their calls.
+        chained: each rank hands the state of a cut sequence to the next, which waits for it; no token is run twice.
+            Ranks then work side by side where layers follow each other, and nothing else in a layer makes them wait.
         last_call: what need not be found again for a call like the last one.
     """
 
@@ -68,10 +70,11 @@ class ContextParallel:
     batch: int
     sources: tuple[int, ...]
     source_tokens: tuple[int, ...]
-    goes_on: bool
+    target: int | None
     exchanges: bool
     final_states: str = "last"
     timeout: float = TIMEOUT
+    chained: bool = False
     last_call: "LastCall | None" = None
     _agreed: Any = None
     _offsets: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -86,6 +89,7 @@ class ContextParallel:
         tokens: int | None = None,
         final_states: str = "last",
         timeout: float = TIMEOUT,
+        chained: bool = False,
     ) -> "ContextParallel":
         """For a batch; every rank of `group` calls it, and the host waits for all of them.
 
@@ -93,7 +97,7 @@ class ContextParallel:
             cu_seqlens: [N + 1] of the whole batch, the same on every rank; best on the host, as it is read here.
             cuts: the first token of each rank's part, and the number of all tokens; `even_cuts` if not given.
             tokens: instead of `cuts`, those of this rank.
-            final_states, timeout: see the attributes.
+            final_states, timeout, chained: see the attributes.
 
         Raises:
             InputError: an argument is wrong or differs between ranks; all ranks raise it.
@@ -107,18 +111,20 @@ class ContextParallel:
             "cu_seqlens": f"{len(ends) - 1} sequences, {ends[-1] if ends else 0} tokens, {listed}",
             "cuts": list(cuts or ()) if tokens is None else "by tokens",
             "final_states": final_states,
+            "chained": chained,
             "tokens": tokens,
         }
         if error is not None:
             said["error"] = str(error)
-        rows = agree(group, said, ("cu_seqlens", "cuts", "final_states"), timeout)
+        rows = agree(group, said, ("cu_seqlens", "cuts", "final_states", "chained"), timeout)
         if tokens is not None:
             cuts = (0, *itertools.accumulate(row["tokens"] for row in rows))
             if cuts[-1] != ends[-1]:
                 raise InputError("tokens", f"of all ranks are {cuts[-1]}", f"cu_seqlens ends at {ends[-1]}")
         elif cuts is None:
             cuts = even_cuts(ends[-1], ranks)
-        return cls(group, rank, ranks, **_part(ends, cuts, rank), final_states=final_states, timeout=timeout)
+        part = _part(ends, cuts, rank)
+        return cls(group, rank, ranks, **part, final_states=final_states, timeout=timeout, chained=chained)
 
     @classmethod
     def of_fla(cls, context: Any) -> "ContextParallel":
@@ -145,7 +151,7 @@ class ContextParallel:
             context.group, rank, dist.get_world_size(context.group), tuple(b - a for a, b in itertools.pairwise(ends)),
             first=0, batch=len(ends) - 1, sources=sources,
             source_tokens=tuple(min(part, context.pre_num_conv_tokens - i * part) for i in range(len(sources)))[::-1],
-            goes_on=context.post_num_ranks > 0, exchanges=True,
+            target=rank + 1 if context.post_num_ranks > 0 else None, exchanges=True,
         )  # fmt: skip
         context._kda_context = made
         return made
@@ -164,6 +170,11 @@ class ContextParallel:
     def carried(self) -> bool:
         """Whether the first sequence here began on a former rank."""
         return bool(self.sources)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the last sequence here has tokens on later ranks."""
+        return self.target is not None
 
     def offsets(self, first: int, last: int, device: torch.device) -> torch.Tensor:
         """cu_seqlens, int32, of this rank's sequences from `first` to before `last`, counted from their first token."""
@@ -232,7 +243,7 @@ def _part(ends: tuple[int, ...], cuts: Sequence[int], rank: int) -> dict[str, An
         "batch": len(sequences),
         "sources": sources,
         "source_tokens": tuple(min(begin, cuts[r + 1]) - max(start, cuts[r]) for r in sources),
-        "goes_on": bool(mine) and sequences[mine[-1]][1] > end,
+        "target": next((r for r in full if r > rank), None) if mine and sequences[mine[-1]][1] > end else None,
         "exchanges": any(cuts[r] not in ends for r in full),
     }
 

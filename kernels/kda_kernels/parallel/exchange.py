@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +55,23 @@ def agree(group: dist.ProcessGroup | None, said: dict[str, Any], same: Sequence[
 def start_gather(everyone: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:
     """Begins to gather `mine` of every rank, one behind the other, in `everyone`; both contiguous. Raises
     `UnavailableError`."""
+    return _started(_gather, everyone.view(-1), mine.view(-1), group=group, async_op=True)
+
+
+def start_send(state: torch.Tensor, rank: int, group: dist.ProcessGroup | None) -> dist.Work:
+    """Begins to send a contiguous tensor to a rank of the group. Raises `UnavailableError`."""
+    return _started(dist.isend, state, group=group, group_dst=rank)
+
+
+def start_receive(state: torch.Tensor, rank: int, group: dist.ProcessGroup | None) -> dist.Work:
+    """Begins to fill a contiguous tensor with what a rank of the group sends. Raises `UnavailableError`."""
+    return _started(dist.irecv, state, group=group, group_src=rank)
+
+
+def _started(begin: Callable[..., Any], *tensors: torch.Tensor, **how: Any) -> dist.Work:
     try:
         with stage("exchange"):
-            return _gather(everyone.view(-1), mine.view(-1), group=group, async_op=True)
+            return begin(*tensors, **how)
     except RuntimeError as error:
         raise _gone(error, None) from error
 

@@ -14,9 +14,8 @@ TOKENS = 8192  # whose outputs are summed at once, in fp32
 class PlainBegun:
     """See `kda_kernels.parallel.prefill.Begun`: its outputs are complete already."""
 
-    def __init__(self, end: torch.Tensor | None) -> None:
+    def __init__(self, end: torch.Tensor) -> None:
         """end: [1, HV, V, K], fp32."""
-        assert end is not None  # as there is a pool, or output_final_state
         _, HV, V, K = end.shape
         self.summary = torch.cat((end[0], end.new_zeros((HV, K, K))), 1)
 

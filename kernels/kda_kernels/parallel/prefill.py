@@ -25,7 +25,7 @@ from kda_kernels.boundary import check, check_out
 from kda_kernels.checks import is_traced, values_checked
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel, LastCall
-from kda_kernels.parallel.exchange import start_gather, wait
+from kda_kernels.parallel.exchange import start_gather, start_receive, start_send, wait
 from kda_kernels.parallel.plain import PlainBegun, PlainCarried
 from kda_kernels.problem import CHUNK, Op, Options
 from kda_kernels.ranges import stage
@@ -85,6 +85,17 @@ def prefill(
         last = context.last_call = LastCall(likeness, _checked(inputs, context, out, kernel))
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     call = Call(inputs, context, o, kernel, last)
+    if context.chained:
+        call.run_chained()
+    else:
+        _exchange(call, context)
+    if context.final_states == "all" and inputs.state_indices is not None:
+        _to_all_ranks(inputs, context)
+    return o
+
+
+def _exchange(call: "Call", context: ContextParallel) -> None:
+    """Runs it; summaries of all ranks are gathered on the way."""
     summary = call.start()
     if context.exchanges:
         everyone = summary.new_empty((context.ranks, *summary.shape))
@@ -93,9 +104,6 @@ def prefill(
     if context.exchanges:
         wait(work)
         call.finish(everyone)
-    if context.final_states == "all" and inputs.state_indices is not None:
-        _to_all_ranks(inputs, context)
-    return o
 
 
 def _checked(inputs: Inputs, context: ContextParallel, out: torch.Tensor | None, kernel: str | None) -> bool:
@@ -196,6 +204,43 @@ class Call:
             self.begun.finish()
             self.begun = None
 
+    def run_chained(self) -> None:
+        """All of it, where states go from rank to rank."""
+        context, last = self.context, len(self.context.lens) - 1
+        if context.carried:
+            (HV, V), K = self.inputs.v.shape[2:], self.inputs.q.shape[3]
+            before = self.inputs.q.new_empty((1, HV, V, K), dtype=torch.float32)
+            work = start_receive(before, context.sources[-1], context.group)
+        if context.target is not None and (last or not context.carried):  # the next rank waits for it
+            with stage("begun sequence"):
+                self._hand_on(self._run_apart(*self._one(last)))
+        self.run_others()
+        if context.carried:
+            wait(work)
+            inputs, o = self._one(0)
+            with stage("carried sequence"):
+                state = self._run_apart(self._continued(inputs), o, before)
+            if context.target is not None and not last:
+                self._hand_on(state)
+            elif inputs.state_indices is not None:
+                _store(inputs, state)
+
+    def _hand_on(self, state: torch.Tensor) -> None:
+        assert self.context.target is not None  # as the caller looked
+        wait(start_send(state, self.context.target, self.context.group))
+
+    def _run_apart(self, inputs: Inputs, o: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
+        """One sequence, from `state` or else its own, which stays as it is; the state behind it [1, HV, V, K], fp32."""
+        if inputs.state_indices is not None:
+            own, indices = _apart(inputs)
+            state = own if state is None else state
+            inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
+            _run(inputs, o, self.kernel)
+            return state
+        end = _run(inputs.changed(state=state, output_final_state=True), o, self.kernel)
+        assert end is not None  # as it was asked for
+        return end
+
     def _finish_carried(self, carried: Carried, everyone: torch.Tensor) -> None:
         sources = self.context.sources
         if sources[-1] - sources[0] + 1 == len(sources):
@@ -211,17 +256,19 @@ class Call:
             hopper = _hopper()
             if (split := hopper.begun_split(o.shape[1], o.shape[2], multiprocessors(o.device))) is not None:
                 return hopper.HopperBegun(inputs, o, split, self.alike.begun)
-        if inputs.state_indices is not None:
-            state, indices = _apart(inputs)
-            inputs = inputs.changed(state=state, state_indices=indices, null_slot=None)
-        return PlainBegun(_run(inputs.changed(output_final_state=True), o, self.kernel))
+        return PlainBegun(self._run_apart(inputs, o))
 
-    def _carried(self, inputs: Inputs, o: torch.Tensor) -> Carried:
+    def _continued(self, inputs: Inputs) -> Inputs:
+        """A sequence that began on a former rank, as one that begins here."""
         kept = inputs.checkpoints
         if kept is not None:
             kept = _counted_from(kept, self.context.before)
         if kept is not None or inputs.has_initial_state is not None:
             inputs = inputs.changed(has_initial_state=None, checkpoints=kept)
+        return inputs
+
+    def _carried(self, inputs: Inputs, o: torch.Tensor) -> Carried:
+        inputs = self._continued(inputs)
         if self.alike.on_hopper:
             return _hopper().HopperCarried(inputs, o, self.alike.carried)
         return PlainCarried(inputs, o, lambda one, out: _run(one, out, self.kernel))
@@ -254,6 +301,17 @@ def _apart(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     index = (slot >= pool.shape[0]).int()
     padding = slot < 0 if inputs.null_slot is None else (slot < 0) | (slot == inputs.null_slot)
     return state, index.masked_fill_(padding, -1)
+
+
+def _store(inputs: Inputs, state: torch.Tensor) -> None:
+    """The final state of a call of one sequence, fp32 [1, HV, V, K], into its slot of the pool, if it has one."""
+    pool, indices = inputs.pool
+    slot = indices[:1].long()
+    live = (slot >= 0) & (slot < pool.shape[0])
+    if inputs.null_slot is not None:
+        live &= slot != inputs.null_slot
+    slot = slot.clamp(0, pool.shape[0] - 1)
+    pool[slot] = torch.where(live[:, None, None, None], state.to(pool.dtype), pool[slot])
 
 
 def _on_hopper(inputs: Inputs, out: torch.Tensor | None, kernel: str | None) -> bool:
