@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from kda_kernels.cute.decode.config import DecodeSpec
+from kda_kernels.cute.decode.work import Past, Work
 from kda_kernels.cute.math import load_now, sigmoid
 from kda_kernels.cute.ptx import load_words
 
@@ -17,7 +18,7 @@ from kda_kernels.cute.ptx import load_words
 class Windows:
     """Loads, applies and shifts the windows of a CTA's channels.
 
-    Arguments that its functions share: `lines`, the channel of each line among the 2 H K + HV V; `past` [taps - 1,
+    Arguments that its functions share: `lines`, the channel of each line among the 2 H K + HV V; `window` [taps - 1,
     lines], the inputs before this token, oldest first; `taps` [taps, lines], `bias` [lines].
     """
 
@@ -38,18 +39,18 @@ class Windows:
         return cutlass.min(self.threads - 1 - tid, self.spec.config.rows - 1)
 
     @cute.jit
-    def lines(self, H: Int32, i_h: Int32, first_v: Int32, tid: Int32):
-        """`first_v`: the CTA's first value channel among all of v's."""
+    def lines(self, H: Int32, work: Work):
         spec, lines = self.spec, []
         for half in cutlass.range_constexpr(2):
             for m in cutlass.range_constexpr(self.channels):
-                channel = cutlass.min(tid + m * self.threads, spec.K - 1)
-                lines.append((half * H + i_h) * spec.K + channel)
-        lines.append(2 * H * spec.K + first_v + self.row(tid))
+                channel = cutlass.min(work.tid + m * self.threads, spec.K - 1)
+                lines.append((half * H + work.i_h) * spec.K + channel)
+        first_v = work.i_hv * spec.V + work.i_slice * spec.config.rows
+        lines.append(2 * H * spec.K + first_v + self.row(work.tid))
         return tuple(lines)
 
     @cute.jit
-    def fetch_taps(self, weight: cute.Tensor, bias: cute.Tensor | None, lines):
+    def fetch_weights(self, weight: cute.Tensor, bias: cute.Tensor | None, lines):
         """Weight and bias of the lines as they lie in memory; no bias is 0."""
         taps = cute.make_rmem_tensor((self.spec.taps, self.count), weight.element_type)
         offsets = cute.make_rmem_tensor(self.count, Float32 if bias is None else bias.element_type)
@@ -72,18 +73,19 @@ class Windows:
         return (slot, entry, channel) if self.spec.tokens_first else (slot, channel, entry)
 
     @cute.jit
-    def fetch_past(self, states: cute.Tensor, slot, first: Int32, started, lines):
-        """The inputs before the first token as they lie in memory, from entry `first` of the state on; 0 unless
-        `started`, and nothing is read then."""
-        past = cute.make_rmem_tensor((self.kept, self.count), states.element_type)
-        past.fill(0.0)
+    def fetch_past(self, past: Past, first: Int32, begun):
+        """The inputs before the first token as they lie in memory, from entry `first` of the state on; 0 unless it has
+        `begun`, and nothing is read then."""
+        states = past.states
+        window = cute.make_rmem_tensor((self.kept, self.count), states.element_type)
+        window.fill(0.0)
         if cutlass.const_expr(self.spec.accepted is not None):  # never past the end of a slot
             first = cutlass.min(first, Int32(cute.size(states, mode=[1 if self.spec.tokens_first else 2])) - self.kept)
-        if started:
+        if begun:
             for i in cutlass.range_constexpr(self.count):
                 for j in cutlass.range_constexpr(self.kept):
-                    past[j, i] = load_now(states, self.at(slot, lines[i], first + j))
-        return past
+                    window[j, i] = load_now(states, self.at(past.slot, past.lines[i], first + j))
+        return window
 
     @cute.jit
     def fp32(self, raw):
@@ -93,22 +95,23 @@ class Windows:
         return out
 
     @cute.jit
-    def apply(self, x: Float32, past, taps, bias, line: cutlass.Constexpr[int]):
+    def apply(self, x: Float32, window, taps, bias, line: cutlass.Constexpr[int]):
         """SiLU of the convolution at input x of a line, whose window moves on to it."""
         y = bias[line]
         for j in cutlass.range_constexpr(self.kept):
-            y += past[j, line] * taps[j, line]
-            past[j, line] = past[j + 1, line] if cutlass.const_expr(j + 1 < self.kept) else x
+            y += window[j, line] * taps[j, line]
+            window[j, line] = window[j + 1, line] if cutlass.const_expr(j + 1 < self.kept) else x
         y += x * taps[self.kept, line]
         return y * sigmoid(y, self.spec.exact)
 
     @cute.jit
-    def keep(self, states: cute.Tensor, slot, past, first: cutlass.Constexpr[int], lines, leads, tid: Int32):
-        """Writes `past` from entry `first` on to the front of the state; of q and k only where the CTA `leads`."""
+    def keep(self, past: Past, window, first: cutlass.Constexpr[int], leads, tid: Int32):
+        """Writes `window` from entry `first` on to the front of the state; of q and k only where the CTA `leads`."""
         for i in cutlass.range_constexpr(self.count):
             if self.owns(i, leads, tid):
                 for j in cutlass.range_constexpr(self.kept - first):
-                    states[self.at(slot, lines[i], j)] = past[first + j, i].to(states.element_type)
+                    place = self.at(past.slot, past.lines[i], j)
+                    past.states[place] = window[first + j, i].to(past.states.element_type)
 
     @cute.jit
     def owns(self, line: cutlass.Constexpr[int], leads, tid: Int32):

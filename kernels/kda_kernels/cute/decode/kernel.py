@@ -23,6 +23,19 @@ from kda_kernels.cute.decode.config import LANES, MOST_BLOCKS, SUMS, DecodeSpec
 from kda_kernels.cute.decode.conv import Windows
 from kda_kernels.cute.decode.norm import Norm
 from kda_kernels.cute.decode.states import States
+from kda_kernels.cute.decode.work import (
+    Asked,
+    Gate,
+    Memory,
+    Outputs,
+    Past,
+    Rounding,
+    Run,
+    Shared,
+    Tile,
+    Tokens,
+    Work,
+)
 from kda_kernels.cute.dsl import SmemAllocator
 from kda_kernels.cute.math import L2_EPS, exp2, lane_sum, load_now, log2_decay, rate, rsqrt, sigmoid
 from kda_kernels.cute.ptx import bulk_store_lasting
@@ -78,7 +91,7 @@ class DecodeKernel:
         started: cute.Tensor | None,  # has_initial_state [N]
         taps: cute.Tensor | None,  # the convolution's weight [2 H K + HV V, taps]
         taps_bias: cute.Tensor | None,  # [2 H K + HV V]
-        past: cute.Tensor | None,  # its states [P, 2 H K + HV V, L], or [P, L, ..] with tokens first
+        past_states: cute.Tensor | None,  # its states [P, 2 H K + HV V, L], or [P, L, ..] with tokens first
         past_indices: cute.Tensor | None,  # [N]
         norm_weight: cute.Tensor | None,  # [V]
         norm_gate: cute.Tensor | None,  # [B, T, HV, V]
@@ -93,7 +106,7 @@ class DecodeKernel:
         N = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
         tensors = (
             q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, token_states, accepted, token_rows,
-            started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, state_scales, seed,
+            started, taps, taps_bias, past_states, past_indices, norm_weight, norm_gate, state_scales, seed,
         )  # fmt: skip
         numbers = null_slot, scale, lower_bound, eps
         if cutlass.const_expr(self.spec.many):
@@ -136,7 +149,7 @@ class DecodeKernel:
         started: cute.Tensor | None,
         taps: cute.Tensor | None,
         taps_bias: cute.Tensor | None,
-        past: cute.Tensor | None,
+        past_states: cute.Tensor | None,
         past_indices: cute.Tensor | None,
         norm_weight: cute.Tensor | None,
         norm_gate: cute.Tensor | None,
@@ -149,17 +162,67 @@ class DecodeKernel:
         eps: Float32 | None,
     ):
         spec = self.spec
-        tid = cute.arch.thread_idx()[0]
+        work = self.work(q, state_indices, cu_seqlens, accepted, first_n)
+        memory = Memory(h0, ht, state_indices, state_scales, token_states, token_rows, started, null_slot)
+
+        # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
+        # their way: the channels of the first tokens do not wait for the slot, and the state only for the slot. A
+        # branch among them, or a plain load, and the compiler puts most of the state's behind the gates.
+        tokens = Tokens(q, k, v, g, beta)
+        raw = self.room_for(tokens)
+        self.fetch(raw, tokens, work, work.first, work.n_tokens)
+        gate = self.gate(A_log, dt_bias, lower_bound, work)
+        past, weights, factors, keys = None, None, None, None
+        if cutlass.const_expr(spec.norm is not None):
+            factors = self.norm.room_for(norm_weight, norm_gate, eps)
+            self.norm.fetch_gates(factors, norm_gate, work, work.first, work.n_tokens)
+        if cutlass.const_expr(spec.taps):
+            lines = self.windows.lines(Int32(q.shape[2]), work)
+            weights = self.windows.fetch_weights(taps, taps_bias, lines)
+            past_slot = work.slot
+            if cutlass.const_expr(spec.past_index is not None):
+                past_slot = self.unsigned(past_indices[work.i_n])
+            elif cutlass.const_expr(spec.accepted is not None):
+                past_slot = self.unsigned(state_indices[work.i_n, 0])
+            past = Past(past_states, past_slot, lines)
+        if cutlass.const_expr(spec.norm is not None):
+            self.norm.fetch_weight(factors, norm_weight, work)
+        if cutlass.const_expr(spec.stochastic):
+            words = cute.recast_tensor(seed, Int32)
+            keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
+        asked = Asked(tokens, raw, gate, norm_gate, factors, weights, keys)
+
+        # what does not wait for the slot, while it is on its way
+        smem, tile, outputs = SmemAllocator(), None, None
+        if cutlass.const_expr(self.bulk):
+            tile = self.begin_tile(smem, h0.element_type, work)
+        if cutlass.const_expr(spec.norm is not None):
+            outputs = self.norm.begin(smem, work)
+        if cutlass.const_expr(spec.cluster is not None):
+            cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
+
+        # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
+        live = work.n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
+        if self.lost(work, memory, past):
+            self.write_nothing(o, self.wrong(work, memory, past), work, work.first, work.n_tokens, 1)
+        elif live:
+            self.update(work, memory, past, asked, smem, tile, outputs, o, scale)
+        if cutlass.const_expr(spec.packed):  # zeros into this sequence's share of what lies behind the last one
+            N = Int32(cu_seqlens.shape[0]) - 1
+            end = Int32(cu_seqlens[N]) + work.i_n
+            self.write_nothing(o, Boolean(False), work, end, Int32(q.shape[1]) - end, N)
+
+    @cute.jit
+    def work(self, q: cute.Tensor, state_indices, cu_seqlens, accepted, first_n: Int32 | None) -> Work:
+        spec, tid = self.spec, cute.arch.thread_idx()[0]
         i_slice, i_hv, i_n = cute.arch.block_idx()  # in this order, so that a state's CTAs start together
         if cutlass.const_expr(spec.many):
             i_n = i_n + first_n
-        i_h = i_hv // spec.group
-        lane = tid % 32
-        row = self.first_row((None, i_hv, i_slice), tid)
+        i_h, lane = i_hv // spec.group, tid % 32
+        row = i_slice * self.rows + tid // 32 * self.states.of_warp + lane // LANES
         col = (lane % LANES) * spec.vector
-
         slot, column = Int64(i_n), Int32(0)
-        if cutlass.const_expr(spec.accepted is not None):  # of the last token that was accepted
+        if cutlass.const_expr(spec.accepted is not None):
             column = cutlass.min(cutlass.max(Int32(accepted[i_n]) - 1, 0), Int32(state_indices.shape[1]) - 1)
             slot = self.unsigned(state_indices[i_n, column])
         elif cutlass.const_expr(spec.pooled):
@@ -168,148 +231,141 @@ class DecodeKernel:
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
+        return Work(i_n, i_h, i_hv, i_slice, slot, column, b, first, n_tokens, tid, lane, row, col)
 
-        # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
-        # their way: the channels of the first tokens do not wait for the slot, and the state only for the slot. A
-        # branch among them, or a plain load, and the compiler puts most of the state's behind the gates.
-        tokens, heads = (q, k, v, g, beta), (i_h, i_hv, i_slice)
-        raw = self.room_for(tokens)
-        self.fetch(raw, tokens, b, first, n_tokens, heads, tid)
-        A, bias = self.gate_parameters(A_log, dt_bias, i_hv, tid)
-        lines, raw_taps, ending, past_slot = None, None, None, slot
-        if cutlass.const_expr(spec.norm is not None):
-            ending = self.norm.room_for(norm_weight, norm_gate)
-            self.norm.fetch_gate(ending, norm_gate, b, first, n_tokens, heads, tid)
-        if cutlass.const_expr(spec.taps):
-            lines = self.windows.lines(Int32(q.shape[2]), i_h, i_hv * spec.V + i_slice * self.rows, tid)
-            raw_taps = self.windows.fetch_taps(taps, taps_bias, lines)
-            if cutlass.const_expr(spec.past_index is not None):
-                past_slot = self.unsigned(past_indices[i_n])
-            elif cutlass.const_expr(spec.accepted is not None):
-                past_slot = self.unsigned(state_indices[i_n, 0])
-        if cutlass.const_expr(spec.norm is not None):
-            self.norm.fetch_weight(ending, norm_weight, heads, tid)
-        keys = None
-        if cutlass.const_expr(spec.stochastic):
-            words = cute.recast_tensor(seed, Int32)
-            keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
-
-        # what does not wait for the slot, while it is on its way
-        smem, tile, arrived, room = SmemAllocator(), None, None, None
-        if cutlass.const_expr(self.bulk):
-            tile = smem.allocate_tensor(h0.element_type, cute.make_layout(self.rows * spec.K), byte_alignment=128)
-            arrived = smem.allocate_array(Int64, spec.pieces)
-            self.begin_tile(arrived, tid)
-        if cutlass.const_expr(spec.norm is not None):
-            room = self.norm.begin(smem, tid)
-        if cutlass.const_expr(spec.cluster is not None):
-            cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
-
-        # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
-        live = n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
+    @cute.jit
+    def lost(self, work: Work, memory: Memory, past: Past | None):
+        """Whether the sequence is padding, or has no slot of the pool: that is neither read nor written."""
         lost = False
-        if cutlass.const_expr(spec.pooled):
-            lost = not self.inside(slot, h0) or slot == null_slot
-        if cutlass.const_expr(spec.taps):
-            lost = lost or not self.inside(past_slot, past)
-            if cutlass.const_expr(spec.apart):
-                lost = lost or past_slot == null_slot
-        if lost:  # padding, or no slot of the pool: that is neither read nor written
-            wrong = (Int32 if slot.width == 32 else Int64)(slot) >= 0 and slot != null_slot
-            if cutlass.const_expr(spec.apart):
-                other = (Int32 if past_slot.width == 32 else Int64)(past_slot)
-                wrong = wrong and other >= 0 and past_slot != null_slot
-            self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, row, lane)
-        elif live:
-            inside = i_hv * (spec.V * spec.K) + row * spec.K + col
-            target, begun = None, True
-            S = None if cutlass.const_expr(self.bulk) else self.states.registers(self.states.passes)
-            if cutlass.const_expr(spec.fresh):
-                begun = started[i_n]
-            if cutlass.const_expr(spec.taps and spec.config.huge):
-                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
-            scales = None
-            if cutlass.const_expr(self.states.scaled):
-                scales = self.states.fetch_scales(state_scales, slot, i_hv, row, lane)
-            if cutlass.const_expr(self.bulk):
-                first_row = i_hv * (spec.V * spec.K) + i_slice * (self.rows * spec.K)
-                self.fetch_tile(tile, arrived, self.start(h0, slot, None, first_row), begun, tid)
-                if cutlass.const_expr(spec.ht is not None or self.in_place):
-                    target = self.start(h0 if spec.pooled else ht, slot, None, first_row)
-            # Bulk copies stand in a branch. Where these loads are ahead of it, the compiler puts the convolution there,
-            # too, and the state waits for its windows.
-            if cutlass.const_expr(spec.taps and not spec.config.huge):
-                raw_past = self.windows.fetch_past(past, past_slot, column, begun, lines)
-            if cutlass.const_expr(not self.bulk):
-                if cutlass.const_expr(spec.h0 is None or spec.fresh):
-                    S.fill(0.0)
-                if cutlass.const_expr(spec.h0 is not None):
-                    if begun:
-                        self.states.load(S, self.start(h0, slot, None, inside), scales, 0, lane)
+        if cutlass.const_expr(self.spec.pooled):
+            lost = not self.inside(work.slot, memory.h0) or work.slot == memory.null_slot
+        if cutlass.const_expr(past is not None):
+            lost = lost or not self.inside(past.slot, past.states)
+            if cutlass.const_expr(self.spec.apart):
+                lost = lost or past.slot == memory.null_slot
+        return lost
 
-            shared = self.shared(smem)
-            window, before = None, None
-            if cutlass.const_expr(spec.taps):
-                window = self.windows.fp32(raw_past), *(self.windows.fp32(x) for x in raw_taps)
-                if cutlass.const_expr(spec.accepted is not None):
-                    before = self.windows.fp32(raw_past)
-            numbers = A, bias, scale, lower_bound, eps
-            kept = token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales
-            odd = cute.make_rmem_tensor(self.states.together, Float32)
-            odd.fill(0.0)
-            stored = scales, odd, (keys, Uint32(slot), i_hv * spec.V + row)
-            fixed = S, (tile, arrived, target, begun), stored, o, shared, room, kept, scale, b
-            final = None
-            if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
-                final = self.start(h0 if spec.pooled else ht, slot, None, inside)
-            if cutlass.const_expr(spec.one_token):
-                self.prepare(raw, numbers, shared, window, n_tokens, tid)
-                if cutlass.const_expr(self.shifts_early):
-                    self.windows.keep(past, past_slot, window[0], 0, lines, i_hv % spec.group == 0, tid)
-                if cutlass.const_expr(spec.cluster is not None):
-                    self.meet()
-                self.recur(*fixed, Int32(0), n_tokens, heads, tid)
-                if cutlass.const_expr(final is not None):
-                    self.store(S, final, stored, n_tokens - 1, 0, lane)
-                if cutlass.const_expr(spec.norm is not None):
-                    self.norm.write(o, room, ending, eps, b, first, Int32(0), n_tokens, heads, tid)
-            else:
-                if cutlass.const_expr(spec.cluster is not None):
-                    self.meet()
-                for done in cutlass.range(0, n_tokens, spec.block, unroll=1):
-                    left = n_tokens - done
-                    self.prepare(raw, numbers, shared, window, left, tid)
-                    self.recur(*fixed, done, left, heads, tid)
-                    if cutlass.const_expr(spec.norm is not None):
-                        self.norm.write(o, room, ending, eps, b, first, done, left, heads, tid)
-                    behind, left = first + done + spec.block, left - spec.block
-                    self.fetch(raw, tokens, b, behind, left, heads, tid)
-                    if cutlass.const_expr(spec.norm is not None):
-                        self.norm.fetch_gate(ending, norm_gate, b, behind, left, heads, tid)
-                    if cutlass.const_expr(spec.norm is None or self.norm.remote):
-                        cute.arch.sync_threads()  # all have used the channels
-                if cutlass.const_expr(final is not None):
-                    self.store(S, final, stored, n_tokens - 1, 0, lane)
-            if cutlass.const_expr(self.states.scaled and self.in_place):
-                self.states.store_scales(state_scales, slot, scales, i_hv, row, lane)
-            if cutlass.const_expr(spec.taps and spec.update and not self.shifts_early):
-                if cutlass.const_expr(self.waits):
-                    cute.arch.cluster_wait()  # all have read the windows
-                leads = i_slice == 0 and i_hv % spec.group == 0
-                if cutlass.const_expr(spec.accepted is None):
-                    if n_tokens > 0:
-                        self.windows.keep(past, past_slot, window[0], 0, lines, leads, tid)
-                else:
-                    self.windows.keep(past, past_slot, before, 1, lines, leads, tid)
-                    self.keep_drafts(
-                        past, past_slot, q, k, v, b, first, n_tokens, i_h, i_hv, i_slice, lines, leads, tid
-                    )
-            if cutlass.const_expr(self.bulk):
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-        if cutlass.const_expr(spec.packed):  # zeros into this sequence's share of what lies behind the last one
-            N = Int32(cu_seqlens.shape[0]) - 1
-            end = Int32(cu_seqlens[N]) + i_n
-            self.write_nothing(o, Boolean(False), b, end, Int32(q.shape[1]) - end, N, i_hv, row, lane)
+    @cute.jit
+    def wrong(self, work: Work, memory: Memory, past: Past | None):
+        """Whether a lost sequence is no padding."""
+        slot = work.slot
+        wrong = (Int32 if slot.width == 32 else Int64)(slot) >= 0 and slot != memory.null_slot
+        if cutlass.const_expr(self.spec.apart):
+            other = (Int32 if past.slot.width == 32 else Int64)(past.slot)
+            wrong = wrong and other >= 0 and past.slot != memory.null_slot
+        return wrong
+
+    @cute.jit
+    def update(
+        self, work: Work, memory: Memory, past: Past | None, asked: Asked, smem, tile: Tile | None,
+        outputs: Outputs | None, o: cute.Tensor, scale: Float32,
+    ):  # fmt: skip
+        """A sequence's tokens through this CTA's rows of its state."""
+        spec, states = self.spec, memory.h0 if self.spec.pooled else memory.ht
+        inside = work.i_hv * (spec.V * spec.K) + work.row * spec.K + work.col
+        begun, raw_past, scales, S, target = True, None, None, None, None
+        if cutlass.const_expr(not self.bulk):
+            S = self.states.registers(self.states.passes)
+        if cutlass.const_expr(spec.fresh):
+            begun = memory.started[work.i_n]
+        if cutlass.const_expr(spec.taps and spec.config.huge):
+            raw_past = self.windows.fetch_past(past, work.column, begun)
+        if cutlass.const_expr(self.states.scaled):
+            scales = self.states.fetch_scales(memory.state_scales, work.slot, work)
+        if cutlass.const_expr(self.bulk):
+            first_row = work.i_hv * (spec.V * spec.K) + work.i_slice * (self.rows * spec.K)
+            self.fetch_tile(tile, self.start(memory.h0, work.slot, None, first_row), begun, work)
+            if cutlass.const_expr(spec.ht is not None or self.in_place):
+                target = self.start(states, work.slot, None, first_row)
+        # Bulk copies stand in a branch. Where these loads are ahead of it, the compiler puts the convolution there,
+        # too, and the state waits for its windows.
+        if cutlass.const_expr(spec.taps and not spec.config.huge):
+            raw_past = self.windows.fetch_past(past, work.column, begun)
+        if cutlass.const_expr(not self.bulk):
+            if cutlass.const_expr(spec.h0 is None or spec.fresh):
+                S.fill(0.0)
+            if cutlass.const_expr(spec.h0 is not None):
+                if begun:
+                    self.states.load(S, self.start(memory.h0, work.slot, None, inside), scales, 0, work.lane)
+
+        shared = self.shared(smem)
+        window, before = None, None
+        if cutlass.const_expr(spec.taps):
+            window = self.windows.fp32(raw_past), *(self.windows.fp32(x) for x in asked.taps)
+            if cutlass.const_expr(spec.accepted is not None):
+                before = self.windows.fp32(raw_past)
+        odd = cute.make_rmem_tensor(self.states.together, Float32)
+        odd.fill(0.0)
+        rounding = Rounding(scales, odd, asked.keys, Uint32(work.slot), work.i_hv * spec.V + work.row)
+        if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
+            target = self.start(states, work.slot, None, inside)
+        run = Run(work, memory, o, scale, shared, outputs, rounding, S, tile, begun, target, inside)
+        if cutlass.const_expr(spec.one_token):
+            self.one_token(run, asked, past, window)
+        else:
+            self.many_tokens(run, asked, window)
+        if cutlass.const_expr(self.states.scaled and self.in_place):
+            self.states.store_scales(memory.state_scales, work.slot, scales, work)
+        if cutlass.const_expr(spec.taps and spec.update and not self.shifts_early):
+            self.shift(past, window[0], before, asked.tokens, work)
+        if cutlass.const_expr(self.bulk):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def one_token(self, run: Run, asked: Asked, past: Past | None, window):
+        work, none = run.work, Int32(0)
+        self.prepare(run, asked, window, work.n_tokens)
+        if cutlass.const_expr(self.shifts_early):
+            self.windows.keep(past, window[0], 0, self.leads(work), work.tid)
+        if cutlass.const_expr(self.spec.cluster is not None):
+            self.meet()
+        self.recur(run, none, work.n_tokens)
+        self.store_last(run)
+        if cutlass.const_expr(self.spec.norm is not None):
+            self.norm.write(run.o, run.outputs, asked.factors, work, none, work.n_tokens)
+
+    @cute.jit
+    def many_tokens(self, run: Run, asked: Asked, window):
+        """A block of tokens after the other."""
+        spec, work = self.spec, run.work
+        if cutlass.const_expr(spec.cluster is not None):
+            self.meet()
+        for done in cutlass.range(0, work.n_tokens, spec.block, unroll=1):
+            left = work.n_tokens - done
+            self.prepare(run, asked, window, left)
+            self.recur(run, done, left)
+            if cutlass.const_expr(spec.norm is not None):
+                self.norm.write(run.o, run.outputs, asked.factors, work, done, left)
+            behind, left = work.first + done + spec.block, left - spec.block
+            self.fetch(asked.raw, asked.tokens, work, behind, left)
+            if cutlass.const_expr(spec.norm is not None):
+                self.norm.fetch_gates(asked.factors, asked.norm_gate, work, behind, left)
+            if cutlass.const_expr(spec.norm is None or self.norm.remote):
+                cute.arch.sync_threads()  # all have used the channels
+        self.store_last(run)
+
+    @cute.jit
+    def store_last(self, run: Run):
+        """The state after the last token to its slot, out of registers."""
+        if cutlass.const_expr(not self.bulk and run.target is not None):
+            self.states.store(run.S, run.target, run.rounding, run.work.n_tokens - 1, 0, run.work.lane)
+
+    @cute.jit
+    def shift(self, past: Past, window, before, tokens: Tokens, work: Work):
+        """Writes the convolution's state: the last inputs, or those of the drafts behind what was accepted before."""
+        if cutlass.const_expr(self.waits):
+            cute.arch.cluster_wait()  # all have read the windows
+        leads = work.i_slice == 0 and self.leads(work)
+        if cutlass.const_expr(self.spec.accepted is None):
+            if work.n_tokens > 0:
+                self.windows.keep(past, window, 0, leads, work.tid)
+        else:
+            self.windows.keep(past, before, 1, leads, work.tid)
+            self.keep_drafts(past, tokens, leads, work)
+
+    def leads(self, work: Work):
+        """Whether it is the first of the value heads that share q and k."""
+        return work.i_hv % self.spec.group == 0
 
     @cute.jit
     def meet(self):
@@ -319,49 +375,38 @@ class DecodeKernel:
             cute.arch.cluster_arrive()  # this one has read the windows
 
     @cute.jit
-    def first_row(self, heads, tid: Int32):
-        """This thread's first row of a state; the others are `States.row` behind it."""
-        return heads[2] * self.rows + tid // 32 * self.states.of_warp + tid % 32 // LANES
-
-    @cute.jit
-    def shared(self, smem: SmemAllocator):
-        """Shared memory for what a block of tokens has for all rows: q, k and decays, of all channels; of each warp the
-        sums over them; v; and the scalars that `scalars` returns, of which a lone token's are made by each thread."""
+    def shared(self, smem: SmemAllocator) -> Shared:
         block = self.spec.block
 
         def room(size: int):
             return smem.allocate_tensor(Float32, cute.make_layout((size, block)), byte_alignment=16)
 
-        channels = tuple(room(self.spec.width) for _ in range(3))
-        return channels, room(SUMS * self.warps), room(self.threads), room(4)
+        q, k, decay = (room(self.spec.width) for _ in range(3))
+        return Shared((q, k, decay), room(SUMS * self.warps), room(self.threads), room(4))
 
     @cute.jit
-    def store(self, S, first: cute.Pointer, stored, t: Int32, first_pass, lane: Int32):
-        """S, the rows from `first_pass` on of the state after token t, to where this thread's part of one begins."""
-        scales, odd, (keys, slot, row) = stored
-        stamp = keys, slot, Uint32(t), row
-        self.states.store(S, first, odd, scales, first_pass, stamp, lane)
-
-    @cute.jit
-    def keep_token(self, S, stored, kept, b: Int32, t: Int32, first_pass, heads, tid: Int32):
+    def keep_token(self, run: Run, S, t: Int32, first_pass):
         """The state after token t of a sequence, to where it is wanted beside the slot of its last one."""
-        token_states, token_rows, h0, state_indices, null_slot, i_n, first, inside, state_scales = kept
-        lane = tid % 32
-        inside += self.states.row(first_pass) * self.spec.K
-        if cutlass.const_expr(self.spec.token_rows is not None):
-            place = self.unsigned(token_rows[i_n])
-            if self.inside(place, token_states) and t < token_states.shape[1]:
-                self.store(S, self.start(token_states, place, t, inside), stored, t, first_pass, lane)
-        elif cutlass.const_expr(self.spec.token_states is not None):
-            self.store(S, self.start(token_states, b, first + t, inside), stored, t, first_pass, lane)
+        memory, work = run.memory, run.work
+        if cutlass.const_expr(memory.token_rows is not None):
+            place = self.unsigned(memory.token_rows[work.i_n])
+            if self.inside(place, memory.token_states) and t < memory.token_states.shape[1]:
+                self.store(run, S, memory.token_states, place, t, t, first_pass)
+        elif cutlass.const_expr(memory.token_states is not None):
+            self.store(run, S, memory.token_states, work.b, work.first + t, t, first_pass)
         if cutlass.const_expr(self.spec.accepted is not None and self.spec.update):
-            if t < state_indices.shape[1]:
-                slot = self.unsigned(state_indices[i_n, t])
-                if self.inside(slot, h0) and slot != null_slot:
-                    self.store(S, self.start(h0, slot, None, inside), stored, t, first_pass, lane)
+            if t < memory.state_indices.shape[1]:
+                slot = self.unsigned(memory.state_indices[work.i_n, t])
+                if self.inside(slot, memory.h0) and slot != memory.null_slot:
+                    self.store(run, S, memory.h0, slot, None, t, first_pass)
                     if cutlass.const_expr(self.states.scaled):
-                        row = self.first_row(heads, tid)
-                        self.states.store_scales(state_scales, slot, stored[0], heads[1], row, lane)
+                        self.states.store_scales(memory.state_scales, slot, run.rounding.scales, work)
+
+    @cute.jit
+    def store(self, run: Run, S, states: cute.Tensor, i, entry, t: Int32, first_pass):
+        """S, the rows from `first_pass` on of the state after token t, to states[i], or to states[i, entry]."""
+        first = self.start(states, i, entry, run.inside + self.states.row(first_pass) * self.spec.K)
+        self.states.store(S, first, run.rounding, t, first_pass, run.work.lane)
 
     @cute.jit
     def channel(self, tid: Int32, m: cutlass.Constexpr[int]):
@@ -379,207 +424,200 @@ class DecodeKernel:
         return x
 
     @cute.jit
-    def room_for(self, tokens):
-        """Registers for a block of tokens as they lie in memory: this thread's channels, its row of v, and one beta."""
-        q, k, v, g, beta = tokens
+    def room_for(self, tokens: Tokens) -> Tokens:
+        """Registers for a block of them."""
         block = self.spec.block
-        sizes = ((q, (self.channels, block)), (k, (self.channels, block)), (v, block), (g, (self.channels, block)))
-        raw = tuple(cute.make_rmem_tensor(size, x.element_type) for x, size in (*sizes, (beta, 1)))
+        of_channels = (self.channels, block)
+        sizes = of_channels, of_channels, block, of_channels, 1
+        given = tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta
+        raw = [cute.make_rmem_tensor(size, x.element_type) for x, size in zip(given, sizes, strict=True)]
         for x in raw:
             x.fill(0.0)
-        return raw
+        return Tokens(*raw)
 
     @cute.jit
-    def fetch(self, raw, tokens, b: Int32, first: Int32, count: Int32, heads, tid: Int32):
+    def fetch(self, raw: Tokens, tokens: Tokens, work: Work, first: Int32, count: Int32):
         """Fills `raw` from token `first` on; the last of `count` tokens repeats, and of none nothing is read."""
-        q, k, v, g, beta = tokens
-        i_h, i_hv, i_slice = heads
+        b, i_h, i_hv, tid = work.b, work.i_h, work.i_hv, work.tid
         if count > 0:
             for j in cutlass.range_constexpr(self.spec.block):
                 t = first + cutlass.min(count - 1, j) if cutlass.const_expr(j) else first
                 for m in cutlass.range_constexpr(self.channels):
                     channel = self.channel(tid, m)
-                    raw[0][m, j] = load_now(q, (b, t, i_h, channel))
-                    raw[1][m, j] = load_now(k, (b, t, i_h, channel))
-                    raw[3][m, j] = load_now(g, (b, t, i_hv, channel))
-                raw[2][j] = load_now(v, (b, t, i_hv, i_slice * self.rows + self.windows.row(tid)))
+                    raw.q[m, j] = load_now(tokens.q, (b, t, i_h, channel))
+                    raw.k[m, j] = load_now(tokens.k, (b, t, i_h, channel))
+                    raw.g[m, j] = load_now(tokens.g, (b, t, i_hv, channel))
+                raw.v[j] = load_now(tokens.v, (b, t, i_hv, work.i_slice * self.rows + self.windows.row(tid)))
             t = first + cutlass.min(count - 1, tid) if cutlass.const_expr(self.spec.block > 1) else first
-            raw[4][0] = load_now(beta, (b, t, i_hv))
+            raw.beta[0] = load_now(tokens.beta, (b, t, i_hv))
 
     @cute.jit
-    def gate_parameters(self, A_log, dt_bias, i_hv: Int32, tid: Int32):
-        """A_log of the head and dt_bias of this thread's channels, fp32; 0 where there are none."""
+    def gate(self, A_log, dt_bias, lower_bound: Float32, work: Work) -> Gate:
         A, bias = Float32(0.0), cute.make_rmem_tensor(self.channels, Float32)
         bias.fill(0.0)
         if cutlass.const_expr(A_log is not None):
-            A = load_now(A_log, (i_hv,)).to(Float32)
+            A = load_now(A_log, (work.i_hv,)).to(Float32)
         if cutlass.const_expr(dt_bias is not None):
             for m in cutlass.range_constexpr(self.channels):
-                bias[m] = load_now(dt_bias, (i_hv * self.spec.K + self.channel(tid, m),)).to(Float32)
-        return A, bias
+                channel = work.i_hv * self.spec.K + self.channel(work.tid, m)
+                bias[m] = load_now(dt_bias, (channel,)).to(Float32)
+        return Gate(A, bias, lower_bound)
 
     @cute.jit
-    def prepare(self, raw, numbers, shared, window, count: Int32, tid: Int32):
-        """What the rows of a state need of a block's tokens, into shared memory: see `shared`."""
-        spec = self.spec
-        A, bias, scale, lower_bound, _ = numbers
-        A = rate(A, spec.exact)
-        _, sums, _, made = shared
+    def prepare(self, run: Run, asked: Asked, window, count: Int32):
+        """What the rows of a state need of a block's tokens, `count` of which are left, into shared memory."""
+        spec, shared, tid = self.spec, run.shared, run.work.tid
+        A = rate(asked.gate.A_log, spec.exact)
         for j in cutlass.range_constexpr(spec.block):
             if cutlass.const_expr(j == 0):
-                self.prepare_token(raw, A, bias, lower_bound, shared, window, j, tid)
+                self.prepare_token(shared, asked, A, window, j, tid)
             else:
                 if j < count:
-                    self.prepare_token(raw, A, bias, lower_bound, shared, window, j, tid)
+                    self.prepare_token(shared, asked, A, window, j, tid)
         if tid < spec.block:
-            beta = raw[4][0].to(Float32)
+            beta = asked.raw.beta[0].to(Float32)
             if cutlass.const_expr(spec.beta_is_logit):
                 beta = sigmoid(beta, spec.exact)
                 if cutlass.const_expr(spec.allow_neg_eigval):
                     beta = 2.0 * beta
-            made[3, tid] = beta
+            shared.scalars[3, tid] = beta
         cute.arch.sync_threads()
         if cutlass.const_expr(spec.block > 1):
             if tid < cutlass.min(count, spec.block):
-                for i, x in enumerate(self.scalars(sums, made, scale, tid)):
-                    made[i, tid] = x
+                for i, x in enumerate(self.scalars(shared, run.scale, tid)):
+                    shared.scalars[i, tid] = x
             cute.arch.sync_threads()
 
     @cute.jit
     def prepare_token(
-        self, raw, A: Float32, bias, lower_bound: Float32, shared, window, j: cutlass.Constexpr[int], tid
-    ):
+        self, shared: Shared, asked: Asked, A: Float32, window, j: cutlass.Constexpr[int], tid: Int32
+    ):  # fmt: skip
         """One thread a channel: q, k and the decay, and its warp's part of the sums over K; one thread a row: v.
 
-        With a convolution q, k and v go through it first.
+        With a convolution q, k and v go through it first. `A`: exp(A_log).
         """
-        channels, sums, values, _ = shared
-        exact = self.spec.exact
+        raw, gate, exact = asked.raw, asked.gate, self.spec.exact
         qq, kk, qk = Float32(0.0), Float32(0.0), Float32(0.0)
         for m in cutlass.range_constexpr(self.channels):
-            x, y = raw[0][m, j].to(Float32), raw[1][m, j].to(Float32)
+            x, y = raw.q[m, j].to(Float32), raw.k[m, j].to(Float32)
             if cutlass.const_expr(self.spec.taps):
                 x = self.windows.apply(x, *window, m)
                 y = self.windows.apply(y, *window, self.channels + m)
             x, y = self.once(x, tid, m), self.once(y, tid, m)
             qq, kk, qk = qq + x * x, kk + y * y, qk + x * y
-            log2 = log2_decay(raw[3][m, j].to(Float32), A, bias[m], lower_bound, self.spec.gate, exact)
-            for target, value in zip(channels, (x, y, exp2(log2, exact)), strict=True):
+            log2 = log2_decay(raw.g[m, j].to(Float32), A, gate.bias[m], gate.lower_bound, self.spec.gate, exact)
+            for target, value in zip(shared.channels, (x, y, exp2(log2, exact)), strict=True):
                 target[tid + m * self.threads, j] = value
-        value = raw[2][j].to(Float32)
+        value = raw.v[j].to(Float32)
         if cutlass.const_expr(self.spec.taps):
             value = self.windows.apply(value, *window, 2 * self.channels)
-        values[self.threads - 1 - tid, j] = value
+        shared.values[self.threads - 1 - tid, j] = value
         parts = tuple(lane_sum(x, 32) for x in (qq, kk, qk))
         if tid % 32 == 0:
             for i in cutlass.range_constexpr(SUMS):
-                sums[i * self.warps + tid // 32, j] = parts[i]
+                shared.sums[i * self.warps + tid // 32, j] = parts[i]
 
     @cute.jit
-    def scalars(self, sums, made, scale: Float32, j):
+    def scalars(self, shared: Shared, scale: Float32, j):
         """Of token j: the factors of q and k, being their norms and the scale; their product times k.q; beta."""
-        words = sums[None, j].load()
+        words = shared.sums[None, j].load()
         qq, kk, qk = (
             functools.reduce(operator.add, [words[i * self.warps + w] for w in range(self.warps)]) for i in range(SUMS)
         )
         norm_q, norm_k = scale, Float32(1.0)
         if cutlass.const_expr(self.spec.qk_l2norm):
             norm_q, norm_k = scale * rsqrt(qq + L2_EPS, self.spec.exact), rsqrt(kk + L2_EPS, self.spec.exact)
-        return norm_q, norm_k, qk * norm_k * norm_q, made[3, j]
+        return norm_q, norm_k, qk * norm_k * norm_q, shared.scalars[3, j]
 
     @cute.jit
-    def recur(
-        self, S, bulk, stored, o, shared, room, kept, scale: Float32, b: Int32, done: Int32, count: Int32, heads, tid
-    ):  # fmt: skip
+    def recur(self, run: Run, done: Int32, count: Int32):
         """A block's tokens through this CTA's rows of the state. `done`: tokens before them, and `count` are left.
 
-        With bulk copies the rows are taken from shared memory a piece at a time, and each goes out, to `target`, after
-        the last token, while the next is on its way. A warp's rows of a pass lie in one piece.
+        With bulk copies the rows are taken from shared memory a piece at a time, and each goes out, to its target,
+        after the last token, while the next is on its way. A warp's rows of a pass lie in one piece.
         """
-        spec, K = self.spec, self.spec.K
+        spec, shared = self.spec, run.shared
         if cutlass.const_expr(not self.bulk):
-            self.tokens(S, None, stored, o, shared, room, kept, scale, b, done, count, 0, heads, tid)
+            self.tokens(run, run.S, None, done, count, 0)
         else:
             held = None
-            if cutlass.const_expr(spec.one_token and K <= 128):
-                held = self.scalars(shared[1], shared[3], scale, 0), self.all_columns(shared[0], tid % 32, 0)
+            if cutlass.const_expr(spec.one_token and spec.K <= 128):
+                held = self.scalars(shared, run.scale, 0), self.all_columns(shared, run.work.lane, 0)
             for i in cutlass.range(spec.pieces, unroll=1):  # a loop: less code than the instruction cache holds
-                self.piece(i, held, bulk, stored, o, shared, room, kept, scale, b, done, count, heads, tid)
+                self.piece(run, i, held, done, count)
 
     @cute.jit
-    def piece(self, i: Int32, held, bulk, stored, o, shared, room, kept, scale: Float32, b, done, count, heads, tid):
-        """A block's tokens through the i-th piece of this CTA's rows."""
-        spec, K = self.spec, self.spec.K
-        tile, arrived, target, begun = bulk
-        lane, p = tid % 32, i * self.states.together
-        row = self.first_row(heads, tid) - heads[2] * self.rows + self.states.row(p)
-        own = tile.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
-        part = cute.make_layout(self.states.of_warp * K)  # a warp's
-        atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), tile.element_type)
+    def piece(self, run: Run, i: Int32, held, done: Int32, count: Int32):
+        """A block's tokens through the i-th piece of this CTA's rows. `held`: see `step`."""
+        spec, K, work, tile = self.spec, self.spec.K, run.work, run.tile
+        lane, p = work.lane, i * self.states.together
+        row = work.row - work.i_slice * self.rows + self.states.row(p)
+        own = tile.words.iterator + cute.assume(row * K + lane % LANES * spec.vector, divby=spec.vector)
         S = self.states.registers(self.states.together)
-        cute.arch.mbarrier_wait(arrived + i, 0)
+        cute.arch.mbarrier_wait(tile.arrived + i, 0)
         if cutlass.const_expr(spec.fresh):
             S.fill(0.0)
-            if begun or done > 0:
-                self.states.load(S, own, stored[0], p, lane)
+            if run.begun or done > 0:
+                self.states.load(S, own, run.rounding.scales, p, lane)
         else:
-            self.states.load(S, own, stored[0], p, lane)
-        self.tokens(S, held, stored, o, shared, room, kept, scale, b, done, count, p, heads, tid)
-        if cutlass.const_expr(target is not None or not spec.one_token):
-            self.store(S, own, stored, done + count - 1, p, lane)
-        if cutlass.const_expr(target is not None):
+            self.states.load(S, own, run.rounding.scales, p, lane)
+        self.tokens(run, S, held, done, count, p)
+        if cutlass.const_expr(run.target is not None or not spec.one_token):
+            self.states.store(S, own, run.rounding, done + count - 1, p, lane)
+        if cutlass.const_expr(run.target is not None):
             if count <= spec.block:
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.sync_warp()
-                if lane == 0:
-                    first = cute.assume((tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector)
-                    there, here = (cute.make_tensor(x + first, part) for x in (target, tile.iterator))
-                    if cutlass.const_expr(spec.config.huge):
-                        size = cute.size(part) * tile.element_type.width // 8
-                        bulk_store_lasting(there.iterator, here.iterator, size)
-                    else:
-                        cute.copy(atom, here, there)
-                    cute.arch.cp_async_bulk_commit_group()
+                self.send(run, p)
 
     @cute.jit
-    def tokens(self, S, held, stored, o, shared, room, kept, scale: Float32, b, done, count, first_pass, heads, tid):
+    def send(self, run: Run, p: Int32):
+        """This warp's part of the piece from pass p on to where the state goes."""
+        spec, K, work, words = self.spec, self.spec.K, run.work, run.tile.words
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        if work.lane == 0:
+            part = cute.make_layout(self.states.of_warp * K)
+            first = cute.assume((work.tid // 32 * self.states.of_warp + self.states.row(p)) * K, divby=spec.vector)
+            there, here = (cute.make_tensor(x + first, part) for x in (run.target, words.iterator))
+            if cutlass.const_expr(spec.config.huge):
+                size = cute.size(part) * words.element_type.width // 8
+                bulk_store_lasting(there.iterator, here.iterator, size)
+            else:
+                cute.copy(cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkS2GOp(), words.element_type), here, there)
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def tokens(self, run: Run, S, held, done: Int32, count: Int32, first_pass):
         """A block's tokens through the rows in S, which are as many passes as it has, from `first_pass` on."""
-        spec = self.spec
-        if cutlass.const_expr(spec.one_token):
-            self.step(S, held, stored[1], o, shared, room, scale, b, kept[6], Int32(0), 0, first_pass, heads, tid)
-            self.keep_token(S, stored, kept, b, Int32(0), first_pass, heads, tid)
+        if cutlass.const_expr(self.spec.one_token):
+            self.step(run, S, held, Int32(0), 0, first_pass)
+            self.keep_token(run, S, Int32(0), first_pass)
         else:
-            for j in cutlass.range(cutlass.min(count, spec.block), unroll=1):
-                self.step(S, held, stored[1], o, shared, room, scale, b, kept[6], done, j, first_pass, heads, tid)
-                self.keep_token(S, stored, kept, b, done + j, first_pass, heads, tid)
+            for j in cutlass.range(cutlass.min(count, self.spec.block), unroll=1):
+                self.step(run, S, held, done, j, first_pass)
+                self.keep_token(run, S, done + j, first_pass)
 
     @cute.jit
-    def step(
-        self, S, held, odd, o, shared, room, scale: Float32, b: Int32, first: Int32, done: Int32, j,
-        first_pass, heads, tid: Int32,
-    ):  # fmt: skip
+    def step(self, run: Run, S, held, done: Int32, j, first_pass):
         """Token j of a block: S <- diag(decay) S; u = beta (v - S k); o = S q + (k.q) u; S <- S + u k.
 
         o is made of the decayed state, so that both sums run together. q and k are raw here: their norms are factors.
         With a norm o goes to the head's CTAs, and `Norm.write` ends it. `held`: scalars and channels, where registers
-        have them for all rows. `odd`: not finite afterwards for a row that may hold NaN.
+        have them for all rows.
         """
-        spec = self.spec
-        channels, sums, values, made = shared
-        passes, lane = cute.size(S, mode=[2]), tid % 32
-        _, i_hv, i_slice = heads
-        row = self.first_row(heads, tid) - i_slice * self.rows + self.states.row(first_pass)
+        spec, work, shared, lane = self.spec, run.work, run.shared, run.work.lane
+        passes = cute.size(S, mode=[2])
+        row = work.row - work.i_slice * self.rows + self.states.row(first_pass)
         if cutlass.const_expr(held is not None):
             norm_q, norm_k, qk, beta = held[0]
         elif cutlass.const_expr(spec.one_token):
-            norm_q, norm_k, qk, beta = self.scalars(sums, made, scale, 0)
+            norm_q, norm_k, qk, beta = self.scalars(shared, run.scale, 0)
         else:
-            words = made[None, j].load()
+            words = shared.scalars[None, j].load()
             norm_q, norm_k, qk, beta = (words[i] for i in range(4))
 
         columns = held[1] if cutlass.const_expr(held is not None) else None
         if cutlass.const_expr(self.bulk and held is None and spec.K <= 128):
-            columns = self.all_columns(channels, lane, j)
+            columns = self.all_columns(shared, lane, j)
         hk = cute.make_rmem_tensor(passes, Float32)
         hq = cute.make_rmem_tensor(passes, Float32)
         hk.fill(0.0)
@@ -588,7 +626,7 @@ class DecodeKernel:
             if cutlass.const_expr(columns is not None):
                 x, y, d = columns[s]
             else:
-                x, y, d = (self.columns(source, s, lane, j) for source in channels)
+                x, y, d = (self.columns(source, s, lane, j) for source in shared.channels)
             for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     decayed = S[i, s, p] * d[i]
@@ -596,51 +634,57 @@ class DecodeKernel:
                     hq[p] += decayed * x[i]
                     S[i, s, p] = decayed
         for p in cutlass.range_constexpr(passes):
-            u = beta * (values[row + self.states.row(p), j] - lane_sum(hk[p], LANES) * norm_k)
+            u = beta * (shared.values[row + self.states.row(p), j] - lane_sum(hk[p], LANES) * norm_k)
             hq[p] = lane_sum(hq[p], LANES) * norm_q + qk * u
             hk[p] = u * norm_k
-            odd[p] = hk[p]
-        if cutlass.const_expr(spec.norm is not None):
-            for p in cutlass.range_constexpr(passes):
-                self.norm.send(room, hq[p], i_slice * self.rows + row + self.states.row(p), done, j, i_hv, lane)
-        elif (
-            lane % LANES == 0
-        ):  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
-            for p in cutlass.range_constexpr(passes):
-                at = i_slice * self.rows + row + self.states.row(p)
-                o[b, first + done + j, i_hv, at] = hq[p].to(o.element_type)
+            run.rounding.odd[p] = hk[p]
+        self.put_out(run, hq, row, done, j)
         for s in cutlass.range_constexpr(spec.steps):
             if cutlass.const_expr(columns is not None):
                 _, y, _ = columns[s]
             else:
-                y = self.columns(channels[1], s, lane, j)
+                y = self.columns(shared.channels[1], s, lane, j)
             for p in cutlass.range_constexpr(passes):
                 for i in cutlass.range_constexpr(spec.vector):
                     S[i, s, p] += hk[p] * y[i]
 
     @cute.jit
-    def keep_drafts(
-        self, past, slot, q, k, v, b: Int32, first: Int32, n_tokens: Int32, i_h: Int32, i_hv: Int32, i_slice: Int32,
-        lines, leads, tid: Int32,
-    ):  # fmt: skip
-        """The inputs of this call's tokens behind the first `taps` - 2 entries of the convolution's state."""
-        for t in cutlass.range(
-            cutlass.min(n_tokens, Int32(past.shape[1 if self.spec.tokens_first else 2]) - (self.windows.kept - 1)),
-            unroll=1,
-        ):
-            for i in cutlass.range_constexpr(self.windows.count):
-                if self.windows.owns(i, leads, tid):
-                    if cutlass.const_expr(i == self.windows.count - 1):
-                        x = v[b, first + t, i_hv, i_slice * self.rows + self.windows.row(tid)]
-                    else:
-                        source = q if cutlass.const_expr(i < self.channels) else k
-                        x = source[b, first + t, i_h, tid + i % self.channels * self.threads]
-                    past[self.windows.at(slot, lines[i], self.windows.kept - 1 + t)] = x.to(past.element_type)
+    def put_out(self, run: Run, outs: cute.Tensor, row: Int32, done: Int32, j):
+        """Outputs of token j of a block, of this CTA's rows from `row` on: to the norm, or to o."""
+        work = run.work
+        if cutlass.const_expr(self.spec.norm is not None):
+            for p in cutlass.range_constexpr(cute.size(outs)):
+                at = work.i_slice * self.rows + row + self.states.row(p)
+                self.norm.send(run.outputs, outs[p], at, done, j, work)
+        elif (
+            work.lane % LANES == 0
+        ):  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
+            for p in cutlass.range_constexpr(cute.size(outs)):
+                at = work.i_slice * self.rows + row + self.states.row(p)
+                run.o[work.b, work.first + done + j, work.i_hv, at] = outs[p].to(run.o.element_type)
 
     @cute.jit
-    def all_columns(self, channels, lane: Int32, j):
+    def keep_drafts(self, past: Past, tokens: Tokens, leads, work: Work):
+        """The inputs of this call's tokens behind the first `taps` - 2 entries of the convolution's state."""
+        length = Int32(past.states.shape[1 if self.spec.tokens_first else 2])
+        for t in cutlass.range(cutlass.min(work.n_tokens, length - (self.windows.kept - 1)), unroll=1):
+            for i in cutlass.range_constexpr(self.windows.count):
+                if self.windows.owns(i, leads, work.tid):
+                    if cutlass.const_expr(i == self.windows.count - 1):
+                        row = work.i_slice * self.rows + self.windows.row(work.tid)
+                        x = tokens.v[work.b, work.first + t, work.i_hv, row]
+                    else:
+                        source = tokens.q if cutlass.const_expr(i < self.channels) else tokens.k
+                        x = source[work.b, work.first + t, work.i_h, work.tid + i % self.channels * self.threads]
+                    place = self.windows.at(past.slot, past.lines[i], self.windows.kept - 1 + t)
+                    past.states[place] = x.to(past.states.element_type)
+
+    @cute.jit
+    def all_columns(self, shared: Shared, lane: Int32, j):
         """q, k and decays of token j in this thread's columns, by access."""
-        return tuple(tuple(self.columns(source, s, lane, j) for source in channels) for s in range(self.spec.steps))
+        return tuple(
+            tuple(self.columns(source, s, lane, j) for source in shared.channels) for s in range(self.spec.steps)
+        )  # fmt: skip
 
     @cute.jit
     def columns(self, source, s: cutlass.Constexpr[int], lane: Int32, j):
@@ -658,28 +702,32 @@ class DecodeKernel:
         return state.iterator + cute.assume(offset, divby=self.spec.vector)
 
     @cute.jit
-    def begin_tile(self, arrived, tid: Int32):
+    def begin_tile(self, smem: SmemAllocator, dtype: cutlass.Constexpr, work: Work) -> Tile:
         """Barriers that count the bytes of pieces; others than the first warp may wait at them after a barrier."""
-        if tid == 0:
+        words = smem.allocate_tensor(dtype, cute.make_layout(self.rows * self.spec.K), byte_alignment=128)
+        arrived = smem.allocate_array(Int64, self.spec.pieces)
+        if work.tid == 0:
             for i in cutlass.range_constexpr(self.spec.pieces):
                 cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
+        return Tile(words, arrived)
 
     @cute.jit
-    def fetch_tile(self, tile, arrived, source, begun, tid: Int32):
+    def fetch_tile(self, tile: Tile, source, begun, work: Work):
         """Asks for the CTA's part of a state, which begins at `source`, if there is one that has `begun`."""
-        if tid == 0:
-            size = cute.size(tile) // self.spec.pieces
+        words = tile.words
+        if work.tid == 0:
+            size = cute.size(words) // self.spec.pieces
             piece = cute.make_layout(size)
-            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), tile.element_type)
+            atom = cute.make_copy_atom(cute.nvgpu.cpasync.CopyBulkG2SOp(), words.element_type)
             for i in cutlass.range_constexpr(self.spec.pieces):
                 if begun:
-                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + i, size * tile.element_type.width // 8)
-                    there, here = (cute.make_tensor(x + i * size, piece) for x in (source, tile.iterator))
-                    cute.copy(atom, there, here, mbar_ptr=arrived + i)
+                    cute.arch.mbarrier_arrive_and_expect_tx(tile.arrived + i, size * words.element_type.width // 8)
+                    there, here = (cute.make_tensor(x + i * size, piece) for x in (source, words.iterator))
+                    cute.copy(atom, there, here, mbar_ptr=tile.arrived + i)
                 else:
-                    cute.arch.mbarrier_arrive(arrived + i)
+                    cute.arch.mbarrier_arrive(tile.arrived + i)
 
     def unsigned(self, index):
         """An index, negative ones being larger than any that there is: see `inside`."""
@@ -691,12 +739,10 @@ class DecodeKernel:
         return index < type(index)(Int64(states.shape[0]))
 
     @cute.jit
-    def write_nothing(
-        self, o, wrong, b: Int32, first: Int32, n_tokens: Int32, step: Int32, i_hv: Int32, row: Int32, lane: Int32
-    ):  # fmt: skip
+    def write_nothing(self, o: cute.Tensor, wrong, work: Work, first: Int32, n_tokens: Int32, step):
         """Zeros into each `step`-th of the tokens; NaN where the slot is `wrong`, so that it is seen."""
-        if lane % LANES == 0:
+        if work.lane % LANES == 0:
             value = Float32(cutlass.select_(wrong, Float32(float("nan")), Float32(0.0))).to(o.element_type)
             for t in cutlass.range(0, n_tokens, step, unroll=1):
                 for p in cutlass.range_constexpr(self.states.passes):
-                    o[b, first + t, i_hv, row + self.states.row(p)] = value
+                    o[work.b, first + t, work.i_hv, work.row + self.states.row(p)] = value

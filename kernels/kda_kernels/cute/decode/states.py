@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from kda_kernels.cute.decode.config import LANES, DecodeSpec
+from kda_kernels.cute.decode.work import Rounding, Work
 from kda_kernels.cute.math import load_now
 from kda_kernels.cute.ptx import lower_halves, select
 from kda_kernels.cute.stored import (
@@ -28,8 +29,7 @@ TOGETHER = 2  # rows of a thread whose rounding overlaps
 class States:
     """Loads and stores a thread's part of a state.
 
-    Arguments that its functions share: `first`, the address of this thread's first element; `scales`, fp32 [1]: of an
-    int16 pool that of the thread's row l, where l is this lane's number among those that share rows.
+    Arguments that its functions share: `first`, the address of this thread's first element; `scales`: see `Rounding`.
 
     Attributes:
         passes: rows of a thread. together: how many of them are in registers at once. of_warp: rows of its warp then,
@@ -60,21 +60,21 @@ class States:
         return cute.make_tensor(first + offset, cute.make_layout(self.spec.vector))
 
     @cute.jit
-    def scale_row(self, row: Int32, lane: Int32):
-        """The row of a state whose scale this lane keeps; `row`: the thread's first."""
-        return row + self.row(cutlass.min(lane % LANES, self.passes - 1))
+    def scale_row(self, work: Work):
+        """The row of a state whose scale this lane keeps."""
+        return work.row + self.row(cutlass.min(work.lane % LANES, self.passes - 1))
 
     @cute.jit
-    def fetch_scales(self, pool: cute.Tensor, slot, i_hv: Int32, row: Int32, lane: Int32):
+    def fetch_scales(self, pool: cute.Tensor, slot, work: Work):
         """As `scales`, of a slot [HV, V]."""
         scales = cute.make_rmem_tensor(1, Float32)
-        scales[0] = load_now(pool, (slot, i_hv, self.scale_row(row, lane)))
+        scales[0] = load_now(pool, (slot, work.i_hv, self.scale_row(work)))
         return scales
 
     @cute.jit
-    def store_scales(self, pool: cute.Tensor, slot, scales, i_hv: Int32, row: Int32, lane: Int32):
-        if lane % LANES < self.passes:
-            pool[slot, i_hv, self.scale_row(row, lane)] = scales[0]
+    def store_scales(self, pool: cute.Tensor, slot, scales, work: Work):
+        if work.lane % LANES < self.passes:
+            pool[slot, work.i_hv, self.scale_row(work)] = scales[0]
 
     @cute.jit
     def load(self, S, first: cute.Pointer, scales, first_pass, lane: Int32):
@@ -91,21 +91,17 @@ class States:
                     S[None, s, p].store(S[None, s, p].load() * scale)
 
     @cute.jit
-    def store(self, S, first: cute.Pointer, odd, scales, first_pass, stamp, lane: Int32):
-        """Rounds to the dtype of `first`; scales of rows from `first_pass` on go to `scales`.
-
-        Args:
-            odd: [passes] not finite where a row may hold NaN. stamp: what random numbers are keyed by, and the thread's
-                first row among all of a state: (halves of the seed, slot, token, row).
-        """
+    def store(self, S, first: cute.Pointer, rounding: Rounding, t: Int32, first_pass, lane: Int32):
+        """S, the rows from `first_pass` on of the state after token t, rounded to the dtype of `first`; the scales of
+        an int16 pool go to those of `rounding`."""
         dtype, passes = first.dtype, cute.size(S, mode=[2])
         if cutlass.const_expr(dtype is cutlass.Int16 or (self.spec.stochastic and dtype.width == 16)):
             for p in cutlass.range_constexpr(0, passes, TOGETHER):
                 rows = range(p, min(p + TOGETHER, passes))
                 if cutlass.const_expr(dtype is cutlass.Int16):
-                    words = self.quantised(S, odd, scales, rows, first_pass, stamp, lane)
+                    words = self.quantised(S, rounding, t, rows, first_pass, lane)
                 else:
-                    words = self.rounded(S, dtype, odd, rows, first_pass, stamp, lane)
+                    words = self.rounded(S, dtype, rounding, t, rows, first_pass, lane)
                 for i in cutlass.range_constexpr(len(rows)):
                     for s in cutlass.range_constexpr(self.spec.steps):
                         narrow = cute.recast_tensor(words, dtype)
@@ -116,12 +112,11 @@ class States:
                     self.vectors(first, s, p).store(S[None, s, p].load().to(dtype))
 
     @cute.jit
-    def numbers(self, s: cutlass.Constexpr[int], row: Int32, stamp, lane: Int32):
-        """The random numbers of access s in this thread's row, two to a word."""
-        keys, slot, token, first_row = stamp
+    def numbers(self, s: cutlass.Constexpr[int], row: Int32, rounding: Rounding, t: Int32, lane: Int32):
+        """The random numbers of access s in this thread's row after token t, two to a word."""
         vector, K = self.spec.vector, self.spec.K
-        element = (first_row + row) * K + lane % LANES * vector + s * LANES * vector
-        words = random_words(keys, slot, token, Uint32(element // 8))
+        element = (rounding.row + row) * K + lane % LANES * vector + s * LANES * vector
+        words = random_words(rounding.keys, rounding.slot, Uint32(t), Uint32(element // 8))
         if cutlass.const_expr(vector == 4):
             upper = element % 8 != 0
             return tuple(Uint32(cutlass.select_(upper, words[i + 2], words[i])) for i in range(2))
@@ -135,15 +130,15 @@ class States:
 
     @cute.jit
     def rounded(
-        self, S, dtype: cutlass.Constexpr, odd, rows: cutlass.Constexpr, first_pass, stamp,
+        self, S, dtype: cutlass.Constexpr, rounding: Rounding, t: Int32, rows: cutlass.Constexpr, first_pass,
         lane: Int32,
     ):  # fmt: skip
         """`words` of S in bf16 or fp16, rounded stochastically. One branch for all rows: their arithmetic overlaps."""
-        out, finite = self.words(rows), True
+        out, odd, finite = self.words(rows), rounding.odd, True
         for n in cutlass.range_constexpr(len(rows)):
             p = rows[n]
             for s in cutlass.range_constexpr(self.spec.steps):
-                numbers = self.numbers(s, self.row(first_pass) + self.row(p), stamp, lane)
+                numbers = self.numbers(s, self.row(first_pass) + self.row(p), rounding, t, lane)
                 for i in cutlass.range_constexpr(self.spec.vector // 2):
                     a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                     if cutlass.const_expr(dtype is cutlass.BFloat16):
@@ -161,8 +156,9 @@ class States:
         return out
 
     @cute.jit
-    def quantised(self, S, odd, scales, rows: cutlass.Constexpr, first_pass, stamp, lane: Int32):
-        """`words` of S in int16; the rows' scales go to `scales`."""
+    def quantised(self, S, rounding: Rounding, t: Int32, rows: cutlass.Constexpr, first_pass, lane: Int32):
+        """`words` of S in int16; the rows' scales go to those of `rounding`."""
+        odd, scales = rounding.odd, rounding.scales
         out = self.words(rows)
         for n in cutlass.range_constexpr(len(rows)):
             p, row = rows[n], first_pass + rows[n]
@@ -172,7 +168,7 @@ class States:
             for s in cutlass.range_constexpr(self.spec.steps):
                 numbers: Any = None
                 if cutlass.const_expr(self.spec.stochastic):
-                    numbers = self.numbers(s, self.row(first_pass) + self.row(p), stamp, lane)
+                    numbers = self.numbers(s, self.row(first_pass) + self.row(p), rounding, t, lane)
                 for i in cutlass.range_constexpr(self.spec.vector // 2):
                     a, b = S[2 * i, s, p], S[2 * i + 1, s, p]
                     if cutlass.const_expr(self.spec.stochastic):
