@@ -5,9 +5,11 @@ import itertools
 
 import torch
 
-from kda_kernels.problem import Gate, Options
+from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.reference.oracle import recurrence
+from kda_kernels.reference.stored import Stored, stored
 from kda_kernels.tensors import Inputs
+from kdacli.synthetic import make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding: half an ulp, next to sums in fp32.
@@ -100,3 +102,46 @@ def states_after_tokens(inputs: Inputs) -> torch.Tensor:
         for t in range(first, end):
             out[row, t] = recurrence(tokens_of(alone, row, slice(first, t + 1))).final_state
     return out
+
+
+def decaying(dtype: str, stochastic: bool, T: int, K=128, V=128, drafts=False, device=DEVICE) -> Inputs:
+    """Steps that write u k = 0, since k is: no sum can change their fp32 state. A row has NaN, and another is 0.
+
+    With `drafts` each token's state has a slot, and of the second sequence two were accepted.
+    """
+    slots = [[3, 1], [0, 2], [5, 6]] if drafts else [3, 0, 5]
+    problem = Problem(
+        Op.DECODE, (T,) * 3, H=2, HV=2, K=K, V=V, packed=False, pool_slots=7, state_dtype=dtype, dtype="float32",
+        state_rounding="stochastic" if stochastic else "nearest", options=SAFE,
+    )  # fmt: skip
+    inputs = make_inputs(problem, device=device)
+    start = torch.randn(7, 2, V, K) * torch.logspace(-9, 3, V)[:, None]
+    start[:, 0, V - 3, 3], start[:, 1, 8] = torch.nan, 0.0
+    held = stored(start.flatten(0, 1), inputs.state.dtype)
+    inputs.state.copy_(held.state.view(start.shape))
+    if held.scales is not None:
+        inputs.state_scales.copy_(held.scales.view(7, 2, V))
+    return dataclasses.replace(
+        inputs, k=torch.zeros_like(inputs.k), state_indices=torch.tensor(slots, dtype=torch.int32, device=device),
+        num_accepted_tokens=torch.tensor([1, 2, 1], dtype=torch.int32, device=device) if drafts else None,
+    )  # fmt: skip
+
+
+def stores_as_defined(inputs: Inputs, decode) -> None:
+    """`decode` stores to the bit what it would store in fp32, rounded as `kda_kernels.reference.stored` says."""
+    values = Stored(inputs.state, inputs.state_scales).values(torch.float32)
+    wide = dataclasses.replace(inputs, state=values, state_scales=None, rounding_seed=None)
+    decode(wide)
+    decode(inputs)
+    seed = None if inputs.rounding_seed is None else int(inputs.rounding_seed)
+    slots, T = inputs.state_indices.tolist(), inputs.q.shape[1]
+    places = [(slot, slot, T - 1) for slot in slots if isinstance(slot, int)]  # where to, where from, after which token
+    if inputs.num_accepted_tokens is not None:
+        starts = [row[n - 1] for row, n in zip(slots, inputs.num_accepted_tokens.tolist(), strict=True)]
+        places = [(to, start, t) for row, start in zip(slots, starts, strict=True) for t, to in enumerate(row)]
+    for to, start, t in places:
+        want = stored(wide.state[to].cpu(), inputs.state.dtype, seed, start, t)
+        rows = slice(None) if want.scales is None else want.scales.isfinite()  # of others the integers may be any
+        assert torch.equal(inputs.state[to].cpu()[rows].nan_to_num(7), want.state[rows].nan_to_num(7))
+        if want.scales is not None:
+            assert torch.equal(inputs.state_scales[to].cpu().nan_to_num(-1), want.scales.nan_to_num(-1))

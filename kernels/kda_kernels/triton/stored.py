@@ -46,7 +46,7 @@ def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.const
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     if DTYPE != tl.int16:
-        used = tl.where(odd - odd == 0, 0x1FFF1FFF if DTYPE == tl.float16 else -1, 0)
+        used = tl.where(odd * 0.0 == 0, 0x1FFF1FFF if DTYPE == tl.float16 else -1, 0)
         used = used.to(tl.uint32, bitcast=True)[:, None]
         c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
@@ -105,7 +105,7 @@ def quantised(x, numbers, odd):
         inverse = tl.fma(tl.fma(-quarter, inverse, 1.0), inverse, inverse)
     w = tl.where(kept, _quotient(LARGEST / 4, quarter, inverse), 0.0)[:, None]
     scales = tl.where(kept, _quotient(size, LARGEST, INVERSE), 0.0)
-    scales += tl.where(size < float("inf"), odd - odd, float("nan"))
+    scales += tl.where(size < float("inf"), odd * 0.0, float("nan"))  # odd - odd may be fused with what made odd
     if numbers is None:
         # adding 1.5 * 2**23 rounds to an integer, which is in the low half then
         if INTERPRETED:

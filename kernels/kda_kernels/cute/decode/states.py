@@ -145,7 +145,7 @@ class States:
                         out[i, s, n] = bf16_stochastic(a, b, numbers[i])
                     else:
                         out[i, s, n] = fp16_stochastic(a, b, numbers[i])
-            finite = finite and odd[p] - odd[p] == 0.0
+            finite = finite and odd[p] * 0.0 == 0.0
         if not finite:  # NaN stays; all ones behind the sign are NaN in either
             for n in cutlass.range_constexpr(len(rows)):
                 for s in cutlass.range_constexpr(self.spec.steps):
@@ -163,7 +163,7 @@ class States:
         for n in cutlass.range_constexpr(len(rows)):
             p, row = rows[n], first_pass + rows[n]
             most = self.largest(S, p)
-            w, scale = row_scales(most, odd[p] - odd[p])
+            w, scale = row_scales(most, odd[p] * 0.0)  # odd - odd may be fused with what made odd
             scales[0] = select(lane % LANES == row, scale, scales[0])
             for s in cutlass.range_constexpr(self.spec.steps):
                 numbers: Any = None
