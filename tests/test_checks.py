@@ -406,6 +406,10 @@ WRONG_FEATURES = [
     (keep(states=torch.zeros(4, HV, K, V)), "checkpoints.states has shape [4, 4, 8, 6]: it should be [R, HV, V, K]"),
     ({"workspace": torch.zeros(9)}, "workspace is float32: it should be uint8"),
     ({"cu_seqlens_cpu": torch.tensor([0, 5, 6, 12])}, "cu_seqlens_cpu differs from cu_seqlens: it should be the same"),
+    ({"cu_seqlens_cpu": torch.tensor([0, 5, 12])}, "cu_seqlens_cpu has shape [3]: it should be [4], as cu_seqlens"),
+    ({"cu_seqlens_cpu": torch.zeros(4)}, "cu_seqlens_cpu is float32: it should be int32 or int64"),
+    ({"cu_seqlens_cpu": torch.zeros(4, dtype=INT, device="meta")}, "cu_seqlens_cpu is on meta: it should be on cpu"),
+    ({"cu_seqlens_cpu": [0, 5, 5, 12]}, "cu_seqlens_cpu is of type list: it should be a torch.Tensor"),
 ]
 
 

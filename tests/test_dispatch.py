@@ -244,7 +244,8 @@ def test_lengths_on_the_host_are_planned_as_they_are(prefills, monkeypatch):
     """A long sequence beside a short one, through each function that takes them. What it computes is not looked at."""
     monkeypatch.setattr(fake_prefill.FakeFunction, "__call__", lambda *given: None)
     asked = []
-    monkeypatch.setattr(cute_prefill, "plan_of", lambda *given: asked.append(given) or prefill_plan.plan_of(*given))
+    planned = cute_prefill._split_at
+    monkeypatch.setattr(cute_prefill, "_split_at", lambda *given: asked.append(given) or planned(*given))
     inputs = on_gpu(prefill_inputs.pooled([2040, 8], slots=[1, 4]))
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens")
     same = {name: getattr(inputs, name) for name in names} | {"lower_bound": -5.0}
@@ -253,7 +254,11 @@ def test_lengths_on_the_host_are_planned_as_they_are(prefills, monkeypatch):
     chunk_kda_fwd(**same, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True)
     fla = {"use_gate_in_kernel": True, "safe_gate": True, "use_qk_l2norm_in_kernel": True}
     chunk_kda(**same, **fla, use_beta_sigmoid_in_kernel=True, state_v_first=True)
-    assert len(asked) >= 3 and {given[0] for given in asked} == {(2040, 8)}
+    assert len(asked) >= 3 and {given[0] for given in asked} == {(0, 2040, 2048)}
+    for wrong in (inputs.cu_seqlens[:2], inputs.cu_seqlens[None], inputs.cu_seqlens.tolist()):
+        with pytest.raises(InputError, match="^cu_seqlens_cpu "):
+            kda_prefill(**same | {"cu_seqlens_cpu": wrong}, state=inputs.state, state_indices=inputs.state_indices)
+    assert planned(*asked[0]) == prefill_plan.plan_of((2040, 8), *asked[0][1:]).split
     assert prefill_plan.plan_of((2040, 8), 2, 132) != prefill_plan.plan(2, 2048, 2, 132)
 
 

@@ -65,6 +65,8 @@ def check_inputs(inputs: Inputs, *, values: bool | None = None) -> Dims:
         )
     if inputs.state is not None or inputs.state_indices is not None:
         _check_state(inputs, dims)
+    if inputs.cu_seqlens_cpu is not None:
+        _check_on_host(inputs.cu_seqlens_cpu, inputs.cu_seqlens)
     if inputs.features():
         check_features(inputs, dims)
     if values_checked(inputs.q) if values is None else values:
@@ -266,6 +268,17 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, owner: torch.Tensor, who
         raise InputError(who, f"has batch size {B}", "it should be 1 with cu_seqlens, all tokens in one row")
     if cu_seqlens.shape[0] < 1:
         raise InputError("cu_seqlens", "is empty", "it should hold N + 1 offsets, at least a 0")
+
+
+def _check_on_host(ends: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    """cu_seqlens_cpu; what it holds is not looked at."""
+    if cu_seqlens is None:
+        raise InputError("cu_seqlens_cpu", "is given without cu_seqlens", "it should be the same on the host")
+    check_tensor("cu_seqlens_cpu", ends, INDEX_DTYPES, ends, "")
+    if not ends.is_cpu:
+        raise InputError("cu_seqlens_cpu", f"is on {ends.device}", "it should be on cpu")
+    if ends.shape != cu_seqlens.shape:
+        raise shape_error("cu_seqlens_cpu", ends, f"{list(cu_seqlens.shape)}, as cu_seqlens")
 
 
 def _check_state(inputs: Inputs, dims: Dims) -> None:

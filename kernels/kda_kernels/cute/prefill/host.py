@@ -482,13 +482,17 @@ def _split_of(
 ) -> Split | None:
     """How the sequences of a call are cut. None: they stay whole, as they do where the caller's workspace is too small.
 
+    Raises `_RefusedError`.
+
     Args:
         ends: cu_seqlens on the host, if they are known. given: the workspace, if there is one.
     """
     if ends is None:
         split = _split(N, tokens, HV, sms)
     else:
-        at = ends.tolist()
+        at = ends.tolist() if packed and ends.is_cpu else []
+        if len(at) != N + 1:
+            raise _RefusedError("cu_seqlens_cpu is not cu_seqlens on the host")
         split = _split(1, at[1] - at[0], HV, sms) if N == 1 else _split_at(tuple(at), HV, sms)
     if split is not None and given is not None:
         size = _split_bytes(split, N, split.units(N, tokens, packed), HV)
