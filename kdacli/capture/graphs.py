@@ -27,7 +27,6 @@ from kdacli.capture.switched import Copy, Switch
 from kdacli.dumps.strides import copies, room_for
 
 Meta = dict[str, Any]
-Write = Callable[[taken.Tensors, taken.Tensors, dict[str, Any], Meta], None]  # inputs, outputs, options, meta
 
 
 class _InGraph:
@@ -155,7 +154,9 @@ class Graphs:
         write: writes one dump. tell: says something to the user, once for each kind.
     """
 
-    def __init__(self, settings: Settings, write: Write, tell: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, settings: Settings, write: Callable[[taken.Recorded], None], tell: Callable[[str, str], None]
+    ) -> None:
         self.replays, self.limit, self.write, self.tell = frozenset(settings.replays), settings.graph_bytes, write, tell
         self._used = self._pinned = 0  # bytes on the GPU, and on the host
         self._capturing = threading.local()  # `calls` and `switch`: of the graph that a thread captures
@@ -284,9 +285,9 @@ class Graphs:
                 time.sleep(0.002)
             del call
             try:
-                inputs, outputs = _tensors(host, meta)
+                recorded = _recorded(host, meta)
                 host.spare.append(host)
-                self.write(inputs, outputs, host.call.options, meta)
+                self.write(recorded)
             except Exception as error:  # the next one may be smaller
                 self.tell(f"not recorded: {one_line(error, 200)}", "")
             finally:
@@ -298,8 +299,8 @@ class Graphs:
             return not self._captures and event.query()
 
 
-def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]:
-    """Inputs and outputs of a replay; pools have one slot for each index that is no padding."""
+def _recorded(call: GraphCall, meta: Meta) -> taken.Recorded:
+    """A replay; pools have one slot for each index that is no padding."""
     inputs, outputs = copies(call.inputs), copies(call.outputs)
     steps.joined(inputs)
     mark_padding(inputs, call.null_slot)
@@ -316,4 +317,4 @@ def _tensors(call: GraphCall, meta: Meta) -> tuple[taken.Tensors, taken.Tensors]
         inputs[name] = torch.where(indices < 0, -1, (used.cumsum(0) - 1).view(indices.shape)).to(indices.dtype)
         for kept in (inputs, outputs):
             kept |= {pool: kept[pool][used] for pool in pools if pool in kept}
-    return inputs, outputs
+    return taken.Recorded(inputs, outputs, call.call.options, meta)

@@ -141,7 +141,8 @@ class Recorder:
         def finish(result: Any, raised: Exception | None) -> None:
             if raised is not None:
                 meta["raised"] = one_line(raised, 300)
-            self._write(inputs, {} if raised else taken.after(call, result, keeper), call.options, meta)
+            outputs = {} if raised else taken.after(call, result, keeper)
+            self._write(taken.Recorded(inputs, outputs, call.options, meta))
 
         return finish
 
@@ -160,9 +161,9 @@ class Recorder:
         found = self.graphs.begin(call, meta, need, null_slot)
         return lambda result, raised: None if raised else found.finish(result)
 
-    def _write_replay(self, inputs: taken.Tensors, outputs: taken.Tensors, options: dict, meta: dict[str, Any]) -> None:
-        if self._room(sum(tensor.nbytes for tensor in (*inputs.values(), *outputs.values()))):
-            self._guarded(self._write, inputs, outputs, options, meta)
+    def _write_replay(self, call: taken.Recorded) -> None:
+        if self._room(sum(tensor.nbytes for tensor in (*call.inputs.values(), *call.outputs.values()))):
+            self._guarded(self._write, call)
 
     def _left_out(self, site: Site, reason: str) -> None:
         """Counts a call that cannot be recorded, and writes the count down at every power of ten."""
@@ -198,13 +199,11 @@ class Recorder:
             self._tell_once(f"stopped: a call of {fmt_bytes(need)} would exceed --max-bytes {limit}", "limit")
         return not self.stopped
 
-    def _write(
-        self, inputs: taken.Tensors, outputs: taken.Tensors, options: dict[str, Any], meta: dict[str, Any]
-    ) -> None:
+    def _write(self, call: taken.Recorded) -> None:
         """Writes the dump of a call."""
-        tree = {"inputs": inputs, "outputs": outputs, "options": options, "meta": meta}
+        meta = call.meta
         with tempfile.TemporaryDirectory(dir=self.settings.out, prefix=journal.WRITING) as folder:
-            write_pt(tree, part := Path(folder) / "dump.pt")
+            write_pt(call._asdict(), part := Path(folder) / "dump.pt")
             path = self._place(part, meta)
         self.files.append(path)
         bytes_ = path.stat().st_size

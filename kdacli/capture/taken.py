@@ -5,7 +5,7 @@ waits: of a state pool the slots in use, one by one and with no temporary memory
 it.
 """
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,15 @@ Kept = TypeVar("Kept")
 
 
 POOLS = ("state", "conv_states", "state_scales")
+
+
+class Recorded(NamedTuple):
+    """A call as its dump holds it."""
+
+    inputs: Tensors
+    outputs: Tensors
+    options: dict[str, Any]
+    meta: dict[str, Any]
 
 
 class Keeper(Protocol[Kept]):
