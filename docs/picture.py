@@ -40,7 +40,7 @@ def draw_speed() -> None:
     from kdacli.profile.records.row import timed
     from kdacli.profile.reporting.plot import beside
 
-    chosen = (("prefill-h100", "init", ("P1", "P2", "P4")), ("decode-h100", "bench", None))
+    chosen = (("prefill-h200", "init", ("P1", "P2", "P4")), ("decode-h200", "bench", None))
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "kda", "svg.fonttype": "none"}):
         figure = matplotlib.figure.Figure((9.6, 3.8), layout="constrained")
         for part, (name, gates, cases) in zip(figure.subfigures(1, 2), chosen, strict=True):
