@@ -14,7 +14,10 @@ from kda_kernels.engines.derived import derived
 from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.reference import oracle
+from kda_kernels.reference.stored import stored
 from kda_kernels.tensors import Convolution, Inputs
+from kda_kernels.triton.decode import DecodeConfig
+from kda_kernels.triton.decode import decode as triton_decode
 from kdacli.judge import judge
 from kdacli.judge.reference import Reference, pool_as_final_state
 from kdacli.options import problem_from
@@ -203,6 +206,20 @@ def test_a_kernel_is_as_the_oracle(kernel, name):
     torch.testing.assert_close(written.state.double(), expected.final_state, rtol=1e-5, atol=1e-5, equal_nan=True)
     if conv is not None:
         assert torch.equal(written.conv.states.nan_to_num(7), expected.conv_states.nan_to_num(7))
+
+
+def test_triton_takes_states_in_pieces():
+    """As at once, but for sums that may run in another order."""
+    inputs = make((1, 1, 1), packed=False, K=32, V=64)
+    held = stored(inputs.state.nan_to_num().flatten(0, 1), torch.int16)
+    pool = {"state": held.state.view(inputs.state.shape), "state_scales": held.scales.view(inputs.state.shape[:3])}
+    whole, pieces = (dataclasses.replace(inputs, **pool).fresh() for _ in range(2))
+    expected = triton_decode(whole, config=DecodeConfig(64, 2))
+    made = triton_decode(pieces, config=DecodeConfig(64, 2, piece=16))
+    torch.testing.assert_close(made.o, expected.o, rtol=1e-5, atol=1e-6)
+    assert torch.equal(pieces.conv.states.nan_to_num(7), whole.conv.states.nan_to_num(7))
+    assert ((pieces.state.int() - whole.state.int()).abs() <= 1).all()
+    torch.testing.assert_close(pieces.state_scales, whole.state_scales, rtol=1e-6, atol=0)
 
 
 # --- the public function -------------------------------------------------------------------------------------------

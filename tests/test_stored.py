@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from decode_inputs import decaying, stores_as_defined
 
 from kda_kernels import registry
 from kda_kernels.dtypes import STATES
@@ -13,6 +14,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Problem
 from kda_kernels.reference import stored as plain
 from kda_kernels.triton import stored as device
+from kda_kernels.triton.decode import DecodeConfig, decode
 from kda_kernels.triton.widened import widened
 from kdacli.dumps import load, save
 from kdacli.judge import Reference, judge
@@ -204,6 +206,25 @@ def test_stored_states_are_unbiased_over_seeds():
         last_place = size.double() * 2.0 ** (1 - STATES[dtype].digits)
         assert ((off / last_place).abs() <= 5 * 0.5 / draws**0.5).all(), dtype
         assert (off / last_place).square().mean().sqrt() <= 0.5 / draws**0.5, dtype
+
+
+STORED = pytest.mark.parametrize(
+    ("dtype", "stochastic", "piece"),
+    [*((dtype, True, piece) for dtype in DTYPES for piece in (0, 16)), ("int16", False, 0), ("int16", False, 16)],
+)
+
+
+@STORED
+def test_triton_decode_stores_as_it_is_defined(dtype, stochastic, piece, device_name="cpu"):
+    """States of drafts, which are taken at once, and in pieces."""
+    inputs = decaying(dtype, stochastic, T=1 if piece else 2, K=32, V=64, drafts=not piece, device=device_name)
+    stores_as_defined(inputs, lambda x: decode(x, config=DecodeConfig(64, 2, piece=piece)))
+
+
+@pytest.mark.gpu
+@STORED
+def test_a_gpu_stores_as_it_is_defined(dtype, stochastic, piece):
+    test_triton_decode_stores_as_it_is_defined(dtype, stochastic, piece, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

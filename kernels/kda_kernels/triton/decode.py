@@ -59,6 +59,8 @@ class DecodeConfig:
             With a convolution or a norm it is all of them.
         num_warps: of a program. With one warp every reduction over K and every change of layout stays inside it: no
             barrier, no shared memory.
+        piece: of its rows a program takes so many at a time, while the next are on their way; 0: all at once, and so it
+            is, too, where `_streamed` says no.
         registers: a limit per thread. On sm_86 ptxas spills to get down to 128, with which 16 programs of a warp share
             a multiprocessor; with 168, or with the 140 that it takes on sm_80, 12 do. None: ptxas chooses.
     """
@@ -66,6 +68,7 @@ class DecodeConfig:
     BV: int = 16
     num_warps: int = 1
     registers: int | None = None
+    piece: int = 0
 
     @classmethod
     @functools.cache
@@ -78,10 +81,12 @@ class DecodeConfig:
         sms: int = 132,
         generation: int = 9,
         rounded: bool = False,
+        streamed: bool = False,
     ) -> "DecodeConfig":
         """For `heads` = N * HV states of V x K on a GPU of `sms` multiprocessors.
 
         `generation` is `kda_kernels.triton.runtime.generation`. `rounded`: states are int16, or rounded stochastically.
+        `streamed`: see `_streamed`.
         """
         rows = next_power_of_2(V)
         if not state_v_first:  # V runs along memory: 32 channels fill a 128-byte line
@@ -89,15 +94,25 @@ class DecodeConfig:
         # Half the rows per program when that is what it takes to give every multiprocessor eight programs.
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
+        if streamed and BV == 16 and rows >= 64 and generation == 9:
+            return cls(BV=64, piece=8)
         if rounded and BV == 16 and rows >= 32 and generation == 9:  # two warps share the channels' work
             return cls(BV=32, num_warps=2)
         return cls(BV=BV, registers=168 if generation == 8 else None)
 
     @classmethod
     @functools.cache
-    def whole(cls, K: int, V: int) -> "DecodeConfig":
-        """For programs that have all of a head: 128 numbers of its state per thread, as few threads as channels."""
+    def whole(
+        cls, heads: int, K: int, V: int, sms: int = 132, generation: int = 9, streamed: bool = False
+    ) -> "DecodeConfig":
+        """As `choose`, for programs that have all of a head.
+
+        At once: 128 numbers of its state per thread, as few threads as channels. In pieces from one state per
+        multiprocessor on, and by fewer threads from eight on, as then other programs work while one waits.
+        """
         rows = next_power_of_2(V)
+        if streamed and rows >= 64 and generation == 9 and heads >= sms:
+            return cls(BV=rows, num_warps=2, piece=16) if heads >= 8 * sms else cls(BV=rows, num_warps=4, piece=32)
         return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (128 * 32), 1), 16))
 
 
@@ -141,13 +156,15 @@ def decode(
         ht = inputs.new_final_state()
     conv, norm = inputs.conv, inputs.norm
     whole = conv is not None or norm is not None
-    if config is None and whole:
-        config = DecodeConfig.whole(K, V)
-    elif config is None:
-        sequences = 1 if inputs.batch_invariant else N
+    streamed = _streamed(inputs)
+    if config is None:
+        heads = HV if inputs.batch_invariant else N * HV
         gpu = multiprocessors(q.device), generation(q.device)
-        rounded = scales is not None or seed is not None
-        config = DecodeConfig.choose(sequences * HV, K, V, inputs.state_v_first, *gpu, rounded)
+        if whole:
+            config = DecodeConfig.whole(heads, K, V, *gpu, streamed)
+        else:
+            rounded = scales is not None or seed is not None
+            config = DecodeConfig.choose(heads, K, V, inputs.state_v_first, *gpu, rounded, streamed)
     if not N:
         o.zero_()
     else:
@@ -160,12 +177,12 @@ def decode(
         params = (inputs.A_log, inputs.dt_bias)
         tables = (inputs.cu_seqlens, inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices)
         constants = (
-            H, HV, K, V, next_power_of_2(K), config.BV, inputs.state_v_first, GATE_CODES[options.gate],
-            options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+            H, HV, K, V, next_power_of_2(K), config.BV, config.piece if streamed else 0, inputs.state_v_first,
+            GATE_CODES[options.gate], options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
             1 if conv is None else HV // H, 0 if conv is None else conv.width, conv is not None and conv.tokens_first,
             inputs.update_state,
         )  # fmt: skip
-        heads = constants[-4]
+        together = constants[-4]  # value heads of a program
         parts = _parts(inputs, packed) if whole else _NO_PARTS
         kind = None
         if usual(
@@ -177,7 +194,7 @@ def decode(
             kind = (q.device, config.num_warps, config.registers, constants, tuple(map(dtype_of, typed)))
         with stage("decode"), on_device(q):
             launch(
-                decode_kernel, (cdiv(V, config.BV) * (HV // heads) * N,), kind,
+                decode_kernel, (cdiv(V, config.BV) * (HV // together) * N,), kind,
                 (
                     q, k, v, g, beta, *params, o, h0, ht, kept, indices, *tables,
                     float(options.scale_for(K)), float(options.lower_bound or 0),
@@ -209,6 +226,18 @@ def _parts(inputs: Inputs, packed: bool) -> tuple[Any, ...]:
         1 if indices is None else indices.stride(0),
         *((0, 0, 0) if conv is None else (conv.states.shape[0], conv.by_channel.shape[2], conv.states.stride(0))),
         *((0, 0, 0) if norm is None else _strides(norm.gate, packed)),
+    )  # fmt: skip
+
+
+def _streamed(inputs: Inputs) -> bool:
+    """Whether states can be taken in pieces: of two bytes, V-first, their sizes powers of two; one token each, whose
+    state goes nowhere but to where it came from."""
+    state, (K, V) = inputs.state, (inputs.q.shape[3], inputs.v.shape[3])
+    plain = inputs.cu_seqlens is None and inputs.q.shape[1] == 1 and inputs.has_initial_state is None
+    single = plain and inputs.num_accepted_tokens is None and inputs.token_states is None
+    return (
+        single and state is not None and state.element_size() == 2 and inputs.state_v_first
+        and (K, V) == (next_power_of_2(K), next_power_of_2(V))
     )  # fmt: skip
 
 

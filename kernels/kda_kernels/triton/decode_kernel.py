@@ -5,7 +5,7 @@ channel's state is the only one that reads it, and whoever scales o has all of i
 
 Memory is all that counts: a state tile is read once, kept in fp32 registers over all tokens, and written once. All
 loads of the state and of the first token are issued before anything waits for one of them, and the tokens after it are
-fetched one ahead.
+fetched one ahead. States of two bytes, of one token each, are taken in pieces of a few rows where that is faster.
 
 Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp): 128 registers, no spills; 16 loads and
 16 stores of the state, each of 16 bytes per lane; reductions over K by shuffles in the warp, 32 bytes of shared memory.
@@ -117,6 +117,42 @@ def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
             p_o += stride_o_t
 
 
+@triton.jit
+def _in_pieces(
+    p_h0, p_ht, p_scales, b_q, b_k, b_decay, b_v, b_beta, seed, slot, first_row,
+    K: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """One token through BV rows of a state, PIECE of them at a time: the next two are on their way meanwhile.
+
+    Args:
+        p_h0, p_ht: where these rows of K channels begin; p_ht None: they are not kept. p_scales: theirs. b_q: scaled.
+        first_row: hv V + v of the first.
+
+    Returns:
+        o, fp32 [BV].
+    """
+    o_k = tl.arange(0, K)
+    pieces = tl.arange(0, BV // PIECE)[:, None]
+    values = tl.reshape(b_v, [BV // PIECE, PIECE])
+    outs = tl.zeros_like(values)
+    b_qk = tl.sum(b_k * b_q)
+    for i in tl.range(0, BV // PIECE, num_stages=3):
+        o_v = i * PIECE + tl.arange(0, PIECE)
+        m_v = o_v < BV
+        o_h = o_v[:, None] * K + o_k[None, :]
+        scales = None
+        if p_scales is not None:
+            scales = p_scales + o_v
+        b_h = load_state(p_h0 + o_h, None, scales, m_v, 1) * b_decay[None, :]
+        b_u = b_beta * (tl.sum(tl.where(pieces == i, values, 0.0), 0) - tl.sum(b_h * b_k[None, :], 1))
+        b_o = tl.sum(b_h * b_q[None, :], 1) + b_qk * b_u
+        outs = tl.where(pieces == i, b_o[None, :], outs)
+        if p_ht is not None:
+            b_h += b_u[:, None] * b_k[None, :]
+            store_state(p_ht + o_h, b_h, None, scales, m_v, b_u, seed, slot, 0, first_row + o_v, K, K)
+    return tl.reshape(outs, [BV])
+
+
 # Whatever changes from call to call must not compile a new kernel: the batch, its strides, where rows of single numbers
 # begin, and values in general. Only what decides about 16-byte loads is specialised (by Triton: a multiple of 16?).
 NUMBERS = (
@@ -203,6 +239,7 @@ def decode_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    PIECE: tl.constexpr,
     STATE_V_FIRST: tl.constexpr,
     GATE: tl.constexpr,
     BETA_LOGIT: tl.constexpr,
@@ -216,7 +253,7 @@ def decode_kernel(
     """One program: V-slice i_v of HEADS value heads from i_first on, of sequence i_n.
 
     Grid: (cdiv(V, BV) * HV / HEADS * N,), V-slices fastest. With a convolution HEADS is HV / H, otherwise 1; with
-    either part there is one V-slice.
+    either part there is one V-slice. PIECE: see `_in_pieces`; 0: the slice lies in registers through all tokens.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     FULL: tl.constexpr = BK == K and V % BV == 0
@@ -249,7 +286,7 @@ def decode_kernel(
         slot = tl.where((conv_slot >= conv_slots) & (slot >= 0), slot + pool, slot)
         slot = tl.where(conv_slot < 0, -1, slot)
     first = i_n
-    n_tokens = T
+    n_tokens = T if PIECE == 0 else 1  # known then: no loop around that over pieces
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + i_n).to(tl.int64)
         n_tokens = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first).to(tl.int32)
@@ -293,7 +330,7 @@ def decode_kernel(
         else:
             o_h = i_hv * (K * V) + o_k[None, :] * V + o_v[:, None]
         b_h = tl.zeros([BV, BK], dtype=tl.float32)
-        if h0 is not None:
+        if (h0 is not None) & (PIECE == 0):
             p_h0 = h0 + slot * stride_h0_n + o_h
             if has_initial_state is not None:
                 has = tl.load(has_initial_state + i_n)
@@ -366,13 +403,27 @@ def decode_kernel(
             next_q, next_k, next_g, next_v, next_beta = _fetch(p_q, p_k, p_g, p_v, p_beta, m_k, m_v, t + 1 < n_tokens)
 
             # Channels past K: their gate is not zero, but the state, q and k are, so nothing of it is seen.
-            b_h *= exp2(log2_decay(b_g, A, b_bias, lower_bound, GATE))[None, :]
-            # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so that
-            # they run at the same time, and o does not wait for the update.
-            hk = tl.sum(b_h * b_k[None, :], 1)
-            hq = tl.sum(b_h * b_q[None, :], 1)
-            b_u = b_beta * (b_v - hk)
-            b_o = hq + tl.sum(b_k * b_q) * b_u
+            b_decay = exp2(log2_decay(b_g, A, b_bias, lower_bound, GATE))
+            if PIECE > 0:
+                first_row = i_hv * V + (pid % NV) * BV
+                p_final = None
+                if ht is not None:
+                    p_final = ht + slot * stride_ht_n + first_row * K
+                p_first_scale = None
+                if state_scales is not None:
+                    p_first_scale = state_scales + slot * stride_scales_n + first_row
+                b_o = _in_pieces(
+                    h0 + slot * stride_h0_n + first_row * K, p_final, p_first_scale, b_q, b_k, b_decay, b_v, b_beta,
+                    seed, slot, first_row, K, BV, PIECE,
+                )  # fmt: skip
+            else:
+                b_h *= b_decay[None, :]
+                # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so
+                # that they run at the same time, and o does not wait for the update.
+                hk = tl.sum(b_h * b_k[None, :], 1)
+                hq = tl.sum(b_h * b_q[None, :], 1)
+                b_u = b_beta * (b_v - hk)
+                b_o = hq + tl.sum(b_k * b_q) * b_u
             if gate is not None:
                 b_gate = sigmoid(next_gate.to(tl.float32))
                 p_gate += stride_gate_t
@@ -380,8 +431,9 @@ def decode_kernel(
                 b_o = b_o * tl.rsqrt(tl.sum(b_o * b_o) * (1.0 / V) + norm_eps) * b_scale * b_gate
             tl.store(p_o, cast(b_o, p_o.dtype.element_ty), mask=m_v)
             p_o += stride_o_t
-            b_h += b_u[:, None] * b_k[None, :]
-            b_odd = b_u  # of a row that has NaN, so is this, or infinite
+            if PIECE == 0:
+                b_h += b_u[:, None] * b_k[None, :]
+                b_odd = b_u  # of a row that has NaN, so is this, or infinite
             if token_states is not None:
                 kept = m_h
                 if token_state_indices is not None:
@@ -399,7 +451,7 @@ def decode_kernel(
                     m_to, m_rows = (m_h & live) != 0, (m_v & live) != 0
                     store_state(p_ht, b_h, m_to, to_scales, m_rows, b_u, seed, slot, t, row, K, BK)
 
-        if (ht is not None) & (num_accepted_tokens is None):
+        if (ht is not None) & (num_accepted_tokens is None) & (PIECE == 0):
             p_ht = ht + slot * stride_ht_n + o_h
             store_state(p_ht, b_h, None if FULL else m_h, p_scales, m_v, b_odd, seed, slot, n_tokens - 1, row, K, BK)
         if conv_weight is not None:

@@ -25,6 +25,30 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def _with_half(word, upper: tl.constexpr, HIGH: tl.constexpr):
+    """uint32: `upper`, whose lower half is 0, and there a half of `word`."""
+    if not HIGH:
+        return (word & 0xFFFF) | upper
+    if INTERPRETED or not is_cuda():
+        return (word >> 16) | upper
+    text: tl.constexpr = f"prmt.b32 $0, $1, {upper}, 0x7632;"
+    return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _widened(x):
+    """int16 x in fp32: of 2**23 + 2**15 + x, as a conversion of its own would take four times as long."""
+    if INTERPRETED or not is_cuda():
+        bits = (x.to(tl.uint16, bitcast=True).to(tl.uint32) ^ 0x8000) | 0x4B000000
+        bits = bits.to(tl.uint32)
+    else:
+        text: tl.constexpr = """{ .reg .b32 t; xor.b32 t, $2, 0x80008000;
+            prmt.b32 $0, t, 0x4B000000, 0x7610; prmt.b32 $1, t, 0x4B000000, 0x7632; }"""
+        bits = tl.inline_asm_elementwise(text, "=r,=r,r", [x], dtype=tl.uint32, is_pure=True, pack=2)
+    return bits.to(tl.float32, bitcast=True) - 8421376.0
+
+
+@triton.jit
 def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     """[rows, BK] int32: of the elements of these rows, hv V + v, of a state, what rounding to DTYPE adds to them.
 
@@ -33,28 +57,25 @@ def random_numbers(seed, slot, token, row, odd, DTYPE: tl.constexpr, K: tl.const
 
     seed, slot: int64. odd: see `store_state`.
     """
-    group = tl.arange(0, BK // 8)
-    c0 = (row.to(tl.uint32)[:, None] * (K // 8) + group.to(tl.uint32)[None, :]).to(tl.uint32)
-    zero = tl.zeros_like(c0)
-    c1 = zero + slot.to(tl.uint32)
-    c2 = zero + (tl.full([], 0, tl.int64) + token).to(tl.uint32)
-    c3 = zero
+    column = tl.arange(0, BK)[None, :]
+    c0 = (row.to(tl.uint32)[:, None] * (K // 8) + (column // 8).to(tl.uint32)).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + slot.to(tl.uint32)
+    c2 = tl.zeros_like(c0) + (tl.full([], 0, tl.int64) + token).to(tl.uint32)
+    c3 = tl.zeros_like(c0)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
         c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    if DTYPE != tl.int16:
-        used = tl.where(odd * 0.0 == 0, 0x1FFF1FFF if DTYPE == tl.float16 else -1, 0)
-        used = used.to(tl.uint32, bitcast=True)[:, None]
-        c0, c1, c2, c3 = c0 & used, c1 & used, c2 & used, c3 & used
-    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    j = column % 8
+    word = tl.where(j < 4, tl.where(j < 2, c0, c1), tl.where(j < 6, c2, c3))
     if DTYPE == tl.int16:
-        low, high = (words & 0xFFFF) | 0x43000000, (words >> 16) | 0x43000000
+        number = tl.where(j % 2 == 0, _with_half(word, 0x43000000, False), _with_half(word, 0x43000000, True))
     else:
-        low, high = words & 0xFFFF, words >> 16
-    return tl.reshape(tl.join(low, high).to(tl.int32, bitcast=True), [row.shape[0], BK])
+        used = tl.where(odd * 0.0 == 0, 0x1FFF if DTYPE == tl.float16 else 0xFFFF, 0)
+        number = tl.where(j % 2 == 0, word, word >> 16) & used.to(tl.uint32, bitcast=True)[:, None]
+    return number.to(tl.uint32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -63,12 +84,9 @@ def rounded_stochastically(x, numbers, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True) + numbers
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    size = tl.abs(x)
-    offset = tl.where(size < 6.103515625e-05, 6.103515625e-05, 0.0)
-    bits = (size + offset).to(tl.int32, bitcast=True)
-    y = ((bits + numbers) & -0x2000).to(tl.float32, bitcast=True) - offset
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(DTYPE)
+    # times 2**-112 what is subnormal in fp16 is so in fp32: the last bit of fp16 is bit 13 in all
+    bits = (x * 2.0**-112).to(tl.int32, bitcast=True) + numbers
+    return ((bits & -0x2000).to(tl.float32, bitcast=True) * 2.0**112).to(DTYPE)
 
 
 @triton.jit
@@ -130,10 +148,7 @@ def load_state(p, mask, scales, mask_rows, K_AXIS: tl.constexpr):
     if scales is None:
         x = x.to(tl.float32)
     else:
-        # 2**23 + 2**15 + x, of which a conversion of its own would take four times as long
-        bits = (x.to(tl.uint16, bitcast=True).to(tl.uint32) ^ 0x8000) | 0x4B000000
-        x = bits.to(tl.uint32).to(tl.float32, bitcast=True) - 8421376.0
-        x *= tl.expand_dims(tl.load(scales, mask=mask_rows, other=0.0), K_AXIS)
+        x = _widened(x) * tl.expand_dims(tl.load(scales, mask=mask_rows, other=0.0), K_AXIS)
     return x
 
 
