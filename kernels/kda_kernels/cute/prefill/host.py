@@ -6,8 +6,8 @@ all of them, a second one makes the states between them and adds what these give
 a scan and a sum of Triton's); then checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
-128, K-first states. Gates with a bound of -5 or more are prepared in another way than those without; in fp16 all are
-prepared like those without.
+128, K-first pools. K-first states that are not in place are copied V-first before the kernel, and back behind it. Gates
+with a bound of -5 or more are prepared in another way than those without; in fp16 all are prepared like those without.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB per token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
@@ -57,6 +57,7 @@ CONTRACT = Contract(
     beta_values=True,
     neg_eigval=True,
     l2norm=(True, False),
+    k_first=True,
     padding=True,
     state_dtypes=("float32", "bfloat16", "float16", "int16"),
     features=frozenset(
@@ -69,6 +70,7 @@ CONTRACT = Contract(
 )
 
 
+_K_FIRST_IN_PLACE = "it takes V-first pools and checkpoints only"
 _WIDE_NEEDS_MEMORY = "it does not support a workspace with states rounded stochastically or in int16"
 
 
@@ -129,6 +131,9 @@ def prefill(
         if (reason := unsupported_tensors(inputs, out)) is not None:
             raise InputError(f"cute-prefill: {reason}")
         return widened(inputs, lambda wide: _outputs(prefill(wide, out)))
+    stateful = inputs.state is not None or inputs.output_final_state
+    if stateful and not inputs.state_v_first and inputs.state_indices is None:
+        return _turned(inputs, out, final_state, return_intermediate_states)
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = final_state
     if ht is None and inputs.state_indices is None and inputs.output_final_state:
@@ -144,6 +149,19 @@ def prefill(
     from kda_kernels.triton.chunk_indices import in_order
 
     return outputs, in_order(on_the_way.states, inputs.cu_seqlens, inputs.q.shape[0]).mT.contiguous()
+
+
+def _turned(
+    inputs: Inputs, out: torch.Tensor | None, final_state: torch.Tensor | None, return_intermediate_states: bool
+) -> Outputs | tuple[Outputs, torch.Tensor]:
+    """`prefill` of plain states [.., K, V], by V-first copies of them."""
+    v_first = inputs.changed(state=None if inputs.state is None else inputs.state.mT.contiguous(), state_v_first=True)
+    made = prefill(v_first, out, return_intermediate_states=return_intermediate_states)
+    outputs = made[0] if isinstance(made, tuple) else made
+    if outputs.final_state is not None:
+        k_first = outputs.final_state.mT
+        outputs.final_state = k_first.contiguous() if final_state is None else final_state.copy_(k_first)
+    return made
 
 
 def _outputs(made: Outputs | tuple[Outputs, torch.Tensor]) -> Outputs:
@@ -514,6 +532,8 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     if problem is not None and (reason := CONTRACT.refusal(problem)) is not None:
         return reason
+    if problem is not None and not problem.state_v_first and _in_place(problem.pool_slots, problem.features):
+        return _K_FIRST_IN_PLACE
     if problem is not None and "workspace" in problem.features and problem.features & {"rounding_seed", "state_scales"}:
         return _WIDE_NEEDS_MEMORY
     return unsupported_here()
@@ -533,6 +553,8 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
         return reason
     if lacking := inputs.features() - CONTRACT.features:
         return f"it does not support {min(lacking)}"
+    if not inputs.state_v_first and _in_place(inputs.state_indices, inputs.features()):
+        return _K_FIRST_IN_PLACE
     if wide and inputs.workspace is not None:
         return _WIDE_NEEDS_MEMORY
     for name, x in (("q", q), ("k", inputs.k), ("v", v), ("g", inputs.g), ("out", out)):
@@ -547,6 +569,11 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
         if x is not None and (x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16):
             return f"a slot of {name} is not 16-byte aligned"
     return None
+
+
+def _in_place(pool: object, features: frozenset[str]) -> bool:
+    """Whether states are written where the caller has them."""
+    return pool is not None or "checkpoints" in features
 
 
 @functools.lru_cache(maxsize=256)
