@@ -98,11 +98,14 @@ _PARTS = ("conv_width", "conv_bias", "conv_dtype", "conv_state_dtype", "channels
 
 
 def _parts(params: Params, op: Op) -> Parts | None:
-    """What a step does beside the recurrence; of other ops nothing may be said."""
+    """What a step does beside the recurrence, or a prefill of which something is said."""
     said = [name for name in _PARTS if params.get(name) is not None]
-    if op is not Op.STEP:
+    if op is Op.PREFILL and said and "no_norm" not in said:
+        params = {**params, "no_norm": True}
+    elif op is not Op.STEP:
         if said:
-            raise InputError(f"{flag(said[0])} is given with the op {op}: only a step has such parts")
+            wanted = "only a step has one" if op is Op.PREFILL else "only a step and a prefill have such parts"
+            raise InputError(f"{flag(said[0])} is given with the op {op}: {wanted}")
         return None
     usual = Parts()
     if params.get("conv_width") == 0 and (of_conv := [name for name in said[1:] if name != "no_norm"]):

@@ -2,6 +2,7 @@
 
 `chunk_kda`, `fused_recurrent_kda` and `fused_recurrent_kda_fwd` have the names and signatures of FLA 0.6.0, so that an
 import is all that changes; `kda_prefill` and `kda_decode` are the serving forms: a V-first state pool, in place;
+`kda_conv` is what an engine calls before the former;
 `chunk_kda_fwd` is the pipeline behind the prefills, with every switch.
 
 All of them check their tensors once and then call a kernel directly, the one that `kda_kernels.registry` gives for
@@ -18,6 +19,7 @@ import torch
 
 from kda_kernels.boundary import check, forward_only, options_of
 from kda_kernels.checks import is_traced
+from kda_kernels.convolution import kda_conv
 from kda_kernels.errors import InputError
 from kda_kernels.problem import CHUNK, SAFE_BOUND
 from kda_kernels.registry import prefill_with_states
@@ -43,6 +45,7 @@ __all__ = [
     "chunk_kda_fwd",
     "fused_recurrent_kda",
     "fused_recurrent_kda_fwd",
+    "kda_conv",
     "kda_decode",
     "kda_prefill",
     "kda_step",

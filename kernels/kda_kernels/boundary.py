@@ -120,6 +120,13 @@ def forward_only(run: Callable[[], tuple], inputs: Inputs) -> tuple:
     return run()
 
 
+def forward_only_of(run: Callable[[], tuple], tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+    """`forward_only` where there are no `Inputs`, of the results of `tensors`."""
+    if torch.is_grad_enabled() and _any_requires_grad(tensors):
+        return _ForwardOnly.apply(run, *(t for t in tensors if t is not None))
+    return run()
+
+
 def forward_only_traced(o: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     """`forward_only` for a call that was traced, with the result `o` of `tensors`."""
     if not (torch.is_grad_enabled() and _any_requires_grad(tensors)):

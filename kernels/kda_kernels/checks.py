@@ -134,7 +134,7 @@ def check_gate(
     if A_log is not None or dt_bias is not None or gate is Gate.SOFTPLUS:
         _check_gate_parameters(A_log, dt_bias, gate, HV, K, g, "g")
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, B, g, "g")
+        check_cu_seqlens(cu_seqlens, B, g, "g")
         if values_checked(g):
             check_offsets(cu_seqlens, T, exact=True)
     if out is not None:
@@ -233,7 +233,7 @@ def _check_tokens(inputs: Inputs) -> Dims:
         check_last_stride(name, t)
     if cu_seqlens is None:
         return Dims(B, T, B, H, HV, K, V)
-    _check_cu_seqlens(cu_seqlens, B, q, first)
+    check_cu_seqlens(cu_seqlens, B, q, first)
     return Dims(B, T, cu_seqlens.shape[0] - 1, H, HV, K, V)
 
 
@@ -259,7 +259,8 @@ def _check_gate_parameters(
         check_contiguous("dt_bias", dt_bias)
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, owner: torch.Tensor, who: str) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, owner: torch.Tensor, who: str) -> None:
+    """Of a batch of B rows, that of `owner`, the argument called `who`. Raises `InputError`."""
     check_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, owner, who)
     if cu_seqlens.ndim != 1:
         raise shape_error("cu_seqlens", cu_seqlens, "of one dimension")

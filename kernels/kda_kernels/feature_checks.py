@@ -18,7 +18,7 @@ from kda_kernels.tensor_checks import (
 )
 from kda_kernels.tensors import Checkpoints, Convolution, Dims, GatedNorm, Inputs
 
-_BOOL = frozenset((torch.bool,))
+BOOL = frozenset((torch.bool,))
 _BYTES = frozenset((torch.uint8,))
 _FP32 = frozenset((torch.float32,))
 _INT64 = frozenset((torch.int64,))
@@ -35,7 +35,7 @@ def check_features(inputs: Inputs, dims: Dims) -> None:
     if inputs.has_initial_state is not None and inputs.state is None:
         raise InputError("has_initial_state", "is given without a state", "it should come with one")
     for name, dtypes in (
-        ("has_initial_state", _BOOL),
+        ("has_initial_state", BOOL),
         ("num_accepted_tokens", INDEX_DTYPES),
         ("token_state_indices", INDEX_DTYPES),
     ):
@@ -88,35 +88,43 @@ def _check_seed(seed: torch.Tensor, inputs: Inputs, dims: Dims) -> None:
 
 
 def _check_conv(conv: Convolution, inputs: Inputs, dims: Dims) -> None:
-    D = 2 * dims.H * dims.K + dims.HV * dims.V
-    check_tensor("conv.weight", conv.weight, FLOAT_DTYPES, inputs.q, "q")
+    # as many tokens as a sequence may have: all of a dense batch, a column each with accepted ones
+    drafts = inputs.num_accepted_tokens is not None and inputs.cu_seqlens is None
+    least = conv.width - 1 + (max(dims.T - 1, 0) if drafts else 0)
+    check_conv(conv, 2 * dims.H * dims.K + dims.HV * dims.V, dims.N, least, inputs.q, "q")
+    states = conv.states
+    if not states[:1].is_contiguous():
+        wanted = "each slot should be contiguous; only the stride between slots is free"
+        raise InputError("conv.states", f"has strides {list(states.stride())}", wanted)
+
+
+def check_conv(conv: Convolution, D: int, N: int, least: int, owner: torch.Tensor, who: str) -> None:
+    """Of D channels and N sequences, with `least` entries in each state, on the device of `owner`, called `who`.
+
+    Raises `InputError`.
+    """
+    check_tensor("conv.weight", conv.weight, FLOAT_DTYPES, owner, who)
     if conv.weight.ndim != 2 or conv.weight.shape[0] != D or conv.weight.shape[1] not in CONV_WIDTHS:
         raise shape_error("conv.weight", conv.weight, f"[2 * H * K + HV * V, W] = [{D}, W] with W of {CONV_WIDTHS}")
     check_contiguous("conv.weight", conv.weight)
     if conv.bias is not None:
-        check_tensor("conv.bias", conv.bias, FLOAT_DTYPES, inputs.q, "q")
+        check_tensor("conv.bias", conv.bias, FLOAT_DTYPES, owner, who)
         if conv.bias.shape != (D,):
             raise shape_error("conv.bias", conv.bias, f"[2 * H * K + HV * V] = [{D}]")
         check_contiguous("conv.bias", conv.bias)
     states, named = conv.states, f"[P, L, {D}]" if conv.tokens_first else f"[P, {D}, L]"
-    check_tensor("conv.states", states, FLOAT_DTYPES, inputs.q, "q")
+    check_tensor("conv.states", states, FLOAT_DTYPES, owner, who)
     if states.ndim != 3 or conv.by_channel.shape[1] != D:
         raise shape_error("conv.states", states, named)
-    # as many tokens as a sequence may have: all of a dense batch, a column each with accepted ones
-    accepted = inputs.num_accepted_tokens is not None
-    least = conv.width - 1 + (max(dims.T - 1, 0) if accepted and inputs.cu_seqlens is None else 0)
     if conv.by_channel.shape[2] < least:
         raise shape_error("conv.states", states, f"{named} with L = {least} or more")
-    if not states[:1].is_contiguous():
-        wanted = "each slot should be contiguous; only the stride between slots is free"
-        raise InputError("conv.states", f"has strides {list(states.stride())}", wanted)
     if states.shape[0] > 1 and states.stride(0) < states[0].numel():
         wanted = f"it should be at least D * L = {states[0].numel()}, so that no two slots share memory"
         raise InputError("conv.states", f"has stride {states.stride(0)} between slots", wanted)
     if conv.indices is not None:
-        check_tensor("conv.indices", conv.indices, INDEX_DTYPES, inputs.q, "q")
-        if conv.indices.ndim != 1 or conv.indices.shape[0] < dims.N:
-            raise shape_error("conv.indices", conv.indices, f"[N] = [{dims.N}], one slot for each sequence")
+        check_tensor("conv.indices", conv.indices, INDEX_DTYPES, owner, who)
+        if conv.indices.ndim != 1 or conv.indices.shape[0] < N:
+            raise shape_error("conv.indices", conv.indices, f"[N] = [{N}], one slot for each sequence")
 
 
 def _check_norm(norm: GatedNorm, inputs: Inputs, dims: Dims) -> None:
@@ -288,20 +296,25 @@ def _check_slots(inputs: Inputs, lens: list[int]) -> None:
 
 def _check_conv_values(conv: Convolution, inputs: Inputs, lens: list[int]) -> None:
     """Slots of the convolution's states, each of one sequence, and room for what goes there."""
-    owner = dict[int, int]()
-    for position, slot in enumerate(conv_slots(inputs)):
-        if slot >= conv.states.shape[0]:
-            found = f"holds {slot} (at position {position})"
-            wanted = f"it should be negative or a slot of conv.states, of which there are {conv.states.shape[0]}"
-            raise InputError("state_indices" if conv.indices is None else "conv.indices", found, wanted)
-        if slot >= 0 and owner.setdefault(slot, position) != position:
-            found = f"holds {slot} twice (at positions {owner[slot]} and {position})"
-            raise InputError("conv.indices", found, "each slot should belong to one sequence")
+    check_conv_slots(conv, conv_slots(inputs), "state_indices" if conv.indices is None else "conv.indices")
     least = conv.width - 2 + max(lens, default=1)
     if inputs.num_accepted_tokens is not None:
         least = max(least, conv.width - 2 + max(inputs.num_accepted_tokens.tolist(), default=1))
         if (have := conv.by_channel.shape[2]) < least:
             raise InputError("conv.states", f"has L = {have}", f"it should be {least} or more")
+
+
+def check_conv_slots(conv: Convolution, slots: list[int], name: str) -> None:
+    """Of the sequences, by the tensor called `name`: each in the pool, and none twice. Raises `InputError`."""
+    owner = dict[int, int]()
+    for position, slot in enumerate(slots):
+        if slot >= conv.states.shape[0]:
+            found = f"holds {slot} (at position {position})"
+            wanted = f"it should be negative or a slot of conv.states, of which there are {conv.states.shape[0]}"
+            raise InputError(name, found, wanted)
+        if slot >= 0 and owner.setdefault(slot, position) != position:
+            found = f"holds {slot} twice (at positions {owner[slot]} and {position})"
+            raise InputError("conv.indices", found, "each slot should belong to one sequence")
 
 
 def _check_rows(name: str, rows: torch.Tensor, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.kda.decode` and `prefill`, for whoever traces a call instead of running it.
+"""The operators `torch.ops.kda.decode`, `prefill` and `conv`, for whoever traces a call instead of running it.
 
 The public functions call their kernels directly; only under torch.compile, torch.export or FakeTensorMode do they go
 through these (`checks.is_traced`). The operators write to buffers that are given, which they declare as mutated, and
@@ -15,7 +15,7 @@ from torch import Tensor
 from kda_kernels.boundary import options_of
 from kda_kernels.errors import KdaError
 from kda_kernels.problem import Op
-from kda_kernels.run import run_decode, run_prefill
+from kda_kernels.run import run_conv, run_decode, run_prefill
 from kda_kernels.tensors import Checkpoints, Convolution, GatedNorm, Inputs
 
 
@@ -139,6 +139,25 @@ def prefill(
     run_prefill(inputs, out, chunk_indices, kernel_name, final_state=final_state)
 
 
+@torch.library.custom_op("kda::conv", mutates_args=("out", "states"))
+def conv(
+    mixed_qkv: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Tensor,
+    indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    has_initial_state: Tensor | None = None,
+    null_slot: int | None = None,
+    tokens_first: bool = False,
+) -> None:
+    """`kda_kernels.api.kda_conv` into `out`."""
+    convolution = Convolution(weight, bias, states, indices, tokens_first)
+    run_conv(mixed_qkv, convolution, cu_seqlens, has_initial_state, null_slot, out)
+
+
+@conv.register_fake
 @decode.register_fake
 @prefill.register_fake
 def _(*args, **kwargs) -> None:

@@ -126,7 +126,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a step does beside the recurrence: see `kda_kernels.tensors.Convolution` and `GatedNorm`.
+    """What a step, or a prefill, does beside the recurrence: see `kda_kernels.tensors.Convolution` and `GatedNorm`.
 
     Attributes:
         width: tokens that the convolution looks at, 2 to 4; 0: there is none.
@@ -179,7 +179,8 @@ class Problem:
         state_v_first: [.., V, K] (ours) or [.., K, V].
         options: see `Options`.
         features: what the call uses of `FEATURES`; those that other fields tell need not be named.
-        parts: of a step (all of them if not given) or a decode: what it does beside the recurrence.
+        parts: of a step (all of them if not given) or a decode: what it does beside the recurrence. Of a prefill: the
+            convolution before it.
     """
 
     op: Op
@@ -227,8 +228,10 @@ class Problem:
             raise InputError("pool_slots", f"is {self.pool_slots}", needed)
         if unknown := self.features - FEATURES:
             raise InputError("features", f"holds {min(unknown)}", f"there are {', '.join(sorted(FEATURES))}")
-        if self.parts is not None and self.op not in (Op.STEP, Op.DECODE):
-            raise InputError("parts", f"are given with the op {self.op}", "only a step has them")
+        if self.parts is not None and self.op is Op.GATE:
+            raise InputError("parts", f"are given with the op {self.op}", "only a step and a prefill have them")
+        if self.parts is not None and self.parts.norm and self.op is Op.PREFILL:
+            raise InputError("norm", f"is given with the op {self.op}", "only a step has one")
         if self.parts is None and self.op is Op.STEP:
             object.__setattr__(self, "parts", Parts())
         own = frozenset() if self.parts is None else self.parts.features

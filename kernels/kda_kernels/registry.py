@@ -100,7 +100,8 @@ class Kernel:
         """What it has of `kda_kernels.problem.FEATURES`: its module's FEATURES, or those of its CONTRACT."""
         contract: Contract | None = getattr(self.code, "CONTRACT", None)
         declared: frozenset[str] | None = getattr(self.code, "FEATURES", None)
-        return declared or (contract.features if contract else frozenset())
+        found = declared or (contract.features if contract else frozenset())
+        return found | {"conv"} if self.follows_conv else found
 
     @property
     def causal_in_bits(self) -> bool:
@@ -118,7 +119,13 @@ class Kernel:
     @property
     def rounded_convolution(self) -> bool:
         """Whether it says that its convolution rounds what it gives. Known as `carried_state` is."""
-        return getattr(getattr(sys.modules.get(self.module), "CONTRACT", None), "rounded_convolution", False)
+        contract = getattr(sys.modules.get(self.module), "CONTRACT", None)
+        return self.follows_conv or getattr(contract, "rounded_convolution", False)
+
+    @property
+    def follows_conv(self) -> bool:
+        """Whether `run` calls the kernel of `kda_conv` before it, where the call has a convolution."""
+        return self.ours and self.op is Op.PREFILL and self.backend != "torch"
 
     def run(self, inputs: "Inputs") -> "Outputs":
         """Raises `InputError` where the call uses a feature that it does not have, or its tensors have no memory."""
@@ -128,7 +135,12 @@ class Kernel:
             raise _failed[self.name]
         require_memory(inputs.q)
         require_features(inputs, self.features, self.name)
-        return self.code.run(inputs.without_spare_slots())
+        inputs = inputs.without_spare_slots()
+        if inputs.conv is not None and self.follows_conv:
+            from kda_kernels.triton.convolution import convolve
+
+            inputs = convolve(inputs)
+        return self.code.run(inputs)
 
 
 _KERNELS: dict[str, Kernel] = {}

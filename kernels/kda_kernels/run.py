@@ -6,8 +6,12 @@ import torch
 
 from kda_kernels import checks, registry
 from kda_kernels.boundary import check, check_chunk_indices, check_final_state, check_out
+from kda_kernels.checks import check_cu_seqlens, require_memory, values_checked
+from kda_kernels.errors import InputError
+from kda_kernels.feature_checks import BOOL, check_conv, check_conv_slots, check_offsets
 from kda_kernels.problem import Op
-from kda_kernels.tensors import Inputs, Outputs
+from kda_kernels.tensor_checks import FLOAT_DTYPES, check_contiguous, check_tensor, shape_error
+from kda_kernels.tensors import Convolution, Inputs, Outputs
 
 
 def run_decode(
@@ -73,3 +77,75 @@ def _is_again(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None) -> bool:
     if ht is not None and not (inputs.output_final_state and inputs.state_indices is None):
         return False
     return registry.prefill_again(inputs.fields(), o, ht)
+
+
+def run_conv(
+    mixed_qkv: torch.Tensor,
+    conv: Convolution,
+    cu_seqlens: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    null_slot: int | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`kda_kernels.convolution.kda_conv` of tensors that have memory."""
+    from kda_kernels.triton.convolution import launch_convolution  # imports Triton, which other calls may not need
+
+    N = _check_conv(mixed_qkv, conv, cu_seqlens, has_initial_state, out)
+    if values_checked(mixed_qkv):
+        if cu_seqlens is not None:
+            check_offsets(cu_seqlens, mixed_qkv.shape[0])
+        slots = list(range(N)) if conv.indices is None else conv.indices[:N].tolist()
+        live = [-1 if slot < 0 or slot == null_slot else slot for slot in slots]
+        check_conv_slots(conv, live, "conv.indices")
+    made = torch.empty_like(mixed_qkv, memory_format=torch.contiguous_format) if out is None else out
+    rows = (mixed_qkv, made) if cu_seqlens is None else (mixed_qkv[None], made[None])
+    launch_convolution(*rows, conv, conv.indices, cu_seqlens, has_initial_state, null_slot)
+    return made
+
+
+def _check_conv(
+    mixed_qkv: torch.Tensor,
+    conv: Convolution,
+    cu_seqlens: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> int:
+    """The number of sequences. Raises `InputError`."""
+    x, packed = mixed_qkv, cu_seqlens is not None
+    check_tensor("mixed_qkv", x, FLOAT_DTYPES, x, "mixed_qkv")
+    require_memory(x, "mixed_qkv")
+    if x.ndim != 3 - packed or not x.shape[-1]:
+        raise shape_error("mixed_qkv", x, "[total tokens, D] with cu_seqlens, [N, T, D] without")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, 1, x, "mixed_qkv")
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_conv(conv, x.shape[-1], N, conv.width - 1, x, "mixed_qkv")
+    _check_entries(conv.by_channel)
+    if has_initial_state is not None:
+        check_tensor("has_initial_state", has_initial_state, BOOL, x, "mixed_qkv")
+        if has_initial_state.shape != (N,):
+            raise shape_error("has_initial_state", has_initial_state, f"[N] = [{N}], one for each sequence")
+        check_contiguous("has_initial_state", has_initial_state)
+    for name, t in (("mixed_qkv", x), ("out", x if out is None else out)):
+        if t.shape != x.shape or t.dtype is not x.dtype or t.device != x.device:
+            found = f"is {t.dtype} {list(t.shape)} on {t.device}"
+            raise InputError(name, found, f"it should be {x.dtype} {list(x.shape)} on {x.device}, as mixed_qkv")
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise InputError(name, f"has stride {t.stride(-1)} in its last dimension", "it should be 1")
+        if t.stride(-2) >= _MOST_APART and t.shape[-2] > 1:
+            found = f"has stride {t.stride(-2)} between tokens"
+            raise InputError(name, found, f"it should be under {_MOST_APART}")
+    if out is not None and out.data_ptr() == x.data_ptr():
+        raise InputError("out", "is mixed_qkv", "it should be memory of its own: tokens are read more than once")
+    return N
+
+
+_MOST_APART = 2**31 // 64  # elements: 32 bits hold the offsets of the tokens of a program
+
+
+def _check_entries(states: torch.Tensor) -> None:
+    """Of [P, D, L]: channels or tokens side by side, the other ones apart. Raises `InputError`."""
+    (_, D, L), (_, channel, token) = states.shape, states.stride()
+    if not ((channel == 1 and (token >= D or L == 1)) or (token == 1 and (channel >= L or D == 1))):
+        found = f"have stride {channel} between channels and {token} between tokens"
+        raise InputError("conv.states", found, "one should be 1, and the other as large as that dimension at least")

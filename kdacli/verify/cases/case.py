@@ -18,6 +18,7 @@ MIXED: dict[str, Any] = {
     "state_dtype": "bfloat16",
 }
 STOCHASTIC: dict[str, Any] = {"state_rounding": "stochastic", "about": "state_rounding"}
+CONV = Parts(norm=False)  # of a prefill
 NO_STATE: dict[str, Any] = {"initial_state": False, "final_state": False}
 _FIELDS = ("HV", "packed", "padding", "initial_state", "final_state", "dtype", "g_dtype", "beta_dtype", "param_dtype",
            "state_dtype")  # fmt: skip
@@ -100,7 +101,8 @@ def _unusual(problem: Problem) -> tuple[tuple[str, ...], ...]:
         name: name for name in ("tokens_first", "norm", "norm_dtype")
     }
     if problem.parts is not None:
-        found += [key for key, name in parts.items() if getattr(problem.parts, name) != getattr(Parts(), name)]
+        plain = Parts(norm=problem.op is not Op.PREFILL)
+        found += [key for key, name in parts.items() if getattr(problem.parts, name) != getattr(plain, name)]
     return tuple((key,) for key in found)
 
 

@@ -1,7 +1,7 @@
 """The suite `full`: `quick`, more of every kind, and every two options together. Minutes on a CPU."""
 
-from kda_kernels.problem import Op
-from kdacli.verify.cases.case import FP32, MIXED, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
+from kda_kernels.problem import Op, Parts
+from kdacli.verify.cases.case import CONV, FP32, MIXED, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
 from kdacli.verify.cases.pairs import pair_cases
 from kdacli.verify.cases.quick import QUICK
 from kdacli.verify.properties import PROPERTIES
@@ -67,6 +67,19 @@ FULL = (
         gates="weak", pool_slots=5, decode_steps=4, transforms=("pool-with-gaps",)),
     row("at-once-softplus", _P, (65, 3), "16 threads, two streams, a graph's replay: each as if alone",
         options=SOFTPLUS, dim=32, properties=("threads", "streams", "graph", "after-nan")),
+    row("conv-dense", _P, (40, 40), "convolved before: a dense batch without a pool, q, k and v by themselves", dim=32,
+        packed=False, parts=CONV, transforms=("heads-first",)),
+    row("conv-null-slot", _P, (9, 5, 3, 2), "a slot that is padding in both pools, indices that lie apart", dim=32,
+        pool_slots=4, padding=3, parts=CONV, transforms=("null-slot", "strided-indices", "int64-indices")),
+    row("conv-grouped", _P, (70, 3), "grouped heads of 40 and 24 channels: blocks overhang", heads=2, v_heads=4, K=40,
+        V=24, dim=32, pool_slots=3, parts=Parts(width=4, bias=True, norm=False)),
+    row("conv-split", _P, (40, 3), PROPERTIES["split"].reason, dim=32, gates="init", pool_slots=4, parts=CONV,
+        properties=("split",)),
+    row("conv-neighbours", _P, (17, 0, 2), PROPERTIES["neighbours"].reason, dim=32, pool_slots=4, parts=CONV,
+        properties=("neighbours", "stray", "alone")),
+    row("conv-future", _P, (10, 40), PROPERTIES["future"].reason, dim=32, parts=CONV, properties=("future",)),
+    row("conv-at-once", _P, (5, 33), "threads, streams and graphs behind a convolution", dim=32, pool_slots=3,
+        parts=CONV, properties=("threads", "streams", "graph", "after-nan", "after-error")),
     *pair_cases(_P),
     # decode
     row("edges", _D, EDGES, "any number of tokens per sequence", dim=16, about="lens"),

@@ -5,7 +5,7 @@ Triton's interpreter; the large ones need a GPU.
 """
 
 from kda_kernels.problem import Op, Parts
-from kdacli.verify.cases.case import FP16, FP32, MIXED, NO_STATE, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
+from kdacli.verify.cases.case import CONV, FP16, FP32, MIXED, NO_STATE, NONE, SAFE, SOFTPLUS, STOCHASTIC, change, row
 from kdacli.verify.properties import PROPERTIES
 
 # Around 16 (a sub-chunk) and 64 (a chunk), with an empty sequence.
@@ -115,6 +115,13 @@ QUICK = (
         dim=32, pool_slots=3, properties=("after-nan", "after-error")),
     row("at-once", _P, (20,), "16 threads, two streams, a graph's replay: each as if alone", dim=32,
         pool_slots=3, properties=("threads", "streams", "graph")),
+    row("conv", _P, (1, 2, 3, 4, 0, 33, 5), "convolved before: sequences as long as the window, one less, and "
+        "one that two programs share", dim=32, pool_slots=8, padding=1, parts=CONV),
+    row("conv-width-3", _P, (1, 34, 2), "three taps, new sequences in slots that hold NaN, tokens behind the last",
+        dim=32, pool_slots=5, transforms=("fresh-states", "bucket"),
+        parts=Parts(width=3, tokens_first=False, state_dtype="float32", norm=False)),
+    row("conv-fp32", _P, (9, 1, 2), "two taps and a bias in fp32: nothing hides in rounding", dim=32, pool_slots=4,
+        parts=Parts(width=2, bias=True, weight_dtype="float32", norm=False), **FP32, about="conv"),
     # decode
     row("kimi-k3", _D, (1,) * 3, "a dense batch from a pool, with a padding row: safe gate, K = V = 128", dim=128,
         heads=2, packed=False, pool_slots=5, padding=1),

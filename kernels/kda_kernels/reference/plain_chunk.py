@@ -14,7 +14,7 @@ CAUSAL_IN_BITS = True
 FEATURES = frozenset(
     (
         *("null_slot", "has_initial_state", "checkpoints", "workspace", "strided_indices", "tail"),
-        *("rounding_seed", "state_scales"),
+        *("rounding_seed", "state_scales", "conv"),
     )
 )
 

@@ -162,6 +162,31 @@ def load_slot(state_indices, i_n, stride_n, null_slot):
     return tl.where(slot == null_slot, -1, slot)
 
 
+@triton.jit
+def conv_taps(conv_weight, conv_bias, channels, mask, W: tl.constexpr):
+    """Of each channel, fp32: its weights for the token itself and the three before it, and its bias."""
+    p = conv_weight + channels * W + (W - 1)
+    w0 = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+    w1 = tl.load(p - 1, mask=mask, other=0.0).to(tl.float32)
+    w2 = tl.zeros_like(w0)
+    w3 = tl.zeros_like(w0)
+    if W > 2:
+        w2 = tl.load(p - 2, mask=mask, other=0.0).to(tl.float32)
+    if W > 3:
+        w3 = tl.load(p - 3, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.zeros_like(w0)
+    if conv_bias is not None:
+        bias = tl.load(conv_bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, bias
+
+
+@triton.jit
+def convolved(x0, x1, x2, x3, w0, w1, w2, w3, bias):
+    """A channel's token, convolved and activated."""
+    y = bias + w3 * x3 + w2 * x2 + w1 * x1 + w0 * x0
+    return y * sigmoid(y)
+
+
 # Triton merges the globals of a called function before it hashes that function, so that a kernel's key in the cache
 # depends on what was hashed earlier in the process. With the called functions hashed first, always, it does not: a
 # launch finds what `kda compile` made, whatever ran before it.

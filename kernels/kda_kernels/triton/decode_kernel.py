@@ -14,7 +14,17 @@ Compiled for sm_90a (Triton 3.9; bf16, fp32 state, K = V = 128, BV = 16, 1 warp)
 import triton
 import triton.language as tl
 
-from kda_kernels.triton.common import beta_value, cast, exp2, gate_parameters, load_slot, log2_decay, sigmoid
+from kda_kernels.triton.common import (
+    beta_value,
+    cast,
+    conv_taps,
+    convolved,
+    exp2,
+    gate_parameters,
+    load_slot,
+    log2_decay,
+    sigmoid,
+)
 from kda_kernels.triton.stored import load_state, store_state
 
 
@@ -37,24 +47,6 @@ def _normalised(x, L2NORM: tl.constexpr):
     if L2NORM:
         x = x * tl.rsqrt(tl.sum(x * x) + 1e-6)
     return x
-
-
-@triton.jit
-def _taps(conv_weight, conv_bias, channels, mask, W: tl.constexpr):
-    """Of each channel, fp32: its weights for the token itself and the three before it, and its bias."""
-    p = conv_weight + channels * W + (W - 1)
-    w0 = tl.load(p, mask=mask, other=0.0).to(tl.float32)
-    w1 = tl.load(p - 1, mask=mask, other=0.0).to(tl.float32)
-    w2 = tl.zeros_like(w0)
-    w3 = tl.zeros_like(w0)
-    if W > 2:
-        w2 = tl.load(p - 2, mask=mask, other=0.0).to(tl.float32)
-    if W > 3:
-        w3 = tl.load(p - 3, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.zeros_like(w0)
-    if conv_bias is not None:
-        bias = tl.load(conv_bias + channels, mask=mask, other=0.0).to(tl.float32)
-    return w0, w1, w2, w3, bias
 
 
 @triton.jit
@@ -92,13 +84,6 @@ def _keep(p_states, channels, mask, x, entry, length, D: tl.constexpr, TOKENS_FI
     """An entry of a state becomes `x`, if there is such an entry."""
     p = _entries(p_states, channels, entry, length, D, TOKENS_FIRST)
     tl.store(p, cast(x, p.dtype.element_ty), mask=(mask & (entry >= 0) & (entry < length)) != 0)
-
-
-@triton.jit
-def _convolved(x0, x1, x2, x3, w0, w1, w2, w3, bias):
-    """A channel's token, convolved and activated."""
-    y = bias + w3 * x3 + w2 * x2 + w1 * x1 + w0 * x0
-    return y * sigmoid(y)
 
 
 @triton.jit
@@ -355,9 +340,9 @@ def decode_kernel(
             q1, q2, q3 = _window(p_conv, c_q, m_window, oldest, conv_length, W, D, TOKENS_FIRST)
             k1, k2, k3 = _window(p_conv, c_k, m_window, oldest, conv_length, W, D, TOKENS_FIRST)
             v1, v2, v3 = _window(p_conv, c_v, m_v & (fresh == 0), oldest, conv_length, W, D, TOKENS_FIRST)
-            wq0, wq1, wq2, wq3, wqb = _taps(conv_weight, conv_bias, c_q, m_k, W)
-            wk0, wk1, wk2, wk3, wkb = _taps(conv_weight, conv_bias, c_k, m_k, W)
-            wv0, wv1, wv2, wv3, wvb = _taps(conv_weight, conv_bias, c_v, m_v, W)
+            wq0, wq1, wq2, wq3, wqb = conv_taps(conv_weight, conv_bias, c_q, m_k, W)
+            wk0, wk1, wk2, wk3, wkb = conv_taps(conv_weight, conv_bias, c_k, m_k, W)
+            wv0, wv1, wv2, wv3, wvb = conv_taps(conv_weight, conv_bias, c_v, m_v, W)
             # The last of the heads shifts what all of them read.
             m_last = m_k & (i_g == HEADS - 1)
             if SHIFT & (num_accepted_tokens is not None):
@@ -384,9 +369,9 @@ def decode_kernel(
             b_q, b_k, b_v = next_q, next_k, next_v
             if conv_weight is not None:
                 q0, k0, v0 = next_q.to(tl.float32), next_k.to(tl.float32), next_v.to(tl.float32)
-                b_q = _convolved(q0, q1, q2, q3, wq0, wq1, wq2, wq3, wqb)
-                b_k = _convolved(k0, k1, k2, k3, wk0, wk1, wk2, wk3, wkb)
-                b_v = _convolved(v0, v1, v2, v3, wv0, wv1, wv2, wv3, wvb)
+                b_q = convolved(q0, q1, q2, q3, wq0, wq1, wq2, wq3, wqb)
+                b_k = convolved(k0, k1, k2, k3, wk0, wk1, wk2, wk3, wkb)
+                b_v = convolved(v0, v1, v2, v3, wv0, wv1, wv2, wv3, wvb)
                 q1, q2, q3, k1, k2, k3, v1, v2, v3 = q0, q1, q2, k0, k1, k2, v0, v1, v2
                 if SHIFT & (num_accepted_tokens is not None):
                     _keep(p_conv, c_q, m_last, q0, W - 2 + t, conv_length, D, TOKENS_FIRST)
