@@ -37,6 +37,31 @@ def _before(p_x, in_call, p_state, in_state, stride, channels, mask):
     return tl.where(in_call, here, held)
 
 
+@triton.jit
+def _tokens(p_x, mask, rows, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tokens as they lie in memory, those after `rows` as zeros."""
+    found: tl.tuple = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.load(p_x + i * STRIDE, mask=(mask & (i < rows)) != 0, other=0.0),)
+    return found
+
+
+@triton.jit
+def _sequence(cu_seqlens, sequences, T, i_p, C: tl.constexpr, NB: tl.constexpr):
+    """Of a program: its sequence, the first token of that, its length, and the program's first token in it."""
+    i_n = -1
+    first = 0
+    end = T
+    for n in range(0, sequences + 1, NB):
+        o_n = n + tl.arange(0, NB)
+        start = tl.load(cu_seqlens + o_n, mask=o_n <= sequences, other=0).to(tl.int32)
+        begun = (o_n <= sequences) & (start // C + o_n <= i_p)
+        i_n += tl.sum(begun.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(begun, start, 0), 0))
+        end = tl.minimum(end, tl.min(tl.where(begun | (o_n > sequences), T, start), 0))
+    return i_n, first, end - first, (i_p - (first // C + i_n)) * C
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def convolution_kernel(
     x,  # [B, T, D], rows apart
@@ -53,12 +78,12 @@ def convolution_kernel(
     null_slot,
     stride_indices,
     stride_x_s: tl.int64,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
-    stride_x_t,
     stride_o_s: tl.int64,
-    stride_o_t,
     stride_n: tl.int64,  # of states, from slot to slot
     D: tl.constexpr,
     W: tl.constexpr,
+    STRIDE_X: tl.constexpr,  # from token to token: the model's, with which offsets are part of instructions
+    STRIDE_O: tl.constexpr,
     STRIDE_C: tl.constexpr,  # of states, from channel to channel
     STRIDE_L: tl.constexpr,  # from token to token
     C: tl.constexpr,
@@ -75,74 +100,65 @@ def convolution_kernel(
     BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
     i_p = tl.program_id(0) // BLOCKS
     if cu_seqlens is not None:
-        i_n = -1
-        for n in range(0, sequences + 1, NB):
-            o_n = n + tl.arange(0, NB)
-            start = tl.load(cu_seqlens + o_n, mask=o_n <= sequences, other=0).to(tl.int64)
-            i_n += tl.sum(((start // C + o_n <= i_p) & (o_n <= sequences)).to(tl.int32), 0)
-        first = tl.load(cu_seqlens + i_n).to(tl.int64)
-        n_tokens = T - first
-        if i_n < sequences:
-            n_tokens = tl.load(cu_seqlens + i_n + 1).to(tl.int64) - first
-        token = (i_p - (first // C + i_n)) * C
+        i_n, first, n_tokens, token = _sequence(cu_seqlens, sequences, T, i_p, C, NB)
     else:
         i_n = i_p // tl.cdiv(T, C)
-        first = i_n.to(tl.int64)
-        n_tokens = T.to(tl.int64)
-        token = (i_p % tl.cdiv(T, C)).to(tl.int64) * C
-    rows = tl.minimum(n_tokens - token, C).to(tl.int32)
+        first = i_n
+        n_tokens = T
+        token = i_p % tl.cdiv(T, C) * C
+    rows = tl.minimum(n_tokens - token, C)
     if rows <= 0:
         return
     channels = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     mask = channels < D
-    slot = tl.zeros([], tl.int64) - 1
-    if i_n < sequences:
-        slot += i_n + 1
-        if indices is not None:
-            slot = load_slot(indices, i_n, stride_indices, null_slot)
-    p_o = out + first * stride_o_s + token * stride_o_t + channels
+    p_x = x + first * stride_x_s + token.to(tl.int64) * STRIDE_X
+    p_o = out + first * stride_o_s + token.to(tl.int64) * STRIDE_O + channels
+    raw = _tokens(p_x + channels, mask, rows, STRIDE_X, GROUP)  # on its way while the slot is looked up
+    slot = i_n.to(tl.int64)
+    if indices is not None:
+        slot = load_slot(indices, tl.minimum(i_n, sequences - 1), stride_indices, null_slot)
+    slot = tl.where(i_n < sequences, slot, -1)
     if (slot < 0) | (slot >= slots):  # padding, or a slot that is not there
         nothing = tl.full([BLOCK], tl.where(slot < 0, 0.0, float("nan")), tl.float32).to(out.dtype.element_ty)
         for _ in range(rows):
             tl.store(p_o, nothing, mask=mask)
-            p_o += stride_o_t
+            p_o += STRIDE_O
         return
 
-    p_x = x + first * stride_x_s + token * stride_x_t
     p_state = states + slot * stride_n
     inside = token > 0
     held = token == 0
     if has_initial_state is not None:
         held = held & (tl.load(has_initial_state + i_n) != 0)
-    x1 = _before(p_x - stride_x_t, inside, p_state + (W - 2) * STRIDE_L, held, STRIDE_C, channels, mask)
+    x1 = _before(p_x - STRIDE_X, inside, p_state + (W - 2) * STRIDE_L, held, STRIDE_C, channels, mask)
     x2 = tl.zeros_like(x1)
     x3 = tl.zeros_like(x1)
     if W > 2:
-        x2 = _before(p_x - 2 * stride_x_t, inside, p_state + (W - 3) * STRIDE_L, held, STRIDE_C, channels, mask)
+        x2 = _before(p_x - 2 * STRIDE_X, inside, p_state + (W - 3) * STRIDE_L, held, STRIDE_C, channels, mask)
     if W > 3:
-        x3 = _before(p_x - 3 * stride_x_t, inside, p_state + (W - 4) * STRIDE_L, held, STRIDE_C, channels, mask)
+        x3 = _before(p_x - 3 * STRIDE_X, inside, p_state + (W - 4) * STRIDE_L, held, STRIDE_C, channels, mask)
+    w0, w1, w2, w3, b = conv_taps(weight, bias, channels, mask, W)
     if token == 0:
         tl.debug_barrier()  # every warp has read what is overwritten now
         for i in tl.static_range(W - 1):
             back = (W - 1 - i) - n_tokens  # before the first token of the call, if it is over 0
-            new = tl.load(p_x - back * stride_x_t + channels, mask=(mask & (back <= 0)) != 0, other=0.0).to(tl.float32)
+            p_new = p_x - back.to(tl.int64) * STRIDE_X + channels
+            new = tl.load(p_new, mask=(mask & (back <= 0)) != 0, other=0.0).to(tl.float32)
             new = tl.where(back == 1, x1, tl.where(back == 2, x2, tl.where(back == 3, x3, new)))
             p = p_state + i * STRIDE_L + channels * STRIDE_C
             tl.store(p, cast(new, p.dtype.element_ty), mask=mask)
 
-    w0, w1, w2, w3, b = conv_taps(weight, bias, channels, mask, W)
     p_x += channels
     for t in range(0, rows, GROUP):
-        raw: tl.tuple = ()
-        for i in tl.static_range(GROUP):
-            raw = raw + (tl.load(p_x + i * stride_x_t, mask=(mask & (t + i < rows)) != 0, other=0.0),)
+        p_x += GROUP * STRIDE_X
+        following = _tokens(p_x, mask, rows - t - GROUP, STRIDE_X, GROUP)
         for i in tl.static_range(GROUP):
             x0 = raw[i].to(tl.float32)
             y = convolved(x0, x1, x2, x3, w0, w1, w2, w3, b)
-            tl.store(p_o + i * stride_o_t, cast(y, p_o.dtype.element_ty), mask=(mask & (t + i < rows)) != 0)
+            tl.store(p_o + i * STRIDE_O, cast(y, p_o.dtype.element_ty), mask=(mask & (t + i < rows)) != 0)
             x1, x2, x3 = x0, x1, x2
-        p_x += GROUP * stride_x_t
-        p_o += GROUP * stride_o_t
+        p_o += GROUP * STRIDE_O
+        raw = following
 
 
 def launch_convolution(
@@ -163,8 +179,8 @@ def launch_convolution(
     if not B * T:
         return
     (x_b, x_t, _), (o_b, o_t, _), (slot, *inner) = x.stride(), out.stride(), conv.by_channel.stride()
-    steps = (x_t if packed else x_b, x_t, o_t if packed else o_b, o_t, slot)
-    constants = (D, conv.width, *inner, C, GROUP, BLOCK, min(next_power_of_2(N + 1), MOST_SEQUENCES))
+    steps = (x_t if packed else x_b, o_t if packed else o_b, slot)
+    constants = (D, conv.width, x_t, o_t, *inner, C, GROUP, BLOCK, min(next_power_of_2(N + 1), MOST_SEQUENCES))
     typed = (x, out, conv.weight, conv.bias, conv.states, indices, cu_seqlens, has_initial_state)
     kind = None
     if usual(typed[:5], steps, (T,)):
