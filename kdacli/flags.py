@@ -82,8 +82,12 @@ SECTIONS = {
         _switch("--no-final-state", "Do not ask for the final state."),
         _switch("--state-k-first", "State [.., K, V] instead of [.., V, K]."),
     ),
-    "Parts of a step": (
-        click.option("--conv-width", type=Count(0, 4), help="Tokens that the convolution sees; 0: none. Default: 4."),
+    "Parts of a step, and the convolution before a prefill": (
+        click.option(
+            "--conv-width",
+            type=Count(0, 4),
+            help="Tokens that the convolution sees; 0: none. Default: 4; before a prefill none, unless said.",
+        ),
         _switch("--conv-bias", "The convolution has a bias."),
         _dtype("--conv-dtype", "Of its weight and bias. Default: bf16."),
         _dtype("--conv-state-dtype", "Of its states. Default: bf16."),

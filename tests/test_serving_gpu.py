@@ -15,6 +15,7 @@ from kda_kernels.api import (
     Checkpoints,
     Convolution,
     GatedNorm,
+    kda_conv,
     kda_decode,
     kda_prefill,
     kda_step,
@@ -143,6 +144,13 @@ def fused_steps(N: int, **given) -> Callable[[], object]:
     )  # fmt: skip
 
 
+def convolutions(N: int, kernel: str | None = None) -> Callable[[], object]:
+    x = torch.randn(N * 512 + 70, 3 * H * 128, device="cuda").bfloat16()
+    slots = torch.tensor([4, 1], device="cuda")
+    conv = Convolution(x.new_ones(x.shape[1], 4), None, x.new_zeros(7, 3, x.shape[1]), slots, True)
+    return functools.partial(kda_conv, x, conv, cu_seqlens=slots.new_tensor([0, N * 512, len(x)]), out=x.clone())
+
+
 def prefills(N: int, part: int = 512, **given) -> Callable[[], object]:
     """N * 512 and 70 tokens: cute-prefill splits them."""
     x = prompts([N * part, 70], [4, 1])
@@ -171,6 +179,7 @@ EAGER = {
     "decode": ("decode", decodes, 0),
     "verify": ("decode", verifies, 0),
     "step": ("step", fused_steps, 0),
+    "conv": ("prefill", convolutions, 0),
     "whole": ("prefill", functools.partial(prefills, part=30), 0),
     "split": ("prefill", prefills, 1),
     "workspace": ("prefill", with_room, 0),

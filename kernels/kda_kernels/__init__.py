@@ -16,6 +16,7 @@ _EXPORTS = {
     "chunk_kda_fwd": "kda_kernels.api",
     "fused_recurrent_kda": "kda_kernels.api",
     "fused_recurrent_kda_fwd": "kda_kernels.api",
+    "kda_conv": "kda_kernels.api",
     "kda_decode": "kda_kernels.api",
     "kda_prefill": "kda_kernels.api",
     "kda_step": "kda_kernels.api",

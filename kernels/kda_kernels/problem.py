@@ -232,6 +232,8 @@ class Problem:
             raise InputError("parts", f"are given with the op {self.op}", "only a step and a prefill have them")
         if self.parts is not None and self.parts.norm and self.op is Op.PREFILL:
             raise InputError("norm", f"is given with the op {self.op}", "only a step has one")
+        if self.op is Op.PREFILL and self.parts is not None and not self.parts.features:
+            object.__setattr__(self, "parts", None)
         if self.parts is None and self.op is Op.STEP:
             object.__setattr__(self, "parts", Parts())
         own = frozenset() if self.parts is None else self.parts.features

@@ -1,4 +1,4 @@
-"""The decode step in plain torch, and faults around its convolution, the states of it, and its gated norm."""
+"""The decode step and the prefill with convolution in plain torch, and faults around it, its states, and the norm."""
 
 import dataclasses
 
@@ -8,21 +8,22 @@ from kda_kernels.checks import check_inputs
 from kda_kernels.problem import Op
 from kda_kernels.tensors import Convolution, Inputs, Outputs
 from tests.mutants.table import mutant
-from tests.mutants.victim import Recurrent
+from tests.mutants.victim import Chunked, Recurrent, Victim
 
 
-class Step(Recurrent):
-    """Convolution, recurrence, norm, one after the other."""
-
-    op = Op.STEP
+class Convolving(Victim):
+    """Convolution, then the recurrence on what comes out of it."""
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Outputs:
         check_inputs(inputs)
         outputs = super().run(inputs if inputs.conv is None else self.convolve(inputs))
-        o = outputs.o.float()
-        outputs.o = (o if inputs.norm is None else self.normed(inputs, o)).to(inputs.v.dtype)
+        outputs.o = self.behind(inputs, outputs.o.float()).to(inputs.v.dtype)
         return outputs
+
+    def behind(self, inputs: Inputs, o: torch.Tensor) -> torch.Tensor:
+        """What becomes of the recurrence's result, fp32."""
+        return o
 
     def convolve(self, inputs: Inputs) -> Inputs:
         """The same call on q, k and v in fp32 as the recurrence has them; the states are shifted."""
@@ -94,6 +95,15 @@ class Step(Recurrent):
             return list(range(n))
         return (indices if indices.ndim == 1 else indices[:, 0])[:n].tolist()
 
+
+class Step(Convolving, Recurrent):
+    """Convolution, recurrence, norm, one after the other."""
+
+    op = Op.STEP
+
+    def behind(self, inputs: Inputs, o: torch.Tensor) -> torch.Tensor:
+        return o if inputs.norm is None else self.normed(inputs, o)
+
     def normed(self, inputs: Inputs, o: torch.Tensor) -> torch.Tensor:
         live = o.abs().amax(-1, keepdim=True) > 0  # gates of padding may be NaN
         norm = inputs.norm
@@ -114,10 +124,14 @@ class Step(Recurrent):
         return torch.sigmoid(gate)
 
 
+class Prompts(Convolving, Chunked):
+    """A prefill behind its convolution."""
+
+
 # --- the convolution
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class TapsReversed:
     """The weight's first column is for the token itself."""
 
@@ -125,7 +139,7 @@ class TapsReversed:
         return super().taps(conv).flip(1)
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class NotActivated:
     """There is no SiLU behind the convolution."""
 
@@ -133,7 +147,7 @@ class NotActivated:
         return y if conv.bias is None else y + conv.bias.float()
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class ConvBiasForgotten:
     """The convolution's bias is not added."""
 
@@ -141,7 +155,7 @@ class ConvBiasForgotten:
         return super().activate(y, dataclasses.replace(conv, bias=None))
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class BiasBehindActivation:
     """The bias is added after SiLU."""
 
@@ -150,7 +164,7 @@ class BiasBehindActivation:
         return made if conv.bias is None else made + conv.bias.float()
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class OldestTapForgotten:
     """The oldest token of the window is left out."""
 
@@ -160,7 +174,7 @@ class OldestTapForgotten:
         return taps
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class KeysBeforeQueries:
     """The projection's first channels are taken for those of k."""
 
@@ -172,7 +186,7 @@ class KeysBeforeQueries:
 # --- its states
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class WindowOfZeros:
     """The window always starts with zeros."""
 
@@ -180,7 +194,7 @@ class WindowOfZeros:
         return torch.zeros_like(super().before(inputs, n, states, first, x, start))
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class WindowNewestFirst:
     """The state's entries are taken as the newest first."""
 
@@ -188,7 +202,7 @@ class WindowNewestFirst:
         return super().before(inputs, n, states, first, x, start).flip(0)
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class WindowOfNeighbour:
     """The window reaches into the rows of the sequence before."""
 
@@ -197,7 +211,7 @@ class WindowOfNeighbour:
         return x[start - len(kept) : start].float() if start >= len(kept) else kept
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class OldWindowOfNew:
     """A new sequence's window holds what the slot's last user left."""
 
@@ -213,7 +227,7 @@ class WindowBeforeDrafts:
         return super().before(inputs, n, states, 0, x, start)
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class NotShifted:
     """The states of the convolution stay as they were."""
 
@@ -221,7 +235,7 @@ class NotShifted:
         pass
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class ConvolvedKept:
     """The states hold convolved tokens."""
 
@@ -229,7 +243,7 @@ class ConvolvedKept:
         super().shift(inputs, states, torch.cat([raw[: len(raw) - len(y)], y]), y)
 
 
-@mutant(Step)
+@mutant(Step, Prompts)
 class ShiftedByOne:
     """However many tokens there are, the states are shifted by one."""
 
@@ -262,6 +276,43 @@ class ConvSlotsIgnored:
         conv = dataclasses.replace(inputs.conv, indices=None)
         found = super().named_slots(dataclasses.replace(inputs, conv=conv), n)
         return [min(slot, len(conv.states) - 1) for slot in found]
+
+
+@mutant(Prompts)
+class WindowOfProgram:
+    """Every 32 tokens the window starts with zeros."""
+
+    def sums(self, conv, raw):
+        W = conv.weight.shape[1]
+        made = super().sums(conv, raw)
+        for first in range(32, len(made), 32):
+            part = raw[first : first + 32 + W - 1].clone()
+            part[: W - 1] = 0
+            made[first : first + 32] = super().sums(conv, part)
+        return made
+
+
+@mutant(Prompts)
+class ShortPromptsForget:
+    """Behind a sequence shorter than the window the state holds zeros where older tokens belong."""
+
+    def shift(self, inputs, states, raw, y):
+        raw = raw.clone()
+        raw[: len(raw) - len(y)] = 0
+        super().shift(inputs, states, raw, y)
+
+
+@mutant(Prompts)
+class EmptyPromptsForget:
+    """A sequence without tokens leaves a state of zeros."""
+
+    def convolve(self, inputs):
+        made = super().convolve(inputs)
+        spans = self.spans(inputs)
+        for (start, end), slot in zip(spans, self.conv_slots(inputs, len(spans)), strict=True):
+            if start == end and slot >= 0:
+                inputs.conv.states[slot] = 0
+        return made
 
 
 # --- the norm

@@ -346,7 +346,8 @@ class VictimKernel(Kernel):
     @property
     def features(self) -> frozenset[str]:
         has = FEATURES if self.op.decodes else FEATURES - {"batch_invariant"}
-        return has if self.op is Op.STEP else has - {"conv", "norm"}
+        parts = {"conv", "norm"} if self.op is Op.STEP else {"conv"} if hasattr(self.victim, "convolve") else set()
+        return has - {"conv", "norm"} | parts
 
     def run(self, inputs: Inputs) -> Outputs:
         # For what the victim allocates. On the CPU it costs more than the victim's own work.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kda_kernels.errors import InputError
-from kda_kernels.problem import ROUNDINGS, Gate, Op
+from kda_kernels.problem import ROUNDINGS, Gate, Op, Parts
 from kdacli.synthetic import GATES, KEYS
 from kdacli.verify.cases.case import Case, row
 from kdacli.verify.cases.suites import NAMES, suite
@@ -133,6 +133,8 @@ def parse(text: str) -> Case:
             raise InputError(f"{key} is {value!r} in {text}: {error}") from error
     options, parts = dataclasses.replace(case.problem.options, **by_part["options"]), case.problem.parts
     if by_part["parts"]:
+        if parts is None and case.problem.op is Op.PREFILL:
+            parts = Parts(width=0, norm=False)
         if parts is None:
             raise InputError(f"{text} says of a convolution or a norm, which the op {case.problem.op} has not")
         parts = dataclasses.replace(parts, **by_part["parts"])
