@@ -470,11 +470,11 @@ def _metadata(kind: type, batch: Batch) -> Any:
         num_decode_tokens=decodes, checkpoint=_checkpoint(batch), nums_dict=None, batch_ptr=None,
         token_chunk_offset_ptr=None, **({"spec_token_start": None, "non_spec_token_start": None} | start),
     )  # fmt: skip
-    _conv_plan(found, batch.lens)
+    conv_plan(found, batch.lens)
     return found
 
 
-def _conv_plan(metadata: Any, lens: tuple[int, ...]) -> None:
+def conv_plan(metadata: Any, lens: tuple[int, ...]) -> None:
     """What vLLM's builder makes for its convolution: which 8 tokens of which sequence each program takes."""
     blocks = [(n, block) for n, tokens in enumerate(lens) for block in range(-(-tokens // 8))]
     of, which = (ints(*column) for column in zip(*blocks, strict=True)) if blocks else (ints(), ints())
