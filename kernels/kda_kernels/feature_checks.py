@@ -114,12 +114,13 @@ def check_conv(conv: Convolution, D: int, N: int, least: int, owner: torch.Tenso
         check_contiguous("conv.bias", conv.bias)
     states, named = conv.states, f"[P, L, {D}]" if conv.tokens_first else f"[P, {D}, L]"
     check_tensor("conv.states", states, FLOAT_DTYPES, owner, who)
-    if states.ndim != 3 or conv.by_channel.shape[1] != D:
+    if states.ndim != 3 or conv.entries[0] != D:
         raise shape_error("conv.states", states, named)
-    if conv.by_channel.shape[2] < least:
+    L = conv.entries[1]
+    if L < least:
         raise shape_error("conv.states", states, f"{named} with L = {least} or more")
-    if states.shape[0] > 1 and states.stride(0) < states[0].numel():
-        wanted = f"it should be at least D * L = {states[0].numel()}, so that no two slots share memory"
+    if states.shape[0] > 1 and states.stride(0) < D * L:
+        wanted = f"it should be at least D * L = {D * L}, so that no two slots share memory"
         raise InputError("conv.states", f"has stride {states.stride(0)} between slots", wanted)
     if conv.indices is not None:
         check_tensor("conv.indices", conv.indices, INDEX_DTYPES, owner, who)

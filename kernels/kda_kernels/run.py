@@ -98,8 +98,7 @@ def run_conv(
         live = [-1 if slot < 0 or slot == null_slot else slot for slot in slots]
         check_conv_slots(conv, live, "conv.indices")
     made = torch.empty_like(mixed_qkv, memory_format=torch.contiguous_format) if out is None else out
-    rows = (mixed_qkv, made) if cu_seqlens is None else (mixed_qkv[None], made[None])
-    launch_convolution(*rows, conv, conv.indices, cu_seqlens, has_initial_state, null_slot)
+    launch_convolution(mixed_qkv, made, conv, conv.indices, cu_seqlens, has_initial_state, null_slot)
     return made
 
 
@@ -120,7 +119,7 @@ def _check_conv(
         check_cu_seqlens(cu_seqlens, 1, x, "mixed_qkv")
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_conv(conv, x.shape[-1], N, conv.width - 1, x, "mixed_qkv")
-    _check_entries(conv.by_channel)
+    _check_entries(conv)
     if has_initial_state is not None:
         check_tensor("has_initial_state", has_initial_state, BOOL, x, "mixed_qkv")
         if has_initial_state.shape != (N,):
@@ -143,9 +142,9 @@ def _check_conv(
 _MOST_APART = 2**31 // 64  # elements: 32 bits hold the offsets of the tokens of a program
 
 
-def _check_entries(states: torch.Tensor) -> None:
-    """Of [P, D, L]: channels or tokens side by side, the other ones apart. Raises `InputError`."""
-    (_, D, L), (_, channel, token) = states.shape, states.stride()
+def _check_entries(conv: Convolution) -> None:
+    """Of its states channels or tokens lie side by side, and the others apart. Raises `InputError`."""
+    D, L, channel, token = conv.entries
     if not ((channel == 1 and (token >= D or L == 1)) or (token == 1 and (channel >= L or D == 1))):
         found = f"have stride {channel} between channels and {token} between tokens"
         raise InputError("conv.states", found, "one should be 1, and the other as large as that dimension at least")

@@ -90,6 +90,12 @@ class Convolution:
         return self.weight.shape[1]
 
     @property
+    def entries(self) -> tuple[int, int, int, int]:
+        """D, L, and the strides from channel to channel and from token to token of its states."""
+        (_, a, b), (_, step_a, step_b) = self.states.shape, self.states.stride()
+        return (b, a, step_b, step_a) if self.tokens_first else (a, b, step_a, step_b)
+
+    @property
     def by_channel(self) -> torch.Tensor:
         """The states as a view [P, D, L]."""
         return self.states.mT if self.tokens_first else self.states

@@ -14,7 +14,7 @@ import torch
 from kda_kernels.checks import CAUSAL, check_inputs, require_features
 from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.ints import cdiv, next_power_of_2
-from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Problem
+from kda_kernels.problem import CHUNK, MAX_HEAD, SAFE_BOUND, Gate, Op, Options, Parts, Problem
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Inputs, Outputs, hand_on
 from kda_kernels.triton.chunk_chain import chunk_chain_kernel
@@ -51,6 +51,7 @@ _POOL = Problem(Op.PREFILL, (2048,) * 4, H=32, HV=32, pool_slots=8)
 USUAL = {
     "safe": dataclasses.replace(_POOL, options=Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)),
     "softplus": dataclasses.replace(_POOL, seq_lens=(8192,)),
+    "convolved": dataclasses.replace(_POOL, seq_lens=(8192,), parts=Parts(norm=False)),
 }
 MAX_WGMMA_WARPS = 4  # of the chain
 MAX_EXPONENT = 80.0  # exp of it, times a key, stays inside bf16 and fp32
