@@ -154,3 +154,13 @@ class TestVerify:
         assert result.exit_code == 1 and report["triton_config"] == 2
         (row,) = report["rows"]
         assert row["status"] == "fail" and row["reproduce"].endswith("--device cpu --triton-config 2")
+
+
+def test_profile_takes_the_configuration_too(monkeypatch):
+    taken = []
+    monkeypatch.setattr(autotuning, "take", taken.append)
+    monkeypatch.setattr("kdacli.commands.profile._measure", lambda *_: None)
+    result = CliRunner().invoke(cli, ["profile", "--triton-config", "2", "--op", "prefill"])
+    assert result.exit_code == 0 and taken == [2]
+    result = CliRunner().invoke(cli, ["profile", "--triton-config", "2", "--from", "record.json"])
+    assert result.exit_code != 0 and taken == [2]

@@ -58,7 +58,7 @@ class Axis(click.ParamType):
     "--triton-config",
     type=click.IntRange(min=0),
     metavar="NUMBER",
-    help="With --cp: FLA's kernels take the configuration with this number, as in `kda verify`, and are not tuned.",
+    help="Kernels that tune themselves take the configuration with this number instead, as in `kda verify`.",
 )
 @options.problem_options
 @options.json_option
@@ -97,9 +97,14 @@ def command(ctx: click.Context, /, **params: Any) -> None:
     if (ranks := params.pop("cp")) is not None:
         _over_ranks(ctx, ranks, params)
         return
-    if params.pop("triton_config") is not None:
-        raise InputError("--triton-config is for --cp, which is not given")
+    config = params.pop("triton_config")
     wanted = Wanted.of(params)
+    if config is not None:
+        if wanted.source:
+            raise InputError("--triton-config is for what is timed here: leave it or --from out")
+        from kdacli import autotuning
+
+        autotuning.take(config)
     for dest in (wanted.json, wanted.plot, wanted.trace):
         check_dest(dest, wanted.force)
     if wanted.plot:
