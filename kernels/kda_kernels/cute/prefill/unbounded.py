@@ -374,9 +374,14 @@ class Unbounded:
         raw = Slice.paired(at.raw_k, -CHUNK * K if reads else 0, warp, lane)  # without q, k takes its place
         rows = Slice.paired(at.rows, CHUNK * 64 if reads else 0, warp, lane, 2 * CHUNK)
         before, left, columns, late = [], [], [], []
+        following = self.log2_decays(at, 0, rates, warp, lane)
         for b in cutlass.range_constexpr(BLOCKS):
-            log2 = self.log2_decays(at, b, rates, warp, lane)
+            log2 = following
             kq = [load_matrices(raw.block(b, s)) for s in range(2)]
+            if cutlass.const_expr(
+                b + 1 < BLOCKS
+            ):  # here, so that they are made while this block's products are waited for
+                following = self.log2_decays(at, b + 1, rates, warp, lane)
             if cutlass.const_expr(b == 1 and not self.spec.scaled):
                 self.barrier(group)  # norms have been made of what products take the place of
             pairs = [(log2[2 * t], log2[2 * t + 1]) for t in range(TILES)]
