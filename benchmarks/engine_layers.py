@@ -93,6 +93,8 @@ class Timed:
     @classmethod
     def of(cls, run: Run, graph: bool) -> "Timed":
         eager = cls(run, run.go)
+        gc.collect()
+        gc.freeze()  # what is there now is not looked through before each turn
         eager.warm()
         if not graph:
             return eager
@@ -169,6 +171,7 @@ def compared(layer: Layer, root: Path, batch: Batch, bound: float | None) -> dic
             return row
     left: list[dict[str, torch.Tensor]] = []
     times: dict[str, dict[str, Timed]] = {}
+    gc.unfreeze()
     for turn, whose in itertools.product(range(1 + TURNS), ("theirs", "ours")):  # what drifts meanwhile is in both
         try:
             with OURS[layer.engine]() if layer.engine == "sglang" or whose == "ours" else contextlib.nullcontext():
