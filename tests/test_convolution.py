@@ -129,6 +129,11 @@ def test_a_dense_batch_is_the_same_as_a_packed_one():
     assert torch.equal(call.conv.states, after)
 
 
+def test_tokens_of_no_sequence_become_zeros():
+    call = Call.make(())
+    assert torch.equal(call.run(), torch.zeros_like(call.mixed_qkv)) and len(call.mixed_qkv) == 5
+
+
 @pytest.mark.parametrize("tokens_first", [True, False])
 def test_channels_may_come_apart(tokens_first):
     """q, k and v by a call each, as vLLM has them: slices of one weight and of one pool."""

@@ -186,6 +186,9 @@ def launch_convolution(
     else:
         N, steps = cu_seqlens.shape[0] - 1, (x_t, o_t, conv.states.stride(0))
         programs = T // C + N + 1
+    if not N:
+        out.zero_()
+        return
     inner = conv.entries[2:]
     constants = (D, conv.width, x_t, o_t, *inner, C, GROUP, BLOCK, min(next_power_of_2(N + 1), MOST_SEQUENCES))
     typed = (x, out, conv.weight, conv.bias, conv.states, indices, cu_seqlens, has_initial_state)
