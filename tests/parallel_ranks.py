@@ -25,7 +25,7 @@ from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.parallel import ContextParallel, convolution_halo
 from kdacli.interpreter import quicken
 from kdacli.judge.bits import same_bits
-from kdacli.parallel.checks import SOFTPLUS, Case, arguments, drop_in, gathered, judged, part_of, prefilled
+from kdacli.parallel.checks import SOFTPLUS, Case, alone, arguments, drop_in, gathered, judged, part_of, prefilled
 
 RANKS = 4
 TIMEOUT = 5.0  # seconds that ranks wait for one that has ended
@@ -84,6 +84,16 @@ def empty_ranks_change_no_bit(group) -> str:
     a, b = (torch.cat([part.o for part in parts], 1) for parts in found)
     same = same_bits(a, b) and same_bits(found[0][-1].after, found[1][-1].after)
     return "" if same else "bits differ"
+
+
+def chained_bits_are_those_of_one_rank(group) -> str:
+    """Where cuts lie between chunks."""
+    case = Case((130,), (0, 64, 130), chained=True)
+    inputs = case.inputs()
+    parts, whole = prefilled(case, inputs, group), alone(inputs)
+    slots = inputs.state_indices
+    same = same_bits(torch.cat([part.o for part in parts], 1), whole.o)
+    return "" if same and same_bits(parts[1].after[slots], whole.final_state[slots]) else "bits differ"
 
 
 def fla_context(case: Case, group) -> SimpleNamespace:
@@ -199,6 +209,7 @@ def a_dead_rank_ends_all(group) -> str:
 CHECKS = {
     "all ranks have the final states": (2, all_have_final_states),
     "empty ranks change no bit": (4, empty_ranks_change_no_bit),
+    "chained, one rank's bits": (2, chained_bits_are_those_of_one_rank),
     "FLA's context": (3, fla_drop_in),
     "the halo of a convolution": (4, halo),
     "a process group": (2, a_group_alone),

@@ -1,4 +1,4 @@
-"""Prefill of a packed batch over ranks: exact, one exchange a call.
+"""Prefill of a packed batch over ranks, exact: one exchange a call, or states from rank to rank.
 
 The recurrence is affine in the state (`kda_kernels.segments`): a rank's tokens of a sequence that began on a former
 rank turn the state S [V, K] before them into S T + E. Each rank runs its tokens from no state, which gives E and
@@ -6,6 +6,9 @@ outputs o', and the identity along with them, which gives T and what each token 
 from all ranks; then S is known everywhere, and o = o' + S r. Only two sequences of a rank can be cut, its first and its
 last; the others run while summaries are on their way. What states before segments add to outputs comes after the
 exchange on every rank, also where it could come before: it fills a GPU, and NCCL's kernel would wait for it.
+
+Chained (`ContextParallel.chained`), a rank instead receives the state before its part, runs as one GPU would, and sends
+the state behind it. No token is run twice; but a call ends on one rank after the other.
 
 Bits depend on where a sequence is cut, as sums are rounded in another order; not on how many ranks there are beside
 those that have its tokens.
