@@ -135,6 +135,23 @@ def halo(group) -> str:
     return "" if all(right) else f"rank {rank}: {[h[:, 0].tolist() for h in found]}"
 
 
+def chained_halo(group) -> str:
+    """The same, of two layers that follow each other: a part of one token hands on what came before it."""
+    case, rank = Case((7, 13), (0, 8, 9, 9, 20), chained=True), dist.get_rank(group)
+    inputs, mine = case.inputs(), slice(*case.cuts[rank : rank + 2])
+    context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, chained=True, timeout=120)
+    given = arguments(inputs, **part_of(inputs, mine.start, mine.stop))
+    wrong = []
+    for layer in range(3):
+        x = torch.arange(1.0, 21.0).view(20, 1).expand(20, 2).bfloat16() + 32 * layer
+        found = convolution_halo(x[mine], context, 4)[:, 0].tolist()
+        kda_prefill(**given, group=context)
+        wanted = [[0, 0, 0], [0, 0, 8], [0, 0, 0], [0, 8, 9]][rank]
+        if found != [token and token + 32 * layer for token in wanted]:
+            wrong.append(f"layer {layer}: {found}")
+    return "; ".join(wrong)
+
+
 def refused(call: Callable[[], object], kind: type[Exception], *words: str) -> str:
     start = time.monotonic()
     try:
@@ -212,6 +229,7 @@ CHECKS = {
     "chained, one rank's bits": (2, chained_bits_are_those_of_one_rank),
     "FLA's context": (3, fla_drop_in),
     "the halo of a convolution": (4, halo),
+    "the halo of a convolution, chained": (4, chained_halo),
     "a process group": (2, a_group_alone),
     "stages are ranges of a profiler": (2, stages_are_ranges),
     "another shape on one rank": (2, another_shape_ends_all),

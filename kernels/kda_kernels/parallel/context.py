@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from kda_kernels.errors import InputError
 from kda_kernels.ints import cdiv
-from kda_kernels.parallel.exchange import agree, start_gather, wait
+from kda_kernels.parallel.exchange import agree, start_gather, start_receive, start_send, wait
 from kda_kernels.problem import CHUNK
 
 TIMEOUT = 60.0  # seconds
@@ -60,6 +60,7 @@ class ContextParallel:
         chained: each rank hands the state of a cut sequence to the next, which waits for it; no token is run twice.
             Ranks then work side by side where layers follow each other, and nothing else in a layer makes them wait.
         last_call: what need not be found again for a call like the last one.
+        to_send: what the next rank gets, oldest first.
     """
 
     group: dist.ProcessGroup | None
@@ -76,6 +77,7 @@ class ContextParallel:
     timeout: float = TIMEOUT
     chained: bool = False
     last_call: "LastCall | None" = None
+    to_send: list[torch.Tensor] = dataclasses.field(default_factory=list)
     _agreed: Any = None
     _offsets: dict[Any, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -184,6 +186,18 @@ class ContextParallel:
             self._offsets[key] = torch.tensor(ends, dtype=torch.int32, device=device)
         return self._offsets[key]
 
+    @property
+    def compared(self) -> bool:
+        """Whether ranks know that their calls are alike."""
+        return self._agreed is not None
+
+    def send(self) -> None:
+        """What there is `to_send`, in order. Raises `UnavailableError`: a rank ended."""
+        assert self.target is not None  # as there would be nothing to send
+        for tensor in self.to_send:
+            wait(start_send(tensor, self.target, self.group))
+        self.to_send.clear()
+
     def require_same(self, said: dict[str, Any], error: InputError | None) -> None:
         """That all ranks make the same call; compared by the first call of a batch, as its other layers are alike.
 
@@ -272,8 +286,9 @@ def convolution_halo(x: torch.Tensor, context: "ContextParallel | Any", width: i
     halo = x.new_zeros((taps, x.shape[1]))
     if taps < 1 or not context.exchanges:
         return halo
-    last = min(taps, context.lens[-1]) if context.goes_on else 0
-    mine = torch.cat((halo, x[x.shape[0] - last :]))[-taps:].contiguous().view(torch.uint8)
+    if context.chained:
+        return _chained_halo(x, context, halo)
+    mine = _last_tokens(x, context, halo)
     everyone = mine.new_empty((context.ranks, *mine.shape))
     wait(start_gather(everyone, mine, context.group))
     pieces = [
@@ -281,3 +296,28 @@ def convolution_halo(x: torch.Tensor, context: "ContextParallel | Any", width: i
         for rank, tokens in zip(context.sources, context.source_tokens, strict=True)
     ]
     return torch.cat((halo, *pieces))[-taps:]
+
+
+def _last_tokens(x: torch.Tensor, context: ContextParallel, before: torch.Tensor) -> torch.Tensor:
+    """As many as `before` has: the last of `before` and of the sequence that goes on; bytes."""
+    last = min(before.shape[0], context.lens[-1]) if context.goes_on else 0
+    return torch.cat((before, x[x.shape[0] - last :]))[-before.shape[0] :].contiguous().view(torch.uint8)
+
+
+def _chained_halo(x: torch.Tensor, context: ContextParallel, halo: torch.Tensor) -> torch.Tensor:
+    """What the former rank sends, if the first sequence here began there; else `halo`, zeros.
+
+    What the next rank gets goes with the state of this layer, so that nobody waits for it here; but at once where calls
+    are still to be compared, since all ranks wait there.
+    """
+    zeros = halo
+    if context.carried:
+        received = torch.empty_like(halo).view(torch.uint8)
+        wait(start_receive(received, context.sources[-1], context.group))
+        halo = received.view(x.dtype)
+    if context.goes_on:
+        only = context.carried and len(context.lens) == 1
+        context.to_send.append(_last_tokens(x, context, halo if only else zeros))
+        if not context.compared:
+            context.send()
+    return halo

@@ -28,7 +28,7 @@ from kda_kernels.boundary import check, check_out
 from kda_kernels.checks import is_traced, values_checked
 from kda_kernels.errors import InputError
 from kda_kernels.parallel.context import ContextParallel, LastCall
-from kda_kernels.parallel.exchange import start_gather, start_receive, start_send, wait
+from kda_kernels.parallel.exchange import start_gather, start_receive, wait
 from kda_kernels.parallel.plain import PlainBegun, PlainCarried
 from kda_kernels.problem import CHUNK, Op, Options
 from kda_kernels.ranges import stage
@@ -214,7 +214,7 @@ class Call:
             (HV, V), K = self.inputs.v.shape[2:], self.inputs.q.shape[3]
             before = self.inputs.q.new_empty((1, HV, V, K), dtype=torch.float32)
             work = start_receive(before, context.sources[-1], context.group)
-        if context.target is not None and (last or not context.carried):  # the next rank waits for it
+        if context.goes_on and (last or not context.carried):  # the next rank waits for it
             with stage("begun sequence"):
                 self._hand_on(self._run_apart(*self._one(last)))
         self.run_others()
@@ -223,14 +223,14 @@ class Call:
             inputs, o = self._one(0)
             with stage("carried sequence"):
                 state = self._run_apart(self._continued(inputs), o, before)
-            if context.target is not None and not last:
+            if context.goes_on and not last:
                 self._hand_on(state)
             elif inputs.state_indices is not None:
                 _store(inputs, state)
 
     def _hand_on(self, state: torch.Tensor) -> None:
-        assert self.context.target is not None  # as the caller looked
-        wait(start_send(state, self.context.target, self.context.group))
+        self.context.to_send.append(state)
+        self.context.send()
 
     def _run_apart(self, inputs: Inputs, o: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
         """One sequence, from `state` or else its own, which stays as it is; the state behind it [1, HV, V, K], fp32."""
