@@ -173,6 +173,7 @@ class Run:
     memory: Memory
     o: cute.Tensor
     scale: Float32
+    beta: Values
     shared: Shared
     outputs: Outputs | None
     rounding: Rounding
