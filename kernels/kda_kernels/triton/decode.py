@@ -95,7 +95,7 @@ class DecodeConfig:
         BV = 16 if heads * rows >= 16 * 8 * sms else 8
         BV = min(BV * 128 // max(128, next_power_of_2(K)), rows)
         if streamed and BV == 16 and rows >= 64 and generation == 9:
-            return cls(BV=64, piece=8)
+            return cls(BV=64 if heads >= 4 * sms else 32, piece=8)
         if rounded and BV == 16 and rows >= 32 and generation == 9:  # two warps share the channels' work
             return cls(BV=32, num_warps=2)
         return cls(BV=BV, registers=168 if generation == 8 else None)
@@ -108,11 +108,11 @@ class DecodeConfig:
         """As `choose`, for programs that have all of a head.
 
         At once: 128 numbers of its state per thread, as few threads as channels. In pieces from one state per
-        multiprocessor on, and by fewer threads from eight on, as then other programs work while one waits.
+        multiprocessor on, and by fewer threads from four on, as then other programs work while one waits.
         """
         rows = next_power_of_2(V)
         if streamed and rows >= 64 and generation == 9 and heads >= sms:
-            return cls(BV=rows, num_warps=2, piece=16) if heads >= 8 * sms else cls(BV=rows, num_warps=4, piece=32)
+            return cls(BV=rows, num_warps=2, piece=16) if heads >= 4 * sms else cls(BV=rows, num_warps=4, piece=32)
         return cls(BV=rows, num_warps=min(max(rows * next_power_of_2(K) // (128 * 32), 1), 16))
 
 
