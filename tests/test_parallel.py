@@ -100,11 +100,11 @@ def alone(cuts: tuple[int, ...], ends: list[int], rank: int) -> ContextParallel:
 
 
 def one_after_another(case: Case, inputs) -> list[Part]:
-    """All ranks of a case in this process."""
-    calls, parts = [], []
+    """All ranks of a case in this process; chained, each ends before the next begins."""
+    calls, parts, sent = [], [], []
     for rank in range(case.ranks):
         local = inputs.fresh()
-        context = alone(case.cuts, inputs.cu_seqlens.tolist(), rank)
+        context = dataclasses.replace(alone(case.cuts, inputs.cu_seqlens.tolist(), rank), chained=case.chained)
         tokens = part_of(inputs, *case.cuts[rank : rank + 2])
         mine = dataclasses.replace(local, **tokens)
         o = torch.full_like(mine.v, float("nan"))
@@ -112,10 +112,20 @@ def one_after_another(case: Case, inputs) -> list[Part]:
         calls.append(prefill.Call(mine, context, o, None, LastCall(None, on_hopper)))
         kept = None if local.checkpoints is None else local.checkpoints.states
         parts.append(Part(o, inputs.state, local.state, kept))
-    summaries = [call.start() for call in calls]
-    for call in calls:
-        call.run_others()
-        call.finish(torch.stack(summaries))
+    if case.chained:
+        with (
+            mock.patch.object(context_module, "start_send", lambda state, *to: sent.append(state.clone())),
+            mock.patch.object(prefill, "start_receive", lambda state, *of: state.copy_(sent.pop(0))),
+            mock.patch.object(context_module, "wait"),
+            mock.patch.object(prefill, "wait"),
+        ):
+            for call in calls:
+                call.run_chained()
+    else:
+        summaries = [call.start() for call in calls]
+        for call in calls:
+            call.run_others()
+            call.finish(torch.stack(summaries))
     return [Part(*(None if x is None else x.cpu() for x in vars(part).values())) for part in parts]
 
 
@@ -181,8 +191,13 @@ def test_a_call_like_the_last_is_not_checked_again(monkeypatch, on_hopper, rank)
         Case((300,), (0, 20, 300), fresh=True),
         Case((600,), (0, 333, 600), H=96, HV=96),
         Case((900,), (0, 400, 900), activations="float16"),
+        Case((3000,), (0, 1000, 1801, 3000), dtype="bfloat16", chained=True),
+        Case((700, 1324, 400), (0, 512, 512, 1212, 2424), padding=1, every=-64, fresh=True, chained=True),
     ],
-    ids=["safe", "softplus, bf16", "padding, an empty rank", "checkpoints", "less than a chunk", "many heads", "fp16"],
+    ids=[
+        *("safe", "softplus, bf16", "padding, an empty rank", "checkpoints", "less than a chunk", "many heads", "fp16"),
+        *("chained, bf16", "chained, padding, checkpoints, an empty rank"),
+    ],
 )
 def test_on_a_gpu(case):
     few = {} if case.HV > 1 else {"H": 2, "HV": 4}
