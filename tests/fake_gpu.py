@@ -28,7 +28,7 @@ class FakeFunction:
 
     def __call__(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, indices, offsets, token_states, accepted, token_rows,
-        started, taps, taps_bias, past, past_indices, norm_weight, norm_gate, state_scales, seed,
+        started, taps, taps_bias, past_states, past_indices, norm_weight, norm_gate, state_scales, seed,
         null_slot, scale, bound, eps,
     ):  # fmt: skip
         s, activation = self.spec, self.spec.dtype
@@ -54,7 +54,7 @@ class FakeFunction:
             ("has_initial_state", started, "bool" if s.fresh else None, (N,)),
             ("taps", taps, s.taps_dtype, ("D", s.taps)),
             ("taps_bias", taps_bias, s.taps_bias, ("D",)),
-            ("past", past, s.past, ("slots", "L", "D") if s.tokens_first else ("slots", "D", "L")),
+            ("past_states", past_states, s.past, ("slots", "L", "D") if s.tokens_first else ("slots", "D", "L")),
             ("past_indices", past_indices, s.past_index, ("past indices",)),
             ("norm_weight", norm_weight, s.norm, (s.V,)),
             ("norm_gate", norm_gate, s.norm_gate, (B, T, HV, s.V)),
@@ -71,7 +71,7 @@ class FakeFunction:
             q, k, v, g, beta, options, A_log, dt_bias, h0, indices, offsets, null_slot=null,
             has_initial_state=started, num_accepted_tokens=accepted, update_state=s.update, token_states=token_states,
             token_state_indices=token_rows,
-            conv=Convolution(taps, taps_bias, past, past_indices, s.tokens_first) if s.taps else None,
+            conv=Convolution(taps, taps_bias, past_states, past_indices, s.tokens_first) if s.taps else None,
             norm=GatedNorm(norm_gate, norm_weight, eps) if s.norm else None, state_scales=state_scales,
             rounding_seed=seed,
         )  # fmt: skip

@@ -41,10 +41,10 @@ class DecodeConfig(NamedTuple):
     def choose(cls, heads: int, K: int, V: int, narrow: bool, one_token: bool, sms: int) -> "DecodeConfig":
         """For `heads` = N * HV states of V rows of K on a GPU of `sms` multiprocessors.
 
-        Few states are split into many small CTAs that start at once. Many stream through shared memory, with several
-        tokens, where arithmetic counts, from fewer states on and in larger CTAs. Those of two bytes (`narrow`), with as
-        much arithmetic for half the bytes, take larger CTAs, so that a token's channels are prepared once for more
-        rows.
+        Few states are split into many small CTAs that start at once. Very many stream through shared memory, with
+        several tokens, where arithmetic counts, from fewer states on and in larger CTAs. Those of two bytes (`narrow`),
+        with as much arithmetic for half the bytes, take larger CTAs, so that a token's channels are prepared once for
+        more rows.
         """
         if K > 128 or V % 32:
             return cls()
@@ -56,7 +56,7 @@ class DecodeConfig(NamedTuple):
         elif narrow:
             best = cls(rows=32)
         elif one_token:
-            best = cls(rows=32, bulk=True) if ctas >= 16 else cls()
+            best = cls(rows=32, bulk=ctas >= 48) if ctas >= 1.4 else cls()
         else:
             best = cls(rows=32, bulk=True) if ctas >= 12 else cls(rows=64, ctas=3, bulk=True, together=2)
             best = best if ctas >= 1 else cls()
