@@ -86,7 +86,7 @@ class Consumer:
             warp, lane = p >> 5, p & 31
             col = 2 * (lane & 3)
             stage, tokens = chunk % STAGES, work.n_tokens - chunk * CHUNK
-            if cutlass.const_expr(spec.keeps):
+            if cutlass.const_expr(spec.keeps and spec.kept == "float32"):
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
             cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
@@ -102,6 +102,9 @@ class Consumer:
                 self.decay(S, decay, col, True)
             else:
                 self.invert_in_turn(shared, chunk, stage, group, warp, lane)
+            if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
+                self.hand_back(shared, owed, lane)
+                owed = Int32(-1)
             self.round(S, S_operand)
             self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
