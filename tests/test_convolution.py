@@ -12,7 +12,6 @@ from kda_kernels.api import Convolution, kda_conv
 from kda_kernels.errors import InputError, KdaError
 from kda_kernels.problem import Parts, Problem
 from kda_kernels.registry import get
-from kda_kernels.triton import convolution
 from kdacli.options import problem_from
 from kdacli.profile.measuring.traffic import traffic
 from kdacli.synthetic import make_inputs
@@ -114,9 +113,9 @@ def test_what_engines_pass(monkeypatch):
     assert (wide[:, D:] == 7).all()
 
 
-def test_a_batch_of_more_sequences_than_a_program_looks_at_in_one_go(monkeypatch):
-    monkeypatch.setattr(convolution, "MOST_SEQUENCES", 4)
-    assert_right(Call.make((1, 40, 0, 0, 2, 1, 1, 34, 3)), 4.5e-3)
+@pytest.mark.parametrize("lens", [(1,) * 17, (0, 0, 40, 0, 0), (33,)], ids=len)
+def test_each_program_finds_its_sequence(lens):
+    assert_right(Call.make(lens), 4.5e-3)
 
 
 def test_a_dense_batch_is_the_same_as_a_packed_one():

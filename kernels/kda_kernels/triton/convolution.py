@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kda_kernels.checks import check_inputs
 from kda_kernels.errors import InputError
-from kda_kernels.ints import cdiv, next_power_of_2
+from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Convolution, Inputs
 from kda_kernels.triton.common import cast, conv_taps, convolved, load_slot
@@ -25,41 +25,42 @@ from kda_kernels.triton.runtime import on_device, require_device
 
 C, GROUP = 32, 8  # tokens of a program, and of them those whose loads are in flight together
 BLOCK, WARPS = 256, 4  # channels of a program, 2 a thread: with 4 it takes 10% longer
-MOST_SEQUENCES = 1024  # that a program looks at in one go, to find its own
-NUMBERS = ("indices", "cu_seqlens", "has_initial_state", "sequences", "T", "slots", "null_slot", "stride_indices")
+# What no kernel is compiled for: one serves every batch, length, number of heads and pool.
+NUMBERS = (
+    *("indices", "cu_seqlens", "has_initial_state", "sequences", "halvings", "T", "slots", "null_slot"),
+    "stride_indices",
+)
 
 
 @triton.jit
-def _before(p_x, in_call, p_state, in_state, stride, channels, mask):
+def _before(p_x, in_call, p_state, in_state, channels, offsets, mask):
     """The token before some, fp32, from the call or from the sequence's state; zeros where it is in neither."""
     here = tl.load(p_x + channels, mask=(mask & in_call) != 0, other=0.0).to(tl.float32)
-    held = tl.load(p_state + channels * stride, mask=(mask & in_state) != 0, other=0.0).to(tl.float32)
+    held = tl.load(p_state + offsets, mask=(mask & in_state) != 0, other=0.0).to(tl.float32)
     return tl.where(in_call, here, held)
 
 
 @triton.jit
-def _tokens(p_x, mask, rows, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+def _tokens(p_x, stride, mask, rows, COUNT: tl.constexpr):
     """COUNT tokens as they lie in memory, those after `rows` as zeros."""
     found: tl.tuple = ()
     for i in tl.static_range(COUNT):
-        found = found + (tl.load(p_x + i * STRIDE, mask=(mask & (i < rows)) != 0, other=0.0),)
+        found = found + (tl.load(p_x, mask=(mask & (i < rows)) != 0, other=0.0),)
+        p_x += stride  # not i * stride: as many addresses would take registers
     return found
 
 
 @triton.jit
-def _sequence(cu_seqlens, sequences, T, i_p, C: tl.constexpr, NB: tl.constexpr):
-    """Of a program: its sequence, the first token of that, its length, and the program's first token in it."""
-    i_n = -1
-    first = 0
-    end = T
-    for n in range(0, sequences + 1, NB):
-        o_n = n + tl.arange(0, NB)
-        start = tl.load(cu_seqlens + o_n, mask=o_n <= sequences, other=0).to(tl.int32)
-        begun = (o_n <= sequences) & (start // C + o_n <= i_p)
-        i_n += tl.sum(begun.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(begun, start, 0), 0))
-        end = tl.minimum(end, tl.min(tl.where(begun | (o_n > sequences), T, start), 0))
-    return i_n, first, end - first, (i_p - (first // C + i_n)) * C
+def _sequence(cu_seqlens, sequences, halvings, i_p, C: tl.constexpr):
+    """Of a program its sequence, the last n with cu_seqlens[n] // C + n <= i_p."""
+    i_n = 0
+    end = sequences + 1
+    for _ in range(halvings):
+        middle = (i_n + end) // 2
+        begun = tl.load(cu_seqlens + middle).to(tl.int32) // C + middle <= i_p
+        i_n = tl.where(begun, middle, i_n)
+        end = tl.where(begun, end, middle)
+    return i_n
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -68,28 +69,28 @@ def convolution_kernel(
     out,  # [B, T, D], rows apart
     weight,  # [D, W]
     bias,  # [D] or None
-    states,  # [slots, D, L], with strides
+    states,  # [slots, L, D] or [slots, D, L]
     indices,  # [N]; None: sequence n has slot n
     cu_seqlens,  # [N + 1], or None for a dense batch
     has_initial_state,  # bool [N] or None
     sequences,
+    halvings,  # of the sequences, until one is left
     T,  # tokens per batch row
     slots,
     null_slot,
     stride_indices,
-    stride_x_s: tl.int64,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
-    stride_o_s: tl.int64,
     stride_n: tl.int64,  # of states, from slot to slot
-    D: tl.constexpr,
+    stride_e,  # of states, between what does not lie side by side: tokens or channels
+    D,
+    stride_x_s: tl.int64,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
+    stride_x_t,
+    stride_o_s: tl.int64,
+    stride_o_t,
     W: tl.constexpr,
-    STRIDE_X: tl.constexpr,  # from token to token: the model's, with which offsets are part of instructions
-    STRIDE_O: tl.constexpr,
-    STRIDE_C: tl.constexpr,  # of states, from channel to channel
-    STRIDE_L: tl.constexpr,  # from token to token
+    TOKENS_FIRST: tl.constexpr,  # channels lie side by side in a state
     C: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
-    NB: tl.constexpr,  # a power of 2 over `sequences`, or MOST_SEQUENCES
 ):
     """One program: C tokens, from `token` on, of sequence i_n, and a block of channels.
 
@@ -97,10 +98,15 @@ def convolution_kernel(
     batch: start // C + n is at least the number of programs of the sequences before n. What is behind the last of them
     counts as sequence N.
     """
-    BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    i_p = tl.program_id(0) // BLOCKS
+    blocks = tl.cdiv(D, BLOCK)
+    i_p = tl.program_id(0) // blocks
     if cu_seqlens is not None:
-        i_n, first, n_tokens, token = _sequence(cu_seqlens, sequences, T, i_p, C, NB)
+        i_n = _sequence(cu_seqlens, sequences, halvings, i_p, C)
+        first = tl.load(cu_seqlens + i_n).to(tl.int32)
+        n_tokens = T - first
+        if i_n < sequences:
+            n_tokens = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - first
+        token = (i_p - (first // C + i_n)) * C
     else:
         i_n = i_p // tl.cdiv(T, C)
         first = i_n
@@ -109,11 +115,11 @@ def convolution_kernel(
     rows = tl.minimum(n_tokens - token, C)
     if rows <= 0:
         return
-    channels = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    channels = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = channels < D
-    p_x = x + first * stride_x_s + token.to(tl.int64) * STRIDE_X
-    p_o = out + first * stride_o_s + token.to(tl.int64) * STRIDE_O + channels
-    raw = _tokens(p_x + channels, mask, rows, STRIDE_X, GROUP)  # on its way while the slot is looked up
+    p_x = x + first * stride_x_s + token.to(tl.int64) * stride_x_t
+    p_o = out + first * stride_o_s + token.to(tl.int64) * stride_o_t + channels
+    raw = _tokens(p_x + channels, stride_x_t, mask, rows, GROUP)  # on its way while the slot is looked up
     slot = i_n.to(tl.int64)
     if indices is not None:
         slot = load_slot(indices, tl.minimum(i_n, sequences - 1), stride_indices, null_slot)
@@ -122,42 +128,44 @@ def convolution_kernel(
         nothing = tl.full([BLOCK], tl.where(slot < 0, 0.0, float("nan")), tl.float32).to(out.dtype.element_ty)
         for _ in range(rows):
             tl.store(p_o, nothing, mask=mask)
-            p_o += STRIDE_O
+            p_o += stride_o_t
         return
 
     p_state = states + slot * stride_n
+    offsets = channels if TOKENS_FIRST else channels * stride_e
+    stride_l = stride_e if TOKENS_FIRST else 1
     inside = token > 0
     held = token == 0
     if has_initial_state is not None:
         held = held & (tl.load(has_initial_state + i_n) != 0)
-    x1 = _before(p_x - STRIDE_X, inside, p_state + (W - 2) * STRIDE_L, held, STRIDE_C, channels, mask)
+    x1 = _before(p_x - stride_x_t, inside, p_state + (W - 2) * stride_l, held, channels, offsets, mask)
     x2 = tl.zeros_like(x1)
     x3 = tl.zeros_like(x1)
     if W > 2:
-        x2 = _before(p_x - 2 * STRIDE_X, inside, p_state + (W - 3) * STRIDE_L, held, STRIDE_C, channels, mask)
+        x2 = _before(p_x - 2 * stride_x_t, inside, p_state + (W - 3) * stride_l, held, channels, offsets, mask)
     if W > 3:
-        x3 = _before(p_x - 3 * STRIDE_X, inside, p_state + (W - 4) * STRIDE_L, held, STRIDE_C, channels, mask)
+        x3 = _before(p_x - 3 * stride_x_t, inside, p_state + (W - 4) * stride_l, held, channels, offsets, mask)
     w0, w1, w2, w3, b = conv_taps(weight, bias, channels, mask, W)
     if token == 0:
         tl.debug_barrier()  # every warp has read what is overwritten now
         for i in tl.static_range(W - 1):
             back = (W - 1 - i) - n_tokens  # before the first token of the call, if it is over 0
-            p_new = p_x - back.to(tl.int64) * STRIDE_X + channels
+            p_new = p_x - back.to(tl.int64) * stride_x_t + channels
             new = tl.load(p_new, mask=(mask & (back <= 0)) != 0, other=0.0).to(tl.float32)
             new = tl.where(back == 1, x1, tl.where(back == 2, x2, tl.where(back == 3, x3, new)))
-            p = p_state + i * STRIDE_L + channels * STRIDE_C
+            p = p_state + i * stride_l + offsets
             tl.store(p, cast(new, p.dtype.element_ty), mask=mask)
 
     p_x += channels
     for t in range(0, rows, GROUP):
-        p_x += GROUP * STRIDE_X
-        following = _tokens(p_x, mask, rows - t - GROUP, STRIDE_X, GROUP)
+        p_x += GROUP * stride_x_t
+        following = _tokens(p_x, stride_x_t, mask, rows - t - GROUP, GROUP)
         for i in tl.static_range(GROUP):
             x0 = raw[i].to(tl.float32)
             y = convolved(x0, x1, x2, x3, w0, w1, w2, w3, b)
-            tl.store(p_o + i * STRIDE_O, cast(y, p_o.dtype.element_ty), mask=(mask & (t + i < rows)) != 0)
+            tl.store(p_o, cast(y, p_o.dtype.element_ty), mask=(mask & (t + i < rows)) != 0)
+            p_o += stride_o_t
             x1, x2, x3 = x0, x1, x2
-        p_o += GROUP * STRIDE_O
         raw = following
 
 
@@ -179,29 +187,27 @@ def launch_convolution(
     T, D = x.shape[-2:]
     if not x.numel():
         return
-    x_t, o_t = x.stride(-2), out.stride(-2)
-    if cu_seqlens is None:
-        N, steps = x.shape[0], (x.stride(0), out.stride(0), conv.states.stride(0))
-        programs = N * cdiv(T, C)
-    else:
-        N, steps = cu_seqlens.shape[0] - 1, (x_t, o_t, conv.states.stride(0))
-        programs = T // C + N + 1
+    x_t, o_t, packed = x.stride(-2), out.stride(-2), cu_seqlens is not None
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if not N:
         out.zero_()
         return
-    inner = conv.entries[2:]
-    constants = (D, conv.width, x_t, o_t, *inner, C, GROUP, BLOCK, min(next_power_of_2(N + 1), MOST_SEQUENCES))
+    programs = T // C + N + 1 if packed else N * cdiv(T, C)
+    _, _, channel, token = conv.entries
     typed = (x, out, conv.weight, conv.bias, conv.states, indices, cu_seqlens, has_initial_state)
+    numbers = (
+        N, N.bit_length(), T, conv.states.shape[0], -1 if null_slot is None else null_slot,
+        1 if indices is None else indices.stride(0),
+    )  # fmt: skip
+    apart = conv.states.stride(0), token if channel == 1 else channel
+    steps = (D, x_t if packed else x.stride(0), x_t, o_t if packed else out.stride(0), o_t)
+    constants = (conv.width, channel == 1, C, GROUP, BLOCK)
     kind = None
     if usual(typed[:5], steps, (T,)):
-        kind = (x.device, constants, tuple(map(dtype_of, typed)))
+        kind = (x.device, constants, *((n % 16 == 0, n == 1) for n in apart), tuple(map(dtype_of, typed)))
     with stage("convolution"), on_device(x):
         launch(
-            convolution_kernel, (cdiv(D, BLOCK) * programs,), kind,
-            (
-                *typed, N, T, conv.states.shape[0], -1 if null_slot is None else null_slot,
-                1 if indices is None else indices.stride(0), *steps, *constants,
-            ),
+            convolution_kernel, (cdiv(D, BLOCK) * programs,), kind, (*typed, *numbers, *apart, *steps, *constants),
             num_warps=WARPS,
         )  # fmt: skip
 
