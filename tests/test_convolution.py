@@ -12,6 +12,7 @@ from kda_kernels.api import Convolution, kda_conv
 from kda_kernels.errors import InputError, KdaError
 from kda_kernels.problem import Parts, Problem
 from kda_kernels.registry import get
+from kda_kernels.triton import convolution
 from kdacli.options import problem_from
 from kdacli.profile.measuring.traffic import traffic
 from kdacli.synthetic import make_inputs
@@ -126,6 +127,21 @@ def test_a_dense_batch_is_the_same_as_a_packed_one():
     call.conv.states.copy_(before)
     assert torch.equal(kda_conv(dense, call.conv).flatten(0, 1), packed[:68])
     assert torch.equal(call.conv.states, after)
+
+
+def test_one_kernel_serves_every_batch_length_and_number_of_heads(monkeypatch):
+    """What `launch` compiles separately is told by `kind`: none where Triton looks at the arguments itself."""
+    kinds = set()
+    monkeypatch.setattr(convolution, "launch", lambda kernel, grid, kind, arguments, **options: kinds.add(kind))
+    for lens in ((1,), (7,) * 33, (8192,), (0, 513)):
+        for heads, slots in ((1, 40), (12, 600)):
+            x = torch.empty(sum(lens) + 1, 3 * heads * 128, dtype=torch.bfloat16, device=DEVICE)
+            conv = Convolution(x.new_empty(x.shape[1], 4), None, x.new_empty(slots, 3, x.shape[1]), None, True)
+            ends = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
+            for rows in (slice(None), slice(0, x.shape[1] // 3)):  # q alone
+                part = dataclasses.replace(conv, weight=conv.weight[rows], states=conv.states[:, :, rows])
+                kda_conv(x[:, rows], part, cu_seqlens=ends)
+    assert len(kinds) == 1 and None not in kinds
 
 
 def test_tokens_of_no_sequence_become_zeros():

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kda_kernels.dtypes import FLOATS
 from kda_kernels.errors import InputError, UnavailableError, one_line
-from kda_kernels.problem import Op, Problem
+from kda_kernels.problem import Op, Parts, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
 from kda_kernels.variant import Built, Variant
@@ -184,7 +185,7 @@ def serving(problem: Problem) -> dict[str, Problem]:
         asked["resumed checkpoints"] = asked["resumed"] | asked["checkpoints"]
     if problem.op is Op.GATE:
         counts, asked = (1,), {}
-    return {
+    found = {
         " ".join(filter(None, (f"N={count}", "packed" if packed else "dense", name))): dataclasses.replace(
             problem,
             seq_lens=(several if name else tokens,) * count,
@@ -196,6 +197,14 @@ def serving(problem: Problem) -> dict[str, Problem]:
         for packed in (True, False)
         for count in counts
     }
+    if problem.op is Op.PREFILL and problem.parts is None:  # what engines call before it, the same for all batches
+        for dtype in CONV_WEIGHTS:
+            parts = Parts(norm=False, weight_dtype=dtype)
+            found[f"{FLOATS[dtype].short} weight"] = dataclasses.replace(found["N=1 packed resumed"], parts=parts)
+    return found
+
+
+CONV_WEIGHTS = ("float32", "bfloat16")  # as engines keep them, and as models do
 
 
 _VERIFY = {"update_state", "token_states", "token_state_indices"}
