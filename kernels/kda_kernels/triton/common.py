@@ -187,12 +187,19 @@ def convolved(x0, x1, x2, x3, w0, w1, w2, w3, bias):
     return y * sigmoid(y)
 
 
-# Triton merges the globals of a called function before it hashes that function, so that a kernel's key in the cache
-# depends on what was hashed earlier in the process. With the called functions hashed first, always, it does not: a
-# launch finds what `kda compile` made, whatever ran before it.
-for _function in list(globals().values()):  # in order of definition
-    if isinstance(_function, triton.JITFunction):
-        _function.cache_key  # noqa: B018
+def hash_now(names):
+    """Hashes the functions of a module, in order of definition: for the end of one whose functions others call.
+
+    Triton merges the globals of a called function before it hashes that function, so that a kernel's key in the cache
+    depends on what was hashed earlier in the process. With the called functions hashed first, always, it does not: a
+    launch finds what `kda compile` made, whatever ran before it.
+    """
+    for function in list(names.values()):
+        if isinstance(function, triton.JITFunction):
+            function.cache_key  # noqa: B018
+
+
+hash_now(globals())
 
 
 @triton.jit
