@@ -1,6 +1,7 @@
 """A call, checked and run: what the public functions share with the operators that stand for them when traced."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -88,8 +89,6 @@ def run_conv(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """`kda_kernels.convolution.kda_conv` of tensors that have memory."""
-    from kda_kernels.triton.convolution import launch_convolution  # imports Triton, which other calls may not need
-
     N = _check_conv(mixed_qkv, conv, cu_seqlens, has_initial_state, out)
     if values_checked(mixed_qkv):
         if cu_seqlens is not None:
@@ -98,8 +97,16 @@ def run_conv(
         live = [-1 if slot < 0 or slot == null_slot else slot for slot in slots]
         check_conv_slots(conv, live, "conv.indices")
     made = torch.empty_like(mixed_qkv, memory_format=torch.contiguous_format) if out is None else out
-    launch_convolution(mixed_qkv, made, conv, conv.indices, cu_seqlens, has_initial_state, null_slot)
+    _launch_convolution()(mixed_qkv, made, conv, conv.indices, cu_seqlens, has_initial_state, null_slot)
     return made
+
+
+@functools.cache
+def _launch_convolution() -> Callable[..., None]:
+    """What needs Triton, which other calls may not; an import takes 2 us even where it has been made."""
+    from kda_kernels.triton.convolution import launch_convolution
+
+    return launch_convolution
 
 
 def _check_conv(
@@ -125,7 +132,9 @@ def _check_conv(
         if has_initial_state.shape != (N,):
             raise shape_error("has_initial_state", has_initial_state, f"[N] = [{N}], one for each sequence")
         check_contiguous("has_initial_state", has_initial_state)
-    for name, t in (("mixed_qkv", x), ("out", x if out is None else out)):
+    for name, t in (("mixed_qkv", x), ("out", out)):
+        if t is None:
+            continue
         if t.shape != x.shape or t.dtype is not x.dtype or t.device != x.device:
             found = f"is {t.dtype} {list(t.shape)} on {t.device}"
             raise InputError(name, found, f"it should be {x.dtype} {list(x.shape)} on {x.device}, as mixed_qkv")
