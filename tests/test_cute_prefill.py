@@ -125,6 +125,7 @@ CASES = {
     "as many heads": lambda: plain(EDGES, H=2),
     "one head": lambda: plain([161], HV=1),
     "three heads": lambda: pooled([161, 0, 100], HV=3),
+    "48 heads": lambda: pooled([161, 0, 100], HV=48),  # more units than SMs
     "32 of one length": lambda: pooled([CHUNK + 1] * 32, slots=range(32), P=32),
     "32 of many lengths": lambda: pooled([*EDGES, *EDGES, *EDGES, 7, 200], slots=range(31, -1, -1), P=32),
     "33": lambda: pooled([*EDGES, *EDGES, *EDGES, 7, 200, 0], slots=range(33), P=33),

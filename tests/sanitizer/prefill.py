@@ -1,4 +1,4 @@
-"""A whole and a split prefill of a few tokens, and a whole one that keeps states on the way, gates with and without a
+"""A whole and a split prefill of few tokens, and a whole one that keeps states on the way, gates with and without a
 bound, bf16 and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them all:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
@@ -25,7 +25,7 @@ KINDS = (("safe", "bfloat16"), ("softplus", "bfloat16"), ("softplus", "float16")
 WAYS = {
     "whole": ((70, 0, 33, 1), None),
     "kept": ((200, 64), None),
-    "split": ((200, 20), Split(lead=64, segment=64, limit=256)),
+    "split": ((2300, 20), Split(lead=448, segment=448, limit=2304)),  # all stages of the join, more than once
 }
 
 

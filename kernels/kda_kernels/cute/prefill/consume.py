@@ -569,10 +569,10 @@ class Consumer:
 
     @cute.jit
     def stage(self, rounded, buffer, warp: Int32, lane: Int32):
-        """32 columns of accumulators, rounded, as rows of a tile of 64 value channels."""
+        """Columns of accumulators, rounded, as rows of a tile of 64 value channels."""
         words = cute.recast_tensor(rounded, Int32)
         target = buffer + swizzled((lane >> 4) * 8 + (lane & 7), 2 * warp + (lane >> 3 & 1), 8, self.element)
-        for j in cutlass.range_constexpr(0, CHUNK // 8, 2):
+        for j in cutlass.range_constexpr(0, cute.size(rounded) // 4, 2):
             store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
 
     @cute.jit
@@ -709,30 +709,32 @@ class Consumer:
 
     @cute.jit
     def write_out(
-        self, source, atoms, tiles, o, work: Work, group: Int32, half: Int32, chunk: Int32, tokens: Int32, p: Int32
+        self, source, atoms, tiles, o, work: Work, group: Int32, half: Int32, chunk: Int32, tokens: Int32, p: Int32,
+        rows: cutlass.Constexpr[int] = CHUNK,
     ):  # fmt: skip
-        """From `source` to where it belongs: by TMA, but for a last chunk of fewer tokens.
+        """From `source` to where it belongs: by TMA, but for a last chunk of fewer tokens than `rows`.
 
         Args: atoms, tiles: of o, and of reads if there are any. group: the warpgroup. half: of the value channels.
         """
         warp = p >> 5
         cute.arch.fence_proxy("async.shared", space="cta")  # here: before the wait for products it crashes the compiler
         self.own_buffer(group, warp)  # the other one, if there are two: what is in it has gone
-        if tokens >= CHUNK or work.kind == 1:
+        if tokens >= rows or work.kind == 1:
             if warp == 0:
                 if work.kind == 0:
-                    here, there = by_chunk(atoms[0], tiles[0][None, None, work.i_hv, work.b], source, work.first, 64)
+                    there = tiles[0][None, None, work.i_hv, work.b]
+                    here, there = by_chunk(atoms[0], there, source, work.first, 64, rows)
                     cute.copy(atoms[0], here, there[None, chunk, half])
                 if cutlass.const_expr(self.spec.part.splits):
                     if work.kind == 1:
-                        rows = work.unit * work.segment
-                        here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv], source, rows, 64)
+                        first = work.unit * work.segment
+                        here, there = by_chunk(atoms[1], tiles[1][None, None, work.i_hv], source, first, 64)
                         cute.copy(atoms[1], here, there[None, chunk, half])
                 cute.arch.cp_async_bulk_commit_group()
         else:
             offset = (
                 Int64(work.b) * o.stride[0]
-                + Int64(work.first + chunk * CHUNK) * o.stride[1]
+                + Int64(work.first + chunk * rows) * o.stride[1]
                 + Int64(work.i_hv) * o.stride[2]
             )
             for row in cutlass.range(p >> 3, tokens, 16, unroll=1):
