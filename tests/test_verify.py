@@ -84,6 +84,7 @@ def test_plain_kernels_pass_every_case(name):
         ("triton-decode", "decode-pool-gaps"),
         ("triton-decode", "decode-mixed-dtypes"),
         ("triton-prefill", "prefill-pool"),
+        ("triton-prefill", "prefill-conv-fp32"),
         ("triton-prefill", "prefill-cut-off"),
         ("triton-prefill", "prefill-then-decode"),
         ("triton-gate", "gate-row-strided"),
@@ -93,6 +94,7 @@ def test_triton_kernels_pass(kernel_name, case):
     result = kda("--kernel", kernel_name, "--case", case, "--device", "auto")
     assert result.exit_code == 0, result.output
     assert "1 check: 1 passed" in result.output
+    assert ("its convolution rounds" in result.output) == ("conv" in case)
 
 
 def test_shape_flags_take_the_place_of_the_table():

@@ -25,10 +25,12 @@ def report(outcome: Outcome, json_dest: str | None, junit: str | None, verbose: 
     title = f"Relative errors against the fp64 oracle, on {describe(wanted.device)}"
     title = title if wanted.params["dump"] else f"{title}, seed {wanted.seed}"
     tables.print_results(outcome.results, outcome.not_run, title, verbose)
+    with_conv = {name for name, case in outcome.cases.items() if "conv" in case.problem.features}
+    convolved = {kernel_of(result) for result in outcome.results if result.case in with_conv}
     for kernel in outcome.kernels:
         if kernel.carried_state:
             say(f"{kernel.name} declares that it carries states in {kernel.carried_state}: they are judged as such")
-        if kernel.rounded_convolution:
+        if kernel.rounded_convolution and kernel.name in convolved:
             say(f"{kernel.name} declares that its convolution rounds what it gives: results are judged as such")
     for line in outcome.searched:
         say(line)
