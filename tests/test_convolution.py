@@ -147,6 +147,8 @@ def test_one_kernel_serves_every_batch_length_and_number_of_heads(monkeypatch):
 def test_tokens_of_no_sequence_become_zeros():
     call = Call.make(())
     assert torch.equal(call.run(), torch.zeros_like(call.mixed_qkv)) and len(call.mixed_qkv) == 5
+    nothing = call.mixed_qkv[:0]
+    assert kda_conv(nothing, call.conv, cu_seqlens=call.cu_seqlens, out=nothing.clone()).shape == (0, D)
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])

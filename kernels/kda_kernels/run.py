@@ -143,7 +143,7 @@ def _check_conv(
         if t.stride(-2) >= _MOST_APART and t.shape[-2] > 1:
             found = f"has stride {t.stride(-2)} between tokens"
             raise InputError(name, found, f"it should be under {_MOST_APART}")
-    if out is not None and out.data_ptr() == x.data_ptr():
+    if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise InputError("out", "is mixed_qkv", "it should be memory of its own: tokens are read more than once")
     return N
 
