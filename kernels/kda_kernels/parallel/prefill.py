@@ -156,7 +156,7 @@ def _likeness(inputs: Inputs, out: torch.Tensor | None, kernel: str | None) -> t
 
 
 class Call:
-    """A rank's share of one call: `start`, `run_others` and `finish`, between which ranks exchange; or `run_chained`."""
+    """A rank's share of one call: `start`, `run_others` and `finish`, among which ranks exchange; or `run_chained`."""
 
     def __init__(
         self, inputs: Inputs, context: ContextParallel, o: torch.Tensor, kernel: str | None, alike: LastCall
