@@ -151,10 +151,10 @@ def lane_sum(x: Float32, lanes: cutlass.Constexpr[int]) -> Float32:
 
 @dsl_user_op
 def load_now(x: cute.Tensor, at: tuple, *, loc=None, ip=None):
-    """x[at], of 16 to 64 bits, asked for here: a plain load moves to where the compiler finds its value first used."""
+    """x[at], of 16 or 32 bits, asked for here: a plain load moves to where the compiler finds its value first used."""
     first = x.iterator + cute.crd2idx(at, x.layout, loc=loc, ip=ip)
     bits = x.element_type.width
-    word, letter = {16: (T.i16(), "h"), 32: (T.i32(), "r"), 64: (T.i64(), "l")}[bits]
+    word, letter = {16: (T.i16(), "h"), 32: (T.i32(), "r")}[bits]
     result = llvm.inline_asm(
         word, [first.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)], f"ld.global.b{bits} $0, [$1];", f"={letter},l",
         has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,

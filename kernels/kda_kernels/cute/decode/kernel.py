@@ -165,16 +165,6 @@ class DecodeKernel:
         work = self.work(q, state_indices, cu_seqlens, accepted, first_n)
         memory = Memory(h0, ht, state_indices, state_scales, token_states, token_rows, started, null_slot)
 
-        # What waits for nothing, while the slot is on its way. The arrival ends the block of code with the slot's load:
-        # the compiler would put the addresses of all other loads ahead of it.
-        smem, tile, outputs = SmemAllocator(), None, None
-        if cutlass.const_expr(self.bulk):
-            tile = self.begin_tile(smem, h0.element_type, work)
-        if cutlass.const_expr(spec.norm is not None):
-            outputs = self.norm.begin(smem, work)
-        if cutlass.const_expr(spec.cluster is not None):
-            cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
-
         # Loads are issued in the order in which they are waited for, and nothing is made of a value before all are on
         # their way: the channels of the first tokens do not wait for the slot, and the state only for the slot. A
         # branch among them, or a plain load, and the compiler puts most of the state's behind the gates.
@@ -202,6 +192,15 @@ class DecodeKernel:
             keys = tuple(Uint32(load_now(words, (i,))) for i in range(2))
         asked = Asked(tokens, raw, gate, norm_gate, factors, weights, keys)
 
+        # what does not wait for the slot, while it is on its way
+        smem, tile, outputs = SmemAllocator(), None, None
+        if cutlass.const_expr(self.bulk):
+            tile = self.begin_tile(smem, h0.element_type, work)
+        if cutlass.const_expr(spec.norm is not None):
+            outputs = self.norm.begin(smem, work)
+        if cutlass.const_expr(spec.cluster is not None):
+            cute.arch.cluster_arrive_relaxed()  # this CTA is there: others may write to its shared memory
+
         # an empty sequence leaves its slot of a pool alone, but a state that is not in place still has to be copied
         live = work.n_tokens > 0 if cutlass.const_expr(spec.pooled) else True
         if self.lost(work, memory, past):
@@ -219,15 +218,15 @@ class DecodeKernel:
         i_slice, i_hv, i_n = cute.arch.block_idx()  # in this order, so that a state's CTAs start together
         if cutlass.const_expr(spec.many):
             i_n = i_n + first_n
-        slot, column = Int64(i_n), Int32(0)
-        if cutlass.const_expr(spec.accepted is not None):
-            column = cutlass.min(cutlass.max(Int32(accepted[i_n]) - 1, 0), Int32(state_indices.shape[1]) - 1)
-            slot = self.unsigned(load_now(state_indices, (i_n, column)))
-        elif cutlass.const_expr(spec.pooled):
-            slot = self.unsigned(load_now(state_indices, (i_n,)))
         i_h, lane = i_hv // spec.group, tid % 32
         row = i_slice * self.rows + tid // 32 * self.states.of_warp + lane // LANES
         col = (lane % LANES) * spec.vector
+        slot, column = Int64(i_n), Int32(0)
+        if cutlass.const_expr(spec.accepted is not None):
+            column = cutlass.min(cutlass.max(Int32(accepted[i_n]) - 1, 0), Int32(state_indices.shape[1]) - 1)
+            slot = self.unsigned(state_indices[i_n, column])
+        elif cutlass.const_expr(spec.pooled):
+            slot = self.unsigned(state_indices[i_n])
         b, first, n_tokens = i_n, Int32(0), Int32(1 if spec.one_token else q.shape[1])
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
@@ -300,8 +299,7 @@ class DecodeKernel:
         rounding = Rounding(scales, odd, asked.keys, Uint32(work.slot), work.i_hv * spec.V + work.row)
         if cutlass.const_expr(not self.bulk and (spec.ht is not None or self.in_place)):
             target = self.start(states, work.slot, None, inside)
-        beta = cute.make_rmem_tensor(1, Float32)
-        run = Run(work, memory, o, scale, beta, shared, outputs, rounding, S, tile, begun, target, inside)
+        run = Run(work, memory, o, scale, shared, outputs, rounding, S, tile, begun, target, inside)
         if cutlass.const_expr(spec.one_token):
             self.one_token(run, asked, past, window)
         else:
@@ -316,12 +314,10 @@ class DecodeKernel:
     @cute.jit
     def one_token(self, run: Run, asked: Asked, past: Past | None, window):
         work, none = run.work, Int32(0)
-        if cutlass.const_expr(self.spec.cluster is not None and not self.waits):
-            self.meet()  # while the state is on its way; it also keeps the state's loads ahead of the channels
         self.prepare(run, asked, window, work.n_tokens)
         if cutlass.const_expr(self.shifts_early):
             self.windows.keep(past, window[0], 0, self.leads(work), work.tid)
-        if cutlass.const_expr(self.waits):
+        if cutlass.const_expr(self.spec.cluster is not None):
             self.meet()
         self.recur(run, none, work.n_tokens)
         self.store_last(run)
@@ -471,12 +467,6 @@ class DecodeKernel:
     def prepare(self, run: Run, asked: Asked, window, count: Int32):
         """What the rows of a state need of a block's tokens, `count` of which are left, into shared memory."""
         spec, shared, tid = self.spec, run.shared, run.work.tid
-        beta = asked.raw.beta[0].to(Float32)
-        if cutlass.const_expr(spec.beta_is_logit):
-            beta = sigmoid(beta, spec.exact)
-            if cutlass.const_expr(spec.allow_neg_eigval):
-                beta = 2.0 * beta
-        run.beta[0] = beta  # of a lone token; of several each thread has another's
         A = rate(asked.gate.A_log, spec.exact)
         for j in cutlass.range_constexpr(spec.block):
             if cutlass.const_expr(j == 0):
@@ -484,10 +474,17 @@ class DecodeKernel:
             else:
                 if j < count:
                     self.prepare_token(shared, asked, A, window, j, tid)
+        if tid < spec.block:
+            beta = asked.raw.beta[0].to(Float32)
+            if cutlass.const_expr(spec.beta_is_logit):
+                beta = sigmoid(beta, spec.exact)
+                if cutlass.const_expr(spec.allow_neg_eigval):
+                    beta = 2.0 * beta
+            shared.scalars[3, tid] = beta
         cute.arch.sync_threads()
         if cutlass.const_expr(spec.block > 1):
             if tid < cutlass.min(count, spec.block):
-                for i, x in enumerate(self.scalars(shared, run.scale, beta, tid)):
+                for i, x in enumerate(self.scalars(shared, run.scale, tid)):
                     shared.scalars[i, tid] = x
             cute.arch.sync_threads()
 
@@ -521,7 +518,7 @@ class DecodeKernel:
                 shared.sums[i * self.warps + tid // 32, j] = parts[i]
 
     @cute.jit
-    def scalars(self, shared: Shared, scale: Float32, beta: Float32, j):
+    def scalars(self, shared: Shared, scale: Float32, j):
         """Of token j: the factors of q and k, being their norms and the scale; their product times k.q; beta."""
         words = shared.sums[None, j].load()
         qq, kk, qk = (
@@ -530,7 +527,7 @@ class DecodeKernel:
         norm_q, norm_k = scale, Float32(1.0)
         if cutlass.const_expr(self.spec.qk_l2norm):
             norm_q, norm_k = scale * rsqrt(qq + L2_EPS, self.spec.exact), rsqrt(kk + L2_EPS, self.spec.exact)
-        return norm_q, norm_k, qk * norm_k * norm_q, beta
+        return norm_q, norm_k, qk * norm_k * norm_q, shared.scalars[3, j]
 
     @cute.jit
     def recur(self, run: Run, done: Int32, count: Int32):
@@ -545,7 +542,7 @@ class DecodeKernel:
         else:
             held = None
             if cutlass.const_expr(spec.one_token and spec.K <= 128):
-                held = self.scalars(shared, run.scale, run.beta[0], 0), self.all_columns(shared, run.work.lane, 0)
+                held = self.scalars(shared, run.scale, 0), self.all_columns(shared, run.work.lane, 0)
             for i in cutlass.range(spec.pieces, unroll=1):  # a loop: less code than the instruction cache holds
                 self.piece(run, i, held, done, count)
 
@@ -613,7 +610,7 @@ class DecodeKernel:
         if cutlass.const_expr(held is not None):
             norm_q, norm_k, qk, beta = held[0]
         elif cutlass.const_expr(spec.one_token):
-            norm_q, norm_k, qk, beta = self.scalars(shared, run.scale, run.beta[0], 0)
+            norm_q, norm_k, qk, beta = self.scalars(shared, run.scale, 0)
         else:
             words = shared.scalars[None, j].load()
             norm_q, norm_k, qk, beta = (words[i] for i in range(4))

@@ -86,9 +86,6 @@ class Norm:
     def write(self, o: cute.Tensor, outputs: Outputs, factors: Factors, work: Work, done: Int32, count: Int32):
         """What comes out for a block of tokens: `done` are before them, and `count` are left."""
         block = self.spec.block
-        scales = cute.make_rmem_tensor(block, Float32)  # made while others' outputs are waited for
-        for j in cutlass.range_constexpr(block):
-            scales[j] = factors.weight[0].to(Float32) * sigmoid(factors.gates[j].to(Float32), self.spec.exact)
         if cutlass.const_expr(self.remote):
             number = done // block
             half = number % 2 if cutlass.const_expr(self.halves == 2) else 0
@@ -100,15 +97,14 @@ class Norm:
             cute.arch.sync_threads()
         for j in cutlass.range_constexpr(block):
             if cutlass.const_expr(j == 0):
-                self.write_token(o, outputs, scales[j], factors.eps, work, done, j)
+                self.write_token(o, outputs, factors, work, done, j)
             else:
                 if j < count:
-                    self.write_token(o, outputs, scales[j], factors.eps, work, done, j)
+                    self.write_token(o, outputs, factors, work, done, j)
 
     @cute.jit
     def write_token(
-        self, o: cute.Tensor, outputs: Outputs, scale: Float32, eps: Float32, work: Work, done: Int32,
-        j: cutlass.Constexpr[int],
+        self, o: cute.Tensor, outputs: Outputs, factors: Factors, work: Work, done: Int32, j: cutlass.Constexpr[int]
     ):  # fmt: skip
         V, tid, lane, exact, place = self.spec.V, work.tid, work.lane, self.spec.exact, self.place(done, j)
         squares = Float32(0.0)
@@ -117,8 +113,9 @@ class Norm:
             if cutlass.const_expr((i + 1) * 32 > V):
                 x = Float32(cutlass.select_(lane + i * 32 < V, x, Float32(0.0)))
             squares += x * x
-        norm = rsqrt(lane_sum(squares, 32) * (1.0 / V) + eps, exact)
+        norm = rsqrt(lane_sum(squares, 32) * (1.0 / V) + factors.eps, exact)
         if tid < self.rows:
             row = self.row(work)
-            value = (outputs.words[row, place] * norm) * scale
+            gate = sigmoid(factors.gates[j].to(Float32), exact)
+            value = (outputs.words[row, place] * norm) * (factors.weight[0].to(Float32) * gate)
             o[work.b, work.first + done + j, work.i_hv, row] = value.to(o.element_type)

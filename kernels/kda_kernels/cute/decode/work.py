@@ -114,7 +114,7 @@ class Shared:
     Attributes:
         channels: q, k and decays of all channels [width, block]. sums: of each warp, over its channels.
         values: v [threads, block]. scalars: those of `DecodeKernel.scalars` [4, block]; a lone token's are made by
-            each thread.
+            each thread, but for beta.
     """
 
     channels: tuple[cute.Tensor, cute.Tensor, cute.Tensor]
@@ -163,7 +163,6 @@ class Run:
     """What stays the same through all tokens of a sequence.
 
     Attributes:
-        beta: of a lone token [1].
         S: this thread's rows of the state, where registers hold them through all tokens. tile: where shared memory
             does. begun: whether the sequence has a state; if not, it begins with zeros.
         target: where this thread's part of the state of the last token goes, with `tile` this CTA's; or None.
@@ -174,7 +173,6 @@ class Run:
     memory: Memory
     o: cute.Tensor
     scale: Float32
-    beta: Values
     shared: Shared
     outputs: Outputs | None
     rounding: Rounding
