@@ -153,6 +153,7 @@ class JoinKernel(PrefillKernel):
         if ends:
             index, found = count + 1, found and count > 0
         else:
+            found = found and index <= count  # of dense sequences a round may have fewer units than there is room for
             offset = lead + (index - 1) * segment
             before, n_tokens = unit - (index - 1), cutlass.min(here - offset, segment)
             first = first + (begin + offset)
