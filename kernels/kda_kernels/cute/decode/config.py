@@ -56,7 +56,7 @@ class DecodeConfig(NamedTuple):
         elif narrow:
             best = cls(rows=32)
         elif one_token:
-            best = cls(rows=32, bulk=ctas >= 48) if ctas >= 1.4 else cls()
+            best = cls(rows=32, bulk=ctas >= 48) if ctas >= 2 else cls()
         else:
             best = cls(rows=32, bulk=True) if ctas >= 12 else cls(rows=64, ctas=3, bulk=True, together=2)
             best = best if ctas >= 1 else cls()
