@@ -94,6 +94,12 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(("change", "parts"), [("usual", 1), ("2 sigmoid", 2), ("given", 2), ("given, no bound", 2)])
+def test_the_inverse_is_in_two_parts_where_beta_may_be_over_one(change, parts):
+    problem = dataclasses.replace(PREFILL, **CHANGES[change])
+    assert prefill_functions.problem_spec(problem, Part.WHOLE).inverse_parts == parts
+
+
 @no_gpu
 @pytest.mark.parametrize("part", [Part.WHOLE, Part.SPLIT])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))

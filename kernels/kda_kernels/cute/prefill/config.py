@@ -98,8 +98,11 @@ class PrefillSpec:
 
     @property
     def inverse_parts(self) -> int:
-        """Of bf16. With beta up to 2 and alike keys the inverse's entries do not fade, and add up over a sequence."""
-        return 2 if self.allow_neg_eigval else 1
+        """Of bf16. With beta up to 2 and alike keys the inverse's entries do not fade, and add up over a sequence.
+
+        A beta that is given may be as large.
+        """
+        return 2 if self.allow_neg_eigval or not self.beta_is_logit else 1
 
     @property
     def keeps(self) -> bool:
