@@ -35,6 +35,7 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.host-time/1": parts.host_time,
     "kda.prefill-grid/1": parts.prefill_grid,
     "kda.capture/1": functools.partial(parts.as_they_are, "A captured decode loop"),
+    "kda.convolution/1": functools.partial(parts.as_they_are, "Convolutions of prompts"),
     "kda.engine-layers/2": functools.partial(parts.as_they_are, "The KDA part of engines' layers"),
 }
 
