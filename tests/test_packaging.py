@@ -246,7 +246,7 @@ def test_the_readmes_example_runs():
     example = example.replace("H, K, V, slots = 12,", "H, K, V, slots = 1,")
     if not torch.cuda.is_available():
         example = example.replace('"cuda"', '"cpu"')
-    example += "assert o.shape == (2, 1, H, V) and o.isfinite().all() and pool[slot.long()].count_nonzero() > 0\n"
+    example += "assert o.shape == (1, 170, H, V) and o.isfinite().all() and pool[slot.long()].count_nonzero() > 0\n"
     example += "assert y.shape == (2, H, V) and y.isfinite().all() and windows[slot.long()].count_nonzero() > 0\n"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     env = os.environ | {"PYTHONPATH": paths}

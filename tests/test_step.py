@@ -314,12 +314,11 @@ def test_who_declares_that_its_convolution_rounds_is_judged_so():
 
 def test_fused_steps_of_engines_are_given_the_projection_itself():
     inputs = make((1,) * 3, packed=False, HV=1, V=16)
-    parts = [rows_of(x) for x in (inputs.q, inputs.k, inputs.v)]
-    rows = side_by_side(*parts)
-    assert rows.data_ptr() == inputs.q.data_ptr() and rows.shape == (3, 48)
-    assert torch.equal(rows, torch.cat(parts, 1)) and torch.equal(
-        side_by_side(parts[0], parts[1].clone(), parts[2]), rows
-    )
+    q, k, v = inputs.q, inputs.k, inputs.v
+    rows = side_by_side(q, k, v)
+    assert rows.data_ptr() == q.data_ptr() and rows.shape == (3, 48)
+    assert torch.equal(rows, torch.cat([rows_of(x) for x in (q, k, v)], 1))
+    assert torch.equal(side_by_side(q, k.clone(), v), rows)
     weight = inputs.conv.weight
     for _ in range(2):  # each of the two is made once, and neither is taken for the other
         assert torch.equal(derived(weight, sglang_step.by_tap)[1, 2], weight[16:32, 2].float())

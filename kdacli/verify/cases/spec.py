@@ -156,21 +156,20 @@ def renamed(case: Case) -> str:
 
 def changed(old: Case, new: Case) -> list[str]:
     """The fields in which two cases differ, by their names here."""
-    return [
-        key
-        for key, f in FIELDS.items()
-        if getattr(_part(old, f.part), f.name, None) != getattr(_part(new, f.part), f.name, None)
-    ]
+    return [key for key, field in FIELDS.items() if _value(old, field, new) != _value(new, field, old)]
 
 
 def _changes(base: Case, case: Case) -> str:
-    fields = ((key, FIELDS[key]) for key in changed(base, case))
-    return "/".join([base.name, *(f"{key}={_text(getattr(_part(case, f.part), f.name))}" for key, f in fields)])
+    values = ((key, _value(case, FIELDS[key], base)) for key in changed(base, case))
+    return "/".join([base.name, *(f"{key}={_text(value)}" for key, value in values)])
 
 
-def _part(case: Case, part: str) -> Any:
+def _value(case: Case, field: Field, other: Case) -> Any:
+    """A case without a convolution or a norm has those of the other one, left out."""
     problem = case.problem
-    return {"case": case, "problem": problem, "options": problem.options, "parts": problem.parts}[part]
+    parts = problem.parts or dataclasses.replace(other.problem.parts or Parts(), width=0, norm=False)
+    where = {"case": case, "problem": problem, "options": problem.options, "parts": parts}
+    return getattr(where[field.part], field.name)
 
 
 def _text(value: Any) -> str:
