@@ -156,20 +156,21 @@ def renamed(case: Case) -> str:
 
 def changed(old: Case, new: Case) -> list[str]:
     """The fields in which two cases differ, by their names here."""
-    return [key for key, field in FIELDS.items() if _value(old, field, new) != _value(new, field, old)]
+    before, after = _values(old, new), _values(new, old)
+    return [key for key in FIELDS if before[key] != after[key]]
 
 
 def _changes(base: Case, case: Case) -> str:
-    values = ((key, _value(case, FIELDS[key], base)) for key in changed(base, case))
-    return "/".join([base.name, *(f"{key}={_text(value)}" for key, value in values)])
+    values = _values(case, base)
+    return "/".join([base.name, *(f"{key}={_text(values[key])}" for key in changed(base, case))])
 
 
-def _value(case: Case, field: Field, other: Case) -> Any:
-    """A case without a convolution or a norm has those of the other one, left out."""
+def _values(case: Case, other: Case) -> dict[str, Any]:
+    """Of each field. A case without a convolution or a norm has those of the other one, left out."""
     problem = case.problem
     parts = problem.parts or dataclasses.replace(other.problem.parts or Parts(), width=0, norm=False)
     where = {"case": case, "problem": problem, "options": problem.options, "parts": parts}
-    return getattr(where[field.part], field.name)
+    return {key: getattr(where[field.part], field.name) for key, field in FIELDS.items()}
 
 
 def _text(value: Any) -> str:
