@@ -8,9 +8,9 @@ Each dump is judged by the fp64 reference. Times are medians in us of a graph's 
 it: what a step costs on top is the same whatever else the graph holds.
 """
 
+import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from kda_kernels import api
+from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
+from kdacli import output
 from kdacli.capture import capture
 from kdacli.dumps import load
 from kdacli.dumps.strides import copy_of
@@ -153,10 +155,18 @@ def main(file: str | None) -> bool:
         if file:
             provenance = collect(0) | {"command": "python3 -m benchmarks.capture FILE"}
             report = {"schema": "kda.capture/1", "provenance": provenance, "rows": rows}
-            Path(file).write_text(json.dumps(report, indent=1) + "\n")
+            output.write_json(report, file, force=True)
     wanted = sorted((*CHOSEN, *LATER))
     return all(row["same_bits"] and row["dumps"] == wanted and row["largest_share_of_bound"] <= 1 for row in rows)
 
 
 if __name__ == "__main__":
-    sys.exit(not main(sys.argv[1] if len(sys.argv) > 1 else None))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", help="where the record goes")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    given = parser.parse_args()
+    try:
+        output.check_dest(given.file, given.force)
+    except InputError as error:
+        parser.error(str(error))
+    sys.exit(not main(given.file))

@@ -1,6 +1,6 @@
 """GPU time of the convolution of whole prompts: kda_conv beside what SGLang's and vLLM's layers call, and a copy.
 
-    python -m benchmarks.convolution SOURCES [--json FILE]
+    python3 -m benchmarks.convolution SOURCES [--json FILE]
 
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. Width 4, SiLU, bf16 tokens in rows that are
 wider than q, k and v, a weight in fp32, bf16 states in a pool, of which every second sequence starts from none. vLLM's
@@ -13,7 +13,6 @@ the same bits.
 import argparse
 import dataclasses
 import importlib
-import json
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 
 from kda_kernels.api import Convolution, kda_conv
+from kda_kernels.errors import InputError
+from kdacli import output
 from kdacli.profile.measuring import ceilings
 from kdacli.profile.measuring.gpu_timer import GpuTimer
 from kdacli.profile.measuring.timing import Budget, Statistics, interleave
@@ -138,12 +139,17 @@ def main(root: Path, file: str | None) -> None:
                     "schema": "kda.convolution/1", "provenance": provenance,
                     "ceilings": dataclasses.asdict(bandwidth), "rows": rows,
                 }  # fmt: skip
-                Path(file).write_text(json.dumps(report, indent=1) + "\n")
+                output.write_json(report, file, force=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path)
-    parser.add_argument("--json")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
+    try:
+        output.check_dest(given.json, given.force)
+    except InputError as error:
+        parser.error(str(error))
     main(given.sources, given.json)

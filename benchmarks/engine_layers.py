@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import shlex
 import statistics
 import time
@@ -25,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kda_kernels.errors import InputError
+from kdacli import output
 from kdacli.provenance import collect
 from tests import engine_layers
 from tests.engine_layers import Batch, Run
@@ -146,7 +147,7 @@ def main(
                 if file:
                     provenance = collect(0) | {"command": command(names, gates, cases)}
                     report = {"schema": "kda.engine-layers/2", "provenance": provenance, "rows": rows}
-                    Path(file).write_text(json.dumps(report, indent=1) + "\n")
+                    output.write_json(report, file, force=True)
 
 
 def command(names: Sequence[str], gates: Sequence[str], cases: Sequence[str]) -> str:
@@ -237,7 +238,12 @@ if __name__ == "__main__":
     parser.add_argument("--layer", action="append", choices=tuple(LAYERS))
     parser.add_argument("--gate", action="append", choices=tuple(BOUNDS))
     parser.add_argument("--case", action="append", choices=tuple(CASES))
-    parser.add_argument("--json")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
+    try:
+        output.check_dest(given.json, given.force)
+    except InputError as error:
+        parser.error(str(error))
     names, gates, cases = given.layer or LAYERS, given.gate or BOUNDS, given.case or CASES
     main(given.sources, tuple(names), tuple(gates), given.json, tuple(cases))

@@ -129,10 +129,10 @@ def command(
     over each head of each sequence, and for each element. A prefill has eight plain implementations, which round in
     different units, and the largest error counts. For products in tf32, the error of truncated operands is added once.
     NaN, Inf and unwritten elements never pass. Nor does a float32 state that was rounded to less on its way, unless the
-    kernel declares so (carried_state; of a step whose q, k and v are rounded on theirs, rounded_convolution). A kernel
-    must not touch its inputs, the unused slots of a pool, nor memory around any tensor, and a second call must give the
-    same bits (but in the interpreter). Cases name more that must hold, such as that neighbours in a batch, threads or
-    an earlier call change nothing.
+    kernel declares so (carried_state); and where a convolution rounds the q, k and v that it gives, the kernel must
+    declare that (rounded_convolution). A kernel must not touch its inputs, the unused slots of a pool, nor memory
+    around any tensor, and a second call must give the same bits (but in the interpreter). Cases name more that must
+    hold, such as that neighbours in a batch, threads or an earlier call change nothing.
 
     The first failures of a kernel are shrunk to the smallest case that fails, with the place, what it looks like, and
     a command that shows it again. What a kernel says beforehand that it cannot do is reported, and is no failure. In a

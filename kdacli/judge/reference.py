@@ -154,10 +154,10 @@ class Reference:
 
     def granted(self, rounded_convolution: bool) -> "Reference":
         """What a kernel is judged by whose convolution rounds what it gives, where it says so."""
-        return self._rounding if rounded_convolution and self.inputs.conv is not None else self
+        return self._with_rounded_convolution if rounded_convolution and self.inputs.conv is not None else self
 
     @functools.cached_property
-    def _rounding(self) -> "Reference":
+    def _with_rounded_convolution(self) -> "Reference":
         assert (conv := self.inputs.conv) is not None
         inputs = dataclasses.replace(self.inputs, conv=dataclasses.replace(conv, rounded=True))
         return Reference(inputs, self.op, self.device, stepwise=self._stepwise)

@@ -1,5 +1,6 @@
-"""`kda verify --cp`: every case over all ranks; rank 0 judges and prints."""
+"""`kda verify --cp`: every case over all ranks, which share the judging; rank 0 prints."""
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -43,16 +44,26 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
 
 def _checked(ranks: int, rank: int, device: str) -> list[dict[str, Any]]:
     """Rows of all cases, on every rank. Each judges some of them: the fp64 oracle takes longer than what it judges."""
-    whole = cases(ranks, device)
-    made = {name: prefilled(case, case.inputs(device), None) for name, case in whole.items()}
-    mine = {}
-    for name in list(whole)[rank::ranks]:
-        inputs = whole[name].inputs(device)
-        reference = Reference(inputs, Op.PREFILL).computed()
-        verdicts, wrong = judged(whole[name], inputs, made[name], reference)
-        mine[name] = _rows(name, verdicts, wrong, judge(reference, alone(inputs)))
+    whole, made, mine = cases(ranks, device), {}, {}
+    share = list(whole)[rank::ranks]
+    with contextlib.nullcontext(_silent) if rank else output.progress("verifying", len(whole) + len(share)) as advance:
+        for name, case in whole.items():
+            advance(name, 0)
+            made[name] = prefilled(case, case.inputs(device), None)
+            advance()
+        for name in share:
+            advance(f"judging {name}", 0)
+            inputs = whole[name].inputs(device)
+            reference = Reference(inputs, Op.PREFILL).computed()
+            verdicts, wrong = judged(whole[name], inputs, made[name], reference)
+            mine[name] = _rows(name, verdicts, wrong, judge(reference, alone(inputs)))
+            advance()
     found = {name: rows for one in gathered(mine, None) for name, rows in one.items()}
     return [row for name in whole for row in found[name]]
+
+
+def _silent(label: str | None = None, steps: int = 1) -> None:
+    """In the place of a progress bar, which rank 0 alone shows."""
 
 
 def _rows(name: str, verdicts: list[Verdict], wrong: str = "", alone: Sequence[Verdict] = ()) -> list[dict[str, Any]]:

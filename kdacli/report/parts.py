@@ -368,5 +368,7 @@ def context_parallel(data: Data) -> list[Part]:
 
 
 def _speedup(row: Data, one: dict[tuple[str, int, int], Data], time: str) -> str | None:
-    alone = one.get((row["kernel"].removesuffix(", chained"), row["tokens"], row["heads"]))
+    from kdacli.parallel.timing import CHAINED
+
+    alone = one.get((row["kernel"].removesuffix(CHAINED), row["tokens"], row["heads"]))
     return None if alone is None or time not in row else f"{alone[time] / row[time]:.2f}"
