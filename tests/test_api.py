@@ -200,7 +200,7 @@ def test_chunk_sizes(tokens):
         (
             fused_recurrent_kda_fwd,
             {"inplace_final_state": False, "ssm_state_indices": torch.tensor([0, 1])},
-            "^inplace_final_state is False",
+            "^ssm_state_indices is given without",
         ),
         (
             fused_recurrent_kda_fwd,

@@ -1,6 +1,7 @@
 """What engines pass to the public functions, against calls that do without."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -84,6 +85,28 @@ def test_a_verify_leaves_the_pool_and_writes_rows():
     torch.testing.assert_close(inputs.state, pool, rtol=0, atol=0, equal_nan=True)
     close(rows[2], torch.stack(expected[0]))
     assert not rows[:2].any()
+
+
+@pytest.mark.parametrize("v_first", [True, False], ids=["V-first", "K-first"])
+def test_flas_verify_leaves_the_pool_and_returns_the_state_of_each_token(v_first):
+    inputs = drafts()
+    expected, o = (
+        torch.cat([torch.stack(states) for states in every_state(inputs)]),
+        kda_decode(**arguments(inputs.fresh())),
+    )
+    pool = inputs.state if v_first else inputs.state.mT.contiguous()
+    before = pool.clone()
+    given = {name: getattr(inputs, name) for name in (*TOKENS, "A_log", "dt_bias", "cu_seqlens")}
+    switches = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "output_final_state")
+    given |= dict.fromkeys(switches, True) | {"inplace_final_state": False, "state_v_first": v_first}
+    call = functools.partial(
+        fused_recurrent_kda_fwd, **given, initial_state=pool, ssm_state_indices=inputs.state_indices
+    )
+    compiled = torch.compile(lambda: call(), fullgraph=True, backend="aot_eager")
+    for found, states in (call(), compiled()):
+        close(found, o)
+        close(states if v_first else states.mT, expected)
+        torch.testing.assert_close(pool, before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("function", [kda_decode, kda_prefill])

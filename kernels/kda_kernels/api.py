@@ -243,7 +243,9 @@ def fused_recurrent_kda_fwd(
 
     Args (where they differ from `fused_recurrent_kda`):
         initial_state: fp32 or bf16; a pool [P, HV, K, V] when ssm_state_indices is given.
-        inplace_final_state: write the final states over the initial ones, and return that tensor. Needed for a pool.
+        inplace_final_state: write the final states over the initial ones, and return that tensor. False with
+            ssm_state_indices: the pool stays as it is, and the final state is that after each token, fp32
+            [B * T, HV, K, V] in the order of the tokens; zeros where the slot is padding.
         ssm_state_indices: int32 or int64 [N], slots; a negative one is padding. [N, C] with a slot for each token:
             sequence n starts from the state in column num_accepted_tokens[n] - 1 (without them, from the first), and
             its state after token t goes to column t.
@@ -257,36 +259,43 @@ def fused_recurrent_kda_fwd(
     _refuse("fused_recurrent_kda_fwd", kwargs)
     if inplace_final_state and initial_state is None:
         raise InputError("initial_state", "is missing", "inplace_final_state writes to it")
-    if ssm_state_indices is not None and not inplace_final_state:
-        raise InputError("inplace_final_state", "is False", "it should be True with ssm_state_indices")
     if ssm_state_indices is not None and num_accepted_tokens is None and ssm_state_indices.ndim == 2:
         num_accepted_tokens = torch.ones_like(ssm_state_indices[:, 0])  # each sequence starts from its first column
     g = by_head(g, v)
     if not use_gate_in_kernel:
         A_log = dt_bias = None
-    written = initial_state if inplace_final_state and ssm_state_indices is None else None
-    if written is None and output_final_state and initial_state is not None and ssm_state_indices is None:
-        written = torch.empty_like(initial_state, dtype=torch.float32)  # as FLA: not the state's own dtype
+    read_only = ssm_state_indices is not None and not inplace_final_state
+    written = token_states = None
+    if inplace_final_state and ssm_state_indices is None:
+        written = initial_state
+    elif not inplace_final_state and output_final_state and isinstance(initial_state, torch.Tensor):  # fp32, as FLA
+        if read_only:
+            token_states = initial_state.new_zeros((*q.shape[:2], *initial_state.shape[1:]), dtype=torch.float32)
+        else:
+            written = torch.empty_like(initial_state, dtype=torch.float32)
     wanted = output_final_state or inplace_final_state
     if is_traced(q):
-        return traced(
+        o, final_state = traced(
             torch.ops.kda.decode, (q, k, v, g, beta), out, initial_state, ssm_state_indices, cu_seqlens,
-            output_final_state=wanted, final_state=written, A_log=A_log, dt_bias=dt_bias, state_v_first=state_v_first,
-            num_accepted_tokens=num_accepted_tokens, use_gate_in_kernel=use_gate_in_kernel, lower_bound=lower_bound,
+            output_final_state=wanted, final_state=written, token_states=token_states, A_log=A_log, dt_bias=dt_bias,
+            state_v_first=state_v_first, num_accepted_tokens=num_accepted_tokens, update_state=not read_only,
+            use_gate_in_kernel=use_gate_in_kernel, lower_bound=lower_bound,
             use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, scale=scale,
         )  # fmt: skip
+        return o, final_state if token_states is None else token_states.flatten(0, 1)
     options = options_of(
         use_gate_in_kernel, lower_bound, use_beta_sigmoid_in_kernel, allow_neg_eigval, use_qk_l2norm_in_kernel, scale
     )
     inputs = Inputs(
         q, k, v, g, beta, options, A_log, dt_bias, initial_state, ssm_state_indices, cu_seqlens, state_v_first, wanted,
-        num_accepted_tokens=num_accepted_tokens,
+        num_accepted_tokens=num_accepted_tokens, update_state=not read_only, token_states=token_states,
     )  # fmt: skip
 
     def run() -> tuple[torch.Tensor, torch.Tensor | None]:
         outputs = run_decode(inputs, out, written, names=FLA_NAMES)
-        return outputs.o, None if inplace_final_state else outputs.final_state
+        final = outputs.final_state if token_states is None else token_states.flatten(0, 1)
+        return outputs.o, None if inplace_final_state else final
 
     o, final_state = forward_only(run, inputs)
     return o, initial_state if inplace_final_state else final_state

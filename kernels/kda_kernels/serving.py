@@ -363,6 +363,7 @@ def traced(
     output_final_state: bool,
     final_state: torch.Tensor | None = None,
     checkpoints: Checkpoints | None = None,
+    token_states: torch.Tensor | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """o and the final state of a call that is traced: an operator of `kda_kernels.ops`, on buffers made for it."""
@@ -374,7 +375,7 @@ def traced(
         dtype = torch.float32 if state is None else state.dtype
         final_state = q.new_empty((N, v.shape[2], *sizes), dtype=dtype)
     A_log, dt_bias = given.pop("A_log"), given.pop("dt_bias")
-    kept = None
+    kept = token_states
     if checkpoints is not None:
         c, kept = checkpoints, checkpoints.states
         given |= {"checkpoint_rows": c.rows, "checkpoint_offsets": c.offsets, "checkpoint_every": c.every}
