@@ -34,7 +34,9 @@ class Call:
     out: torch.Tensor | None = None
 
     @classmethod
-    def make(cls, lens=LENS, width=4, bias=False, tokens_first=True, dtype=torch.bfloat16, states=None, **given):
+    def make(
+        cls, lens=LENS, width=4, bias=False, tokens_first=True, dtype=torch.bfloat16, states=None, beside=32, **given
+    ):
         def random(*shape, dtype=dtype):
             return torch.randn(shape, device=DEVICE).to(dtype)
 
@@ -47,7 +49,7 @@ class Call:
             order,
             tokens_first,
         )
-        mixed = random(sum(lens) + 5, D + 32)[:, 16 : 16 + D]
+        mixed = random(sum(lens) + 5, D + beside)[:, 16 : 16 + D]
         ends = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
         return cls(mixed, conv, ends, **given)
 
@@ -92,6 +94,7 @@ def assert_right(call: Call, bound: float) -> None:
         {},
         {"bias": True, "width": 3, "tokens_first": False},
         {"width": 2, "dtype": torch.float32, "states": torch.float16},
+        {"width": 3, "beside": 33},  # rows begin at odd addresses
         {"dtype": torch.float16, "states": torch.float32, "tokens_first": False},
     ],
     ids=str,
@@ -129,16 +132,17 @@ def test_a_dense_batch_is_the_same_as_a_packed_one():
     assert torch.equal(call.conv.states, after)
 
 
-def test_one_kernel_serves_every_batch_length_and_number_of_heads(monkeypatch):
+def test_one_kernel_serves_every_batch_length_number_of_heads_and_row(monkeypatch):
     """What `launch` compiles separately is told by `kind`: none where Triton looks at the arguments itself."""
     kinds = set()
     monkeypatch.setattr(convolution, "launch", lambda kernel, grid, kind, arguments, **options: kinds.add(kind))
     for lens in ((1,), (7,) * 33, (8192,), (0, 513)):
         for heads, slots in ((1, 40), (12, 600)):
-            x = torch.empty(sum(lens) + 1, 3 * heads * 128, dtype=torch.bfloat16, device=DEVICE)
-            conv = Convolution(x.new_empty(x.shape[1], 4), None, x.new_empty(slots, 3, x.shape[1]), None, True)
+            D = 3 * heads * 128
+            x = torch.empty(sum(lens) + 1, D + heads // 12 * 12, dtype=torch.bfloat16, device=DEVICE)  # beta behind it
+            conv = Convolution(x.new_empty(D, 4), None, x.new_empty(slots, 3, D), None, True)
             ends = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
-            for rows in (slice(None), slice(0, x.shape[1] // 3)):  # q alone
+            for rows in (slice(0, D), slice(0, D // 3)):  # q alone
                 part = dataclasses.replace(conv, weight=conv.weight[rows], states=conv.states[:, :, rows])
                 kda_conv(x[:, rows], part, cu_seqlens=ends)
     assert len(kinds) == 1 and None not in kinds

@@ -20,15 +20,17 @@ from kda_kernels.ints import cdiv
 from kda_kernels.ranges import stage
 from kda_kernels.tensors import Convolution, Inputs
 from kda_kernels.triton.common import cast, conv_taps, convolved, load_slot
-from kda_kernels.triton.launch import dtype_of, launch, usual
+from kda_kernels.triton.launch import dtype_of, launch
 from kda_kernels.triton.runtime import on_device, require_device
 
 C, GROUP = 32, 8  # tokens of a program, and of them those whose loads are in flight together
 BLOCK, WARPS = 256, 4  # channels of a program, 2 a thread: with 4 it takes 10% longer
+PAIR = 2  # channels of a thread: they are loaded together where every row begins with a whole pair
 # What no kernel is compiled for: one serves every batch, length, number of heads and pool.
-NUMBERS = (
-    *("indices", "cu_seqlens", "has_initial_state", "sequences", "halvings", "T", "slots", "null_slot"),
-    "stride_indices",
+ARGUMENTS = (
+    *("weight", "bias", "indices", "cu_seqlens", "has_initial_state"),
+    *("sequences", "halvings", "T", "slots", "null_slot", "stride_indices"),
+    *("D", "stride_n", "stride_e", "stride_x_s", "stride_x_t", "stride_o_s", "stride_o_t"),
 )
 
 
@@ -63,7 +65,7 @@ def _sequence(cu_seqlens, sequences, halvings, i_p, C: tl.constexpr):
     return i_n
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=ARGUMENTS)
 def convolution_kernel(
     x,  # [B, T, D], rows apart
     out,  # [B, T, D], rows apart
@@ -79,15 +81,16 @@ def convolution_kernel(
     slots,
     null_slot,
     stride_indices,
+    stride_e,  # of states, between what does not lie side by side: tokens, in units of STEP, or channels
+    D,  # this and the strides after it: in units of STEP
     stride_n: tl.int64,  # of states, from slot to slot
-    stride_e,  # of states, between what does not lie side by side: tokens or channels
-    D,
     stride_x_s: tl.int64,  # s: from sequence to sequence of a dense batch, from token to token of a packed one
     stride_x_t,
     stride_o_s: tl.int64,
     stride_o_t,
     W: tl.constexpr,
     TOKENS_FIRST: tl.constexpr,  # channels lie side by side in a state
+    STEP: tl.constexpr,  # PAIR or 1: what D and the distances of rows of channels are multiples of
     C: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,6 +101,14 @@ def convolution_kernel(
     batch: start // C + n is at least the number of programs of the sequences before n. What is behind the last of them
     counts as sequence N.
     """
+    D *= STEP
+    stride_n *= STEP
+    stride_x_s *= STEP
+    stride_x_t *= STEP
+    stride_o_s *= STEP
+    stride_o_t *= STEP
+    if TOKENS_FIRST:
+        stride_e *= STEP
     blocks = tl.cdiv(D, BLOCK)
     i_p = tl.program_id(0) // blocks
     if cu_seqlens is not None:
@@ -193,23 +204,28 @@ def launch_convolution(
         out.zero_()
         return
     programs = T // C + N + 1 if packed else N * cdiv(T, C)
+    states = conv.states
     _, _, channel, token = conv.entries
-    typed = (x, out, conv.weight, conv.bias, conv.states, indices, cu_seqlens, has_initial_state)
+    tokens_first = channel == 1
+    apart = token if tokens_first else channel
+    rows = (D, states.stride(0), x_t if packed else x.stride(0), x_t, o_t if packed else out.stride(0), o_t)
+    odd = any(n % PAIR for n in rows) or (tokens_first and apart % PAIR)
+    step = 1 if odd else PAIR
+    tensors = (x, out, conv.weight, conv.bias, states, indices, cu_seqlens, has_initial_state)
     numbers = (
-        N, N.bit_length(), T, conv.states.shape[0], -1 if null_slot is None else null_slot,
-        1 if indices is None else indices.stride(0),
+        N, N.bit_length(), T, states.shape[0], -1 if null_slot is None else null_slot,
+        1 if indices is None else indices.stride(0), apart // step if tokens_first else apart,
+        *[n // step for n in rows],
     )  # fmt: skip
-    apart = conv.states.stride(0), token if channel == 1 else channel
-    steps = (D, x_t if packed else x.stride(0), x_t, o_t if packed else out.stride(0), o_t)
-    constants = (conv.width, channel == 1, C, GROUP, BLOCK)
+    constants = (conv.width, tokens_first, step, C, GROUP, BLOCK)
     kind = None
-    if usual(typed[:5], steps, (T,)):
-        kind = (x.device, constants, *((n % 16 == 0, n == 1) for n in apart), tuple(map(dtype_of, typed)))
+    if not (T | D | apart | x_t | o_t) >> 31:  # else Triton makes 64-bit numbers of them
+        aligned = [t.data_ptr() % 16 == 0 for t in (x, out, states)]
+        kind = (x.device, constants, *aligned, *map(dtype_of, tensors))
     with stage("convolution"), on_device(x):
         launch(
-            convolution_kernel, (cdiv(D, BLOCK) * programs,), kind, (*typed, *numbers, *apart, *steps, *constants),
-            num_warps=WARPS,
-        )  # fmt: skip
+            convolution_kernel, (cdiv(D, BLOCK) * programs,), kind, (*tensors, *numbers, *constants), num_warps=WARPS
+        )
 
 
 def convolve(inputs: Inputs) -> Inputs:
