@@ -22,7 +22,7 @@ from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel import context as context_module
 from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
-from kda_kernels.parallel.context import LastCall, _part
+from kda_kernels.parallel.context import LastCall, part_of_batch
 from kda_kernels.problem import Op, Problem
 from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
@@ -96,7 +96,7 @@ def test_states_between_ranks(HV):
 
 def alone(cuts: tuple[int, ...], ends: list[int], rank: int) -> ContextParallel:
     """A rank's view of a group that there is not."""
-    return ContextParallel(None, rank, len(cuts) - 1, **_part(tuple(ends), cuts, rank))
+    return ContextParallel(None, rank, len(cuts) - 1, **part_of_batch(tuple(ends), cuts, rank))
 
 
 def one_after_another(case: Case, inputs) -> list[Part]:
@@ -104,7 +104,7 @@ def one_after_another(case: Case, inputs) -> list[Part]:
     calls, parts, sent = [], [], []
     for rank in range(case.ranks):
         local = inputs.fresh()
-        context = dataclasses.replace(alone(case.cuts, inputs.cu_seqlens.tolist(), rank), chained=case.chained)
+        context = case.context(rank)
         tokens = part_of(inputs, *case.cuts[rank : rank + 2])
         mine = dataclasses.replace(local, **tokens)
         o = torch.full_like(mine.v, float("nan"))

@@ -27,6 +27,30 @@ from kdacli.compile.specialised import Specialised
 HINT = "; a kernel that is not Triton's needs an attribute `variants` of the function, see kda_kernels/variant.py"
 
 
+@dataclasses.dataclass(frozen=True)
+class CuteFunction:
+    """A function that a launch asks the cache of CuTe's for.
+
+    Attributes:
+        name: what the cache knows it by. compile: returns what `cute.compile` does.
+    """
+
+    name: str
+    compile: Callable[[], Any]
+
+    def missing(self, arch: str) -> str | None:
+        """See `kda_kernels.variant`. arch: that of the GPU on which it was asked for."""
+        from kda_kernels.cute import cache
+
+        return self.name if cache.lacks(self.name) else None
+
+    def build(self, arch: str) -> None:
+        """Into the cache."""
+        from kda_kernels.cute import cache
+
+        cache.keep(cache.compiled(self.compile), self.name)
+
+
 def unchanged(inputs: Inputs) -> Inputs:
     return inputs
 
@@ -127,8 +151,15 @@ def _slots(problem: Problem) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def caught(found: dict[str, Specialised], label: str = "") -> Iterator[None]:
-    """Triton's launches go into `found`, by what its cache knows them by, instead of to a compiler; CuTe's nowhere."""
+def caught(
+    found: dict[str, Specialised], label: str = "", cute: dict[str, CuteFunction] | None = None
+) -> Iterator[None]:
+    """Triton's launches go into `found`, by what its cache knows them by, and not to a compiler; what CuTe's launches
+    need goes into `cute`, if it is given.
+
+    Args:
+        label: what names in `found` end in.
+    """
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
@@ -157,12 +188,14 @@ def caught(found: dict[str, Specialised], label: str = "") -> Iterator[None]:
                 config.pop()
         tuner.nargs = None
 
+    def note_cute(cache: Any, key: Any, label: str, build: Callable[[], Any]) -> Callable[..., None]:
+        if cute is not None:
+            cute[label] = CuteFunction(label, build)
+        return lambda *tensors: None
+
     with contextlib.ExitStack() as stack:
         caught = [(JITFunction, "_do_compile", note), (Autotuner, "run", try_all)]
-        caught += [
-            (CompileCache, "get", lambda *key: None),
-            (CompileCache, "make", lambda *asked: lambda *tensors: None),
-        ]
+        caught += [(CompileCache, "get", lambda *key: None), (CompileCache, "make", note_cute)]
         for owner, method, replacement in caught:
             stack.enter_context(pretend.replaced(owner, method, replacement))
         yield

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from kda_kernels.api import Checkpoints, chunk_kda, kda_prefill
-from kda_kernels.parallel import ContextParallel
+from kda_kernels.parallel import ContextParallel, even_cuts
+from kda_kernels.parallel.context import part_of_batch
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge import Reference, Verdict, judge
@@ -75,6 +76,16 @@ class Case:
             inputs = dataclasses.replace(inputs, has_initial_state=torch.arange(N, device=device) % 2 == 1)
         return inputs
 
+    def stateless(self, device: str) -> Inputs:
+        """As FLA's object for several ranks, which knows no states."""
+        problem = dataclasses.replace(self.problem, pool_slots=None, initial_state=False, final_state=False)
+        return make_inputs(problem, gates="weak", seed=5, device=device)
+
+    def context(self, rank: int) -> ContextParallel:
+        """Of a rank of a group that is not there."""
+        part = part_of_batch((0, *itertools.accumulate(self.lens)), self.cuts, rank)
+        return ContextParallel(None, rank, self.ranks, **part, chained=self.chained)
+
     def sequences(self, inputs: Inputs) -> Iterator[tuple[int, int, int]]:
         """Slot, first token and length of each."""
         starts = itertools.accumulate(self.lens, initial=0)
@@ -90,13 +101,12 @@ def cases(ranks: int, device: str) -> dict[str, Case]:
     size: dict[str, Any] = {"K": 128, "V": 128, "H": 2, "HV": 4} if device == "cuda" else {}
     unit = 1000 if device == "cuda" else 40  # tokens of a rank
     T = unit * ranks
-    even = tuple(CHUNK * (i * T // ranks // CHUNK) for i in range(ranks)) + (T,)
     odd = tuple(i * T // ranks + i % 3 for i in range(ranks)) + (T,)
-    hole = (*odd[: ranks // 2], odd[ranks // 2], *odd[ranks // 2 :])[:ranks] + (T,)
+    hole = (*odd[: ranks // 2], *odd[ranks // 2 - 1 : ranks - 1], T)
     many = tuple(itertools.chain(*([unit // 5, 0, unit // 3, 1] for _ in range(ranks))))
     whole = sum(many)
     found = {
-        "one long sequence": Case((T,), even, **size),
+        "one long sequence": Case((T,), even_cuts(T, ranks), **size),
         "one long sequence, softplus": Case((T,), odd, SOFTPLUS, **size),
         "an empty rank": Case((T,), hole, **size),
         "many short sequences": Case(many, (*(i * whole // ranks for i in range(ranks)), whole), **size),
@@ -170,16 +180,31 @@ def alone(inputs: Inputs) -> Outputs:
     return Outputs(o, local.state, checkpoints=None if local.checkpoints is None else local.checkpoints.states)
 
 
-def drop_in(case: Case, context: Any, group: dist.ProcessGroup | None, device: str) -> tuple[list[Verdict], Any]:
-    """Of `chunk_kda` with FLA's object for equal parts, which knows no states; and the state that it returns."""
-    problem = dataclasses.replace(case.problem, pool_slots=None, initial_state=False, final_state=False)
-    inputs, rank = make_inputs(problem, gates="weak", seed=5, device=device), dist.get_rank(group)
+def equal_parts(ranks: int) -> Case:
+    """As FLA cuts: a sequence is cut inside of chunks."""
+    part = 1000
+    lens = part // 2 + 1, part * ranks - part // 2 - 1
+    return Case(lens, tuple(range(0, part * ranks + 1, part)), K=128, V=128)
+
+
+def through_chunk_kda(case: Case, inputs: Inputs, context: Any, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A rank's outputs, and the state that it returns, of `chunk_kda` with FLA's object for equal parts.
+
+    inputs: `Case.stateless`.
+    """
     tokens: dict[str, Any] = part_of(inputs, *case.cuts[rank : rank + 2])
     o, state, *_ = chunk_kda(
         **tokens, A_log=inputs.A_log, dt_bias=inputs.dt_bias, lower_bound=-5.0,
         safe_gate=True, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
         cp_context=context,
     )  # fmt: skip
+    return o, state
+
+
+def drop_in(case: Case, context: Any, group: dist.ProcessGroup | None, device: str) -> tuple[list[Verdict], Any]:
+    """Of `chunk_kda` over ranks; and the state that it returns."""
+    inputs, rank = case.stateless(device), dist.get_rank(group)
+    o, state = through_chunk_kda(case, inputs, context, rank)
     whole = Outputs(torch.cat(gathered(o.cpu(), group), 1))
     return (judge(Reference(inputs, Op.PREFILL), whole) if rank == 0 else []), state
 

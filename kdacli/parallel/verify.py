@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from kda_kernels.errors import CheckFailedError, one_line
 from kda_kernels.problem import Op
 from kdacli import output, provenance
 from kdacli.judge import Reference, Verdict, judge
-from kdacli.parallel.checks import Case, alone, cases, drop_in, gathered, judged, prefilled
+from kdacli.parallel.checks import alone, cases, drop_in, equal_parts, gathered, judged, prefilled
 from kdacli.parallel.ranks import joined
+from kdacli.parallel.rehearsal import Rehearsal
 from kdacli.peers import fla
+from kdacli.verify.processes.ahead import compile_foreseen
 
 SCHEMA = "kda.verify-cp/1"
 
@@ -26,6 +29,8 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
 
         quicken()
     with joined(device) as (rank, ranks):
+        if device == "cuda":
+            _compile_ahead(ranks)
         rows = _checked(ranks, rank, device)
         verdicts, not_run = _through_fla(ranks, device)
         rows += _rows("FLA's context", verdicts)
@@ -40,6 +45,14 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
             raise CheckFailedError(
                 f"{len(failed)} of {len({row['case'] for row in rows})} cases failed: {', '.join(sorted(failed))}"
             )
+
+
+def _compile_ahead(ranks: int) -> None:
+    """What all ranks launch, by one process of each machine, into the caches that its others share."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(Exception):  # whatever is wrong, the run meets it too, and says so
+            compile_foreseen([Rehearsal(ranks)])
+    dist.barrier()
 
 
 def _checked(ranks: int, rank: int, device: str) -> list[dict[str, Any]]:
@@ -78,11 +91,10 @@ def _rows(name: str, verdicts: list[Verdict], wrong: str = "", alone: Sequence[V
 
 
 def _through_fla(ranks: int, device: str) -> tuple[list[Verdict], str | None]:
-    """Equal parts, and a sequence that is cut inside of chunks; or why FLA's helper makes no context here."""
+    """Of equal parts; or why FLA's helper makes no context here."""
     if (reason := fla.unsupported_here()) is not None:
         return [], reason
-    part = 1000
-    case = Case((part // 2 + 1, part * ranks - part // 2 - 1), tuple(range(0, part * ranks + 1, part)), K=128, V=128)
+    case = equal_parts(ranks)
     ends = torch.tensor([0, *itertools.accumulate(case.lens)], dtype=torch.int32, device=device)
     try:
         from fla.ops.cp import build_cp_context

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kda_kernels.problem import Op, Problem
 from kda_kernels.registry import Kernel
@@ -17,6 +17,7 @@ from kda_kernels.tensors import Inputs
 from kda_kernels.variant import Variant
 from kdacli.compile import pool, worker
 from kdacli.compile.arch import Arch, here
+from kdacli.compile.recorder import CuteFunction
 from kdacli.output import progress
 from kdacli.verify.cases.case import Case
 from kdacli.verify.checks.check import Table
@@ -28,12 +29,30 @@ FEW = 8  # for so few calls, processes would take longer to start than they save
 _TOO_LARGE = "far-pool"  # gigabytes; and to a compiler it is a pool like others
 
 
+class Foreseen(Protocol):
+    """What decides which functions are launched; another process gets it."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def variants(self, arch: Arch) -> Sequence[Variant | CuteFunction]:
+        """What is launched on such a GPU, in a process that believes to have one; asked for many times."""
+
+
 class Call(NamedTuple):
-    """What decides which functions are launched."""
+    """One of a kernel."""
 
     kernel: Kernel
     problem: Problem
     layouts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def variants(self, arch: Arch) -> list[Variant]:
+        return worker.variants(self.kernel, self.problem, arch, _laid_out(self.layouts))
 
 
 def compile_ahead(table: Table, jobs: int | None = None) -> None:
@@ -44,9 +63,15 @@ def compile_ahead(table: Table, jobs: int | None = None) -> None:
         jobs: processes; None: one a core.
     """
     with contextlib.suppress(Exception):  # whatever is wrong, the run meets it too, and says so
-        if (arch := here()) is not None and len(calls := calls_of(table)) >= FEW:
-            with pool.workers(jobs) as processes:
-                _build(processes, arch, lacking(processes, arch, calls))
+        if len(calls := calls_of(table)) >= FEW:
+            compile_foreseen(calls, jobs)
+
+
+def compile_foreseen(calls: Sequence[Foreseen], jobs: int | None = None) -> None:
+    """What `calls` launch on this machine's GPU, in so many processes; None: one a core. Raises whatever is wrong."""
+    if (arch := here()) is not None:
+        with pool.workers(jobs) as processes:
+            _build(processes, arch, lacking(processes, arch, calls))
 
 
 def calls_of(table: Table) -> list[Call]:
@@ -68,9 +93,9 @@ def _problems(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Problem]]:
     return ((runs, problem) for runs, problem in calls if runs.unsupported(problem) is None)
 
 
-def lacking(processes: pool.Workers, arch: Arch, calls: Sequence[Call]) -> dict[str, tuple[Call, str]]:
+def lacking(processes: pool.Workers, arch: Arch, calls: Sequence[Foreseen]) -> dict[str, tuple[Foreseen, str]]:
     """By the key of a cache that lacks it: a call that launches it, and its name there."""
-    found: dict[str, tuple[Call, str]] = {}
+    found: dict[str, tuple[Foreseen, str]] = {}
     futures = {processes.believing(arch).submit(missing, call, arch): call for call in calls}
     for future, call in futures.items():
         with contextlib.suppress(Exception):  # a kernel may refuse a layout
@@ -78,31 +103,27 @@ def lacking(processes: pool.Workers, arch: Arch, calls: Sequence[Call]) -> dict[
     return found
 
 
-def _build(processes: pool.Workers, arch: Arch, wanted: Mapping[str, tuple[Call, str]]) -> None:
+def _build(processes: pool.Workers, arch: Arch, wanted: Mapping[str, tuple[Foreseen, str]]) -> None:
     with progress("compiling", len(wanted)) as advance:
         futures = {processes.believing(arch).submit(build, call, name, arch): call for call, name in wanted.values()}
         try:
             for future in as_completed(futures):
-                advance(futures[future].kernel.name)
+                advance(futures[future].name)
         except KeyboardInterrupt:  # the processes would go on to the last of them
             for future in futures:
                 future.cancel()
             raise
 
 
-def missing(call: Call, arch: Arch) -> dict[str, str]:
+def missing(call: Foreseen, arch: Arch) -> dict[str, str]:
     """In a process that believes in such a GPU: by key, the names of what the call launches and the caches lack."""
-    keys = {v.name: v.missing(arch.name) for v in _variants(call, arch) if hasattr(v, "missing")}
+    keys = {v.name: v.missing(arch.name) for v in call.variants(arch) if hasattr(v, "missing")}
     return {key: name for name, key in keys.items() if key is not None}
 
 
-def build(call: Call, name: str, arch: Arch) -> None:
+def build(call: Foreseen, name: str, arch: Arch) -> None:
     """In such a process: compiles one of `missing`."""
-    next(v for v in _variants(call, arch) if v.name == name).build(arch.name)
-
-
-def _variants(call: Call, arch: Arch) -> list[Variant]:
-    return worker.variants(call.kernel, call.problem, arch, _laid_out(call.layouts))
+    next(v for v in call.variants(arch) if v.name == name).build(arch.name)
 
 
 @functools.cache

@@ -125,7 +125,7 @@ class ContextParallel:
                 raise InputError("tokens", f"of all ranks are {cuts[-1]}", f"cu_seqlens ends at {ends[-1]}")
         elif cuts is None:
             cuts = even_cuts(ends[-1], ranks)
-        part = _part(ends, cuts, rank)
+        part = part_of_batch(ends, cuts, rank)
         return cls(group, rank, ranks, **part, final_states=final_states, timeout=timeout, chained=chained)
 
     @classmethod
@@ -236,7 +236,7 @@ def _wrong(
     return None
 
 
-def _part(ends: tuple[int, ...], cuts: Sequence[int], rank: int) -> dict[str, Any]:
+def part_of_batch(ends: tuple[int, ...], cuts: Sequence[int], rank: int) -> dict[str, Any]:
     """The fields of `ContextParallel` that say what a rank has of the sequences that end at ends[1:]."""
     begin, end, total = cuts[rank], cuts[rank + 1], ends[-1]
     sequences = list(itertools.pairwise(ends))
