@@ -8,6 +8,7 @@ configuration that its pruning leaves: which one would win only a GPU can tell.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -32,11 +33,11 @@ class CuteFunction:
     """A function that a launch asks the cache of CuTe's for.
 
     Attributes:
-        name: what the cache knows it by. compile: returns what `cute.compile` does.
+        name: what the cache knows it by. make: asks for it, as the launch would.
     """
 
     name: str
-    compile: Callable[[], Any]
+    make: Callable[[], Any]
 
     def missing(self, arch: str) -> str | None:
         """See `kda_kernels.variant`. arch: that of the GPU on which it was asked for."""
@@ -45,10 +46,8 @@ class CuteFunction:
         return self.name if cache.lacks(self.name) else None
 
     def build(self, arch: str) -> None:
-        """Into the cache."""
-        from kda_kernels.cute import cache
-
-        cache.keep(cache.compiled(self.compile), self.name)
+        """Into the cache; once, however many processes do."""
+        self.make()
 
 
 def unchanged(inputs: Inputs) -> Inputs:
@@ -166,6 +165,7 @@ def caught(
     from kda_kernels.cute.cache import CompileCache
 
     config: list[str] = []
+    make = CompileCache.make
 
     def note(
         fn: Any, key: Any, signature: dict, device: Any, constexprs: dict, options: Any, attrs: dict, warmup: bool
@@ -190,7 +190,7 @@ def caught(
 
     def note_cute(cache: Any, key: Any, label: str, build: Callable[[], Any]) -> Callable[..., None]:
         if cute is not None:
-            cute[label] = CuteFunction(label, build)
+            cute[label] = CuteFunction(label, functools.partial(make, cache, key, label, build))
         return lambda *tensors: None
 
     with contextlib.ExitStack() as stack:
