@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from decode_inputs import DEVICE
 
 from kda_kernels import checks, registry
 from kda_kernels.cute.prefill import carried as prefill_carried
+from kda_kernels.cute.prefill.config import Part as LaunchPart
+from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.errors import InputError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel import context as context_module
@@ -225,6 +228,24 @@ def test_the_table_counts_all_layers(capsys):
     assert said[6].split() == ["ours,", "chained", "2", "20000", "10.0%", "1.00x", "8000", "2.00x", "560.0"]
     assert "3.15 MB takes 90.0 us alone" in said[-2] and said[-1] == "not timed: fla: no"
     assert max(map(len, said[:7])) <= 80
+
+
+@pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+def test_what_ranks_launch_is_foreseen():
+    """All kinds of it, in a process that compiles."""
+    script = """
+from kdacli.compile import arch, worker
+worker.start(None, arch.ARCHS["sm_90a"])
+from kdacli.parallel.rehearsal import Rehearsal
+print(*(variant.name for variant in Rehearsal(2).variants(arch.ARCHS["sm_90a"])), sep="\\n")
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    names = done.stdout.splitlines()
+    assert len(set(names)) == len(names)
+    assert {"prefixes", "chain", "apply", "segment_scan", "segment_outputs"} <= set(names)
+    parts = {part for name in names for part in re.findall(r"part=<Part.(\w+)", name)}
+    assert parts == {part.name for part in LaunchPart} - {"SUMMARY"}
 
 
 def test_a_wrong_context_is_refused():
