@@ -21,7 +21,7 @@ from kda_kernels import checks, registry
 from kda_kernels.cute.prefill import carried as prefill_carried
 from kda_kernels.cute.prefill.config import Part as LaunchPart
 from kda_kernels.cute.runtime import missing_packages
-from kda_kernels.errors import InputError
+from kda_kernels.errors import InputError, UnavailableError
 from kda_kernels.parallel import ContextParallel, even_cuts, prefill
 from kda_kernels.parallel import context as context_module
 from kda_kernels.parallel.balance import balanced_cuts, begun_cost, carried_cost
@@ -31,6 +31,7 @@ from kda_kernels.triton import segment_outputs
 from kda_kernels.triton.carried_states import carry_states, prefixes_of
 from kda_kernels.triton.segment_scan import Segments
 from kdacli.parallel import profile
+from kdacli.parallel import ranks as ranks_of
 from kdacli.parallel.checks import SOFTPLUS, Case, Part, judged, part_of
 from kdacli.parallel.ranks import start
 from kdacli.parallel.timing import Row
@@ -58,6 +59,24 @@ def test_what_a_rank_refuses_it_says_alone(capfd):
     assert start(2, "cpu", ["run", "--nonsense"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines and all(line.startswith("Error: No such option") for line in lines)
+
+
+def test_ranks_share_gpus_where_they_may(monkeypatch):
+    """NCCL, which refuses two ranks of a host on one, then takes each rank for a host."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ranks_of, "_launched", lambda ranks, words: ranks)
+    with pytest.raises(UnavailableError, match="--cp 3 needs as many GPUs: there are 2"):
+        start(3, "cuda", [])
+    assert start(3, "cuda", [], shared=True) == 3
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("RANK", "7")
+    with pytest.raises(UnavailableError, match="rank 2 of this machine needs a GPU of its own"):
+        ranks_of._gpu(2, shared=False)
+    for local_ranks, host in (("3", "rank 7"), ("2", None)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
+        monkeypatch.delenv("NCCL_HOSTID", raising=False)
+        assert ranks_of._gpu(2, shared=True) == 0
+        assert os.environ.pop("NCCL_HOSTID", None) == host
 
 
 def test_parts_are_even_in_chunks():

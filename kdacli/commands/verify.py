@@ -150,7 +150,8 @@ def command(
     kernel that can run it, peers too. Decode calls of a layer that carry on one where the other ended are also run as a
     whole, each kernel from the first recorded states on its own, beside the fp64 recurrence; --plot draws the drift.
 
-    --cp checks prefills of batches that are cut between ranks, in a list of cases of its own.
+    --cp checks prefills of batches that are cut between ranks, in a list of cases of its own. Ranks share GPUs where
+    there are fewer.
 
     A case may be changed where it is named: --case prefill-pool/lens=3,17/HV=2 (--list has the names).
 
@@ -226,7 +227,7 @@ def _over_ranks(ctx: click.Context, ranks: int, device: str, json_dest: str | No
     if is_first():
         check_dest(json_dest, force)
     device = pick_device(device)
-    code = start(ranks, device, ctx.meta.get("kdacli.args") or sys.argv[1:])
+    code = start(ranks, device, ctx.meta.get("kdacli.args") or sys.argv[1:], shared=True)
     if code is not None:
         ctx.exit(code)
     from kdacli.parallel.verify import verify

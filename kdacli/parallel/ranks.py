@@ -20,13 +20,16 @@ def cp_option(what: str):
     )  # fmt: skip
 
 
-def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
+def start(ranks: int, device: str, words: Sequence[str], shared: bool = False) -> int | None:
     """Runs this command line in so many processes of this machine, and returns the exit code of the first that failed,
     or 0; None: this is a rank.
 
+    Args:
+        shared: see `joined`.
+
     Raises:
         InputError: no number of ranks is known, or torchrun started another one.
-        UnavailableError: fewer GPUs than ranks.
+        UnavailableError: fewer GPUs than ranks, which are not shared.
     """
     if "WORLD_SIZE" in os.environ:
         if ranks not in (0, int(os.environ["WORLD_SIZE"])):
@@ -36,7 +39,7 @@ def start(ranks: int, device: str, words: Sequence[str]) -> int | None:
         import torch
 
         have = torch.cuda.device_count()
-        if ranks > have:
+        if ranks > have and not shared:
             raise UnavailableError(f"--cp {ranks} needs as many GPUs: there are {have}; torchrun spans machines")
         ranks = ranks or have
     if ranks < 1:
@@ -75,11 +78,24 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _gpu(have: int, shared: bool) -> int:
+    """This rank's, of so many; see `joined`."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= have and not shared:
+        raise UnavailableError(f"rank {local} of this machine needs a GPU of its own: there are {have}")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > have:  # NCCL refuses a GPU to two ranks of one host
+        os.environ["NCCL_HOSTID"] = f"rank {os.environ['RANK']}"
+    return local % have
+
+
 @contextmanager
-def joined(device: str) -> Iterator[tuple[int, int]]:
+def joined(device: str, shared: bool = False) -> Iterator[tuple[int, int]]:
     """(rank, ranks) of the default process group, NCCL on GPUs and gloo on CPUs, while it is there.
 
     What is wrong on all ranks is said by rank 0 alone.
+
+    Args:
+        shared: where a machine has fewer GPUs than ranks, several have one.
 
     Raises:
         UnavailableError: ranks do not find each other, or there is no GPU for this one.
@@ -88,10 +104,7 @@ def joined(device: str) -> Iterator[tuple[int, int]]:
     import torch.distributed as dist
 
     if device == "cuda":
-        local, have = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= have:
-            raise UnavailableError(f"rank {local} of this machine needs a GPU of its own: there are {have}")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(_gpu(torch.cuda.device_count(), shared))
     else:
         torch.set_num_threads(1)
     try:

@@ -28,7 +28,7 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
         from kdacli.interpreter import quicken
 
         quicken()
-    with joined(device) as (rank, ranks):
+    with joined(device, shared=True) as (rank, ranks):
         if device == "cuda":
             _compile_ahead(ranks)
         rows = _checked(ranks, rank, device)
@@ -36,10 +36,12 @@ def verify(device: str, json_dest: str | None, force: bool) -> None:
         rows += _rows("FLA's context", verdicts)
         if rank:
             return
-        _print(rows, f"prefill over {ranks} ranks, {dist.get_backend()} on {device}", not_run, json_dest == "-")
+        gpus = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()) if device == "cuda" else 0
+        where = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else device
+        _print(rows, f"prefill over {ranks} ranks, {dist.get_backend()} on {where}", not_run, json_dest == "-")
         if json_dest is not None:
             head = {"schema": SCHEMA, "provenance": provenance.collect(5), "ranks": ranks, "device": device}
-            output.write_json({**head, "rows": rows}, json_dest, force)
+            output.write_json({**head, "gpus_a_machine": gpus, "rows": rows}, json_dest, force)
         failed = {row["case"] for row in rows if not row["passed"]}
         if failed:
             raise CheckFailedError(
