@@ -80,10 +80,38 @@ def _window(p_states, channels, mask, first, length, W: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def _keep_all(
+    p_states, c_q, c_k, c_v, m_qk, m_v, b_q, b_k, b_v, entry, length, D: tl.constexpr, TOKENS_FIRST: tl.constexpr
+):
+    """`_keep` of the channels of q, k and v."""
+    _keep(p_states, c_q, m_qk, b_q, entry, length, D, TOKENS_FIRST)
+    _keep(p_states, c_k, m_qk, b_k, entry, length, D, TOKENS_FIRST)
+    _keep(p_states, c_v, m_v, b_v, entry, length, D, TOKENS_FIRST)
+
+
+@triton.jit
 def _keep(p_states, channels, mask, x, entry, length, D: tl.constexpr, TOKENS_FIRST: tl.constexpr):
     """An entry of a state becomes `x`, if there is such an entry."""
     p = _entries(p_states, channels, entry, length, D, TOKENS_FIRST)
     tl.store(p, cast(x, p.dtype.element_ty), mask=(mask & (entry >= 0) & (entry < length)) != 0)
+
+
+@triton.jit
+def _slot(
+    state_indices, num_accepted_tokens, i_n, pool, null_slot, columns, stride_indices_n, stride_indices_c
+):  # fmt: skip
+    """Of sequence i_n the slot that its state is taken from: under 0 it is padding, from `pool` on there is none."""
+    slot = i_n
+    if state_indices is not None:
+        if num_accepted_tokens is None:
+            slot = load_slot(state_indices, i_n, stride_indices_n, null_slot)
+        else:  # of its drafts, so many were kept; a column that is not there is no slot either
+            column = tl.load(num_accepted_tokens + i_n).to(tl.int64) - 1
+            slot += pool
+            if (column >= 0) & (column < columns):
+                p_slots = state_indices + i_n * stride_indices_n
+                slot = load_slot(p_slots, column, stride_indices_c, null_slot)
+    return slot
 
 
 @triton.jit
@@ -103,19 +131,36 @@ def _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v):
 
 
 @triton.jit
+def _at_once(b_h, b_q, b_k, b_v, b_beta):
+    """One token's o, and what times k is added to its decayed state; both fp32 [BV]. b_q: scaled."""
+    # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so that they run at
+    # the same time, and o does not wait for the update.
+    hk = tl.sum(b_h * b_k[None, :], 1)
+    hq = tl.sum(b_h * b_q[None, :], 1)
+    b_u = b_beta * (b_v - hk)
+    return hq + tl.sum(b_k * b_q) * b_u, b_u
+
+
+@triton.jit
 def _in_pieces(
-    p_h0, p_ht, p_scales, b_q, b_k, b_decay, b_v, b_beta, seed, slot, first_row,
-    K: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
+    h0, ht, state_scales, stride_h0_n, stride_ht_n, stride_scales_n, b_q, b_k, b_decay, b_v, b_beta, seed, slot,
+    first_row, K: tl.constexpr, BV: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One token through BV rows of a state, PIECE of them at a time: the next two are on their way meanwhile.
 
     Args:
-        p_h0, p_ht: where these rows of K channels begin; p_ht None: they are not kept. p_scales: theirs. b_q: scaled.
-        first_row: hv V + v of the first.
+        h0, ht, state_scales: as in the kernel. b_q: scaled. first_row: hv V + v of the first.
 
     Returns:
         o, fp32 [BV].
     """
+    p_ht = None
+    if ht is not None:
+        p_ht = ht + slot * stride_ht_n + first_row * K
+    p_scales = None
+    if state_scales is not None:
+        p_scales = state_scales + slot * stride_scales_n + first_row
+    p_h0 = h0 + slot * stride_h0_n + first_row * K
     o_k = tl.arange(0, K)
     pieces = tl.arange(0, BV // PIECE)[:, None]
     values = tl.reshape(b_v, [BV // PIECE, PIECE])
@@ -254,16 +299,7 @@ def decode_kernel(
     m_v = o_v < V
     m_h = m_v[:, None] & m_k[None, :]
 
-    slot = i_n
-    if state_indices is not None:
-        if num_accepted_tokens is None:
-            slot = load_slot(state_indices, i_n, stride_indices_n, null_slot)
-        else:  # of its drafts, so many were kept; a column that is not there is no slot either
-            column = tl.load(num_accepted_tokens + i_n).to(tl.int64) - 1
-            slot += pool
-            if (column >= 0) & (column < columns):
-                p_slots = state_indices + i_n * stride_indices_n
-                slot = load_slot(p_slots, column, stride_indices_c, null_slot)
+    slot = _slot(state_indices, num_accepted_tokens, i_n, pool, null_slot, columns, stride_indices_n, stride_indices_c)
     conv_slot = slot
     if conv_indices is not None:
         conv_slot = load_slot(conv_indices, i_n, stride_conv_indices, null_slot)
@@ -348,9 +384,9 @@ def decode_kernel(
             if SHIFT & (num_accepted_tokens is not None):
                 tl.debug_barrier()
                 for i in tl.static_range(1, W - 1):
-                    _keep(p_conv, c_q, m_last, q1 if i == 1 else q2, W - 2 - i, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_k, m_last, k1 if i == 1 else k2, W - 2 - i, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_v, m_v, v1 if i == 1 else v2, W - 2 - i, conv_length, D, TOKENS_FIRST)
+                    b_q, b_k, b_v = (q1, k1, v1) if i == 1 else (q2, k2, v2)
+                    to = W - 2 - i
+                    _keep_all(p_conv, c_q, c_k, c_v, m_last, m_v, b_q, b_k, b_v, to, conv_length, D, TOKENS_FIRST)
         if gate is not None:
             p_gate = gate + first * stride_gate_s + i_hv * stride_gate_h + o_v
             b_scale = tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
@@ -374,9 +410,7 @@ def decode_kernel(
                 b_v = convolved(v0, v1, v2, v3, wv0, wv1, wv2, wv3, wvb)
                 q1, q2, q3, k1, k2, k3, v1, v2, v3 = q0, q1, q2, k0, k1, k2, v0, v1, v2
                 if SHIFT & (num_accepted_tokens is not None):
-                    _keep(p_conv, c_q, m_last, q0, W - 2 + t, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_k, m_last, k0, W - 2 + t, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_v, m_v, v0, W - 2 + t, conv_length, D, TOKENS_FIRST)
+                    _keep_all(p_conv, c_q, c_k, c_v, m_last, m_v, q0, k0, v0, W - 2 + t, conv_length, D, TOKENS_FIRST)
             b_q, b_k = _normalised(b_q, L2NORM) * scale, _normalised(b_k, L2NORM)
             b_g, b_v = next_g.to(tl.float32), b_v.to(tl.float32)
             b_beta = beta_value(next_beta, BETA_LOGIT, NEG_EIGVAL)
@@ -390,25 +424,13 @@ def decode_kernel(
             # Channels past K: their gate is not zero, but the state, q and k are, so nothing of it is seen.
             b_decay = exp2(log2_decay(b_g, A, b_bias, lower_bound, GATE))
             if PIECE > 0:
-                first_row = i_hv * V + (pid % NV) * BV
-                p_final = None
-                if ht is not None:
-                    p_final = ht + slot * stride_ht_n + first_row * K
-                p_first_scale = None
-                if state_scales is not None:
-                    p_first_scale = state_scales + slot * stride_scales_n + first_row
                 b_o = _in_pieces(
-                    h0 + slot * stride_h0_n + first_row * K, p_final, p_first_scale, b_q, b_k, b_decay, b_v, b_beta,
-                    seed, slot, first_row, K, BV, PIECE,
+                    h0, ht, state_scales, stride_h0_n, stride_ht_n, stride_scales_n, b_q, b_k, b_decay, b_v, b_beta,
+                    seed, slot, i_hv * V + (pid % NV) * BV, K, BV, PIECE,
                 )  # fmt: skip
             else:
                 b_h *= b_decay[None, :]
-                # o = (S + k u^T)^T q = S^T q + (k.q) u: both reductions over the tile are of the decayed state, so
-                # that they run at the same time, and o does not wait for the update.
-                hk = tl.sum(b_h * b_k[None, :], 1)
-                hq = tl.sum(b_h * b_q[None, :], 1)
-                b_u = b_beta * (b_v - hk)
-                b_o = hq + tl.sum(b_k * b_q) * b_u
+                b_o, b_u = _at_once(b_h, b_q, b_k, b_v, b_beta)
             if gate is not None:
                 b_gate = sigmoid(next_gate.to(tl.float32))
                 p_gate += stride_gate_t
@@ -445,7 +467,6 @@ def decode_kernel(
                 m_q, m_new = m_last & (n_tokens > 0), m_v & (n_tokens > 0)
                 for i in tl.static_range(1, W):
                     b_q, b_k, b_v = (q1, k1, v1) if i == 1 else ((q2, k2, v2) if i == 2 else (q3, k3, v3))
-                    _keep(p_conv, c_q, m_q, b_q, W - 1 - i, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_k, m_q, b_k, W - 1 - i, conv_length, D, TOKENS_FIRST)
-                    _keep(p_conv, c_v, m_new, b_v, W - 1 - i, conv_length, D, TOKENS_FIRST)
+                    to = W - 1 - i
+                    _keep_all(p_conv, c_q, c_k, c_v, m_q, m_new, b_q, b_k, b_v, to, conv_length, D, TOKENS_FIRST)
         _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
