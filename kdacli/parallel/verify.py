@@ -54,7 +54,7 @@ def _compile_ahead(ranks: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(Exception):  # whatever is wrong, the run meets it too, and says so
             compile_foreseen([Rehearsal(ranks)])
-    dist.barrier()
+    dist.barrier(device_ids=[torch.cuda.current_device()])
 
 
 def _checked(ranks: int, rank: int, device: str) -> list[dict[str, Any]]:
