@@ -384,9 +384,9 @@ def decode_kernel(
             if SHIFT & (num_accepted_tokens is not None):
                 tl.debug_barrier()
                 for i in tl.static_range(1, W - 1):
-                    b_q, b_k, b_v = (q1, k1, v1) if i == 1 else (q2, k2, v2)
-                    to = W - 2 - i
-                    _keep_all(p_conv, c_q, c_k, c_v, m_last, m_v, b_q, b_k, b_v, to, conv_length, D, TOKENS_FIRST)
+                    x_q, x_k, x_v = (q1, k1, v1) if i == 1 else (q2, k2, v2)
+                    entry = W - 2 - i
+                    _keep_all(p_conv, c_q, c_k, c_v, m_last, m_v, x_q, x_k, x_v, entry, conv_length, D, TOKENS_FIRST)
         if gate is not None:
             p_gate = gate + first * stride_gate_s + i_hv * stride_gate_h + o_v
             b_scale = tl.load(norm_weight + o_v, mask=m_v, other=0.0).to(tl.float32)
@@ -466,7 +466,7 @@ def decode_kernel(
                 tl.debug_barrier()  # every warp has read what is shifted now
                 m_q, m_new = m_last & (n_tokens > 0), m_v & (n_tokens > 0)
                 for i in tl.static_range(1, W):
-                    b_q, b_k, b_v = (q1, k1, v1) if i == 1 else ((q2, k2, v2) if i == 2 else (q3, k3, v3))
-                    to = W - 1 - i
-                    _keep_all(p_conv, c_q, c_k, c_v, m_q, m_new, b_q, b_k, b_v, to, conv_length, D, TOKENS_FIRST)
+                    x_q, x_k, x_v = (q1, k1, v1) if i == 1 else ((q2, k2, v2) if i == 2 else (q3, k3, v3))
+                    entry = W - 1 - i
+                    _keep_all(p_conv, c_q, c_k, c_v, m_q, m_new, x_q, x_k, x_v, entry, conv_length, D, TOKENS_FIRST)
         _fill_tail(p_o, cu_seqlens, i_n, sequences, T, stride_o_t, m_v)
