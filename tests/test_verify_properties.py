@@ -3,13 +3,13 @@
 import pytest
 
 from kda_kernels import registry
-from kda_kernels.problem import Op
+from kda_kernels.problem import FEATURES, Op
 from kdacli.verify.cases import spec
 from kdacli.verify.checks.check import Bench, Result, check
 from kdacli.verify.properties import PROPERTIES
 from kdacli.verify.reports.tables import refusals
 from tests.mutants.score import MUTANTS
-from tests.mutants.victim import VictimKernel
+from tests.mutants.victim import Chunked, VictimKernel
 
 ANY = "lens=9,0,20/gates=init/pool=5"
 
@@ -65,6 +65,23 @@ def test_a_split_that_loses_the_state_fails():
     """The state between two calls is what a prefill that starts from zero does not know."""
     result = ask(MUTANTS["prefill-state-ignored"].kernel(), "prefill-any/lens=20/initial_state=no/properties=split")
     assert [(held.name, held.status) for held in result.properties] == [("split", "fail")]
+
+
+class Carried(Chunked):
+    """States lose a millionth on their way out: within any tolerance, and once more for each call."""
+
+    def store(self, inputs, final, slot, S):
+        super().store(inputs, final, slot, S * (1 - 2**-20))
+
+
+@pytest.mark.parametrize(("victim", "status"), [(Chunked(), "pass"), (Carried(), "fail")], ids=["bits", "a millionth"])
+def test_a_cached_prefix_changes_no_bit(victim, status):
+    class Declared(VictimKernel):
+        features = FEATURES
+
+    result = ask(Declared.of("declared", victim, ""), "prefill-any/lens=70,9/gates=weak/pool=5/properties=alone")
+    (held,) = result.properties
+    assert held.status == status and all("cut at a multiple of 64" in note for note in held.notes), result
 
 
 def test_rounding_from_the_future_is_told_of_a_kernel_that_does_not_rule_it_out():

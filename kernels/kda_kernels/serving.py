@@ -173,7 +173,8 @@ def kda_prefill(
             passes them to every layer. Where triton-prefill runs, they are made here if not given; cute-prefill needs
             none.
         checkpoints: states inside the prompts that are to be kept, see `kda_kernels.tensors.Checkpoints`.
-        batch_invariant: the bits of a sequence depend on itself alone, not on the batch that it is in.
+        batch_invariant: the bits of a sequence depend on itself alone, not on the batch that it is in, nor on a cached
+            prefix that was cut at a multiple of `checkpoint_alignment` and left its state in fp32.
         workspace: uint8, at least `prefill_workspace_bytes` of it: the call allocates no other scratch memory.
         cu_seqlens_cpu: cu_seqlens on the host, where work can then be shared out by what each sequence costs.
         group: the packed tokens are spread over the ranks of a process group, each of which calls this: q, k, v, g and

@@ -1,4 +1,4 @@
-"""Batch invariant: a sequence's bits depend on itself alone, not on its batch."""
+"""Batch invariant: a sequence's bits depend on itself alone, not on its batch, nor on where a cached prefix was cut."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import torch
 
 from kda_kernels.checks import check_inputs, seq_lens
-from kda_kernels.problem import Problem
+from kda_kernels.problem import CHUNK, Op, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli.judge.bits import same_bits
 from kdacli.verify.checks.continuity import tokens_of
+from kdacli.verify.properties.split import in_two
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
-REASON = "who asks for batch_invariant gets the same bits for the same prompt, whatever else is in the batch"
+REASON = "batch_invariant: the same bits for the same prompt, whatever is in the batch and wherever a cached prefix ends"
 
 
 def asked(problem: Problem) -> Problem:
@@ -21,7 +22,10 @@ def asked(problem: Problem) -> Problem:
 
 
 def check(subject: Subject) -> Iterator[str]:
-    """Each sequence in the batch, and by itself; a plain state or a pool goes along."""
+    """Each sequence in the batch, and by itself; a plain state or a pool goes along.
+
+    Prompts of more than a chunk also in two calls, cut where a checkpoint may be, if the state between is fp32.
+    """
     inputs = dataclasses.replace(subject.inputs, batch_invariant=True)
     if inputs.cu_seqlens is None:
         raise NotApplicableError("sequences are taken from packed batches only")
@@ -39,6 +43,16 @@ def check(subject: Subject) -> Iterator[str]:
             other = alone.o if name == "o" else _state(inputs, alone, 0 if inputs.state_indices is None else n)
             if mine is not None and (other is None or not same_bits(mine.contiguous(), other.contiguous())):
                 yield f"{name} of sequence {n} has other bits in the batch than alone"
+    exact = inputs.conv is None and (inputs.state is None or inputs.state.dtype is torch.float32)
+    if subject.problem.op is Op.PREFILL and exact and bool((lens > CHUNK).any()):
+        cut = (lens - 1).clamp(min=0) // CHUNK * CHUNK
+        parts, end = in_two(subject, inputs, lens, cut), int(lens.sum())
+        if not same_bits(parts.o[:, :end], together.o[:, :end]):
+            yield f"o has other bits in two calls, cut at a multiple of {CHUNK} tokens"
+        for n in range(len(starts)):
+            mine, other = _state(inputs, together, n), _state(inputs, parts, n)
+            if mine is not None and (other is None or not same_bits(mine, other)):
+                yield f"final_state of sequence {n} has other bits in two calls, cut at a multiple of {CHUNK} tokens"
 
 
 def _only(inputs: Inputs, n: int, rows: torch.Tensor, lens: torch.Tensor) -> Inputs:

@@ -31,11 +31,11 @@ def check(subject: Subject) -> Iterator[str]:
     lens = torch.tensor(seq_lens(inputs, check_inputs(inputs, values=True)), device=inputs.q.device)
     edge = torch.where(lens > CHUNK, (lens - 1) // CHUNK * CHUNK, lens - 1)
     for where, cut in (("at 2/5 of it", lens * 2 // 5), ("at its last chunk's edge", edge.clamp(min=0))):
-        for wrong in subject.wrong(_in_two(subject, inputs, lens, cut)):
+        for wrong in subject.wrong(in_two(subject, inputs, lens, cut)):
             yield f"each sequence cut {where}: {wrong}"
 
 
-def _in_two(subject: Subject, inputs: Inputs, lens: torch.Tensor, cut: torch.Tensor) -> Outputs:
+def in_two(subject: Subject, inputs: Inputs, lens: torch.Tensor, cut: torch.Tensor) -> Outputs:
     """The first `cut` tokens of each sequence in one call, the rest in a second that starts from its states."""
     ends = lens.cumsum(0)
     start = own_memory(inputs)
