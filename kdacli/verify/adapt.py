@@ -59,10 +59,9 @@ def _one_change(case: Case, fitting: Case) -> Iterator[Case]:
     """`fitting` with one more change each, where that leaves something that `case` is about."""
     for change in _changes(fitting.problem):
         problem = _changed(fitting.problem, change)
-        if problem is not None and problem != fitting.problem and possible(problem, case.transforms):
+        if problem is not None and possible(problem, case.transforms):
             found = dataclasses.replace(fitting, problem=problem)
-            changed = set(spec.changed(case, found))
-            if not case.about or any(changed.isdisjoint(fields) for fields in case.about):
+            if not case.about or any(not spec.changed(case, found, fields) for fields in case.about):
                 yield found
 
 
@@ -123,7 +122,13 @@ def _lengths(problem: Problem) -> Iterator[Change]:
 
 
 def _changed(problem: Problem, change: Change) -> Problem | None:
-    """The problem with those values, padding and pool along with its sequences; None if they do not fit together."""
+    """The problem with those values, padding and pool along with its sequences.
+
+    None if they do not fit together, or are those that it has.
+    """
+    has = vars(problem) | vars(problem.options)
+    if all(has[name] == value for name, value in change.items()):
+        return None
     fields = {name: getattr(problem, name) for name in ("seq_lens", "padding", "pool_slots")}
     inside = {name: value for name, value in change.items() if hasattr(problem.options, name)}
     fields |= {name: value for name, value in change.items() if name not in inside}
@@ -134,6 +139,7 @@ def _changed(problem: Problem, change: Change) -> Problem | None:
         fields["pool_slots"] = count + _SPARE
     try:
         options = dataclasses.replace(problem.options, **inside)
-        return dataclasses.replace(problem, options=options, **fields)
+        found = dataclasses.replace(problem, options=options, **fields)
     except InputError:
         return None
+    return None if found == problem else found

@@ -7,7 +7,8 @@ case of each op to start from, so that every case can be written down.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from kda_kernels.errors import InputError
@@ -154,10 +155,10 @@ def renamed(case: Case) -> str:
     return _changes(table()[case.name.split("/")[0]], case)
 
 
-def changed(old: Case, new: Case) -> list[str]:
-    """The fields in which two cases differ, by their names here."""
-    before, after = _values(old, new), _values(new, old)
-    return [key for key in FIELDS if before[key] != after[key]]
+def changed(old: Case, new: Case, keys: Iterable[str] = FIELDS) -> list[str]:
+    """The fields in which two cases differ, by their names here; `keys`: those that are asked for."""
+    before, after = _values(old, new, keys), _values(new, old, keys)
+    return [key for key in keys if before[key] != after[key]]
 
 
 def _changes(base: Case, case: Case) -> str:
@@ -165,12 +166,17 @@ def _changes(base: Case, case: Case) -> str:
     return "/".join([base.name, *(f"{key}={_text(values[key])}" for key in changed(base, case))])
 
 
-def _values(case: Case, other: Case) -> dict[str, Any]:
+def _values(case: Case, other: Case, keys: Iterable[str] = FIELDS) -> dict[str, Any]:
     """Of each field. A case without a convolution or a norm has those of the other one, left out."""
     problem = case.problem
-    parts = problem.parts or dataclasses.replace(other.problem.parts or Parts(), width=0, norm=False)
+    parts = problem.parts or _left_out(other.problem.parts)
     where = {"case": case, "problem": problem, "options": problem.options, "parts": parts}
-    return {key: getattr(where[field.part], field.name) for key, field in FIELDS.items()}
+    return {key: getattr(where[FIELDS[key].part], FIELDS[key].name) for key in keys}
+
+
+@functools.cache
+def _left_out(parts: Parts | None) -> Parts:
+    return dataclasses.replace(parts or Parts(), width=0, norm=False)
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,9 @@ from kdacli.verify.checks.continuity import tokens_of
 from kdacli.verify.properties.split import in_two
 from kdacli.verify.properties.subject import NotApplicableError, Subject
 
-REASON = "batch_invariant: the same bits for the same prompt, whatever is in the batch and wherever a cached prefix ends"
+REASON = (
+    "batch_invariant: the same bits for the same prompt, whatever is in the batch and wherever a cached prefix ends"
+)
 
 
 def asked(problem: Problem) -> Problem:
