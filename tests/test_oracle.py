@@ -299,8 +299,8 @@ def test_every_operand_is_rounded():
 def test_both_factors_of_a_pair_are_rounded(i, j):
     """Within a sub-chunk (elementwise there) and across: with one channel and no decay, the product of the two."""
     x = torch.full((64, 1), 1 + 2**-9)
-    product = pair_products(x, x * 3, torch.zeros(64, 1), operand_rounding(torch.bfloat16))[i, j]
-    assert product == 1.0 * (x[0] * 3).bfloat16().item() != (x[0] * x[0] * 3).item()
+    (product,) = pair_products((x,), x * 3, torch.zeros(64, 1), operand_rounding(torch.bfloat16))
+    assert product[i, j] == 1.0 * (x[0] * 3).bfloat16().item() != (x[0] * x[0] * 3).item()
 
 
 def test_rounded_chunk_form_survives_resets_and_keeps_dtypes():

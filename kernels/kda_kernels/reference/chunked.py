@@ -87,7 +87,7 @@ def _one_chunk(
     """o of one chunk of all sequences and heads; S [.., V, K] moves on in place. q, k, G [.., C, K], v [.., C, V]."""
     decay, last = G.exp(), G[..., -1:, :]
     kg, qg, kd = rounded(k * decay), rounded(q * decay), rounded(k * (last - G).exp())
-    Akk, Aqk = pair_products(k, k, G, rounded), pair_products(q, k, G, rounded)
+    Akk, Aqk = pair_products((k, q), k, G, rounded)
     A = torch.linalg.solve_triangular(
         beta.unsqueeze(-1) * Akk.tril(-1), torch.diag_embed(beta), upper=False, unitriangular=True
     )
@@ -101,25 +101,28 @@ def _one_chunk(
     return o
 
 
-def pair_products(x: torch.Tensor, k: torch.Tensor, G: torch.Tensor, rounded: Rounding) -> torch.Tensor:
-    """sum_d x_id k_jd exp(G_id - G_jd) for i >= j, else 0: [.., C, C] from x, k, G [.., C, K].
+def pair_products(
+    xs: tuple[torch.Tensor, ...], k: torch.Tensor, G: torch.Tensor, rounded: Rounding
+) -> list[torch.Tensor]:
+    """Of each x sum_d x_id k_jd exp(G_id - G_jd) for i >= j, else 0: [.., C, C] from x, k, G [.., C, K].
 
     Between sub-chunks the decay is split at the token before the later one, so that both factors are at most 1 and a
     matmul does the work. Within a sub-chunk every pair gets its own decay: one factor takes it, as if split at j.
     """
-    C = x.shape[-2]
-    out = x.new_zeros(*x.shape[:-1], C)
+    C = k.shape[-2]
+    outs = [k.new_zeros(*k.shape[:-1], C) for _ in xs]
     for start in range(0, C, SUBCHUNK):
         rows = slice(start, min(start + SUBCHUNK, C))
-        xi, ki, Gi = x[..., rows, :], k[..., rows, :], G[..., rows, :]
+        ki, Gi = rounded(k[..., rows, :]).unsqueeze(-3), G[..., rows, :]
         if start:
             before, split = slice(0, start), G[..., start - 1 : start, :]
-            left = rounded(xi * (Gi - split).exp())
-            right = rounded(k[..., before, :] * (split - G[..., before, :]).exp())
-            out[..., rows, before] = left @ right.mT
+            decay = (Gi - split).exp()
+            right = rounded(k[..., before, :] * (split - G[..., before, :]).exp()).mT
+            for x, out in zip(xs, outs, strict=True):
+                out[..., rows, before] = rounded(x[..., rows, :] * decay) @ right
         n = Gi.shape[-2]
-        later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-        pairs = (Gi.unsqueeze(-2) - Gi.unsqueeze(-3)).masked_fill(later.unsqueeze(-1), -torch.inf).exp()
-        left = rounded(xi.unsqueeze(-2) * pairs)
-        out[..., rows, rows] = (left * rounded(ki).unsqueeze(-3)).sum(-1)
-    return out
+        later = torch.ones(n, n, dtype=torch.bool, device=k.device).triu(1)
+        pairs = (Gi.unsqueeze(-2) - Gi.unsqueeze(-3)).masked_fill_(later.unsqueeze(-1), -torch.inf).exp_()
+        for x, out in zip(xs, outs, strict=True):
+            out[..., rows, rows] = (rounded(x[..., rows, :].unsqueeze(-2) * pairs) * ki).sum(-1)
+    return outs

@@ -38,10 +38,10 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     half = (1 << (_TF32_DROPPED_BITS - 1)) - 1
     last = (bits >> _TF32_DROPPED_BITS) & 1
     rounded = (bits + half + last) & -(1 << _TF32_DROPPED_BITS)
-    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
+    return torch.where(x == x, rounded.view(torch.float32), x)  # not where it is NaN
 
 
 def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
     """Cuts fp32 to 10 bits of mantissa, towards zero. Inf and NaN stay."""
     bits = x.contiguous().view(torch.int32) & -(1 << _TF32_DROPPED_BITS)
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)
+    return torch.where(x == x, bits.view(torch.float32), x)  # not where it is NaN
