@@ -79,6 +79,7 @@ CHANGES = {
     "dense": {"packed": False, "seq_lens": (37, 37)},
     "padding": {"padding": 1},
     "plain": {"pool_slots": None},
+    "K-first": {"pool_slots": None, "state_v_first": False},
     "plain bf16": {"pool_slots": None, "state_dtype": "bfloat16"},
     "plain, not wanted": {"pool_slots": None, "final_state": False},
     "no state": {"pool_slots": None, "initial_state": False},
@@ -94,7 +95,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("change", "parts"), [("usual", 1), ("2 sigmoid", 2), ("given", 2), ("given, no bound", 2)])
+@pytest.mark.parametrize(
+    ("change", "parts"), [("usual", 1), ("2 sigmoid", 2), ("given", 2), ("given, no bound", 2), ("K-first", 2)]
+)
 def test_the_inverse_is_in_two_parts_where_beta_may_be_over_one(change, parts):
     problem = dataclasses.replace(PREFILL, **CHANGES[change])
     assert prefill_functions.problem_spec(problem, Part.WHOLE).inverse_parts == parts

@@ -88,8 +88,8 @@ CALLS = {
     "no state, not wanted": lambda: tokens(output_final_state=False),
     "no final state": lambda: plain(output_final_state=False),
     "K-first, but no state": lambda: tokens(v_first=False, output_final_state=False),
-    "fp16, K-first": lambda: plain(v_first=False, dtype=torch.float16),
-    "fp16, K-first, no state comes in": lambda: tokens(v_first=False, dtype=torch.float16),
+    "K-first": lambda: plain(v_first=False),
+    "K-first, no state comes in": lambda: tokens(v_first=False),
 }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ ON_THE_WAY = {
     "dense": lambda: plain(N=2, T=66, HV=1),
     "pool": lambda: pooled([65, 0, 2], HV=1),
     "no state": lambda: tokens([65, 1], output_final_state=False),
-    "fp16, K-first": lambda: plain([65, 1], v_first=False, dtype=torch.float16),
+    "K-first": lambda: plain([65, 1], v_first=False),
 }
 
 
@@ -321,7 +321,7 @@ def test_what_changes_from_batch_to_batch_compiles_nothing_new(made):
 def test_what_it_is_compiled_for(made):
     """Calls that need functions of their own, twice each, in turn."""
     alike = ("padding", "bound -2", "given, closer bound", "flat dt_bias", "A_log as FLA's layers have it",
-             "slots apart", "K-first, but no state", "one token")  # fmt: skip
+             "slots apart", "K-first, but no state", "K-first, no state comes in", "one token")  # fmt: skip
     calls = [call for name, call in CALLS.items() if name not in alike]
     for _ in range(2):
         for call in calls:
@@ -342,7 +342,7 @@ def cast(inputs: Inputs, dtype: torch.dtype, *names: str) -> Inputs:
 REFUSED = {
     "q, k and v are fp32: it takes bf16 or fp16": lambda: cast(pooled(), FP32, "q", "k", "v"),
     "A_log and dt_bias are fp16: it takes fp32 or bf16": lambda: cast(pooled(), FP16, "dt_bias"),
-    "it takes V-first states only, but with fp16 activations, out of place": lambda: plain(v_first=False),
+    "it takes V-first pools and checkpoints only": lambda: pooled(v_first=False),
     "a slot of the state is not 16-byte aligned": lambda: pooled(gap=2),
 }
 
@@ -446,11 +446,7 @@ def test_a_machine_that_has_everything(h100, change):
         ({"K": 64, "V": 64}, "K is 64: it takes 128"),
         ({"V": 64}, "V is 64: it takes V = K only"),
         ({"dtype": "float32"}, "q, k and v are fp32: it takes bf16 or fp16"),
-        ({"state_v_first": False}, "it takes V-first states only, but with fp16 activations, out of place"),
-        (
-            {"state_v_first": False, "dtype": "float16"},
-            "it takes V-first states only, but with fp16 activations, out of place",
-        ),
+        ({"state_v_first": False}, "it takes V-first pools and checkpoints only"),
     ],
 )
 def test_problems_that_are_left_to_triton(h100, monkeypatch, change, reason):

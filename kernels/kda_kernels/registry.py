@@ -9,8 +9,8 @@ Step: `cute-step` on such a GPU, under the same conditions, when the states of t
 the CTAs of a cluster (K = V = 128: up to 8 heads); `triton-step` runs everything else.
 
 Prefill: `cute-prefill` runs what it can (`kda_kernels.cute.prefill.host`: on sm_90a, with the DSL, bf16 or fp16,
-K = V = 128, V-first states, with fp16 also K-first ones that are not in place, rows that are multiples of 16 bytes),
-as it was faster in every shape measured; `triton-prefill` runs everything else.
+K = V = 128, V-first pools, rows that are multiples of 16 bytes), as it was faster in every shape measured;
+`triton-prefill` runs everything else.
 
 Nothing falls back in silence: `kernel_for` and `choose` return the kernel they chose, and a kernel asked for by name
 either runs or raises an error with its reason. Registering costs no import of torch or triton: a kernel names its

@@ -144,9 +144,23 @@ def _variant(name: str, spec: PrefillSpec) -> CuteVariant:
     )
 
 
+def k_first_options(options: Options) -> Options:
+    """Of calls with K-first states, whose beta is given in place of its logit.
+
+    FLA's tests want the same of both within 1e-4. Where beta is given, or up to 2, the inverse has two parts, else one.
+    """
+    if not options.beta_is_logit or options.allow_neg_eigval:
+        return options
+    return dataclasses.replace(options, beta_is_logit=False)
+
+
 def problem_spec(problem: Problem, part: Part) -> PrefillSpec:
     if problem.features & {"rounding_seed", "state_scales"}:  # as `widened` calls it
         problem = dataclasses.replace(problem, state_dtype="float32", state_rounding="nearest")
+    if not problem.state_v_first and (problem.initial_state or problem.final_state):
+        options = k_first_options(problem.options)
+        beta = problem.beta_dtype if options is problem.options else "float32"
+        problem = dataclasses.replace(problem, options=options, beta_dtype=beta)
     inputs = pretended(problem)
     comes_out = problem.pool_slots is None and problem.final_state and part is not Part.KEPT
     return spec_of(part, inputs, inputs.new_final_state() if comes_out else None)

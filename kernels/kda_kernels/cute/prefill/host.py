@@ -6,9 +6,8 @@ all of them, a second one makes the states between them and adds what these give
 a scan and a sum of Triton's); then checkpoints inside of units are made from the states before these.
 
 What it takes is in `CONTRACT` and `unsupported_tensors`; the rest is Triton's: fp32 activations, sizes other than
-128, K-first states. Those of fp16 activations that are not in place are taken, copied V-first before the kernel and
-back behind it: FLA's tests want the results of both layouts within 1e-4, which takes one kernel. Gates with a bound of
--5 or more are prepared in another way than those without; in fp16 all are prepared like those without.
+128, K-first pools. K-first states that are not in place are copied V-first before the kernel, and back behind it. Gates
+with a bound of -5 or more are prepared in another way than those without; in fp16 all are prepared like those without.
 
 Floor: q, k, v, g, beta and o moved once, 1.28 KB per token and value head: T=8192, H=96: 1.0 GB, 340 us at 3.0 TB/s.
 
@@ -31,7 +30,7 @@ from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.cute.prefill.config import ALIGNMENT, Part
-from kda_kernels.cute.prefill.functions import cut_into, function_of, kind_of, unsupported_here
+from kda_kernels.cute.prefill.functions import cut_into, function_of, k_first_options, kind_of, unsupported_here
 from kda_kernels.cute.prefill.functions import variants as variants
 from kda_kernels.cute.prefill.plan import Split, plan, plan_of
 from kda_kernels.dtypes import FLOATS, name_of
@@ -71,7 +70,7 @@ CONTRACT = Contract(
 )
 
 
-_K_FIRST = "it takes V-first states only, but with fp16 activations, out of place"
+_K_FIRST_IN_PLACE = "it takes V-first pools and checkpoints only"
 _WIDE_NEEDS_MEMORY = "it does not support a workspace with states rounded stochastically or in int16"
 
 
@@ -132,7 +131,8 @@ def prefill(
         if (reason := unsupported_tensors(inputs, out)) is not None:
             raise InputError(f"cute-prefill: {reason}")
         return widened(inputs, lambda wide: _outputs(prefill(wide, out)))
-    if _is_k_first(inputs) and not _stays_k_first(name_of(inputs.q.dtype), inputs.state_indices, inputs.features()):
+    stateful = inputs.state is not None or inputs.output_final_state
+    if stateful and not inputs.state_v_first and inputs.state_indices is None:
         return _turned(inputs, out, final_state, return_intermediate_states)
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     ht = final_state
@@ -154,8 +154,12 @@ def prefill(
 def _turned(
     inputs: Inputs, out: torch.Tensor | None, final_state: torch.Tensor | None, return_intermediate_states: bool
 ) -> Outputs | tuple[Outputs, torch.Tensor]:
-    """`prefill` of plain states [.., K, V], by V-first copies of them."""
-    v_first = inputs.changed(state=None if inputs.state is None else inputs.state.mT.contiguous(), state_v_first=True)
+    """`prefill` of plain states [.., K, V], by V-first copies of them; see `k_first_options`."""
+    state, options = inputs.state, k_first_options(inputs.options)
+    beta = inputs.beta if options is inputs.options else inputs.beta.float().sigmoid()
+    v_first = inputs.changed(
+        state=None if state is None else state.mT.contiguous(), state_v_first=True, options=options, beta=beta
+    )
     made = prefill(v_first, out, return_intermediate_states=return_intermediate_states)
     outputs = made[0] if isinstance(made, tuple) else made
     if outputs.final_state is not None:
@@ -532,10 +536,8 @@ def unsupported(problem: Problem | None = None) -> str | None:
     """Why this machine cannot run `problem` with this kernel; None if it can."""
     if problem is not None and (reason := CONTRACT.refusal(problem)) is not None:
         return reason
-    if problem is not None and not problem.state_v_first:
-        stateful = problem.pool_slots is not None or problem.initial_state or problem.final_state
-        if stateful and _stays_k_first(problem.dtype, problem.pool_slots, problem.features):
-            return _K_FIRST
+    if problem is not None and not problem.state_v_first and _in_place(problem.pool_slots, problem.features):
+        return _K_FIRST_IN_PLACE
     if problem is not None and "workspace" in problem.features and problem.features & {"rounding_seed", "state_scales"}:
         return _WIDE_NEEDS_MEMORY
     return unsupported_here()
@@ -555,8 +557,8 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
         return reason
     if lacking := inputs.features() - CONTRACT.features:
         return f"it does not support {min(lacking)}"
-    if _is_k_first(inputs) and _stays_k_first(name_of(q.dtype), inputs.state_indices, inputs.features()):
-        return _K_FIRST
+    if not inputs.state_v_first and _in_place(inputs.state_indices, inputs.features()):
+        return _K_FIRST_IN_PLACE
     if wide and inputs.workspace is not None:
         return _WIDE_NEEDS_MEMORY
     for name, x in (("q", q), ("k", inputs.k), ("v", v), ("g", inputs.g), ("out", out)):
@@ -573,13 +575,9 @@ def unsupported_tensors(inputs: Inputs, out: torch.Tensor | None = None) -> str 
     return None
 
 
-def _is_k_first(inputs: Inputs) -> bool:
-    return not inputs.state_v_first and (inputs.state is not None or inputs.output_final_state)
-
-
-def _stays_k_first(dtype: str, pool: object, features: frozenset[str]) -> bool:
-    """Whether K-first states are left to Triton; see the top."""
-    return dtype != "float16" or pool is not None or "checkpoints" in features
+def _in_place(pool: object, features: frozenset[str]) -> bool:
+    """Whether states are written where the caller has them."""
+    return pool is not None or "checkpoints" in features
 
 
 @functools.lru_cache(maxsize=256)
