@@ -1,7 +1,8 @@
 """`kda profile --cp`: one prefill over 1, 2, 4, .. and all ranks in one run; rank 0 prints the table."""
 
 import importlib.util
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from kda_kernels.parallel.balance import balanced_cuts
 from kda_kernels.problem import Op, Problem
 from kda_kernels.triton.runtime import multiprocessors
 from kdacli import autotuning, options, output, provenance
-from kdacli.parallel.ranks import joined
+from kdacli.parallel.ranks import joined, progress
 from kdacli.parallel.timing import CHAINED, Row, Timed, flas, ours
 from kdacli.presets import PRESETS
 from kdacli.profile.tools import nvtx
@@ -55,33 +56,55 @@ def profile(params: Mapping[str, Any]) -> None:
 
 def _rows(timed: Timed, peer: str | None, rank: int, ranks: int) -> tuple[list[Row], list[str]]:
     """Of rank 0; and what was not timed, with the reason. peer: what FLA's rows are called, if there are any."""
-    problem, rows, left_out = timed.problem, [], []
+    rows: list[Row] = []
+    left_out: list[str] = []
     room = ROOM * torch.cuda.mem_get_info()[1]
     sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
-    for count in sorted({1, ranks, *(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks)}):
-        group = dist.new_group(list(range(count)))
-        cuts = balanced_cuts(problem.T, count, problem.HV, sms)
-        # drawing takes as much again for the largest tensor, in fp32
-        needed = 3 * elements(problem) / problem.T * max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
-        if needed > room:
-            left_out.append(f"{count} ranks: about {output.fmt_bytes(needed)} a GPU, more than there is")
-            continue
-        if rank < count:
-            rows.append(ours(timed, cuts, group))
-            torch.cuda.empty_cache()
-            if count > 1:
-                rows.append(ours(timed, even_cuts(problem.T, count), group, chained=True))
-                torch.cuda.empty_cache()
-        if peer is not None and (reason := _no_fla(problem, count)) is not None:
-            left_out.append(f"{peer} over {count} ranks: {reason}")
-        elif peer is not None and rank < count:
-            try:
-                rows.append(flas(peer, timed, group))
-            except Exception as error:  # a peer's failure is its own
-                left_out.append(f"{peer} over {count} ranks: {one_line(error, 200)}")
-            torch.cuda.empty_cache()
-        dist.barrier()
+    counts = sorted({1, ranks, *(2**i for i in range(1, ranks.bit_length()) if 2**i < ranks)})
+    with progress(rank, "timing", len(counts)) as advance:
+        for count in counts:
+            advance(f"{count} ranks", 0)
+            group = dist.new_group(list(range(count)))
+            cuts = balanced_cuts(timed.problem.T, count, timed.problem.HV, sms)
+            if (needed := _needed(timed.problem, cuts)) > room:
+                left_out.append(f"{count} ranks: about {output.fmt_bytes(needed)} a GPU, more than there is")
+            elif rank < count:
+                rows += _ours(timed, cuts, group)
+                if peer is not None:
+                    advance(f"{peer} over {count} ranks", 0)
+                    row = _flas(peer, timed, group, count)
+                    if isinstance(row, Row):
+                        rows.append(row)
+                    else:
+                        left_out.append(row)
+            dist.barrier()
+            advance()
     return rows, left_out
+
+
+def _needed(problem: Problem, cuts: Sequence[int]) -> float:
+    """Bytes of the longest part; drawing takes as much again for the largest tensor, in fp32."""
+    return 3 * elements(problem) / problem.T * max(b - a for a, b in itertools.pairwise(cuts))
+
+
+def _ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None) -> Iterator[Row]:
+    yield ours(timed, cuts, group)
+    torch.cuda.empty_cache()
+    if (ranks := len(cuts) - 1) > 1:
+        yield ours(timed, even_cuts(timed.problem.T, ranks), group, chained=True)
+        torch.cuda.empty_cache()
+
+
+def _flas(peer: str, timed: Timed, group: dist.ProcessGroup | None, ranks: int) -> Row | str:
+    """Or why there is none."""
+    if (reason := _no_fla(timed.problem, ranks)) is None:
+        try:
+            return flas(peer, timed, group)
+        except Exception as error:  # a peer's failure is its own
+            reason = one_line(error, 200)
+        finally:
+            torch.cuda.empty_cache()
+    return f"{peer} over {ranks} ranks: {reason}"
 
 
 def _no_fla(problem: Problem, ranks: int) -> str | None:

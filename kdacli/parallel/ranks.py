@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import click
 
 from kda_kernels.errors import InputError, KdaError, UnavailableError, one_line
+from kdacli import output
 
 
 def cp_option(what: str):
@@ -76,6 +77,11 @@ def _launched(ranks: int, words: Sequence[str]) -> int:
 def is_first() -> bool:
     """Whether this is rank 0, or no rank: who looks after the files of a command."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def progress(rank: int, what: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+    """`output.progress`, which rank 0 alone shows."""
+    return nullcontext(lambda label=None, steps=1: None) if rank else output.progress(what, total)
 
 
 def _gpu(have: int, shared: bool) -> int:

@@ -14,7 +14,7 @@ from kda_kernels.problem import Op
 from kdacli import output, provenance
 from kdacli.judge import Reference, Verdict, judge
 from kdacli.parallel.checks import alone, cases, drop_in, equal_parts, gathered, judged, prefilled
-from kdacli.parallel.ranks import joined
+from kdacli.parallel.ranks import joined, progress
 from kdacli.parallel.rehearsal import Rehearsal
 from kdacli.peers import fla
 from kdacli.verify.processes.ahead import compile_foreseen
@@ -61,7 +61,7 @@ def _checked(ranks: int, rank: int, device: str) -> list[dict[str, Any]]:
     """Rows of all cases, on every rank. Each judges some of them: the fp64 oracle takes longer than what it judges."""
     whole, made, mine = cases(ranks, device), {}, {}
     share = list(whole)[rank::ranks]
-    with contextlib.nullcontext(_silent) if rank else output.progress("verifying", len(whole) + len(share)) as advance:
+    with progress(rank, "verifying", len(whole) + len(share)) as advance:
         for name, case in whole.items():
             advance(name, 0)
             made[name] = prefilled(case, case.inputs(device), None)
@@ -75,10 +75,6 @@ def _checked(ranks: int, rank: int, device: str) -> list[dict[str, Any]]:
             advance()
     found = {name: rows for one in gathered(mine, None) for name, rows in one.items()}
     return [row for name in whole for row in found[name]]
-
-
-def _silent(label: str | None = None, steps: int = 1) -> None:
-    """In the place of a progress bar, which rank 0 alone shows."""
 
 
 def _rows(name: str, verdicts: list[Verdict], wrong: str = "", alone: Sequence[Verdict] = ()) -> list[dict[str, Any]]:
