@@ -57,7 +57,7 @@ def compare(theirs, mine, ours) -> None:
     for found in left:  # slot 0 is vLLM's null block, which its fused step writes for padded rows
         found |= {name: found[name][1:] for name in ("conv", "pool") if name in found}
     if "conv" in theirs:
-        assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "the convolution is the engine's own"
+        assert torch.equal(theirs.pop("conv"), mine.pop("conv")), "windows are copies"
     for name, want in theirs.items():
         error = (mine[name].double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
         assert want.isfinite().all(), f"the engine's own {name} is not finite"

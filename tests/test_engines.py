@@ -4,6 +4,7 @@ What is called are the functions that engines would call, with tensors as their 
 not needed. Names and parameters of the real ones are held against their released sources, where those are there.
 """
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -222,6 +223,25 @@ def test_vllm_prefill_without_flashkda():
         same(final, want.final_state)
 
 
+def test_vllm_convolution_of_one_of_q_k_and_v():
+    """Its states are a slice of the channels of all three; the second sequence is in the null slot."""
+    D, device = 16, "cuda" if torch.cuda.is_available() else "cpu"
+    windows = torch.randn(4, 3, 3 * D, dtype=torch.bfloat16, device=device)
+    before = windows.clone()
+    x = torch.randn(8, 2 * D, dtype=torch.bfloat16, device=device)[:, :D]
+    weight = torch.randn(D, 4, device=device)
+    slots, ends = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([2, 0, 9], [0, 5, 8]))  # a slot too many
+    both = torch.tensor([True, True], device=device)
+    o = vllm_calls.causal_conv1d_fn(x.mT, weight, None, windows.mT[:, D : 2 * D], ends, slots, both, metadata=object())
+    raw = torch.cat((before[2, :, D : 2 * D], x[:5])).mT.double()
+    same(o[:, :5], torch.nn.functional.silu(torch.nn.functional.conv1d(raw, weight.double()[:, None], groups=D)))
+    assert not o[:, 5:].any()
+    before[2, :, D : 2 * D] = x[2:5]
+    assert torch.equal(windows, before)
+    with pytest.raises(InputError, match="activation"):
+        vllm_calls.causal_conv1d_fn(x.mT, weight, None, windows.mT[:, :D], ends, activation="gelu")
+
+
 def test_vllm_ling_has_log_decays():
     inputs = inputs_of(Op.PREFILL, (9, 3), NONE)
     before = inputs.state[inputs.state_indices.long()]
@@ -286,6 +306,27 @@ def test_sglang_extend_snapshots_what_comes_before_a_chunk():
     same(inputs.state, want.final_state)
     same(track[:1], want.checkpoints[:1])
     assert torch.equal(track[1], before[1]), "before chunk 0 is the initial state"
+
+
+def test_sglang_convolves_prompts_where_the_kernel_behind_is_ours():
+    """The first prompt goes on with what its slot holds, the second is new."""
+    D, device = 16, "cuda" if torch.cuda.is_available() else "cpu"
+    windows = torch.randn(4, 3, D, device=device).bfloat16()
+    weight, x = torch.randn(D, 4, device=device), torch.randn(8, D + 2, device=device).bfloat16()[:, :D]
+    slots, ends, prefixes = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([2, 1], [0, 5, 8], [9, 0]))
+    held = (windows[2], torch.zeros_like(windows[1]))
+    raw = [torch.cat((state, x[a:b])).mT.double() for state, (a, b) in zip(held, ((0, 5), (5, 8)), strict=True)]
+    want = [torch.nn.functional.conv1d(one, weight.double()[:, None], groups=D).mT for one in raw]
+    backend = types.SimpleNamespace(
+        kernel_dispatcher=types.SimpleNamespace(extend_kernel=KERNEL),
+        forward_metadata=types.SimpleNamespace(query_start_loc=ends),
+    )
+    layer = types.SimpleNamespace(conv_weights=weight, bias=None)
+    call = (backend, layer, types.SimpleNamespace(extend_prefix_lens=prefixes), x, windows.mT, slots)
+    same(sglang_calls.convolve_prefill(*call, original=None), torch.nn.functional.silu(torch.cat(want)))
+    assert torch.equal(windows[slots.long()], torch.stack((x[2:5], x[5:8])))
+    backend.kernel_dispatcher.extend_kernel = "theirs"
+    assert sglang_calls.convolve_prefill(*call, original=lambda *given: given) == call
 
 
 def test_sglang_verify_leaves_the_pool():
@@ -443,6 +484,31 @@ def test_a_capture_sees_what_replaces(tmp_path, monkeypatch):
         finally:
             recorder.remove()
             replacing.remove()
+
+
+def test_what_other_models_call_too_is_replaced_in_one_module_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "engine_ops.py").write_text("def function(x): return 'theirs'\n")
+    for name in ("kda", "mamba"):
+        (tmp_path / f"engine_{name}.py").write_text("from engine_ops import function\n")
+    target, ours = "engine_kda:function", f"{sites.__name__}:absence"
+    other = importlib.import_module("engine_mamba")
+    patches = Patches([target], lambda original, _: lambda: "ours", print, only_there=[target])
+    patches.install()
+    try:
+        assert importlib.import_module("engine_kda").function() == "ours"
+        assert other.function(0) == other.function(1) == "theirs"
+    finally:
+        patches.remove()
+    found = [
+        sites.Site("K3", "convolution", f"{module}:function", ours, defined="engine_ops")
+        for module in ("engine_kda", "engine_ops")
+    ]
+    monkeypatch.setattr(sites, "absence", lambda engine, root: None)
+    monkeypatch.setattr(sites, "version", lambda package: "1.0")
+    reasons = [site.reason(tmp_path, lambda file: ast.parse(file.read_text()).body) for site in found]
+    assert "passes x, which ours does not know" in reasons[0]
+    assert "has no engine_ops:function" in reasons[1], "it imports none"
 
 
 def test_a_model_is_not_replaced_by_halves(tmp_path):

@@ -5,7 +5,7 @@ Imports no torch: this runs in every Python process of an engine, and of a progr
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +20,19 @@ class Patches:
         wrap: called once for each function that was found.
         missing: called with a target whose module is there without it.
         outermost: wrap what others put in the place of a function; else these others wrap what is put there.
+        only_there: targets that are replaced in the module named alone, not where else they were imported to.
     """
 
     def __init__(
-        self, targets: Iterable[str], wrap: Wrap, missing: Callable[[str], None], *, outermost: bool = False
+        self,
+        targets: Iterable[str],
+        wrap: Wrap,
+        missing: Callable[[str], None],
+        *,
+        outermost: bool = False,
+        only_there: Collection[str] = (),
     ) -> None:
-        self.wrap, self.missing, self.outermost = wrap, missing, outermost
+        self.wrap, self.missing, self.outermost, self.only_there = wrap, missing, outermost, only_there
         self._finding = threading.local()
         self.waiting: dict[str, list[str]] = {}
         for target in targets:
@@ -88,7 +95,7 @@ class Patches:
             replacement = self.wrap(original, target)
             put = staticmethod(replacement) if isinstance(held, staticmethod) else replacement
             self._replace(owner, name, held, put)
-            if owner is module:
+            if owner is module and target not in self.only_there:
                 self._replace_references(original, replacement)
             self.found.add(target)
 

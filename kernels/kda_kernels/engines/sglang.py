@@ -16,7 +16,8 @@ from kda_kernels.engines.sites import Site, reasons
 NAME = "kda"
 
 _CALLS, _ALL = "kda_kernels.engines.sglang_calls", "all with KDA layers"
-_DISPATCHER = "sglang.srt.layers.attention.linear.kda_backend:KDAKernelDispatcher"
+_BACKEND = "sglang.srt.layers.attention.linear.kda_backend"
+_DISPATCHER = f"{_BACKEND}:KDAKernelDispatcher"
 _FUSED = (
     "linear.fused_kda_conv_recurrent_verify:fused_kda_conv_gating_verify",
     "kda_decode_mtp:fused_kda_decode_mtp_dspark",
@@ -31,6 +32,7 @@ def _phase(what: str, method: str) -> Site:
 
 SITES = (
     Site(_ALL, "choice of kernels", f"{_DISPATCHER}.__init__", f"{_CALLS}:build_dispatcher"),
+    Site(_ALL, "prompts' convolution", f"{_BACKEND}:KDAAttnBackend._convolve_prefill", f"{_CALLS}:convolve_prefill"),
     _phase("decode", "packed_decode"),
     _phase("decode", "decode"),
     _phase("prefill, checkpoints", "extend"),
@@ -56,7 +58,8 @@ def install() -> None:
     if reason is not None:
         log.warning("kda: no backend %s: %s", NAME, reason)
         return
-    _patches.append(Patches([SITES[0].target], _wrap, lambda target: log.warning("kda: %s is no function", target)))
+    targets = [site.target for site in SITES if site.patched and site.ours]
+    _patches.append(Patches(targets, _wrap, lambda target: log.warning("kda: %s is no function", target)))
     _patches[0].install()
 
 
@@ -75,10 +78,10 @@ def _add_choice() -> None:
 
 
 def _wrap(original: Any, target: str) -> Any:
-    module, _, name = SITES[0].ours.partition(":")
-    build = getattr(importlib.import_module(module), name)
+    module, _, name = next(site.ours for site in SITES if site.target == target).partition(":")
+    ours = getattr(importlib.import_module(module), name)
 
-    def init(self: Any, decode_backend: Any, prefill_backend: Any, verify_backend: Any) -> None:
-        build(self, decode_backend, prefill_backend, verify_backend, original=original)
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        return ours(self, *given, original=original, **named)
 
-    return init
+    return call

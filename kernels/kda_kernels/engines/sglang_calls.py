@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kda_kernels.api import Checkpoints, GatedNorm, kda_decode, kda_prefill, kda_step
+from kda_kernels.api import Checkpoints, Convolution, GatedNorm, kda_conv, kda_decode, kda_prefill, kda_step
 from kda_kernels.engines.derived import apart, counted
 from kda_kernels.engines.sglang import NAME, STEP
 from kda_kernels.engines.vllm_calls import convolution, split_packed
@@ -42,6 +42,29 @@ def build_dispatcher(
     if "verify" in ours:
         self.verify_kernel, self.verify_backend = kernel, verify_backend
     log.info("kda: %s run with kda's kernels", ", ".join(ours))
+
+
+def convolve_prefill(
+    self: Any,
+    layer: Any,
+    forward_batch: Any,
+    mixed_qkv: torch.Tensor,
+    conv_states: torch.Tensor,
+    cache_indices: torch.Tensor,
+    *,
+    original: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """`KDAAttnBackend._convolve_prefill`: of packed prompts [T, D], with ours where ours is the kernel behind it.
+
+    In the graphs of prefill it stays SGLang's, which reads a table that was made for it there.
+    """
+    if not isinstance(self.kernel_dispatcher.extend_kernel, KdaKernel):
+        return original(self, layer, forward_batch, mixed_qkv, conv_states, cache_indices)
+    conv = Convolution(layer.conv_weights, layer.bias, conv_states.mT, cache_indices, tokens_first=True)
+    return kda_conv(
+        mixed_qkv, conv, cu_seqlens=self.forward_metadata.query_start_loc,
+        has_initial_state=forward_batch.extend_prefix_lens > 0,
+    )  # fmt: skip
 
 
 def _names() -> dict[str, str | None]:

@@ -27,6 +27,7 @@ class Site:
         ours: the same of what runs instead; "" where there is nothing.
         why_not: the reason where `ours` is "".
         patched: whether the function itself is replaced; else ours is reached through another site that is.
+        defined: the module that defines it, where the one of `target` imports it: then it is replaced there alone.
     """
 
     models: str
@@ -35,6 +36,7 @@ class Site:
     ours: str = ""
     why_not: str = ""
     patched: bool = True
+    defined: str = ""
 
     def reason(self, root: Path | None, parse: Parse) -> str | None:
         """Why ours does not run there; None if it does.
@@ -51,7 +53,7 @@ class Site:
         root = root or _installed(engine)
         assert root is not None
         try:
-            theirs = parameters(root, self.target, parse)
+            theirs = self._parameters(root, parse)
         except (OSError, SyntaxError, ValueError) as error:
             return f"{engine}'s source cannot be read: {one_line(error)}"
         if theirs is None:
@@ -59,6 +61,15 @@ class Site:
         if unknown := _not_taken(theirs, parameters(Path(__file__).parents[2], self.ours, parse) or ()):
             return f"{engine} {version(root / engine)} passes {', '.join(unknown)}, which ours does not know"
         return None
+
+    def _parameters(self, root: Path, parse: Parse) -> tuple[str, ...] | None:
+        """Of the function; None if it is not there, or not imported where it should be."""
+        if not self.defined:
+            return parameters(root, self.target, parse)
+        module, _, name = self.target.partition(":")
+        body = parse(root.joinpath(*module.split(".")).with_suffix(".py"))
+        imported = (alias.asname or alias.name for x in body if isinstance(x, ast.ImportFrom) for alias in x.names)
+        return parameters(root, f"{self.defined}:{name}", parse) if name in imported else None
 
 
 def reasons(sites: Sequence[Site], root: Path | None = None) -> dict[Site, str | None]:

@@ -23,12 +23,22 @@ _PREPARED = "vllm.models.kimi_k3.nvidia.specialized_decode.cutedsl.kda.prepared"
 _CHECKPOINTS = "vllm.model_executor.layers.mamba.kda_checkpoint:kda_prefill_checkpoint_alignment"
 _GLM_PREFILL = "vllm.models.glm5next.common.kda:Glm5NextLinearAttention._flashkda_prefill"
 
+_CONV = "vllm.model_executor.layers.mamba.ops.causal_conv1d"  # of other models, too
+
 _RECORDS = "it keeps records that a later call folds into the states"
 _BLACKWELL = "FlashInfer's, for Blackwell"
+
+
+def _convolution(models: str, module: str) -> Site:
+    ours = f"{_CALLS}:causal_conv1d_fn"
+    return Site(models, "prompts' convolution", f"{module}:causal_conv1d_fn", ours, defined=_CONV)
+
 
 SITES = (
     Site(_K3, "prefill", "vllm.models.kimi_k3.nvidia.kda:_flashkda_prefill", f"{_CALLS}:k3_flashkda_prefill"),
     Site(_K3, "prefill", f"{_K3_OPS}:chunk_kda_with_fused_gate", f"{_CALLS}:k3_chunk_kda_with_fused_gate"),
+    _convolution(_K3, "vllm.models.kimi_k3.nvidia.kda"),
+    _convolution(_K3, "vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn"),
     Site(_K3, "decode", f"{_K3_OPS}:fused_recurrent_kda_packed_decode", f"{_CALLS}:k3_packed_decode"),
     Site(_K3, "speculation", f"{_K3_OPS}:fused_recurrent_kda", f"{_CALLS}:k3_fused_recurrent_kda"),
     Site(_K3, "checkpoints", _CHECKPOINTS, f"{_CALLS}:checkpoint_alignment"),
@@ -40,9 +50,11 @@ SITES = (
     Site(_K3, "fused step", f"{_PREPARED}:PreparedKda.run", why_not="it projects the gate too, on Blackwell"),
     Site(_GLM, "prefill", _GLM_PREFILL, f"{_CALLS}:glm_flashkda_prefill"),
     Site(_GLM, "prefill", f"{_GLM_OPS}:chunk_kda_with_fused_gate", f"{_CALLS}:glm_chunk_kda_with_fused_gate"),
+    _convolution(_GLM, "vllm.models.glm5next.common.kda"),
     Site(_GLM, "decode, speculation", f"{_GLM_OPS}:fused_recurrent_kda", f"{_CALLS}:glm_fused_recurrent_kda"),
     Site(_GLM, "checkpoints", _CHECKPOINTS, f"{_CALLS}:checkpoint_alignment"),
     Site(_LING, "prefill", f"{_LING_OPS}:chunk_kda", f"{_CALLS}:ling_chunk_kda"),
+    _convolution(_LING, "vllm.model_executor.models.bailing_moe_v3"),
     Site(_LING, "decode", f"{_LING_OPS}:fused_recurrent_kda", f"{_CALLS}:glm_fused_recurrent_kda"),
     Site(_LING, "speculation", f"{_LING_OPS}:fused_recurrent_kda_fwd", f"{_CALLS}:ling_fused_recurrent_kda_fwd"),
 )
@@ -70,5 +82,8 @@ def install() -> None:
         log.info("kda: %s is replaced", target)
         return getattr(importlib.import_module(module), name)
 
-    _patches.append(Patches(ours, wrap, lambda target: log.warning("kda: %s is no function", target)))
+    def missing(target: str) -> None:
+        log.warning("kda: %s is no function", target)
+
+    _patches.append(Patches(ours, wrap, missing, only_there=[site.target for site in SITES if site.defined]))
     _patches[0].install()

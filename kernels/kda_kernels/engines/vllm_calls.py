@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_decode, kda_step
+from kda_kernels.api import Checkpoints, Convolution, GatedNorm, chunk_kda_fwd, kda_conv, kda_decode, kda_step
 from kda_kernels.api import checkpoint_alignment as our_alignment
 from kda_kernels.engines.derived import counted, derived, joined
 from kda_kernels.errors import InputError
@@ -75,6 +75,37 @@ def k3_chunk_kda_with_fused_gate(
         cu_seqlens=cu_seqlens, A_log=A_log.view(-1), dt_bias=g_bias, lower_bound=lower_bound,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel=True, out=out,
     )  # fmt: skip
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_states: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    cache_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    activation: str | bool | None = "silu",
+    pad_slot_id: int = -1,
+    null_block_id: int | None = NULL_SLOT,
+    metadata: Any = None,
+    validate_data: bool = False,
+) -> torch.Tensor:
+    """The convolution of packed prompts, x [D, T]; conv_states: a view [P, D, L].
+
+    `metadata`, a plan for vLLM's own kernel, is not used.
+
+    Raises:
+        InputError: another activation is asked for, which the layers never do.
+    """
+    if activation not in ("silu", "swish", True):
+        raise InputError("activation", f"is {activation}", "ours is SiLU")
+    tokens_first = conv_states.stride(1) == 1
+    states = conv_states.mT if tokens_first else conv_states
+    return kda_conv(
+        x.mT, Convolution(weight, bias, states, cache_indices, tokens_first), cu_seqlens=query_start_loc,
+        has_initial_state=has_initial_state, null_slot=null_block_id,
+    ).mT  # fmt: skip
 
 
 def k3_packed_decode(
