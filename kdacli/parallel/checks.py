@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from kda_kernels.api import Checkpoints, chunk_kda, kda_prefill
-from kda_kernels.parallel import ContextParallel, even_cuts
+from kda_kernels.parallel import ContextParallel, convolution_halo, even_cuts
 from kda_kernels.parallel.context import part_of_batch
 from kda_kernels.problem import CHUNK, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
@@ -18,6 +18,7 @@ from kdacli.judge.bits import same_bits
 from kdacli.synthetic import make_inputs
 
 TOKENS = ("q", "k", "v", "g", "beta")
+WIDTH = 4  # of a convolution before the prefill
 SAFE, SOFTPLUS = Options(gate=Gate.SAFE, lower_bound=-5.0), Options()
 
 
@@ -86,6 +87,13 @@ class Case:
         part = part_of_batch((0, *itertools.accumulate(self.lens)), self.cuts, rank)
         return ContextParallel(None, rank, self.ranks, **part, chained=self.chained)
 
+    def halo(self, rank: int, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of x [T, D] before a rank's part that a convolution of `WIDTH` taps reads."""
+        begin, end = self.cuts[rank : rank + 2]
+        first = max(n for n in itertools.accumulate(self.lens, initial=0) if n <= begin) if begin < end else begin
+        before = x[max(first, begin - WIDTH + 1) : begin]
+        return torch.cat((x.new_zeros(WIDTH - 1 - len(before), x.shape[1]), before))
+
     def sequences(self, inputs: Inputs) -> Iterator[tuple[int, int, int]]:
         """Slot, first token and length of each."""
         starts = itertools.accumulate(self.lens, initial=0)
@@ -148,12 +156,13 @@ def gathered(mine: Any, group: dist.ProcessGroup | None) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a rank made: o, its pool before and after, and checkpoints; on the CPU."""
+    """What a rank made: o, its pool before and after, checkpoints, and `convolution_halo` of v; on the CPU."""
 
     o: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     kept: torch.Tensor | None
+    halo: torch.Tensor | None = None
 
 
 def prefilled(case: Case, inputs: Inputs, group: dist.ProcessGroup | None, **how: Any) -> list[Part]:
@@ -168,9 +177,11 @@ def prefilled(case: Case, inputs: Inputs, group: dist.ProcessGroup | None, **how
     before = pool.clone()
     assert inputs.cu_seqlens is not None  # cases are packed
     context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, chained=case.chained, **how)
-    o = kda_prefill(**arguments(local, **part_of(inputs, begin, end)), group=context)
+    tokens = part_of(inputs, begin, end)
+    halo = convolution_halo(tokens["v"].flatten(2), context, WIDTH)
+    o = kda_prefill(**arguments(local, **tokens), group=context)
     kept = None if local.checkpoints is None else local.checkpoints.states.cpu()
-    return gathered(Part(o.cpu(), before.cpu(), pool.cpu(), kept), group)
+    return gathered(Part(o.cpu(), before.cpu(), pool.cpu(), kept, halo.cpu()), group)
 
 
 def alone(inputs: Inputs) -> Outputs:
@@ -212,8 +223,11 @@ def drop_in(case: Case, context: Any, group: dist.ProcessGroup | None, device: s
 def judged(
     case: Case, inputs: Inputs, parts: list[Part], reference: Reference | None = None
 ) -> tuple[list[Verdict], str]:
-    """Of the whole batch; and which slots were written on the wrong rank, if any."""
+    """Of the whole batch; and which slots were written on the wrong rank, and which halos are wrong, if any."""
     pool, wrong = inputs.pool[0].cpu().clone(), []
+    for rank, part in enumerate(parts):
+        if part.halo is not None and not torch.equal(part.halo, case.halo(rank, inputs.v[0].flatten(1).cpu())):
+            wrong.append(f"the convolution's halo is wrong on rank {rank}")
     for slot, start, length in case.sequences(inputs):
         if slot < 0 or not length:
             continue
