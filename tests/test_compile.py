@@ -407,3 +407,20 @@ def test_a_model_without_lengths_is_what_serving_launches(cache):
     assert set(found) == {f"{backend}-{op}" for backend in ("cute", "triton") for op in ("decode", "step", "prefill")}
     for kernel, (built, different, launched, missing) in found.items():
         assert built == different and launched and not missing, kernel
+
+
+def test_a_step_of_drafts_compiles_in_triton(tmp_path, monkeypatch):
+    """What its loop over tokens carries keeps one type, which the interpreter does not ask for."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = (
+        "from kda_kernels import registry\n"
+        "from kda_kernels.problem import Op, Problem\n"
+        "from kdacli.compile import arch, worker\n"
+        "drafts = Problem(Op.STEP, (2,), 1, 1, K=16, V=16, packed=False, pool_slots=2,\n"
+        "                 features=frozenset({'num_accepted_tokens'}))\n"
+        "(variant,) = worker.variants(registry.get('triton-step'), drafts, arch.parse('sm_90a'))\n"
+        "variant.build('sm_90a')\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
