@@ -142,72 +142,81 @@ def decode(
     """
     require_device(inputs.q)
     require_features(inputs, FEATURES, "triton-decode")
-    q, k, v, g, beta, options = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.options
-    _, T, N, H, HV, K, V = inputs.dims
-    packed = inputs.cu_seqlens is not None
-    h0, kept, indices = inputs.state, inputs.token_states, inputs.state_indices
-    scales, seed = inputs.state_scales, inputs.rounding_seed
-    o = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    h0, indices = inputs.state, inputs.state_indices
+    o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format) if out is None else out
     if indices is not None:
         ht = h0 if inputs.update_state else None
     elif final_state is not None or not inputs.output_final_state:
         ht = final_state
     else:
         ht = inputs.new_final_state()
-    conv, norm = inputs.conv, inputs.norm
-    whole = conv is not None or norm is not None
-    streamed = _streamed(inputs)
-    if config is None:
-        heads = HV if inputs.batch_invariant else N * HV
-        gpu = multiprocessors(q.device), generation(q.device)
-        if whole:
-            config = DecodeConfig.whole(heads, K, V, *gpu, streamed)
-        else:
-            rounded = scales is not None or seed is not None
-            config = DecodeConfig.choose(heads, K, V, inputs.state_v_first, *gpu, rounded, streamed)
-    if not N:
-        o.zero_()
+    if inputs.N:
+        _launch(inputs, o, ht, config)
     else:
-        steps = (*_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed))
-        others = (*_strides(beta, packed), *_strides(o, packed))
-        slots = (
-            0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
-            *((0, 0) if kept is None else _strides(kept, packed and inputs.token_state_indices is None)[:2]),
-        )  # fmt: skip
-        params = (inputs.A_log, inputs.dt_bias)
-        tables = (inputs.cu_seqlens, inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices)
-        constants = (
-            H, HV, K, V, next_power_of_2(K), config.BV, config.piece if streamed else 0, inputs.state_v_first,
-            GATE_CODES[options.gate], options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
-            1 if conv is None else HV // H, 0 if conv is None else conv.width, conv is not None and conv.tokens_first,
-            inputs.update_state,
-        )  # fmt: skip
-        together = constants[-4]  # value heads of a program
-        parts = _parts(inputs, packed) if whole else _NO_PARTS
-        kind = None
-        if usual(
-            (q, k, v, g, *params, o, h0, ht, kept, *parts[:3], *parts[4:6], scales),
-            (*steps, *slots, *(parts[-4:] if whole else ())),
-            others,
-        ):
-            typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6], scales, seed)
-            kind = (q.device, config.num_warps, config.registers, constants, tuple(map(dtype_of, typed)))
-        with stage("decode"), on_device(q):
-            launch(
-                decode_kernel, (cdiv(V, config.BV) * (HV // together) * N,), kind,
-                (
-                    q, k, v, g, beta, *params, o, h0, ht, kept, indices, *tables,
-                    float(options.scale_for(K)), float(options.lower_bound or 0),
-                    N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
-                    *((1, 0, 0) if indices is None else _index_layout(indices)),
-                    *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts,
-                    scales, 0 if scales is None else scales.stride(0), seed, *constants,
-                ),
-                num_warps=config.num_warps, num_stages=1, **register_limit(config.registers),
-            )  # fmt: skip
+        o.zero_()
     final = h0 if indices is not None else ht
-    shifted = None if conv is None else conv.states
-    return Outputs(o, final if inputs.output_final_state else None, conv_states=shifted, state_scales=scales)
+    shifted = None if inputs.conv is None else inputs.conv.states
+    return Outputs(
+        o, final if inputs.output_final_state else None, conv_states=shifted, state_scales=inputs.state_scales
+    )
+
+
+def _launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None, config: DecodeConfig | None) -> None:
+    """The kernel on one sequence or more; `ht`: where states go."""
+    q, k, v, g, beta, options = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.options
+    h0, kept, indices = inputs.state, inputs.token_states, inputs.state_indices
+    scales, seed, conv, norm = inputs.state_scales, inputs.rounding_seed, inputs.conv, inputs.norm
+    _, T, N, H, HV, K, V = inputs.dims
+    packed, whole, streamed = inputs.cu_seqlens is not None, conv is not None or norm is not None, _streamed(inputs)
+    if config is None:
+        config = _chosen(inputs, whole, streamed)
+    steps = (*_strides(q, packed), *_strides(k, packed), *_strides(v, packed), *_strides(g, packed))
+    others = (*_strides(beta, packed), *_strides(o, packed))
+    slots = (
+        0 if h0 is None else h0.stride(0), 0 if ht is None else ht.stride(0),
+        *((0, 0) if kept is None else _strides(kept, packed and inputs.token_state_indices is None)[:2]),
+    )  # fmt: skip
+    params = (inputs.A_log, inputs.dt_bias)
+    tables = (inputs.cu_seqlens, inputs.has_initial_state, inputs.num_accepted_tokens, inputs.token_state_indices)
+    together = 1 if conv is None else HV // H  # value heads of a program
+    constants = (
+        H, HV, K, V, next_power_of_2(K), config.BV, config.piece if streamed else 0, inputs.state_v_first,
+        GATE_CODES[options.gate], options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm, together,
+        0 if conv is None else conv.width, conv is not None and conv.tokens_first, inputs.update_state,
+    )  # fmt: skip
+    parts = _parts(inputs, packed) if whole else _NO_PARTS
+    kind = None
+    if usual(
+        (q, k, v, g, *params, o, h0, ht, kept, *parts[:3], *parts[4:6], scales),
+        (*steps, *slots, *(parts[-4:] if whole else ())),
+        others,
+    ):
+        typed = (q, v, g, beta, *params, o, h0, ht, kept, indices, *tables, *parts[:6], scales, seed)
+        kind = (q.device, config.num_warps, config.registers, constants, tuple(map(dtype_of, typed)))
+    with stage("decode"), on_device(q):
+        launch(
+            decode_kernel, (cdiv(V, config.BV) * (HV // together) * N,), kind,
+            (
+                q, k, v, g, beta, *params, o, h0, ht, kept, indices, *tables,
+                float(options.scale_for(K)), float(options.lower_bound or 0),
+                N, T, 0 if h0 is None else h0.shape[0], -1 if inputs.null_slot is None else inputs.null_slot,
+                *((1, 0, 0) if indices is None else _index_layout(indices)),
+                *((0, 0) if kept is None else kept.shape[:2]), *steps, *others, *slots, *parts,
+                scales, 0 if scales is None else scales.stride(0), seed, *constants,
+            ),
+            num_warps=config.num_warps, num_stages=1, **register_limit(config.registers),
+        )  # fmt: skip
+
+
+def _chosen(inputs: Inputs, whole: bool, streamed: bool) -> DecodeConfig:
+    """For these tensors on their GPU. `whole`: there is a convolution or a norm."""
+    _, _, N, _, HV, K, V = inputs.dims
+    heads = HV if inputs.batch_invariant else N * HV
+    gpu = multiprocessors(inputs.q.device), generation(inputs.q.device)
+    if whole:
+        return DecodeConfig.whole(heads, K, V, *gpu, streamed)
+    rounded = inputs.state_scales is not None or inputs.rounding_seed is not None
+    return DecodeConfig.choose(heads, K, V, inputs.state_v_first, *gpu, rounded, streamed)
 
 
 _NO_PARTS = (*((None,) * 7), *((0,) * 7))  # a number that is declared int64 cannot be None

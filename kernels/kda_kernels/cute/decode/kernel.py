@@ -656,9 +656,8 @@ class DecodeKernel:
             for p in cutlass.range_constexpr(cute.size(outs)):
                 at = work.i_slice * self.rows + row + self.states.row(p)
                 self.norm.send(run.outputs, outs[p], at, done, j, work)
-        elif (
-            work.lane % LANES == 0
-        ):  # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
+        elif work.lane % LANES == 0:
+            # once, after all sums: a branch keeps the next pass's arithmetic out of this one's waits
             for p in cutlass.range_constexpr(cute.size(outs)):
                 at = work.i_slice * self.rows + row + self.states.row(p)
                 run.o[work.b, work.first + done + j, work.i_hv, at] = outs[p].to(run.o.element_type)
