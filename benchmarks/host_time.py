@@ -8,7 +8,8 @@
 Timed is what a call keeps the CPU, with the GPU idle before it. Of the shapes "queued" nothing waits: calls follow each
 other as layers do. `kda_prefill` and `kda_decode` are called as an engine does, on a pool and with `out`; kernels by
 name as `kda profile` calls them, their outputs allocated, but peers without the check that their adapter makes. All run
-in one process, in turns; with them `beta.add_(0)`, which says what one launch by torch costs there.
+in one process, in turns; with them `beta.add_(0)`, which says what one launch by torch costs there, and a loop of 2000
+steps of plain Python, which says at what pace the CPU runs: hosts have been seen to take twice as long for minutes.
 """
 
 import dataclasses
@@ -107,6 +108,12 @@ def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
     return functools.partial(function, x.q, x.k, x.v, x.g, x.beta, **given)
 
 
+def python_loop() -> None:
+    n = 0
+    for i in range(2000):
+        n += i & 3
+
+
 def times_us(calls: list[Callable[[], object]], wait: Callable[[], object], until: float) -> list[float]:
     """Of each call, as many as begin before the clock is at `until`."""
     times = []
@@ -153,13 +160,17 @@ class _Timed:
 
 
 def measure(op: Op, heads: int, inputs: dict[str, list[Inputs]], kernels: list[Kernel]) -> Iterator[Row]:
-    """Of the calls of each shapes, as many of one as of another: the public function, one launch of torch's, then the
-    kernels that can. The pace of a machine changes from second to second: a turn goes through all rows."""
+    """Of the calls of each shapes, as many of one as of another: the public function, one launch of torch's, a loop of
+    Python's, then the kernels that can. The pace of a machine changes: a turn goes through all rows."""
     from kda_kernels.checks import problem_of
 
     largest = max(itertools.chain(*inputs.values()), key=lambda x: x.v.numel())
     out = torch.empty(largest.v.shape, dtype=largest.v.dtype, device=largest.v.device)
-    callers = {f"kda_{op}": lambda x: as_an_engine(x, out), "torch add_": lambda x: functools.partial(x.beta.add_, 0)}
+    callers = {
+        f"kda_{op}": lambda x: as_an_engine(x, out),
+        "torch add_": lambda x: functools.partial(x.beta.add_, 0),
+        "python loop": lambda x: python_loop,
+    }
     for kernel in kernels:
         if kernel.unsupported(problem_of(largest, op)) is None:
             callers[kernel.name] = lambda x, kernel=kernel: functools.partial(kernel.run, x)
