@@ -79,7 +79,9 @@ def lines(label: str, curves: Mapping[str, Sequence[tuple[float, float]]], what:
     def draw(panel: "Axes") -> None:
         for kernel, points in curves.items():
             panel.plot(*zip(*points, strict=True), label=kernel, linewidth=1.2)
-        panel.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
+        plot.logarithmic(panel.xaxis)
+        plot.logarithmic(panel.yaxis)
+        panel.set(xlabel=label, ylabel=what)
         panel.grid(True, which="both", alpha=0.25)
         panel.legend(fontsize=9)
 
