@@ -447,20 +447,26 @@ print("cutlass" in sys.modules)
 
 @needs_dsl
 class TestReal:
+    @pytest.fixture(scope="class")
+    def built(self):
+        return decode.build(SPEC, "sm_90a")
+
     @pytest.mark.parametrize(
         ("compiler", "kind", "imports"),
         [
             pytest.param("cc", ".so", "False", marks=needs_linker),
-            ("/no/such/compiler", ".o", "True"),
+            ("/no/such/compiler", ".o", None),
             ("false", ".o", "True"),
         ],
     )
-    def test_a_new_process_loads_it(self, folder, monkeypatch, compiler, kind, imports):
+    def test_a_new_process_loads_it(self, folder, monkeypatch, built, compiler, kind, imports):
         """Where it could be linked, without importing the DSL."""
         monkeypatch.setenv("CC", compiler)
         label = decode.label(SPEC, "sm_90a")
-        CompileCache().make("key", label, lambda: decode.build(SPEC, "sm_90a"))
+        CompileCache().make("key", label, lambda: built)
         assert [file.suffix for file in folder.iterdir() if file.suffix != ".lock"] == [kind]
+        if imports is None:  # one object file loads as another
+            return
         done = subprocess.run(
             [sys.executable, "-c", LOAD, label], capture_output=True, text=True, env=environment(), timeout=120
         )

@@ -34,6 +34,7 @@ def project(pytester, monkeypatch):
     """pytester with the plugin, which an installed kda would bring by its entry point."""
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others take longer to import than these tests to run
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, ROOTS)))
 
     def run(kernel: str, cases: tuple[str, ...] = ("decode-fp32", "decode-weak-gates")):
