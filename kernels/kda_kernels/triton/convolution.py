@@ -43,6 +43,19 @@ def _before(p_x, in_call, p_state, in_state, channels, offsets, mask):
 
 
 @triton.jit
+def _store_window(p_state, stride_l, offsets, p_x, stride_x_t, channels, mask, x1, x2, x3, n_tokens, W: tl.constexpr):
+    """A sequence's last W - 1 tokens, p_x being its first and x1, x2, x3 those before, into its state."""
+    tl.debug_barrier()  # every warp has read what is overwritten now
+    for i in tl.static_range(W - 1):
+        back = (W - 1 - i) - n_tokens  # before the first token of the call, if it is over 0
+        p_new = p_x - back.to(tl.int64) * stride_x_t + channels
+        new = tl.load(p_new, mask=(mask & (back <= 0)) != 0, other=0.0).to(tl.float32)
+        new = tl.where(back == 1, x1, tl.where(back == 2, x2, tl.where(back == 3, x3, new)))
+        p = p_state + i * stride_l + offsets
+        tl.store(p, cast(new, p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _tokens(p_x, stride, mask, rows, COUNT: tl.constexpr):
     """COUNT tokens as they lie in memory, those after `rows` as zeros."""
     found: tl.tuple = ()
@@ -50,6 +63,15 @@ def _tokens(p_x, stride, mask, rows, COUNT: tl.constexpr):
         found = found + (tl.load(p_x, mask=(mask & (i < rows)) != 0, other=0.0),)
         p_x += stride  # not i * stride: as many addresses would take registers
     return found
+
+
+@triton.jit
+def _fill(p_o, value, stride_o_t, mask, rows, BLOCK: tl.constexpr):
+    """So many rows of the result, from p_o on, become `value`."""
+    nothing = tl.full([BLOCK], value, tl.float32).to(p_o.dtype.element_ty)
+    for _ in range(rows):
+        tl.store(p_o, nothing, mask=mask)
+        p_o += stride_o_t
 
 
 @triton.jit
@@ -136,10 +158,7 @@ def convolution_kernel(
         slot = load_slot(indices, tl.minimum(i_n, sequences - 1), stride_indices, null_slot)
     slot = tl.where(i_n < sequences, slot, -1)
     if (slot < 0) | (slot >= slots):  # padding, or a slot that is not there
-        nothing = tl.full([BLOCK], tl.where(slot < 0, 0.0, float("nan")), tl.float32).to(out.dtype.element_ty)
-        for _ in range(rows):
-            tl.store(p_o, nothing, mask=mask)
-            p_o += stride_o_t
+        _fill(p_o, tl.where(slot < 0, 0.0, float("nan")), stride_o_t, mask, rows, BLOCK)
         return
 
     p_state = states + slot * stride_n
@@ -158,14 +177,7 @@ def convolution_kernel(
         x3 = _before(p_x - 3 * stride_x_t, inside, p_state + (W - 4) * stride_l, held, channels, offsets, mask)
     w0, w1, w2, w3, b = conv_taps(weight, bias, channels, mask, W)
     if token == 0:
-        tl.debug_barrier()  # every warp has read what is overwritten now
-        for i in tl.static_range(W - 1):
-            back = (W - 1 - i) - n_tokens  # before the first token of the call, if it is over 0
-            p_new = p_x - back.to(tl.int64) * stride_x_t + channels
-            new = tl.load(p_new, mask=(mask & (back <= 0)) != 0, other=0.0).to(tl.float32)
-            new = tl.where(back == 1, x1, tl.where(back == 2, x2, tl.where(back == 3, x3, new)))
-            p = p_state + i * stride_l + offsets
-            tl.store(p, cast(new, p.dtype.element_ty), mask=mask)
+        _store_window(p_state, stride_l, offsets, p_x, stride_x_t, channels, mask, x1, x2, x3, n_tokens, W)
 
     p_x += channels
     for t in range(0, rows, GROUP):
