@@ -81,6 +81,12 @@ def quotient(a: Float32, b: Float32, inverse: Float32) -> Float32:
 
 
 @cute.jit
+def upper_integer(word: Int32) -> Float32:
+    """The int16 in its upper half, out of 2**23 + 2**15 + x: conversions are slow, and the lower halves have some."""
+    return float_of((word >> 16) + 0x4B008000) - Float32(2.0**23 + 2.0**15)
+
+
+@cute.jit
 def int16_nearest(x: Float32, w: Float32) -> Int32:
     """Its lower half is the integer next to x w."""
     return float_bits(multiply_add(x, w, Float32(MAGIC)))

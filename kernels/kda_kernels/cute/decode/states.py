@@ -21,6 +21,7 @@ from kda_kernels.cute.stored import (
     random_fractions,
     random_words,
     row_scales,
+    upper_integer,
 )
 
 TOGETHER = 2  # rows of a thread whose rounding overlaps
@@ -83,12 +84,16 @@ class States:
         for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
             for s in cutlass.range_constexpr(self.spec.steps):
                 raw[None, s, p].store(self.vectors(first, s, p).load())
-        S.store(raw.load().to(Float32))
         if cutlass.const_expr(self.scaled):
+            words = cute.recast_tensor(raw, Int32)
             for p in cutlass.range_constexpr(cute.size(S, mode=[2])):
                 scale = cute.arch.shuffle_sync(scales[0], lane // LANES * LANES + first_pass + p)
                 for s in cutlass.range_constexpr(self.spec.steps):
-                    S[None, s, p].store(S[None, s, p].load() * scale)
+                    for i in cutlass.range_constexpr(self.spec.vector // 2):
+                        S[2 * i, s, p] = raw[2 * i, s, p].to(Float32) * scale
+                        S[2 * i + 1, s, p] = upper_integer(words[i, s, p]) * scale
+        else:
+            S.store(raw.load().to(Float32))
 
     @cute.jit
     def store(self, S, first: cute.Pointer, rounding: Rounding, t: Int32, first_pass, lane: Int32):
