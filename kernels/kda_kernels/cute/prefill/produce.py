@@ -98,9 +98,9 @@ class Producer(Preparer, Relater):
             if warp == 2:
                 self.squares(raw_q, sums, INVERTER, lane)
             if warp == 1:
-                value = raw_beta
+                value = raw_beta.to(Float32)
                 if cutlass.const_expr(spec.beta_is_logit):
-                    value = sigmoid(raw_beta)
+                    value = sigmoid(value)
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
@@ -158,8 +158,8 @@ class Producer(Preparer, Relater):
 
     @cute.jit
     def fetch_beta(self, beta, b: Int32, first: Int32, token: Int32, n_tokens: Int32, i_hv: Int32):
-        """beta of a token as it comes; 0 after the end."""
-        raw = Float32(0.0)
+        """beta of a token as it comes, not converted, since that would wait for it; 0 after the end."""
+        raw = beta.element_type(0.0)
         if token < n_tokens:
-            raw = beta[b, first + token, i_hv].to(Float32)
+            raw = beta[b, first + token, i_hv]
         return raw

@@ -213,9 +213,9 @@ class Unbounded:
                 self.scale_tokens(raw_q, sums, warp, lane)
                 self.barrier(group)
             if warp == 1:
-                value = raw_beta
+                value = raw_beta.to(Float32)
                 if cutlass.const_expr(spec.beta_is_logit):
-                    value = sigmoid(raw_beta)
+                    value = sigmoid(value)
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
