@@ -95,17 +95,22 @@ def decode_calls(heads: int, shapes: str, calls: int, batch: int = BATCH, device
 
 
 def as_an_engine(inputs: Inputs, out: torch.Tensor) -> Callable[[], object]:
-    """`kda_prefill` or `kda_decode`, told what an engine knows; `out` has room for the largest call.
+    """`kda_prefill` or `kda_decode`, told by keywords what an engine knows; `out` has room for the largest call.
 
     Parameters have one dimension, as vLLM's layers have them.
     """
-    x, prefill = inputs, inputs.cu_seqlens is not None
-    given = {name: getattr(x, name) for name in ("state", "state_indices")}
-    given |= {name: getattr(x, name).flatten() for name in ("A_log", "dt_bias")}
-    given |= {"lower_bound": x.options.lower_bound, "out": out[: x.v.shape[0], : x.v.shape[1]]}
-    given |= {"cu_seqlens": x.cu_seqlens, "cu_seqlens_cpu": x.cu_seqlens_cpu} if prefill else {}
-    function: Callable[..., object] = kda_prefill if prefill else kda_decode
-    return functools.partial(function, x.q, x.k, x.v, x.g, x.beta, **given)
+    q, k, v, g, beta, pool, slots = (getattr(inputs, name) for name in (*TOKEN_NAMES, "state", "state_indices"))
+    assert inputs.A_log is not None and inputs.dt_bias is not None
+    A_log, bias, bound = inputs.A_log.flatten(), inputs.dt_bias.flatten(), inputs.options.lower_bound
+    ends, on_host, o = inputs.cu_seqlens, inputs.cu_seqlens_cpu, out[: v.shape[0], : v.shape[1]]
+    if ends is None:
+        return lambda: kda_decode(
+            q, k, v, g, beta, state=pool, state_indices=slots, A_log=A_log, dt_bias=bias, lower_bound=bound, out=o
+        )
+    return lambda: kda_prefill(
+        q, k, v, g, beta, state=pool, state_indices=slots, A_log=A_log, dt_bias=bias, lower_bound=bound,
+        cu_seqlens=ends, cu_seqlens_cpu=on_host, out=o,
+    )  # fmt: skip
 
 
 def python_loop() -> None:

@@ -79,8 +79,8 @@ def lines(label: str, curves: Mapping[str, Sequence[tuple[float, float]]], what:
     def draw(panel: "Axes") -> None:
         for kernel, points in curves.items():
             panel.plot(*zip(*points, strict=True), label=kernel, linewidth=1.2)
-        plot.logarithmic(panel.xaxis)
-        plot.logarithmic(panel.yaxis)
+        plot.logarithmic(panel, "x")
+        plot.logarithmic(panel, "y")
         panel.set(xlabel=label, ylabel=what)
         panel.grid(True, which="both", alpha=0.25)
         panel.legend(fontsize=9)

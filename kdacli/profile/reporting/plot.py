@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kda_kernels.errors import InputError
 from kdacli.profile.measuring.ceilings import Ceilings
@@ -12,7 +12,6 @@ from kdacli.profile.records.sweep import UNITS, Series, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 _SIZE = (7.5, 4.8)  # inches
 _MARKERS = "osD^vP*X<>"
@@ -47,11 +46,12 @@ def _machine(record: Record) -> str:
     return f"{record.gpu.get('name', 'unknown GPU')}, commit {record.commit}, {str(record.provenance.get('date'))[:10]}"
 
 
-def logarithmic(axis: "Axis", base: int = 10) -> None:
+def logarithmic(panel: "Axes", name: Literal["x", "y"], base: int = 10) -> None:
     """With numbers as plain text: as formulas, which powers are by default, they take a third of a chart's time."""
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log", base=base)
+    (panel.set_xscale if name == "x" else panel.set_yscale)("log", base=base)
+    axis = panel.xaxis if name == "x" else panel.yaxis
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(LogFormatter(base, minor_thresholds=(1, 0.4)))
 
@@ -62,8 +62,8 @@ def against(panel: "Axes", group: Sequence[Series]) -> None:
         panel.plot(one.x, one.y, label=one.kernel, marker=_marker(i, len(one.x)), markersize=4, linewidth=1.2)
     first = group[0]
     panel.plot(first.x, [row.floor_us for row in first.rows], "k--", linewidth=1, label="floor: bytes at the ceiling")
-    logarithmic(panel.xaxis, base=2)
-    logarithmic(panel.yaxis)
+    logarithmic(panel, "x", base=2)
+    logarithmic(panel, "y")
     panel.set_xlabel(f"{UNITS[first.axis]}s")
     panel.set_ylabel("us per call, median")
     panel.set_title(f"{first.op}, {first.label} gates: us against {UNITS[first.axis]}s")
@@ -90,7 +90,7 @@ def beside(panel: "Axes", rows: Sequence[TimedRow]) -> None:
     )
     panel.set_yticks(range(len(cases)), cases)
     panel.invert_yaxis()
-    logarithmic(panel.xaxis)
+    logarithmic(panel, "x")
     panel.set_xlabel("us per call, median with its 95% interval")
     panel.set_title(f"{rows[0].op}, {rows[0].gates} gates")
     panel.grid(True, axis="x", which="both", alpha=0.25)
@@ -117,8 +117,8 @@ def roofline(panel: "Axes", rows: Sequence[TimedRow], ceilings: Ceilings) -> Non
         ends = [min(every) / 2, top / slope if top else 2 * max(every)]
         roof = [(x, x * slope) for x in ends] + ([(4 * max(ends[1], *every), top)] if top else [])
         panel.plot(*zip(*roof, strict=True), style, linewidth=1, label=f"{title}, measured")
-    logarithmic(panel.xaxis)
-    logarithmic(panel.yaxis)
+    logarithmic(panel, "x")
+    logarithmic(panel, "y")
     panel.set_xlabel("operations a byte that must move")
     panel.set_ylabel("TFLOP/s")
     panel.set_title("roofline under the ceilings of the same run")
