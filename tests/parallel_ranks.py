@@ -142,7 +142,7 @@ def chained_halo(group) -> str:
     context = ContextParallel.of(inputs.cu_seqlens, group, cuts=case.cuts, chained=True, timeout=120)
     given = arguments(inputs, **part_of(inputs, mine.start, mine.stop))
     wrong = []
-    for layer in range(3):
+    for layer in range(2):
         x = torch.arange(1.0, 21.0).view(20, 1).expand(20, 2).bfloat16() + 32 * layer
         found = convolution_halo(x[mine], context, 4)[:, 0].tolist()
         kda_prefill(**given, group=context)
