@@ -206,13 +206,25 @@ class TestVerdicts:
         refused("exists: use --force", good, good, "--plot", tmp_path / "p.png")
 
 
+@pytest.fixture(scope="module", params=[LONG, POOL, DENSE, GATE], ids=lambda problem: problem.name)
+def references(request):
+    """A problem's, with inputs and outputs: in pieces of the usual size, and in small ones."""
+    problem = request.param
+    inputs, outputs = computed(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "PIECE", 1 << 11)
+        small = Reference(inputs, problem.op)
+        assert len(list(small)) > 1
+    return problem, inputs, outputs, Reference(inputs, problem.op), small
+
+
 class TestOneJudge:
     """In whichever pieces, and of one dump or two: the same verdicts."""
 
-    @pytest.mark.parametrize("problem", [LONG, POOL, DENSE, GATE], ids=lambda problem: problem.name)
     @pytest.mark.parametrize("fault", [None, "element", "nan", "head", "zero"])
-    def test_pieces_of_any_size(self, problem, fault, monkeypatch):
-        inputs, outputs = computed(problem)
+    def test_pieces_of_any_size(self, references, fault):
+        problem, inputs, outputs, usual, small = references
+        outputs = cloned(outputs)
         for tensor in outputs.tensors().values():
             first = int(inputs.state_indices[0]) if problem.pool_slots and tensor is outputs.final_state else 0
             if fault == "element":
@@ -223,9 +235,8 @@ class TestOneJudge:
                 tensor[:, :, 1] *= 1.03
             elif fault == "zero" and tensor is outputs.o:
                 tensor.zero_()
-        whole = judge(Reference(inputs, problem.op), outputs)
-        monkeypatch.setattr(layout, "PIECE", 1 << 11)
-        for a, b in zip(judge(Reference(inputs, problem.op), outputs), whole, strict=True):
+        whole = judge(usual, outputs)
+        for a, b in zip(judge(small, outputs), whole, strict=True):
             assert (a.tensor, a.passed, a.where) == (b.tensor, b.passed, b.where)
             for name in ("error", "bound", "worst", "worst_bound"):
                 assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4, nan_ok=True), name

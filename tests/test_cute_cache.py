@@ -445,12 +445,13 @@ print("cutlass" in sys.modules)
 """
 
 
+@pytest.fixture(scope="module")
+def built():
+    return decode.build(SPEC, "sm_90a")
+
+
 @needs_dsl
 class TestReal:
-    @pytest.fixture(scope="class")
-    def built(self):
-        return decode.build(SPEC, "sm_90a")
-
     @pytest.mark.parametrize(
         ("compiler", "kind", "imports"),
         [
