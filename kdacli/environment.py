@@ -28,7 +28,7 @@ RULES: dict[str, environment.Rule] = {
     "KDA_ENGINE_SOURCES": _folder,
     "KDA_FLASHKDA_LIB": _file,
     "KDA_VLLM_LIB": _file,
-    **dict.fromkeys(("LOCAL_RANK", "RANK", "WORLD_SIZE"), _number),  # torchrun's
+    **dict.fromkeys(("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"), _number),  # torchrun's
 }
 
 

@@ -15,12 +15,13 @@ from kdacli.main import COMMANDS, cli
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTED = re.findall(r"`([A-Z][A-Z_]+)`", (ROOT / "docs" / "environment.md").read_text())
 FREE = {"NO_COLOR", "COLUMNS"}  # of terminals, where everybody passes over what makes no sense
-OTHERS = {"CUTE_DSL_LIBS", "FLA_DISABLE_BACKEND_DISPATCH", "FLA_FLASH_KDA", "PYTHONPATH"}  # their owners check them
+# their owners check them
+OTHERS = {"CUTE_DSL_LIBS", "FLA_DISABLE_BACKEND_DISPATCH", "FLA_FLASH_KDA", "NCCL_HOSTID", "PYTHONPATH"}
 WRONG = {
     **dict.fromkeys(("KDA_CAUSAL", "KDA_CHECK_VALUES", "KDA_SANITIZE", "KDA_VLLM", "TRITON_INTERPRET"), "yes"),
     **dict.fromkeys(("KDA_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"), __file__),
     **dict.fromkeys(("KDA_ENGINE_SOURCES", "KDA_FLASHKDA_LIB", "KDA_VLLM_LIB"), f"{__file__}/none"),
-    **dict.fromkeys(("LOCAL_RANK", "RANK", "WORLD_SIZE"), "-1"),
+    **dict.fromkeys(("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"), "-1"),
     "CC": '"gcc',
     "KDA_COMMIT": "a\nb",
     "KDA_CUTE_CACHE_SIZE": "0",
