@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from kda_kernels import api
-from kda_kernels.errors import InputError
 from kda_kernels.problem import Op, Options, Problem
 from kda_kernels.tensors import Inputs, Outputs
 from kdacli import output
+from kdacli.benchmark import ready
 from kdacli.capture import capture
 from kdacli.dumps import load
 from kdacli.dumps.strides import copy_of
@@ -165,8 +165,5 @@ if __name__ == "__main__":
     parser.add_argument("file", nargs="?", help="where the record goes")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
-    try:
-        output.check_dest(given.file, given.force)
-    except InputError as error:
-        parser.error(str(error))
+    ready(given.file, given.force)
     sys.exit(not main(given.file))

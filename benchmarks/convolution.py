@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from kda_kernels.api import Convolution, kda_conv
-from kda_kernels.errors import InputError
 from kdacli import output
+from kdacli.benchmark import ready
 from kdacli.profile.measuring import ceilings
 from kdacli.profile.measuring.gpu_timer import GpuTimer
 from kdacli.profile.measuring.timing import Budget, Statistics, interleave
@@ -148,8 +148,5 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
-    try:
-        output.check_dest(given.json, given.force)
-    except InputError as error:
-        parser.error(str(error))
+    ready(given.json, given.force)
     main(given.sources, given.json)

@@ -1,6 +1,6 @@
 """GPU time of the KDA part of SGLang's and vLLM's own layers, with their kernels and with ours.
 
-    python -m benchmarks.engine_layers SOURCES [--layer NAME] [--gate NAME] [--case NAME] [--json FILE]
+    python3 -m benchmarks.engine_layers SOURCES [--layer NAME] [--gate NAME] [--case NAME] [--json FILE]
 
 SOURCES holds the Python files of the wheels, unpacked: vllm/, sglang/. What runs is what tests/engine_layers.py says:
 from behind the projections to behind (vLLM's Kimi K3, all fused steps) or before the gated norm, 12 heads, Kimi K3's on
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kda_kernels.errors import InputError
 from kdacli import output
+from kdacli.benchmark import ready
 from kdacli.provenance import collect
 from tests import engine_layers
 from tests.engine_layers import Batch, Run
@@ -241,9 +241,6 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
-    try:
-        output.check_dest(given.json, given.force)
-    except InputError as error:
-        parser.error(str(error))
+    ready(given.json, given.force)
     names, gates, cases = given.layer or LAYERS, given.gate or BOUNDS, given.case or CASES
     main(given.sources, tuple(names), tuple(gates), given.json, tuple(cases))

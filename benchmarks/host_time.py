@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -29,6 +28,7 @@ from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
 from kdacli import autotuning, output, provenance
+from kdacli.benchmark import ready
 from kdacli.profile.cases.select import candidates
 from kdacli.profile.measuring.timing import Statistics
 from kdacli.synthetic import make_inputs
@@ -216,10 +216,7 @@ def main(
     dest: str | None,
     force: bool,
 ) -> None:
-    output.check_dest(dest, force)
-    if not torch.cuda.is_available():
-        output.say("Error: host_time.py needs a CUDA GPU and there is none", stderr=True)
-        sys.exit(3)
+    ready(dest, force)
     if untuned:
         autotuning.take_first()
     stderr, rows = dest == "-", list[Row]()

@@ -14,7 +14,6 @@ finite: for that, and for closer times, there is `kda profile`.
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.registry import Kernel
 from kda_kernels.tensors import Inputs
 from kdacli import output, provenance
+from kdacli.benchmark import ready
 from kdacli.profile.cases.select import candidates
 from kdacli.profile.measuring.gpu_timer import Evictor, capture
 from kdacli.synthetic import make_inputs
@@ -171,10 +171,7 @@ def main(
     dest: str | None,
     force: bool,
 ) -> None:
-    output.check_dest(dest, force)
-    if not torch.cuda.is_available():
-        output.say("Error: prefill_grid.py needs a CUDA GPU and there is none", stderr=True)
-        sys.exit(3)
+    ready(dest, force)
     begin, rows, evict = time.monotonic(), list[dict[str, Any]](), Evictor()
     kernels = [kernel for kernel in candidates([Op.PREFILL], names, True) if kernel.op is Op.PREFILL]
     grid = Grid(gate, most, {"bf16": "bfloat16", "fp16": "float16"}[dtype])

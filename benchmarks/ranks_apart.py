@@ -12,9 +12,7 @@ GPU, and ahead, the mean of six in a row; `init` gates.
 import argparse
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,27 +25,21 @@ from kda_kernels.parallel.balance import balanced_cuts
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.triton.runtime import multiprocessors
 from kdacli import autotuning, output
-from kdacli.parallel.timing import Row, Timed, flas, ours
+from kdacli.benchmark import ready
+from kdacli.parallel.timing import Done, Row, Timed, flas, ours
 from kdacli.provenance import collect
 
 SECONDS = 0.1
 
 
-class _Done:
-    """An exchange that was none."""
-
-    def wait(self) -> None:
-        pass
-
-
-def _own(everyone: torch.Tensor, mine: torch.Tensor, *group: Any, **how: Any) -> _Done:
+def _own(everyone: torch.Tensor, mine: torch.Tensor, *group: Any, **how: Any) -> Done:
     everyone.view(-1, mine.numel()).copy_(mine.view(1, -1))
-    return _Done()
+    return Done()
 
 
-def _nothing(state: torch.Tensor, *rank: Any) -> _Done:
+def _nothing(state: torch.Tensor, *rank: Any) -> Done:
     state.zero_()
-    return _Done()
+    return Done()
 
 
 @contextlib.contextmanager
@@ -55,7 +47,7 @@ def _without_exchange() -> Iterator[None]:
     with (
         mock.patch.object(dist, "all_gather_into_tensor", _own),  # FLA's
         mock.patch.object(context, "agree"),
-        mock.patch.object(context, "start_send", return_value=_Done()),
+        mock.patch.object(context, "start_send", return_value=Done()),
         mock.patch.object(prefill, "start_gather", _own),
         mock.patch.object(prefill, "start_receive", _nothing),
     ):
@@ -89,13 +81,10 @@ def main() -> None:
     parser.add_argument("-H", type=int, default=12, help="heads")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--triton-config", type=int, help="FLA's, too, in this configuration")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     given = parser.parse_args()
-    if given.json:
-        output.check_dest(given.json)
-    if not torch.cuda.is_available():
-        output.say("Error: ranks_apart.py needs a CUDA GPU and there is none", stderr=True)
-        sys.exit(3)
+    ready(given.json, given.force)
     found = []
     for ranks in given.ranks:
         for rank in sorted({0, 1, ranks - 1} & set(range(ranks))):  # those between are like the second
@@ -106,8 +95,8 @@ def main() -> None:
                 cells = f"{row.kernel:20} rank {rank} of {ranks}: {row.parts[rank]:8} tokens"
                 print(f"{cells} {row.median_us:9.1f} us, ahead {row.ahead_us:9.1f}", flush=True)
     if given.json:
-        head = {"provenance": collect(0), "tokens": given.T, "heads": given.H}
-        output.write_json({**head, "rows": found}, str(given.json))
+        head = {"schema": "kda.ranks-apart/1", "provenance": collect(0), "tokens": given.T, "heads": given.H}
+        output.write_json({**head, "rows": found}, given.json, given.force)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ CASES = {
     "no state, not wanted": lambda: tokens(EDGES, output_final_state=False),
     "no final state": lambda: plain(EDGES, output_final_state=False),
     "K-first": lambda: plain(EDGES, v_first=False),
+    "fp16, K-first": lambda: plain(EDGES, v_first=False, dtype=torch.float16),
     "bf16 state": lambda: plain(EDGES, state_dtype=torch.bfloat16),
     "given": lambda: plain(EDGES, options=GIVEN),
     "given in fp32": lambda: (lambda x: dataclasses.replace(x, g=x.g.float(), beta=x.beta.float()))(

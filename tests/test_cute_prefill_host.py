@@ -89,6 +89,7 @@ CALLS = {
     "no final state": lambda: plain(output_final_state=False),
     "K-first, but no state": lambda: tokens(v_first=False, output_final_state=False),
     "K-first": lambda: plain(v_first=False),
+    "fp16, K-first": lambda: plain(v_first=False, dtype=torch.float16),
     "K-first, no state comes in": lambda: tokens(v_first=False),
 }  # fmt: skip
 

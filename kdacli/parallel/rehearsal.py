@@ -4,7 +4,6 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 from kda_kernels.api import kda_prefill
 from kda_kernels.cute.prefill import host
@@ -54,8 +53,8 @@ def _rehearsing() -> Iterator[None]:
     """What a rank gets from others holds anything. And no call is like the last one, which compiled functions tell."""
     names = {of_contexts: ("agree", "start_send", "wait"), of_prefill: ("start_gather", "start_receive", "wait")}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(host, "again", return_value=False))
+        stack.enter_context(pretend.replaced(host, "again", lambda *call: False))
         for module, replaced in names.items():
             for name in replaced:
-                stack.enter_context(mock.patch.object(module, name))
+                stack.enter_context(pretend.replaced(module, name, lambda *given: None))
         yield

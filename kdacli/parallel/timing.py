@@ -97,15 +97,15 @@ def times_of(
     return found
 
 
-class _Done:
-    """A gather that was none."""
+class Done:
+    """An exchange that was none."""
 
     def wait(self) -> None:
         pass
 
 
-def _no_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> _Done:
-    return _Done()
+def _no_gather(everyone: torch.Tensor, mine: torch.Tensor, group: Any) -> Done:
+    return Done()
 
 
 def ours(timed: Timed, cuts: Sequence[int], group: dist.ProcessGroup | None, chained: bool = False) -> Row:

@@ -36,6 +36,7 @@ SCHEMAS: dict[str, Callable[[Data], list[Part]]] = {
     "kda.prefill-grid/1": parts.prefill_grid,
     "kda.capture/1": functools.partial(parts.as_they_are, "A captured decode loop"),
     "kda.convolution/1": functools.partial(parts.as_they_are, "Convolutions of prompts"),
+    "kda.ranks-apart/1": functools.partial(parts.as_they_are, "Ranks of a prefill, each by itself"),
     "kda.engine-layers/2": functools.partial(parts.as_they_are, "The KDA part of engines' layers"),
 }
 
