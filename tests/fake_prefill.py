@@ -28,7 +28,7 @@ class FakeFunction:
 
     def __call__(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, started, workspace, kept, rows,
-        offsets, null_slot, every, units, scale, lower_bound, lead, segment, begin, limit,
+        offsets, null_slot, every, units, scale, lower_bound, lead, segment, begin, limit, workers,
     ):  # fmt: skip
         s = self.spec
         B, N = 1 if s.packed else "B", "N" if s.packed else "B"
@@ -71,17 +71,21 @@ class FakeFunction:
         if s.part is Part.SUMMARY:
             _run_summary(inputs, workspace.view(2 * len(found), *v.shape[2:], s.K))
             return
-        if s.part is Part.WHOLE:
+        if s.part.whole:
             assert (units, *cut) == (0, 0, 0, 0, 0)
             cut = (max(x.end for x in found) + 1, 1, 0, 1 << 30)  # a first segment that holds any sequence
         sizes = (len(found) + units, 2 * units, units * segment // 2)
         square = v.shape[2] * s.V * s.K
-        if s.part is not Part.WHOLE:
+        if not s.part.whole:
             self.workspace = workspace.nbytes
             assert workspace.data_ptr() % 16 == 0
-        parts = [torch.empty(0)] * 3 if workspace is None else workspace.split(
-            [sizes[0] * square, sizes[1] * square, sizes[2] * v.shape[2] * s.K]
-        )  # fmt: skip
+        parts = [torch.empty(0)] * 3
+        if not s.part.whole:
+            lengths = [sizes[0] * square, sizes[1] * square, sizes[2] * v.shape[2] * s.K]
+            parts = workspace[: sum(lengths)].split(lengths)
+        if s.stays:
+            assert 0 < workers < v.shape[2] * len(found), "a CTA each"
+            assert workspace.nbytes >= 4 and workspace.view(torch.int32)[0] == 0, "the counter"
         starts = parts[0].view(-1, *v.shape[2:], s.K)
         if s.part is Part.JOIN:
             final = ht if state_indices is None else h0

@@ -16,7 +16,7 @@ from prefill_inputs import GIVEN, SAFE, SOFTPLUS, WAYS, new_memory_holds_nan, pl
 from kda_kernels.cute.prefill import functions as prefill_functions
 from kda_kernels.cute.prefill import host as module
 from kda_kernels.cute.prefill import plan as prefill_plan
-from kda_kernels.cute.prefill.config import CHUNK
+from kda_kernels.cute.prefill.config import CHUNK, Part
 from kda_kernels.cute.prefill.host import prefill
 from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.problem import Op
@@ -138,6 +138,29 @@ CASES = {
 def test_cases(monkeypatch, case, way):
     split(monkeypatch, way)
     check(case())
+
+
+@pytest.mark.parametrize(
+    "case", ["pool", "padding", "bf16 pool", "dense", "given in fp32", "2 sigmoid", "softplus", "fp16", "checkpoints"]
+)
+def test_ctas_that_stay(monkeypatch, case):
+    """Three take all heads of all sequences, also of empty ones and padding; the bits are those of a CTA each."""
+    split(monkeypatch, None)
+    inputs = CASES["pool" if case == "checkpoints" else case]()
+    if case == "checkpoints":
+        states, rows = torch.full((20, 2, 128, 128), KEPT, device=DEVICE), ints(range(20)).view(10, 2)
+        inputs.checkpoints = Checkpoints(states, rows, every=64)
+    written = []
+    for sms in (1000, 3):
+        monkeypatch.setattr(module, "multiprocessors", lambda device, sms=sms: sms)
+        monkeypatch.setattr(module, "_last", module._Last())
+        mine = inputs.fresh()
+        with new_memory_holds_nan():
+            outputs = prefill(mine)
+        assert (Part.STAYING in module._last.functions) == (sms == 3)
+        kept = mine.checkpoints and mine.checkpoints.states
+        written.append([bits(x) for x in (outputs.o, outputs.final_state, kept) if x is not None])
+    assert all(map(torch.equal, *written))
 
 
 @every_way

@@ -244,7 +244,10 @@ def test_an_empty_sequence_of_a_split_hands_its_state_on(made, monkeypatch):
 def test_what_is_split(made):
     """Few heads of a long sequence; and nothing that fills the GPU."""
     sizes = {(1, 8192, 12), (1, 32768, 16), (64, 65536, 12), (4, 300, 1)}
-    assert {size for size in sizes if module.workspace_bytes(*size)} == {(1, 8192, 12), (1, 32768, 16)}
+    assert {size for size in sizes if module.workspace_bytes(*size) > module.COUNTER_BYTES} == {
+        (1, 8192, 12),
+        (1, 32768, 16),
+    }
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
@@ -540,6 +543,20 @@ def test_a_workspace_of_the_caller(made, monkeypatch):
     most = module.most_workspace_bytes(8192, 12, 8, torch.device("cuda"))
     for N in range(1, 9):
         assert all(module.workspace_bytes(N, T, 12) < most for T in range(100, 8193, 331))
+
+
+def test_ctas_stay_where_there_are_more_items_than_multiprocessors(made, monkeypatch):
+    """A counter is in the workspace; where the caller's has no room for it, each item has a CTA."""
+    inputs = on_gpu(pooled(LENS, slots=(4, 1, 6, 2)))
+    few = len(LENS) * inputs.v.shape[2] - 1
+    monkeypatch.setattr(module, "multiprocessors", lambda device: few)
+    for size, stays in (
+        (module.workspace_bytes(len(LENS), sum(LENS), inputs.v.shape[2], sms=few) + 16, True),
+        (8, False),
+    ):
+        prefill(dataclasses.replace(inputs, workspace=torch.empty(size, dtype=torch.uint8)))
+        assert made[-1].spec.stays is stays
+    assert module.workspace_bytes(len(LENS), sum(LENS), inputs.v.shape[2], sms=few + 1) == 0
 
 
 def test_batch_invariant_calls_stay_whole(made):

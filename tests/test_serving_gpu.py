@@ -157,6 +157,12 @@ def prefills(N: int, part: int = 512, **given) -> Callable[[], object]:
     return functools.partial(call, x, torch.empty_like(x.v), cu_seqlens_cpu=x.cu_seqlens.cpu(), **given)
 
 
+def many_prefills(N: int, **given) -> Callable[[], object]:
+    """100 short prompts, most of them padding: cute-prefill's CTAs take several heads each."""
+    x = prompts([10 * N] * 100, [4, 1] + [-1] * 98)
+    return functools.partial(call, x, torch.empty_like(x.v), **given)
+
+
 def with_room(N: int, **given) -> Callable[[], object]:
     size = prefill_workspace_bytes(N * 512 + 70, H, 2, kernel=given.get("kernel"))
     return prefills(N, **given, workspace=torch.empty(size, dtype=torch.uint8, device="cuda"))
@@ -181,6 +187,7 @@ EAGER = {
     "step": ("step", fused_steps, 0),
     "conv": ("prefill", convolutions, 0),
     "whole": ("prefill", functools.partial(prefills, part=30), 0),
+    "many": ("prefill", many_prefills, 1),
     "split": ("prefill", prefills, 1),
     "workspace": ("prefill", with_room, 0),
     "checkpoints": ("prefill", with_checkpoints, 1),

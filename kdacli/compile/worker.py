@@ -174,28 +174,28 @@ def variants(
 
 def serving(problem: Problem) -> dict[str, Problem]:
     """Of a problem without sequences, by name: all that decide what an engine launches for it."""
-    counts: tuple[int, ...]
-    asked: dict[str, set[str]]
-    tokens, several = 1, 4  # of a sequence; of drafts
+    asked: dict[str, set[str]] = {}
+    drafts = 4  # tokens of a sequence
     if problem.op.decodes:
-        counts, asked = _BATCHES, {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
+        sizes = tuple((count, 1) for count in _BATCHES)
+        asked = {"drafts": {"num_accepted_tokens"}, "verify": _VERIFY}
+    elif problem.op is Op.GATE:
+        sizes = ((1, 512),)
     else:
-        counts, tokens, several = (1, 2, 4, 8, 32), 512, 512
+        sizes = _PROMPTS
         asked = {"resumed": {"has_initial_state"}, "checkpoints": {"checkpoints"}}
         asked["resumed checkpoints"] = asked["resumed"] | asked["checkpoints"]
-    if problem.op is Op.GATE:
-        counts, asked = (1,), {}
     found = {
         " ".join(filter(None, (f"N={count}", "packed" if packed else "dense", name))): dataclasses.replace(
             problem,
-            seq_lens=(several if name else tokens,) * count,
+            seq_lens=(drafts if name and problem.op.decodes else tokens,) * count,
             packed=packed,
-            pool_slots=2 * max(counts),
+            pool_slots=2 * max(sizes)[0],
             features=frozenset(features),
         )
         for name, features in {"": set(), **asked}.items()
         for packed in (True, False)
-        for count in counts
+        for count, tokens in sizes
     }
     if problem.op is Op.PREFILL and problem.parts is None:  # what engines call before it, the same for all batches
         for dtype in CONV_WEIGHTS:
@@ -208,6 +208,8 @@ CONV_WEIGHTS = ("float32", "bfloat16")  # as engines keep them, and as models do
 
 
 _VERIFY = {"update_state", "token_states", "token_state_indices"}
+# Sequences of a prefill and their tokens: cut into segments or not, and short ones of which there are many.
+_PROMPTS = ((1, 512), (2, 512), (4, 512), (8, 512), (32, 1024), (256, 64))
 # Sequences of a decode: close enough that each configuration that a kernel chooses by their number is met.
 _BATCHES = tuple(sorted({n << k for n in (2, 3) for k in range(9)} | {1}))  # 1, 2, 3, 4, 6, .., 512, 768
 

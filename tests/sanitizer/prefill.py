@@ -1,5 +1,6 @@
-"""A whole and a split prefill of few tokens, and a whole one that keeps states on the way, gates with and without a
-bound, bf16 and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them all:
+"""A whole and a split prefill of few tokens, one that keeps states on the way, and one whose CTAs stay, gates with and
+without a bound, bf16 and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them
+all:
 
 compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
 KDA_SANITIZE=1 compute-sanitizer --tool racecheck --print-limit 0 python tests/sanitizer/prefill.py softplus split
@@ -18,6 +19,7 @@ from kda_kernels.cute.prefill import host as module
 from kda_kernels.cute.prefill.plan import Split
 from kda_kernels.problem import Gate, Op, Options, Problem
 from kda_kernels.tensors import Checkpoints
+from kda_kernels.variant import H100
 from kdacli.synthetic import make_inputs
 
 GATES = {"safe": Options(gate=Gate.SAFE, lower_bound=-5.0), "softplus": Options(gate=Gate.SOFTPLUS)}
@@ -25,6 +27,7 @@ KINDS = (("safe", "bfloat16"), ("softplus", "bfloat16"), ("softplus", "float16")
 WAYS = {
     "whole": ((70, 0, 33, 1), None),
     "kept": ((200, 64), None),
+    "stays": ((70, 0, 33, 1), None),  # two CTAs for four sequences
     "split": ((2300, 20), Split(lead=448, segment=448, limit=2304)),  # all stages of the join, more than once
 }
 
@@ -38,6 +41,8 @@ def run(gate: str, dtype: str, way: str) -> None:
         inputs.checkpoints = Checkpoints(states, torch.arange(6, device="cuda").view(2, 3), every=64)
     check_inputs(inputs)
     module._split = lambda *shape: split
+    module.multiprocessors = lambda device: 2 if way == "stays" else H100.sms
+    module._last = module._Last()
     outputs = module.prefill(inputs)
     torch.cuda.synchronize()
     print(gate, dtype, way, "finite:", bool(outputs.o.isfinite().all()))

@@ -8,6 +8,8 @@ from kda_kernels.problem import Gate
 CHUNK = 32  # tokens: the widest with which decays from its middle, exp(+-80), stay inside bf16's range
 BLOCK = 8  # tokens that one product relates in chunks whose gates have no bound
 STAGES = 3  # prepared chunks between the warps that prepare and those that run the chain
+SHORT = 16  # chunks of an item at most, where a CTA that stays takes the next one before it ends
+SLOTS = 8  # of items that its chain has not ended, and of the next: a power of two
 PARTS = 2  # of kI where the state is written: the two bf16 halves of a number of 16 bits
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
@@ -28,6 +30,7 @@ class Part(enum.StrEnum):
     """What a launch does with the sequences."""
 
     WHOLE = "whole"  # a CTA runs a head of a sequence from its first to its last token
+    STAYING = "staying"  # the same, but a CTA takes one after another: there are more than multiprocessors
     SUMMARY = "summary"  # of each sequence, what it makes of any state: S -> S T + E, T [K, K], E [V, K]
     SPLIT = "split"  # a head of a sequence's first segment; of the others E and T, and with them what goes into o
     CUT = "cut"  # a split whose states Triton's kernels make
@@ -37,7 +40,12 @@ class Part(enum.StrEnum):
     @property
     def reads(self) -> bool:
         """Whether tokens read the state: there are q and o."""
-        return self in (Part.WHOLE, Part.SPLIT, Part.CUT)
+        return self.whole or self.splits
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs whole sequences."""
+        return self in (Part.WHOLE, Part.STAYING)
 
     @property
     def splits(self) -> bool:
@@ -90,6 +98,11 @@ class PrefillSpec:
     @property
     def pooled(self) -> bool:
         return self.index is not None
+
+    @property
+    def stays(self) -> bool:
+        """Whether a CTA takes one item after another."""
+        return self.part is Part.STAYING
 
     @property
     def scaled(self) -> bool:

@@ -58,13 +58,17 @@ class Consumer:
     element: type
 
     @cute.jit
-    def consume(self, shared, atoms, tiles, o, states: States, work: Work, products: Products, group: Int32):
+    def consume(
+        self, shared, atoms, tiles, o, states: States, work: Work, turn, products: Products, group: Int32
+    ):  # fmt: skip
+        """The chain of an item, the `turn`-th of this CTA."""
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
-        n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
+        n_chunks = work.n_chunks
         inside = self.inside(group, p) + work.i_hv * (spec.V * spec.K)
         # a state is 64 KB: what those that prepare ask for would wait behind it
-        cute.arch.barrier(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
+        if turn == 0:
+            cute.arch.barrier(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         S = self.first_state(states, work, products, group, p, inside)
         rights = self.right_operands(shared, products, p)
         summary = cutlass.const_expr(not spec.part.reads)
@@ -85,11 +89,12 @@ class Consumer:
             p = fresh(p)
             warp, lane = p >> 5, p & 31
             col = 2 * (lane & 3)
-            stage, tokens = chunk % STAGES, work.n_tokens - chunk * CHUNK
+            number = work.before + chunk
+            stage, tokens = number % STAGES, work.n_tokens - chunk * CHUNK
             if cutlass.const_expr(spec.keeps and spec.kept == "float32"):
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
-            cute.arch.mbarrier_wait(shared.full + stage, chunk // STAGES & 1)
+            cute.arch.mbarrier_wait(shared.full + stage, number // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
             position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
             if cutlass.const_expr(spec.keeps and spec.every):
@@ -101,7 +106,7 @@ class Consumer:
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, col, True)
             else:
-                self.invert_in_turn(shared, chunk, stage, group, warp, lane)
+                self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
@@ -123,7 +128,7 @@ class Consumer:
                     self.scale_rows(out, ratios)
             self.round(w, w_operand)
             if cutlass.const_expr(not spec.bounded):
-                cute.arch.mbarrier_wait(shared.summed + stage, chunk // STAGES & 1)
+                cute.arch.mbarrier_wait(shared.summed + stage, number // STAGES & 1)
             for part in cutlass.range_constexpr(spec.inverse_parts):
                 self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
@@ -140,18 +145,21 @@ class Consumer:
                 warpgroup.wait_group(PARTS)
                 if cutlass.const_expr(spec.out_buffers == 1):
                     self.own_buffer(group, warp)
-                self.stage_out(out, shared, group, chunk, stage, warp, lane, exponents)
+                self.stage_out(out, shared, group, number, stage, warp, lane, exponents)
             warpgroup.wait_group(0)
-            # the stage is not empty where its decays are read once more, or a state leaves from it
+            # the stage is not empty where its decays are read once more, or a state leaves from it; the last one's are
             late = False
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 late = chunk & 1 == 1
             elif cutlass.const_expr(spec.keeps):
                 late = position % ALIGNMENT == 0
-            if not late:
+            last = False
+            if cutlass.const_expr(spec.stays):
+                last = tokens <= CHUNK
+            if not (late or last):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
             if cutlass.const_expr(not summary):
-                source = self.buffer(shared, group, chunk & 1)
+                source = self.buffer(shared, group, number & 1)
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
@@ -168,7 +176,7 @@ class Consumer:
                     )
                     if cutlass.const_expr(spec.scaled):
                         self.scale_rows(S, self.powers(exponents))
-            if late:
+            if late and not last:
                 if cutlass.const_expr(spec.keeps):
                     owed = stage
                 else:
@@ -177,7 +185,16 @@ class Consumer:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
             self.scale_rows(S, self.powers(exponents, -1))
-        self.last_state(S, shared, states, work, n_chunks, inside, group, p)
+        open_chunk = n_chunks > 0
+        if cutlass.const_expr(spec.invariant):
+            open_chunk = n_chunks & 1 == 1
+        stage = (work.before + n_chunks - 1) % STAGES
+        if open_chunk and spec.bounded:
+            self.end(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3))
+        if cutlass.const_expr(spec.stays):
+            if n_chunks > 0:
+                arrive(shared.empty + stage, p & 31, spec.each_arrives)
+        self.last_state(S, shared, states, work, inside, group, p)
 
     def inside(self, group: Int32, p: Int32) -> Int32:
         """Where in a head's state this lane's first number is."""
@@ -202,7 +219,7 @@ class Consumer:
             comes_in = comes_in and states.started[work.i_n] != 0
         if cutlass.const_expr(spec.part is Part.KEPT):
             self.load_state(S, states.starts, Int64(self.sequences(states) + work.unit), inside)
-        elif cutlass.const_expr(spec.part is Part.WHOLE and spec.h0 is not None and not spec.fresh):
+        elif cutlass.const_expr(spec.part.whole and spec.h0 is not None and not spec.fresh):
             self.load_state(S, states.h0, work.slot, inside)
         elif cutlass.const_expr(spec.part.reads and spec.h0 is not None):
             if comes_in:
@@ -314,17 +331,9 @@ class Consumer:
                         out[i] = read[cute.size(w) + i]
 
     @cute.jit
-    def last_state(
-        self, S, shared, states: States, work: Work, n_chunks: Int32, inside: Int32, group: Int32, p: Int32
-    ):  # fmt: skip
+    def last_state(self, S, shared, states: States, work: Work, inside: Int32, group: Int32, p: Int32):
         """The state after the last chunk to where it goes."""
-        spec, col = self.spec, 2 * (p & 3)
-        open_chunk = n_chunks > 0
-        if cutlass.const_expr(spec.invariant):
-            open_chunk = n_chunks & 1 == 1
-        if open_chunk and spec.bounded:
-            self.end(S, shared.decay + ((n_chunks - 1) % STAGES * (2 * spec.K) + spec.K), col)
-
+        spec = self.spec
         final = cutlass.const_expr(spec.pooled or spec.ht is not None)
         target = states.h0 if spec.pooled else states.ht
         if cutlass.const_expr(spec.part is Part.SUMMARY):
@@ -346,7 +355,7 @@ class Consumer:
 
     @cute.jit
     def final_state(self, S, shared, target, work: Work, inside: Int32, group: Int32, p: Int32):
-        if cutlass.const_expr(target.element_type is Float32):
+        if cutlass.const_expr(target.element_type is Float32 and not self.spec.stays):
             self.send_state(S, shared, target, work.slot, inside, group, p)
         else:
             self.store_state(S, target, work.slot, inside)

@@ -14,12 +14,14 @@ from kda_kernels.cute.prefill.plan import plan
 from kda_kernels.cute.runtime import architecture
 from kda_kernels.cute.runtime import unsupported_here as no_cute_here
 from kda_kernels.cute.variant import CuteVariant, named, pretended
+from kda_kernels.dtypes import torch_dtype
 from kda_kernels.errors import UnavailableError
 from kda_kernels.problem import SAFE_BOUND, Gate, Op, Options, Problem
 from kda_kernels.tensors import Inputs
 from kda_kernels.variant import H100, Gpu, Variant
 
 ARCH = "sm_90a"  # wgmma is no other's
+STAY_UP_TO = {True: 512, False: 256}  # tokens of a sequence, in the mean, by whether gates are bounded; see `stays`
 
 
 def function_of(part: Part, inputs: Inputs, ht: torch.Tensor | None = None) -> Callable[..., Any]:
@@ -51,14 +53,14 @@ def kind_of(part: Part, inputs: Inputs, ht: torch.Tensor | None) -> tuple:
     )  # fmt: skip
     return (
         inputs.v.shape[2] // q.shape[2],
-        options.gate, _bounded(options, q.dtype), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
+        options.gate, bounded(options, q.dtype), options.beta_is_logit, options.allow_neg_eigval, options.qk_l2norm,
         *(None if x is None else x.dtype for x in tensors),
         part, comes and inputs.has_initial_state is not None,
         *goes, inputs.batch_invariant, _sanitized(),
     )  # fmt: skip
 
 
-def _bounded(options: Options, dtype: torch.dtype) -> bool:
+def bounded(options: Options, dtype: torch.dtype) -> bool:
     """Whether no log decay is under the bound with which 16 tokens' decays, exp(+-80), stay inside bf16's range.
 
     No where bits must not depend on later tokens: decays measured from the middle of a chunk leave rounding before it.
@@ -101,6 +103,14 @@ def cut_into(in_bf16: bool, kept: bool) -> tuple[Part, ...]:
     return (*launches, Part.KEPT) if kept else launches
 
 
+def stays(sequences: int, tokens: int, HV: int, sms: int, bounded: bool) -> bool:
+    """Whether CTAs take one head of a sequence after another: there are more than multiprocessors, and they are short.
+
+    A chunk takes longer in their loop; with long sequences that is more than what CTAs take to begin and to end.
+    """
+    return sequences * HV > sms and tokens <= STAY_UP_TO[bounded] * sequences
+
+
 _SAFE = Options(gate=Gate.SAFE, lower_bound=SAFE_BOUND)
 
 
@@ -111,13 +121,14 @@ _GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
 
 
 # What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
-# come activated, in fp32, those without a bound; and 12 heads of one sequence, which is split.
+# come activated, in fp32, those without a bound; 12 heads of one sequence, which is split; and many short sequences.
 USUAL = {
     "safe": _POOL,
     "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
     "activated": dataclasses.replace(_POOL, g_dtype="float32", options=_GIVEN),
     "softplus": dataclasses.replace(_POOL, options=Options(gate=Gate.SOFTPLUS)),
     "safe split": dataclasses.replace(_POOL, seq_lens=(8192,), H=12, HV=12),
+    "safe short": dataclasses.replace(_POOL, seq_lens=(64,) * 16),
 }
 
 
@@ -125,7 +136,8 @@ def variants(problem: Problem | None = None, gpu: Gpu = H100) -> Iterator[Varian
     """What `kda compile` builds of CuTe's kernels: as a launch for `problem`, or those of `USUAL`, specialises them."""
     problems = USUAL if problem is None else {str(problem.options.gate): problem}
     for name, one in problems.items():
-        parts: tuple[Part, ...] = (Part.WHOLE,)
+        in_turn = stays(one.N, one.T, one.HV, gpu.sms, bounded(one.options, torch_dtype(one.dtype)))
+        parts: tuple[Part, ...] = (Part.STAYING if in_turn else Part.WHOLE,)
         if plan(one.N, one.T, one.HV, gpu.sms).split is not None:
             parts = cut_into(one.dtype == "bfloat16", "checkpoints" in one.features)
         yield _variant(name, problem_spec(one, parts[0]))

@@ -1,7 +1,8 @@
 """The fused prefill in CuTe DSL, for Hopper. Host half; `kernel` is the device half.
 
 One CTA runs a value head of a sequence: chunk-local work and the chain over chunks meet in shared memory, and nothing
-goes through a workspace. Where there are too few of them, `plan` cuts sequences into segments: one launch runs
+goes through a workspace. Where sequences are short and many, a CTA runs one after another (`items`): a launch has as
+many as there are multiprocessors. Where there are too few, `plan` cuts sequences into segments: one launch runs
 all of them, a second one makes the states between them and adds what these give to the output (`join`; in fp16
 a scan and a sum of Triton's); then checkpoints inside of units are made from the states before these.
 
@@ -30,7 +31,15 @@ from kda_kernels import ranges
 from kda_kernels.checks import CAUSAL, check_inputs
 from kda_kernels.contract import Contract
 from kda_kernels.cute.prefill.config import ALIGNMENT, Part
-from kda_kernels.cute.prefill.functions import cut_into, function_of, k_first_options, kind_of, unsupported_here
+from kda_kernels.cute.prefill.functions import (
+    bounded,
+    cut_into,
+    function_of,
+    k_first_options,
+    kind_of,
+    stays,
+    unsupported_here,
+)
 from kda_kernels.cute.prefill.functions import variants as variants
 from kda_kernels.cute.prefill.plan import Split, plan, plan_of
 from kda_kernels.dtypes import FLOATS, name_of
@@ -45,6 +54,7 @@ from kda_kernels.variant import H100
 
 CAUSAL_IN_BITS = CAUSAL
 WORKSPACE_ALIGNMENT = 16  # bytes
+COUNTER_BYTES = 16  # of items that CTAs which stay have taken
 
 
 CONTRACT = Contract(
@@ -80,7 +90,8 @@ class _Last:
 
     Attributes:
         key: see `_key`. kind: what all functions are compiled for, part aside: one that the first launch of a call does
-            not refuse is not refused by the second. scale, bound: their arguments. sms: of the GPU. functions: by part.
+            not refuse is not refused by the second. scale, bound: their arguments. sms: of the GPU. bounded: whether
+            gates are. functions: by part.
     """
 
     key: tuple | None = None
@@ -88,6 +99,7 @@ class _Last:
     scale: float = 0.0
     bound: float = 0.0
     sms: int = 1
+    bounded: bool = True
     functions: dict[Part, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -207,7 +219,7 @@ def _states_on_the_way(inputs: Inputs) -> Checkpoints:
 def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> None:
     """`prefill` into tensors that are there already: `o`, and `ht` where there is no pool.
 
-    Allocates `workspace_bytes` unless the call brings a workspace: nothing where sequences are not split.
+    Allocates up to `workspace_bytes` unless the call brings a workspace.
     """
     global _last
     call = inputs.fields()
@@ -221,12 +233,14 @@ def launch(inputs: Inputs, o: torch.Tensor, ht: torch.Tensor | None = None) -> N
     options, kept, sms = inputs.options, inputs.checkpoints is not None, multiprocessors(inputs.q.device)
     key = _key(inputs)
     kind = kind_of(Part.WHOLE, inputs, ht)
-    last = _Last(key, kind, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms)
+    has_bound = bounded(options, inputs.q.dtype)
+    last = _Last(key, kind, options.scale_for(inputs.q.shape[3]), options.lower_bound or 0.0, sms, has_bound)
     (B, T), HV, packed = inputs.q.shape[:2], inputs.v.shape[2], inputs.cu_seqlens is not None
     split = None
     if not inputs.batch_invariant:
         split = _split_of(inputs.N, B * T, HV, sms, packed, inputs.cu_seqlens_cpu, inputs.workspace)
-    for part in (Part.WHOLE,) if split is None else cut_into(inputs.q.dtype is torch.bfloat16, kept):
+    whole = _whole(last, inputs.N, B * T, HV, inputs.workspace)
+    for part in (whole,) if split is None else cut_into(inputs.q.dtype is torch.bfloat16, kept):
         last.functions[part] = function_of(part, inputs, None if part is Part.KEPT else ht)
     try:
         _launch(last, call, o, ht)
@@ -295,7 +309,17 @@ def _launch(last: _Last, call: tuple, o: torch.Tensor, ht: torch.Tensor | None) 
     if split is not None:
         sizes = _Sizes(N, B * T, T, HV, offsets is not None)
         return _launch_split(last, split, sizes, tensors, kept_there, given)
-    _call("prefill", last.functions[Part.WHOLE], tensors, None, kept_there, (0, last.scale, last.bound, 0, 0, 0, 0))
+    part = _whole(last, N, B * T, HV, given)
+    counter = _workspace(COUNTER_BYTES, o, given).zero_() if part is Part.STAYING else None
+    _call(
+        "prefill", last.functions[part], tensors, counter, kept_there, (0, last.scale, last.bound, 0, 0, 0, 0, last.sms)
+    )
+
+
+def _whole(last: _Last, N: int, tokens: int, HV: int, given: torch.Tensor | None) -> Part:
+    """How whole sequences run. In the caller's workspace, if there is one, a counter needs room for CTAs to stay."""
+    room = given is None or given.numel() >= COUNTER_BYTES + WORKSPACE_ALIGNMENT
+    return Part.STAYING if room and stays(N, tokens, HV, last.sms, last.bounded) else Part.WHOLE
 
 
 class _Sizes(NamedTuple):
@@ -325,7 +349,7 @@ def _launch_split(
     workspace = _workspace(_split_bytes(split, N, units, HV), o, given)
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
-        numbers = (units, last.scale, last.bound, *here)
+        numbers = (units, last.scale, last.bound, *here, 0)
         _call("segments", function, tensors, workspace, kept, numbers)
         if join is not None:
             _call("join", join, tensors, workspace, kept, numbers)
@@ -436,7 +460,7 @@ def launch_part(
         InputError: as `prefill`.
     """
     i = inputs
-    numbers = (units, i.options.scale_for(i.q.shape[3]), i.options.lower_bound or 0.0, *here)
+    numbers = (units, i.options.scale_for(i.q.shape[3]), i.options.lower_bound or 0.0, *here, 0)
     try:
         tensors = (
             i.q, i.k, i.v, i.g, i.beta, _flat(i.A_log), _flat(i.dt_bias), o, i.state, None, i.state_indices,
@@ -470,9 +494,11 @@ def _identity(like: torch.Tensor) -> torch.Tensor:
 
 
 def workspace_bytes(N: int, T: int, HV: int, packed: bool = True, sms: int = H100.sms) -> int:
-    """What a launch allocates for `N` sequences of `T` tokens together on a GPU of so many multiprocessors."""
+    """What a launch allocates at most for `N` sequences of `T` tokens together on a GPU of so many multiprocessors."""
     split = _split(N, T, HV, sms)
-    return 0 if split is None else _split_bytes(split, N, split.units(N, T, packed), HV)
+    if split is None:
+        return COUNTER_BYTES if N * HV > sms else 0
+    return _split_bytes(split, N, split.units(N, T, packed), HV)
 
 
 def most_workspace_bytes(T: int, HV: int, N: int, device: torch.device) -> int:

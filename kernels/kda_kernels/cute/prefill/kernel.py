@@ -1,8 +1,8 @@
 """The fused prefill kernel: chunk-local work and the chain over chunks meet in one CTA, through shared memory.
 
-A CTA has one value head of one sequence, or of one segment (`plan.py`). Two warpgroups (`produce.py`)
-turn every other chunk of 32 tokens each into what the chain needs; two (`consume.py`) hold the state, 64 value
-channels each, and run the chain.
+A CTA has one value head of one sequence, or of one segment (`plan.py`), or one head after another (`items.py`). Two
+warpgroups (`produce.py`) turn every other chunk of 32 tokens each into what the chain needs; two (`consume.py`) hold
+the state, 64 value channels each, and run the chain.
 
 With G the running sum of log2 decays in a chunk and m its middle (after token 15), for token i and channel c:
 
@@ -23,6 +23,8 @@ Keys may be long: in the first half of a chunk kE, qE and w are divided by 2^25 
 second half the other way. So nothing overflows unless q or k is longer than 2^37, and then o is made NaN.
 """
 
+import dataclasses
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
@@ -30,12 +32,23 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from kda_kernels.cute.arguments import DTYPES
-from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, CONSUMERS, STAGES, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill.config import (
+    ALIGNMENT,
+    CHUNK,
+    CONSUMERS,
+    PRODUCERS,
+    SLOTS,
+    STAGES,
+    THREADS,
+    Part,
+    PrefillSpec,
+)
 from kda_kernels.cute.prefill.consume import Consumer
+from kda_kernels.cute.prefill.items import Items
 from kda_kernels.cute.prefill.produce import Producer
 from kda_kernels.cute.prefill.shared import allocate, tile_layout, vector
 from kda_kernels.cute.prefill.unbounded import Unbounded
-from kda_kernels.cute.prefill.work import Products, States, Work
+from kda_kernels.cute.prefill.work import Barrier, Batch, Deed, Products, States, Work
 from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
@@ -43,7 +56,7 @@ K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.M
 REGISTERS = {True: (96, 160), False: (96, 160)}  # by whether gates are bounded
 
 
-class PrefillKernel(Producer, Unbounded, Consumer):
+class PrefillKernel(Items, Producer, Unbounded, Consumer):
     """Called with tensors of the shapes of `Inputs`; see `build.py`."""
 
     def __init__(self, spec: PrefillSpec) -> None:
@@ -79,22 +92,23 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         segment: Int32,
         begin: Int32,  # of each sequence, the tokens that this round is about: from `begin` on, `limit` at most
         limit: Int32,
+        workers: Int32,  # CTAs, if they stay
         stream,
     ):
         """In `workspace`, one behind the other: `starts` [N + units, HV, V, K], the states before this round and before
         each unit; `summaries` [2 units, HV, V, K], E and T of each unit, T as `send_half` or, of a cut, as
         `send_parts`; and in the dtype of q `reads` [units * segment, HV, K], what each token reads of the state before
-        its unit. For summaries just those.
+        its unit. For summaries just those; for CTAs that stay a 0, from which they count items.
         """
         part = self.spec.part
         sequences = cu_seqlens.shape[0] - 1 if cutlass.const_expr(self.spec.packed) else q.shape[0]
         HV = v.shape[2]
         ctas = HV * sequences
-        starts, summaries, reads = None, None, None
+        starts, summaries, reads, counter = None, None, None, None
         if cutlass.const_expr(part is Part.SUMMARY):
             ctas = 2 * ctas
             summaries = self.states(workspace.iterator, 2 * sequences, HV)
-        elif cutlass.const_expr(part is not Part.WHOLE):
+        elif cutlass.const_expr(not part.whole):
             starts, summaries, reads = self.carve(workspace, sequences, units, segment, HV, q.element_type)
             if cutlass.const_expr(part.splits):
                 ctas = ctas + 2 * HV * units
@@ -102,6 +116,10 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 summaries, reads = None, None
                 ctas = ctas * rows.shape[1]
         heads = cute.fast_divmod_create_divisor_v2(Int32(HV))
+        items = Int32(ctas)
+        if cutlass.const_expr(self.spec.stays):
+            ctas = workers
+            counter = cute.make_tensor(cute.recast_ptr(workspace.iterator, dtype=Int32), cute.make_layout(1))
         if cutlass.const_expr(part is Part.JOIN):
             self.launch_join(
                 o, h0, ht, state_indices, cu_seqlens, starts, summaries, reads, sequences, null_slot, units, lead,
@@ -125,7 +143,7 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             self.kernel(
                 [atom for atom, _ in tiles], [x for _, x in tiles], g.element_type, beta, A_log, dt_bias, o, h0, ht,
                 state_indices, cu_seqlens, started, summaries, starts, kept, rows, offsets, null_slot, every, units,
-                scale, lower_bound, lead, segment, begin, limit, heads, *products,
+                scale, lower_bound, lead, segment, begin, limit, items, counter, heads, *products,
             ).launch(grid=(ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def carve(self, workspace, sequences, units, segment, HV, dtype):
@@ -188,6 +206,8 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         segment: Int32,
         begin: Int32,
         limit: Int32,
+        items: Int32,
+        counter: cute.Tensor | None,
         heads: cute.FastDivmodDivisorV2,
         gram: cute.TiledMma,
         read: cute.TiledMma,
@@ -196,11 +216,39 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         write: cute.TiledMma,
     ):
         spec = self.spec
-        tid = cute.arch.thread_idx()[0]
         pid = cute.arch.block_idx()[0]
         if cutlass.const_expr(spec.part is Part.SPLIT):
             cute.arch.griddepcontrol_launch_dependents()  # the join's CTAs may wait on SMs that are idle
-        i_n, i_hv = divmod(pid, heads)
+        states = States(h0, ht, started, summaries, starts, kept, rows, offsets, every, units)
+        batch = Batch(
+            o, A_log, dt_bias, state_indices, cu_seqlens, heads, null_slot, lead, segment, begin, limit, items, counter,
+            states,
+        )  # fmt: skip
+        products = Products(gram, read, solve, mix, write)
+        if cutlass.const_expr(spec.stays):
+            self.run(atoms, tiles, g_dtype, beta, batch, None, scale, lower_bound, products)
+        else:
+            work, found, live, wrong = self.locate(pid, batch)
+            if work.slot < 0 or wrong:  # padding, or no slot: the pool is neither read nor written
+                if cutlass.const_expr(spec.part.reads):
+                    if found and work.kind == 0:
+                        tid = cute.arch.thread_idx()[0]
+                        self.write_nothing(o, wrong, work.b, work.first, work.n_tokens, 1, work.i_hv, tid)
+            elif live:
+                self.run(atoms, tiles, g_dtype, beta, batch, work, scale, lower_bound, products)
+        if cutlass.const_expr(spec.packed and spec.part.reads):
+            if begin == 0:
+                self.clear_tail(o, cu_seqlens, heads, items)
+
+    @cute.jit
+    def locate(self, number: Int32, batch: Batch):
+        """What an item is, whether there is one, whether it is to be run, whether its slot is none of the pool's.
+
+        To be called by whole warps.
+        """
+        spec, o, cu_seqlens, states = self.spec, batch.o, batch.cu_seqlens, batch.states
+        lead, segment, begin, limit = batch.lead, batch.segment, batch.begin, batch.limit
+        i_n, i_hv = divmod(number, batch.heads)
         i_n, i_hv = cute.arch.make_warp_uniform(i_n), cute.arch.make_warp_uniform(i_hv)
         # a unit is a segment that is not the first of its sequence; `index` counts the segments of a sequence
         kind, index, unit, last = Int32(0), Int32(0), Int32(0), True
@@ -212,25 +260,25 @@ class PrefillKernel(Producer, Unbounded, Consumer):
                 i_n, cu_seqlens, Int32(o.shape[0]), Int32(o.shape[1]), lead, segment, begin, limit
             )
         elif cutlass.const_expr(spec.part is Part.KEPT):
-            column = i_n % Int32(rows.shape[1])
-            i_n = i_n // Int32(rows.shape[1])
+            column = i_n % Int32(states.rows.shape[1])
+            i_n = i_n // Int32(states.rows.shape[1])
         elif cutlass.const_expr(spec.packed):
             i_n = self.longest_first(i_n, cu_seqlens)
         found = i_n >= 0
         i_n = i_n if found else Int32(0)
         slot, wrong = Int64(i_n), Boolean(False)
         if cutlass.const_expr(spec.pooled):
-            slot = Int64(state_indices[i_n])
-            if slot == null_slot:
+            slot = Int64(batch.state_indices[i_n])
+            if slot == batch.null_slot:
                 slot = Int64(-1)
-            wrong = slot >= h0.shape[0]
+            wrong = slot >= states.h0.shape[0]
         b, first, n_tokens = i_n, Int32(0), Int32(o.shape[1])
         if cutlass.const_expr(spec.packed):
             b, first = Int32(0), Int32(cu_seqlens[i_n])
             n_tokens = Int32(cu_seqlens[i_n + 1]) - first
         length = n_tokens
         if cutlass.const_expr(spec.part is Part.KEPT):
-            position = self.position(offsets, every, i_n, column) - begin
+            position = self.position(states.offsets, states.every, i_n, column) - begin
             found = position > lead and position <= cutlass.min(n_tokens - begin, limit)
             found = found and (begin + position) % ALIGNMENT == 0
             index = (cutlass.max(position - lead, 1) + (segment - 1)) // segment
@@ -251,18 +299,20 @@ class PrefillKernel(Producer, Unbounded, Consumer):
             live = found and n_tokens > 0
         elif cutlass.const_expr(spec.part.splits):
             live = found and (n_tokens > 0 or begin == 0)
-        if slot < 0 or wrong:  # padding, or no slot: the pool is neither read nor written
-            if cutlass.const_expr(spec.part.reads):
-                if found and kind == 0:
-                    self.write_nothing(o, wrong, b, first, n_tokens, 1, i_hv, tid)
+        work = Work(i_n, i_hv, slot, kind, index, unit, last, b, first, length, n_tokens, segment, begin)
+        return work, found, live, wrong
+
+    @cute.jit
+    def assign(self, number: Int32, batch: Batch) -> Work:
+        """`locate`, and what is to be done."""
+        work, found, live, wrong = self.locate(number, batch)
+        deed = Int32(Deed.NOTHING)
+        if work.slot < 0 or wrong:
+            if found:
+                deed = Int32(Deed.NAN) if wrong else Int32(Deed.ZEROS)
         elif live:
-            states = States(h0, ht, started, summaries, starts, kept, rows, offsets, every, units)
-            work = Work(i_n, i_hv, slot, kind, index, unit, last, b, first, length, n_tokens, segment, begin)
-            products = Products(gram, read, solve, mix, write)
-            self.work(atoms, tiles, g_dtype, beta, A_log, dt_bias, o, states, work, scale, lower_bound, products)
-        if cutlass.const_expr(spec.packed and spec.part.reads):
-            if begin == 0:
-                self.clear_tail(o, cu_seqlens, heads)
+            deed = Int32(Deed.RUN)
+        return dataclasses.replace(work, deed=deed)
 
     @cute.jit
     def find(
@@ -347,25 +397,15 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         return i_n
 
     @cute.jit
-    def work(
-        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, A_log, dt_bias, o, states: States, work: Work,
-        scale: Float32, lower_bound: Float32, products: Products,
+    def run(
+        self, atoms, tiles, g_dtype: cutlass.Constexpr, beta, batch: Batch, work, scale: Float32, lower_bound: Float32,
+        products: Products,
     ):  # fmt: skip
-        """One head of one sequence or segment."""
+        """The item `work`, or, if CTAs stay, one after another."""
         tid = cute.arch.thread_idx()[0]
-        n_chunks = (work.n_tokens + CHUNK - 1) // CHUNK
         shared = allocate(self.spec, self.element, g_dtype)
         if tid == 0:
-            for s in cutlass.range_constexpr(STAGES):
-                each = self.spec.each_arrives
-                # v, and the warps' last pieces
-                cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3 if self.spec.bounded else 4))
-                cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
-                warps = 2 if self.spec.bounded else 1
-                cute.arch.mbarrier_init(shared.summed + s, 32 * warps if each else warps)
-            for s in cutlass.range_constexpr(2):
-                cute.arch.mbarrier_init(shared.loaded + s, 1)
-            cute.arch.mbarrier_init_fence()
+            self.make_barriers(shared)
         if tid < 8:
             vector(shared.zeros, tid, 1)[0] = self.element(0.0)
         zeros = cute.make_rmem_tensor(8, self.element)
@@ -378,32 +418,71 @@ class PrefillKernel(Producer, Unbounded, Consumer):
         group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
             cute.arch.setmaxregister_increase(REGISTERS[self.spec.bounded][1])
-            self.consume(shared, atoms, tiles, o, states, work, products, group)
+            self.each(
+                shared, batch, work, False,
+                lambda work, turn: self.consume(
+                    shared, atoms, tiles, batch.o, batch.states, work, turn, products, group
+                ),
+            )  # fmt: skip
         else:
             cute.arch.setmaxregister_decrease(REGISTERS[self.spec.bounded][0])
             group = group - CONSUMERS // 128
-            if cutlass.const_expr(self.spec.bounded):
-                self.produce(
-                    shared, atoms, tiles, beta, A_log, dt_bias, work, n_chunks, scale, lower_bound, group, products.gram
-                )
-            else:
-                self.produce_unbounded(
-                    shared, atoms, tiles, beta, A_log, dt_bias, work.b, work.first, work.n_tokens, n_chunks,
-                    work.i_hv // self.spec.group, work.i_hv, work.kind, scale, lower_bound, group,
-                )  # fmt: skip
+            produce = self.produce if self.spec.bounded else self.produce_unbounded
+            if cutlass.const_expr(self.spec.stays and not self.spec.bounded):
+                self.write_ones(shared.decay + self.spec.K, tid & 31)
+                cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
+            self.each(
+                shared, batch, work, True,
+                lambda work, turn: produce(
+                    shared, atoms, tiles, beta, batch, work, turn, scale, lower_bound, group, products.gram
+                ),
+            )  # fmt: skip
 
     @cute.jit
-    def clear_tail(self, o, cu_seqlens, heads: cute.FastDivmodDivisorV2):
-        """Zeros into the share of what lies behind the last sequence; the first CTAs have one each.
+    def make_barriers(self, shared):
+        each = self.spec.each_arrives
+        for s in cutlass.range_constexpr(STAGES):
+            # v, and the warps' last pieces
+            cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3 if self.spec.bounded else 4))
+            cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
+            warps = 2 if self.spec.bounded else 1
+            cute.arch.mbarrier_init(shared.summed + s, 32 * warps if each else warps)
+        for s in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_init(shared.loaded + s, 1)
+        if cutlass.const_expr(self.spec.stays):
+            for s in cutlass.range_constexpr(SLOTS):
+                cute.arch.mbarrier_init(shared.told + s, 32 if each else 1)
+                cute.arch.mbarrier_init(shared.done + s, THREADS // (1 if each else 32))
+        cute.arch.mbarrier_init_fence()
+
+    @cute.jit
+    def clear_tail(self, o, cu_seqlens, heads: cute.FastDivmodDivisorV2, items: Int32):
+        """Zeros into the share of what lies behind the last sequence; the first items have one each.
 
         What it needs is made anew: kept from before the chunks it would cost registers there.
         """
-        share, i_hv = divmod(fresh(cute.arch.block_idx()[0]), heads)
+        number = fresh(cute.arch.block_idx()[0])
+        if cutlass.const_expr(self.spec.stays):
+            for one in cutlass.range(number, items, cute.arch.grid_dim()[0], unroll=1):
+                self.clear_share(o, cu_seqlens, heads, one)
+        else:
+            self.clear_share(o, cu_seqlens, heads, number)
+
+    @cute.jit
+    def clear_share(self, o, cu_seqlens, heads: cute.FastDivmodDivisorV2, number: Int32):
+        share, i_hv = divmod(number, heads)
         N = Int32(cu_seqlens.shape[0] - 1)
         if share < N:
             first = Int32(cu_seqlens[N]) + share
             tid = fresh(cute.arch.thread_idx()[0])
             self.write_nothing(o, Boolean(False), Int32(0), first, Int32(o.shape[1]) - first, N, i_hv, tid)
+
+    @cute.jit
+    def do_nothing(self, work: Work, o):
+        """Of an item that is not run."""
+        if work.deed == Deed.ZEROS or work.deed == Deed.NAN:
+            wrong, tid = work.deed == Deed.NAN, cute.arch.thread_idx()[0]
+            self.write_nothing(o, wrong, work.b, work.first, work.n_tokens, 1, work.i_hv, tid)
 
     @cute.jit
     def write_nothing(

@@ -111,7 +111,9 @@ class Preparer:
         return G
 
     @cute.jit
-    def decays(self, shared, G, chunk: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32):
+    def decays(
+        self, shared, G, chunk: Int32, number: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32
+    ):  # fmt: skip
         """Roots of those from the middle of the last chunk to that of this one; and the log2 of those to its end.
 
         Roots, since 2^-230, what 32 tokens may leave, is no fp32 number, and what it falls on may be 2^115.
@@ -125,8 +127,8 @@ class Preparer:
             if cutlass.const_expr(self.spec.invariant):
                 carries = chunk & 1 == 1
             if carries:
-                last = cute.arch.make_warp_uniform((chunk - 1) % STAGES)
-                cute.arch.mbarrier_wait(shared.summed + last, (chunk - 1) // STAGES & 1)
+                last = cute.arch.make_warp_uniform((number - 1) % STAGES)
+                cute.arch.mbarrier_wait(shared.summed + last, (number - 1) // STAGES & 1)
                 before.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
             for e in cutlass.range_constexpr(2):
                 before[e] = exp2_approx(0.5 * (before[e] + G[e, HALF]))

@@ -9,8 +9,8 @@ from kda_kernels.cute.math import sigmoid
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS
 from kda_kernels.cute.prefill.prepare import Preparer
 from kda_kernels.cute.prefill.relate import Relater
-from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, vector
-from kda_kernels.cute.prefill.work import Barrier, Work
+from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, piece, vector
+from kda_kernels.cute.prefill.work import Barrier, Batch, Work
 from kda_kernels.cute.ptx import fresh
 
 INVERTER, LOADER = 0, 3  # warps
@@ -21,12 +21,12 @@ class Producer(Preparer, Relater):
 
     @cute.jit
     def produce(
-        self, shared, atoms, sources, beta, A_log, dt_bias, work: Work, n_chunks: Int32, scale: Float32,
-        lower_bound: Float32, group: Int32, gram: cute.TiledMma,
+        self, shared, atoms, sources, beta, batch: Batch, work: Work, turn, scale: Float32, lower_bound: Float32,
+        group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
+        """Every other chunk of an item, the `turn`-th of this CTA."""
         spec = self.spec
-        b, first, n_tokens, i_hv = work.b, work.first, work.n_tokens, work.i_hv
-        i_h = i_hv // spec.group
+        n_chunks = work.n_chunks
         p = cute.arch.thread_idx()[0] & 127
         warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
 
@@ -42,35 +42,25 @@ class Producer(Preparer, Relater):
         gram_b = gram.make_fragment_B(thread.partition_B(cols))
         acc = cute.make_rmem_tensor(gram.partition_shape_C((2 * CHUNK, CHUNK)), Float32)
 
-        atom_q, atom_k, atom_v, atom_g = atoms[:4]
-        q_tiles, q = by_chunk(atom_q, sources[0][None, None, i_h, b], raw_q, first, spec.K)
-        k_tiles, k = by_chunk(atom_k, sources[1][None, None, i_h, b], raw_k, first, spec.K)
-        g_tiles, g = by_chunk(atom_g, sources[3][None, None, i_hv, b], raw_g, first, spec.K)
         loaded = shared.loaded + group
         summary = cutlass.const_expr(not spec.part.reads)  # needs no q
-        size = CHUNK * spec.K * ((16 if summary else 32) + raw_g.dtype.width) // 8
+        begin = self.first_chunk(group, work.before)
         if warp == LOADER:
-            if group < n_chunks:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
-                if cutlass.const_expr(not summary):
-                    cute.copy(atom_q, q[None, group, 0], q_tiles, tma_bar_ptr=loaded)
-                cute.copy(atom_k, k[None, group, 0], k_tiles, tma_bar_ptr=loaded)
-                cute.copy(atom_g, g[None, group, 0], g_tiles, tma_bar_ptr=loaded)
-                if group + 2 < n_chunks:
-                    self.prefetch(atoms, q, k, g, group + 2)
+            self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
 
         # after the loads are on their way: these wait for memory too
-        A, bias, rest_of_bias = self.gate_parameters(A_log, dt_bias, i_hv, pair)
-        raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
-        cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
-        for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
+        A, bias, rest_of_bias = self.gate_parameters(batch.A_log, batch.dt_bias, work.i_hv, pair)
+        raw_beta = self.fetch_beta(beta, work, begin * CHUNK + lane)
+        if turn == 0:
+            cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
+        for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
             p = fresh(p)
             warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
-            stage = cute.arch.make_warp_uniform(chunk % STAGES)
-            tokens = n_tokens - chunk * CHUNK
-            sums = shared.sums + (2 * group + (chunk >> 1 & 1)) * (4 * CHUNK)
-            cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
+            here = self.now(shared, work, turn)
+            number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
+            stage = cute.arch.make_warp_uniform(number % STAGES)
+            sums = shared.sums + (2 * group + (number >> 1 & 1)) * (4 * CHUNK)
+            cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
 
             if tokens < CHUNK:
                 if cutlass.const_expr(not summary):
@@ -78,19 +68,17 @@ class Producer(Preparer, Relater):
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
             G = self.gates(raw_g, A, bias, rest_of_bias, lower_bound, pair, half, tokens)
-            cute.arch.mbarrier_wait(shared.empty + stage, (chunk // STAGES & 1) ^ 1)
+            cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
             if warp == LOADER:
                 full = shared.full + stage
                 if work.kind == 0:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
-                    place = shared.v + stage * (CHUNK * spec.V)
-                    v_tiles, v = by_chunk(atom_v, sources[2][None, None, i_hv, b], place, first, spec.V)
-                    cute.copy(atom_v, v[None, chunk, 0], v_tiles, tma_bar_ptr=full)
+                    self.load_values(shared, atoms, sources, self.now(shared, work, turn), stage, chunk)
                 else:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)
-            self.decays(shared, G, chunk, stage, pair, half, warp, lane)
+            self.decays(shared, G, chunk, number, stage, pair, half, warp, lane)
             self.operands(shared, raw_q, raw_k, G, stage, pair, half)
             # what the warp that inverts, for which the others wait in the end, need not do
             if warp != INVERTER:
@@ -104,7 +92,7 @@ class Producer(Preparer, Relater):
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
-                raw_beta = self.fetch_beta(beta, b, first, (chunk + 2) * CHUNK + lane, n_tokens, i_hv)
+                raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
 
@@ -115,15 +103,8 @@ class Producer(Preparer, Relater):
             warpgroup.commit_group()
 
             if warp == LOADER:
-                if chunk + 2 < n_chunks:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
-                    if cutlass.const_expr(not summary):
-                        cute.copy(atom_q, q[None, chunk + 2, 0], q_tiles, tma_bar_ptr=loaded)
-                    cute.copy(atom_k, k[None, chunk + 2, 0], k_tiles, tma_bar_ptr=loaded)
-                    cute.copy(atom_g, g[None, chunk + 2, 0], g_tiles, tma_bar_ptr=loaded)
-                    if chunk + 4 < n_chunks:
-                        self.prefetch(atoms, q, k, g, chunk + 4)
+                item = self.now(shared, work, turn)
+                self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
                 self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             warpgroup.wait_group(0)
             self.spread(acc, scratch, self.mix(shared, stage, spec.inverse_parts), sums, warp, lane, tokens)
@@ -147,19 +128,42 @@ class Producer(Preparer, Relater):
         """Among the threads of this warpgroup."""
         cute.arch.barrier(barrier_id=Barrier.PREPARE + group, number_of_threads=128)
 
-    @cute.jit
-    def prefetch(self, atoms, q, k, g, chunk: Int32):
-        """Into L2: what is loaded next waits for that only, since it can be loaded late only."""
-        with cute.arch.elect_one():
-            if cutlass.const_expr(self.spec.part.reads):
-                cute.prefetch(atoms[0], q[None, chunk, 0])
-            cute.prefetch(atoms[1], k[None, chunk, 0])
-            cute.prefetch(atoms[3], g[None, chunk, 0])
+    def inputs(self, shared, atoms, sources, work: Work, group: Int32) -> list:
+        """How TMA loads q, k and g for a warpgroup: what moves them, where to, and from where, by chunk."""
+        i_h, b, K = work.i_hv // self.spec.group, work.b, self.spec.K
+        raw_q = piece(shared.raw, group, 2 * CHUNK * K)
+        targets = ((0, i_h, raw_q), (1, i_h, raw_q + CHUNK * K), (3, work.i_hv, piece(shared.raw_g, group, CHUNK * K)))
+        return [
+            (atoms[i], *by_chunk(atoms[i], sources[i][None, None, head, b], target, work.first, K))
+            for i, head, target in targets
+            if self.spec.part.reads or i != 0  # without q, nothing is made of it
+        ]
 
     @cute.jit
-    def fetch_beta(self, beta, b: Int32, first: Int32, token: Int32, n_tokens: Int32, i_hv: Int32):
-        """beta of a token as it comes, not converted, since that would wait for it; 0 after the end."""
+    def ask(self, inputs: list, loaded, chunk: Int32, n_chunks: Int32):
+        """Has the inputs of a chunk loaded, if there is one; and the next into L2, as they can be asked for late."""
+        if chunk < n_chunks:
+            size = sum(cute.size(target.shape) * target.element_type.width // 8 for _, target, _ in inputs)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
+            for atom, target, source in inputs:
+                cute.copy(atom, source[None, chunk, 0], target, tma_bar_ptr=loaded)
+            if chunk + 2 < n_chunks:
+                with cute.arch.elect_one():
+                    for atom, _, source in inputs:
+                        cute.prefetch(atom, source[None, chunk + 2, 0])
+
+    @cute.jit
+    def fetch_beta(self, beta, work: Work, token: Int32):
+        """beta of a token as it comes, and not converted, which would wait for it; 0 after the end."""
         raw = beta.element_type(0.0)
-        if token < n_tokens:
-            raw = beta[b, first + token, i_hv]
+        if token < work.n_tokens:
+            raw = beta[work.b, work.first + token, work.i_hv]
         return raw
+
+    @cute.jit
+    def load_values(self, shared, atoms, sources, work: Work, stage: Int32, chunk: Int32):
+        """Has v of a chunk loaded into its stage."""
+        place = shared.v + stage * (CHUNK * self.spec.V)
+        here, there = by_chunk(atoms[2], sources[2][None, None, work.i_hv, work.b], place, work.first, self.spec.V)
+        cute.copy(atoms[2], there[None, chunk, 0], here, tma_bar_ptr=shared.full + stage)

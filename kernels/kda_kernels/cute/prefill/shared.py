@@ -9,7 +9,8 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from kda_kernels.cute.dsl import SmemAllocator
-from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.config import CHUNK, PARTS, SLOTS, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.work import TOLD
 
 Kind = warpgroup.SmemLayoutAtomKind
 BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
@@ -39,7 +40,10 @@ class Shared:
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup, and for this and its next chunk, q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
     zeros: 8 of them
-    bias:  of the gate, fp32 [K]; where gates have no bound
+    bias:  of the gate, fp32 [K]; where gates have no bound. If CTAs stay, for each producing warpgroup, and
+           exp(A_log) behind it
+    items: what `Work.words` are of this item and of those around it, if CTAs stay: [SLOTS, ..]
+    told:  for each of these, that it is there; done: that all warps are done with it
     """
 
     full: Any
@@ -59,6 +63,9 @@ class Shared:
     raw_g: Any
     solve: Any
     sums: Any
+    items: Any
+    told: Any
+    done: Any
 
 
 def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
@@ -68,7 +75,7 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
     def array(dtype, size, align=16):
         return smem.allocate_tensor(dtype, cute.make_layout(size), byte_alignment=align).iterator
 
-    K, V = spec.K, spec.V
+    K, V, stays = spec.K, spec.V, spec.stays
     return Shared(
         rows=array(element, STAGES * 2 * CHUNK * K, 1024),
         cols=array(element, STAGES * PARTS * CHUNK * K, 1024),
@@ -86,7 +93,10 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
         loaded=array(Int64, 2, 8),
         summed=array(Int64, STAGES, 8),
         zeros=array(element, 8),
-        bias=None if spec.bounded else array(Float32, K),
+        bias=None if spec.bounded else array(Float32, 2 * (K + 4) if stays else K),
+        items=array(Int32, SLOTS * len(TOLD)) if stays else None,
+        told=array(Int64, SLOTS, 8) if stays else None,
+        done=array(Int64, SLOTS, 8) if stays else None,
     )
 
 

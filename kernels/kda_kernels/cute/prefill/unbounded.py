@@ -16,6 +16,7 @@ tokens of a chunk stays in registers, but for the sum over warps.
 
 import dataclasses
 import math
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -28,13 +29,13 @@ from kda_kernels.cute.prefill.shared import (
     L_PITCH,
     TILE,
     TILE_PITCH,
+    Shared,
     arrive,
-    by_chunk,
     piece,
     swizzled,
     vector,
 )
-from kda_kernels.cute.prefill.work import Barrier
+from kda_kernels.cute.prefill.work import Barrier, Batch, Work
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,
@@ -137,14 +138,15 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Vacancy:
-    """A stage that is free when `empty` is in `phase`; and v, loaded into it then, for which `full` waits."""
+    """The stage that a chunk of an item, the `turn`-th of the CTA, will take; once it is free v is loaded into it."""
 
-    empty: cute.Pointer
-    phase: Int32
-    full: cute.Pointer
-    atom: cute.CopyAtom
-    v: list  # tiles in shared memory, and those of a chunk
-    kind: Int32
+    shared: Shared
+    atoms: list[cute.CopyAtom]
+    sources: list[cute.Tensor]
+    work: Work
+    turn: Any
+    stage: Int32
+    chunk: Int32
 
 
 class Unbounded:
@@ -155,10 +157,12 @@ class Unbounded:
 
     @cute.jit
     def produce_unbounded(
-        self, shared, atoms, sources, beta, A_log, dt_bias, b: Int32, first: Int32, n_tokens: Int32, n_chunks: Int32,
-        i_h: Int32, i_hv: Int32, kind: Int32, scale: Float32, lower_bound: Float32, group: Int32,
+        self, shared, atoms, sources, beta, batch: Batch, work: Work, turn, scale: Float32, lower_bound: Float32,
+        group: Int32, gram: cute.TiledMma,
     ):  # fmt: skip
+        """As `Producer.produce`."""
         spec = self.spec
+        n_chunks = work.n_chunks
         p = cute.arch.thread_idx()[0] & 127
         # roles of warps: those of the two warpgroups that have most to do are on different schedulers
         warp, lane = (p >> 5) ^ (2 * group), p & 31
@@ -168,16 +172,12 @@ class Unbounded:
         raw_g = piece(shared.raw_g, group, CHUNK * spec.K)
         scratch = piece(shared.solve, group, 3 * TILE)
         loaded = shared.loaded + group
-        inputs = [
-            (atoms[i], *by_chunk(atoms[i], sources[i][None, None, head, b], target, first, spec.K))
-            for i, head, target in ((0, i_h, raw_q), (1, i_h, raw_k), (3, i_hv, raw_g))
-            if spec.part.reads or i != 0  # without q, nothing is made of it
-        ]
-        size = CHUNK * spec.K * (16 * (len(inputs) - 1) + raw_g.dtype.width) // 8
+        begin = self.first_chunk(group, work.before)
         if warp == LOADER:
-            self.ask(inputs, loaded, size, group, n_chunks)
+            self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
 
         # after the loads are on their way: these wait for memory too
+        A_log, dt_bias, i_hv = batch.A_log, batch.dt_bias, work.i_hv
         A = Float32(1.0)
         if cutlass.const_expr(A_log is not None):
             A = rate(A_log[i_hv].to(Float32), False)
@@ -188,19 +188,28 @@ class Unbounded:
             bias = dt_bias[i_hv * spec.K + p].to(Float32)
             if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                 bias = bias * LOG2_E
-        vector(shared.bias, p, 1)[0] = bias  # both warpgroups the same; neither reads before the other has written
-        self.write_ones(shared.decay + spec.K, lane)
-        rates = Rates(A, shared.bias, lower_bound)
-        cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
-        raw_beta = self.fetch_beta(beta, b, first, group * CHUNK + lane, n_tokens, i_hv)
-        cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
-        for chunk in cutlass.range(group, n_chunks, 2, unroll=1):
+        biases = shared.bias
+        if cutlass.const_expr(spec.stays):
+            biases = piece(shared.bias, group, spec.K + 4)
+            vector(biases, p, 1)[0] = bias
+            vector(biases, spec.K, 1)[0] = A
+            self.barrier(group)
+        else:  # both warpgroups the same; neither reads before the other has written
+            vector(biases, p, 1)[0] = bias
+            self.write_ones(shared.decay + spec.K, lane)
+            cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
+        rates = Rates(A, biases, lower_bound)
+        raw_beta = self.fetch_beta(beta, work, begin * CHUNK + lane)
+        if turn == 0:
+            cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
+        for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
             p = fresh(p)
             warp, lane = (p >> 5) ^ (2 * group), p & 31
-            stage = cute.arch.make_warp_uniform(chunk % STAGES)
-            tokens = n_tokens - chunk * CHUNK
-            sums = shared.sums + (2 * group + (chunk >> 1 & 1)) * (4 * CHUNK)
-            cute.arch.mbarrier_wait(loaded, chunk >> 1 & 1)
+            here = self.now(shared, work, turn)
+            number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
+            stage = cute.arch.make_warp_uniform(number % STAGES)
+            sums = shared.sums + (2 * group + (number >> 1 & 1)) * (4 * CHUNK)
+            cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
 
             if tokens < CHUNK:
                 if cutlass.const_expr(spec.part.reads):
@@ -219,23 +228,15 @@ class Unbounded:
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
-                raw_beta = self.fetch_beta(beta, b, first, (chunk + 2) * CHUNK + lane, n_tokens, i_hv)
             at = self.places(shared, raw_q, raw_k, raw_g, stage)
-            place = shared.v + stage * (CHUNK * spec.V)
-            v_tiles, v = by_chunk(atoms[2], sources[2][None, None, i_hv, b], place, first, spec.V)
-            vacancy = Vacancy(
-                shared.empty + stage,
-                (chunk // STAGES & 1) ^ 1,
-                shared.full + stage,
-                atoms[2],
-                [v[None, chunk, 0], v_tiles],
-                kind,
-            )
+            vacancy = Vacancy(shared, atoms, sources, work, turn, stage, chunk)
             left, late = self.forwards(at, rates, vacancy, group, warp, lane)
             self.backwards(at, left, late, warp, lane)
             self.barrier(group)
-            if chunk > 1:  # the inverse of the last L is there
-                cute.arch.mbarrier_wait(shared.summed + (chunk - 2) % STAGES, (chunk - 2) // STAGES & 1)
+            here = self.now(shared, work, turn)
+            number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
+            if number > 1:  # the inverse of the last L is there
+                cute.arch.mbarrier_wait(shared.summed + (number - 2) % STAGES, (number - 2) // STAGES & 1)
             read = Barrier.READ + group
             self.relate(at, scratch, sums, read, warp, lane, tokens)
             if warp == 2:
@@ -245,7 +246,10 @@ class Unbounded:
             if warp == LOADER:
                 cute.arch.barrier(barrier_id=read, number_of_threads=128)
                 cute.arch.fence_proxy("async.shared", space="cta")
-                self.ask(inputs, loaded, size, chunk + 2, n_chunks)
+                item = self.now(shared, work, turn)
+                self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
+            if warp == 1:  # here: over the products above it would be spilled, and so waited for
+                raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
 
     @cute.jit
     def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
@@ -259,28 +263,18 @@ class Unbounded:
     @cute.jit
     def take(self, vacancy: Vacancy, warp: Int32):
         """Waits until the stage is free, and has v loaded into it."""
-        cute.arch.mbarrier_wait(vacancy.empty, vacancy.phase)
+        shared, stage = vacancy.shared, vacancy.stage
+        item = self.now(shared, vacancy.work, vacancy.turn)
+        number = item.before + vacancy.chunk
+        cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
         if warp == LOADER:
-            if vacancy.kind == 0:
+            if item.kind == 0:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(vacancy.full, CHUNK * self.spec.V * 2)
-                cute.copy(vacancy.atom, *vacancy.v, tma_bar_ptr=vacancy.full)
+                    cute.arch.mbarrier_arrive_and_expect_tx(shared.full + stage, CHUNK * self.spec.V * 2)
+                self.load_values(shared, vacancy.atoms, vacancy.sources, item, stage, vacancy.chunk)
             else:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(vacancy.full)
-
-    @cute.jit
-    def ask(self, inputs: list, loaded, size: cutlass.Constexpr[int], chunk: Int32, n_chunks: Int32):
-        """Has the inputs of a chunk loaded, if there is one; and the next into L2, as they can be asked for late."""
-        if chunk < n_chunks:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
-            for atom, target, source in inputs:
-                cute.copy(atom, source[None, chunk, 0], target, tma_bar_ptr=loaded)
-            if chunk + 2 < n_chunks:
-                with cute.arch.elect_one():
-                    for atom, _, source in inputs:
-                        cute.prefetch(atom, source[None, chunk + 2, 0])
+                    cute.arch.mbarrier_arrive(shared.full + stage)
 
     def places(self, shared, raw_q, raw_k, raw_g, stage: Int32) -> Places:
         K, squares = self.spec.K, 1 + self.spec.inverse_parts
@@ -332,11 +326,13 @@ class Unbounded:
             for i in cutlass.range_constexpr(2 * TILES):
                 token, channel = BLOCK * b + 2 * (lane & 3) + i % 2, 32 * warp + 8 * (i // 2) + (lane >> 2)
                 raw[i] = vector(at.raw_g, swizzled(token, channel, 1, dtype), 1)[0]
-        factor = Float32(LOG2_E)
+        factor, A = Float32(LOG2_E), rates.A
+        if cutlass.const_expr(spec.stays):
+            A = vector(rates.bias, spec.K, 1)[0]
         if cutlass.const_expr(spec.gate is Gate.SAFE):
             factor = rates.lower_bound * LOG2_E
         elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
-            factor = -rates.A
+            factor = -A
         out = []
         for t in cutlass.range_constexpr(TILES):
             own = vector(rates.bias, 32 * warp + 8 * t + (lane >> 2), 1)[0]
@@ -347,7 +343,7 @@ class Unbounded:
             for x in pair:
                 y = x
                 if cutlass.const_expr(spec.gate is Gate.SAFE):
-                    y = reciprocal(1.0 + exp2_approx((x + own) * -rates.A))
+                    y = reciprocal(1.0 + exp2_approx((x + own) * -A))
                 elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                     y = log2_softplus(x * LOG2_E + own)
                 out.append(nearest_tf32(y * factor, CLOSED))

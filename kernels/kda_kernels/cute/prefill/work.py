@@ -7,6 +7,8 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
+from kda_kernels.cute.prefill.config import CHUNK
+
 
 class Barrier(enum.IntEnum):
     """Named barriers; each warpgroup has its own, from these numbers on. 0 is all threads'."""
@@ -19,9 +21,19 @@ class Barrier(enum.IntEnum):
     READ = 5  # of a preparing warpgroup, that its inputs have been read; gates without a bound
 
 
+class Deed(enum.IntEnum):
+    """What a CTA does with an item."""
+
+    NOTHING = 0
+    RUN = 1
+    ZEROS = 2  # padding
+    NAN = 3  # there is no such slot
+    END = 4  # there is no further item
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a CTA works on: a value head of a sequence, of its first segment, or of a unit.
+    """An item, what a CTA works on: a value head of a sequence, of its first segment, or of a unit.
 
     Attributes:
         i_n: the sequence. i_hv: the value head. slot: of the sequence's states in `h0` and `ht`.
@@ -31,6 +43,7 @@ class Work:
         last: whether the sequence ends with this segment.
         b, first: where its tokens begin. length: the sequence's tokens. n_tokens: this segment's.
         segment: tokens of a unit. begin: the sequence's tokens in rounds before this one.
+        deed: one of `Deed`. before: the chunks of this CTA's items before it.
     """
 
     i_n: Int32
@@ -46,6 +59,48 @@ class Work:
     n_tokens: Int32
     segment: Int32
     begin: Int32
+    deed: Any = Deed.RUN
+    before: Any = 0
+
+    @property
+    def n_chunks(self) -> Int32:
+        return (self.n_tokens + CHUNK - 1) // CHUNK
+
+    def words(self) -> list:
+        """What one warp tells the others of the head of a whole sequence."""
+        return [Int32(getattr(self, name)) for name in TOLD]
+
+    @staticmethod
+    def of(words: list) -> "Work":
+        """The inverse of `words`."""
+        known: dict[str, Any] = dict(zip(TOLD, words, strict=True))
+        known["slot"] = Int64(known["slot"])
+        none = Int32(0)
+        return Work(**known, kind=none, index=none, unit=none, last=True, segment=none, begin=none)
+
+
+TOLD = ("deed", "before", "i_n", "i_hv", "slot", "b", "first", "length", "n_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What items are made of. `items`: of the launch; `counter` counts them where CTAs stay. The other names are those
+    of `PrefillKernel.__call__`."""
+
+    o: cute.Tensor
+    A_log: cute.Tensor | None
+    dt_bias: cute.Tensor | None
+    state_indices: cute.Tensor | None
+    cu_seqlens: cute.Tensor | None
+    heads: cute.FastDivmodDivisorV2
+    null_slot: Int32
+    lead: Int32
+    segment: Int32
+    begin: Int32
+    limit: Int32
+    items: Int32
+    counter: cute.Tensor | None
+    states: "States"
 
 
 @dataclasses.dataclass(frozen=True)
