@@ -4,7 +4,7 @@ import struct
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Uint32
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -210,6 +210,29 @@ def _multiply(kind: str, acc: tuple, a: tuple, b: tuple, loc, ip) -> tuple:
     results = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
     out = _asm(results, values, f"mma.sync.aligned.{kind} {', '.join(sets)};", constraints, loc, ip, effects=False)
     return tuple(Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def multiply_warpgroup_tf32(acc: list, a: list, b: Int64, *, loc=None, ip=None) -> list:
+    """Starts acc + a b in a warpgroup: wgmma.m64n128k8 of fp32 numbers of which the upper 19 bits count.
+
+    Args:
+        acc: 64 accumulators. a: 4 numbers for each step of 8. b: the descriptor of [128, 8 steps], rows of 128 bytes.
+    """
+    count, steps = len(acc), len(a) // 4
+    targets = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+    lines = ["{ .reg .b64 d;"]
+    for i in range(steps):
+        left = ", ".join(f"${count + 4 * i + n}" for n in range(4))
+        lines.append(f"add.s64 d, ${count + 4 * steps}, {2 * i};")
+        lines.append(f"wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {targets}, {{{left}}}, d, 1, 1, 1;")
+    text = " ".join([*lines, "}"])
+    constraints = ",".join(["=f"] * count + ["f"] * (4 * steps) + ["l"] + [str(i) for i in range(count)])
+    numbers = [[Float32(x).ir_value(loc=loc, ip=ip) for x in values] for values in (a, acc)]
+    operands = [*numbers[0], Int64(b).ir_value(loc=loc, ip=ip), *numbers[1]]
+    result = ir.Type.parse(f"!llvm.struct<({', '.join(['f32'] * count)})>")
+    out = _asm(result, operands, text, constraints, loc, ip)
+    return [Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(count)]
 
 
 @dsl_user_op

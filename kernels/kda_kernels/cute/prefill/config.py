@@ -2,15 +2,19 @@
 
 import dataclasses
 import enum
+import math
 
 from kda_kernels.problem import Gate
 
 CHUNK = 32  # tokens: the widest with which decays from its middle, exp(+-80), stay inside bf16's range
-BLOCK = 8  # tokens that one product relates in chunks whose gates have no bound
+BLOCK = 8  # tokens: of the smallest blocks of the inverse; that one product relates where gates have no bound
 STAGES = 3  # prepared chunks between the warps that prepare and those that run the chain
 SHORT = 16  # chunks of an item at most, where a CTA that stays takes the next one before it ends
 SLOTS = 8  # of items that its chain has not ended, and of the next: a power of two
 PARTS = 2  # of kI where the state is written: the two bf16 halves of a number of 16 bits
+# A tf32 product takes 10 bits of its numbers' fractions, and so 2^-11 / (2 ln 2) less of each on average: what it is
+# multiplied by to make up for both.
+UNCUT = 1.0 + 2.0**-11 / math.log(2.0)
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
@@ -118,9 +122,21 @@ class PrefillSpec:
         return 2 if self.allow_neg_eigval or not self.beta_is_logit else 1
 
     @property
+    def write_in_tf32(self) -> bool:
+        """Whether w kI, which is added to the state, is a product of tf32 numbers: where shared memory has room for kI
+        in fp32 and what relates the tokens of a chunk in bf16. Else kI is in PARTS parts of 16 bits.
+        """
+        return self.bounded and self.inverse_parts == 1 and self.g != "float32"
+
+    @property
     def keeps(self) -> bool:
         """Whether states leave on the way, as checkpoints."""
         return self.kept is not None and self.part.reads
+
+    @property
+    def chain_inverts(self) -> bool:
+        """Whether warps that run the chain make the inverse: they have time but, with a bound, where states leave."""
+        return not (self.bounded and self.keeps)
 
     @property
     def out_buffers(self) -> int:

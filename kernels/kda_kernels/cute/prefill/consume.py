@@ -19,6 +19,7 @@ from kda_kernels.cute.prefill.config import (
     PARTS,
     STAGES,
     THREADS,
+    UNCUT,
     Part,
     PrefillSpec,
 )
@@ -30,6 +31,7 @@ from kda_kernels.cute.ptx import (
     fresh,
     larger_size,
     load_transposed,
+    multiply_warpgroup_tf32,
     rest,
     select,
     send_bytes,
@@ -103,10 +105,10 @@ class Consumer:
                     if column < states.rows.shape[1]:
                         row = states.rows[work.i_n, column]
                     column, due = column + 1, due + states.every
+            if cutlass.const_expr(spec.chain_inverts):
+                self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, col, True)
-            else:
-                self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
@@ -127,8 +129,8 @@ class Consumer:
                 if cutlass.const_expr(not summary):
                     self.scale_rows(out, ratios)
             self.round(w, w_operand)
-            if cutlass.const_expr(not spec.bounded):
-                cute.arch.mbarrier_wait(shared.summed + stage, number // STAGES & 1)
+            if cutlass.const_expr(spec.chain_inverts):
+                cute.arch.mbarrier_wait(shared.inverted + stage, number // STAGES & 1)
             for part in cutlass.range_constexpr(spec.inverse_parts):
                 self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
@@ -136,13 +138,19 @@ class Consumer:
             warpgroup.wait_group(0)
 
             self.round(w, w_operand)
+            left = []
+            if cutlass.const_expr(spec.write_in_tf32):
+                left = [w[4 * j + i] * UNCUT for j in range(CHUNK // 8) for i in (0, 2, 1, 3)]
             if cutlass.const_expr(not summary):
                 place = squares * stage + spec.inverse_parts
                 self.product(products.mix, out, w_operand, rights.mix, place, CHUNK // 16, True)
-            for part in cutlass.range_constexpr(PARTS):
-                self.product(products.write, S, w_operand, rights.write, PARTS * stage + part, CHUNK // 16, True)
+            if cutlass.const_expr(spec.write_in_tf32):
+                self.write_in_tf32(shared, S, left, stage)
+            else:
+                for part in cutlass.range_constexpr(PARTS):
+                    self.product(products.write, S, w_operand, rights.write, PARTS * stage + part, CHUNK // 16, True)
             if cutlass.const_expr(not summary):
-                warpgroup.wait_group(PARTS)
+                warpgroup.wait_group(1 if spec.write_in_tf32 else PARTS)
                 if cutlass.const_expr(spec.out_buffers == 1):
                     self.own_buffer(group, warp)
                 self.stage_out(out, shared, group, number, stage, warp, lane, exponents)
@@ -549,6 +557,18 @@ class Consumer:
         for i in cutlass.range_constexpr(steps):
             mma.set(warpgroup.Field.ACCUMULATE, add or i != 0)
             cute.gemm(mma, acc, left[None, None, i], right[None, None, i, stage], acc)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def write_in_tf32(self, shared, S, left: list, stage: Int32):
+        """Starts S += w kI. Of 8 tokens a lane has two that lie beside each other: kI has the even ones first."""
+        address = shared.cols.toint().to(Int32) + stage * (PARTS * CHUNK * self.spec.K * 2)
+        # 128-byte swizzle; 8 rows are 1024 bytes
+        descriptor = Int64(address >> 4) | Int64((1 << 62) | (64 << 32) | (1 << 16))
+        warpgroup.fence()
+        total = multiply_warpgroup_tf32([S[i] for i in range(cute.size(S))], left, descriptor)
+        for i in cutlass.range_constexpr(cute.size(S)):
+            S[i] = total[i]
         warpgroup.commit_group()
 
     @cute.jit

@@ -16,8 +16,9 @@ b = |k|^-2 beta, and are left out of the operands. With the state S~ (V x K) as 
     o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)       S~ <- S~ + w kI
 
 and from one chunk's m to the next one's S~ decays once, by exp2(G_31 - m + m'). w is u / |k|: the update that the delta
-rule writes. The inverse of each diagonal block of 16 tokens is made in fp32 by substitution, what lies below them from
-products of numbers of 16 bits (`relate.py`).
+rule writes. The inverse of each diagonal block of 8 tokens is made in fp32 by substitution, what lies below them from
+products of numbers of 16 bits (`relate.py`); the warps that run the chain make it, each in turn. w kI is a product of
+tf32 numbers where shared memory has room for kI in fp32, L and tril(qE kI^T) are products of bf16 numbers.
 
 Keys may be long: in the first half of a chunk kE, qE and w are divided by 2^25 and kI is multiplied by it, in the
 second half the other way. So nothing overflows unless q or k is longer than 2^37, and then o is made NaN.
@@ -443,12 +444,13 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
         each = self.spec.each_arrives
         for s in cutlass.range_constexpr(STAGES):
             # v, and the warps' last pieces
-            cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 3 if self.spec.bounded else 4))
+            cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 4 if self.spec.chain_inverts else 3))
             cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
-            warps = 2 if self.spec.bounded else 1
-            cute.arch.mbarrier_init(shared.summed + s, 32 * warps if each else warps)
+            cute.arch.mbarrier_init(shared.summed + s, 64 if each else 2)
+            cute.arch.mbarrier_init(shared.inverted + s, 32 if each else 1)
         for s in cutlass.range_constexpr(2):
             cute.arch.mbarrier_init(shared.loaded + s, 1)
+            cute.arch.mbarrier_init(shared.related + s, 128 if each else 4)
         if cutlass.const_expr(self.spec.stays):
             for s in cutlass.range_constexpr(SLOTS):
                 cute.arch.mbarrier_init(shared.told + s, 32 if each else 1)

@@ -1,5 +1,7 @@
 """How the prefill kernel turns the inputs of a chunk into the operands of its products; see `kernel.py`."""
 
+import dataclasses
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
@@ -7,11 +9,49 @@ from cutlass import BFloat16, Float32, Int32
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
-from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs, rest
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
+SMEM = cute.AddressSpace.smem
 MOST_RATE = 2.0**24  # of exp(A_log) log2(e): what is open and what is closed differs by less than any gate's rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A pair of channels of 16 tokens in a tile in shared memory, rows of 128 bytes, 128-byte swizzle.
+
+    Addresses are in bytes. The tile is aligned to 1024: a token's is `start` with three bits flipped.
+    """
+
+    start: Int32
+
+    @staticmethod
+    def of(tile, height: int, pair: Int32, half: Int32) -> "Column":
+        """`height`: tokens of the tile."""
+        return Column(tile.toint().to(Int32) + (pair >> 5) * (128 * height) + half * (128 * HALF) + (pair & 31) * 4)
+
+    def word(self, token: int, behind: int = 0):
+        """The pair of a token, as a word; of the tile so many bytes behind."""
+        place = (self.start ^ (16 * (token & 7)) if token & 7 else self.start) + (128 * token + behind)
+        return cute.make_tensor(cute.make_ptr(Int32, place, SMEM, assumed_align=4), cute.make_layout(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """What a thread has of kI in fp32, [K, CHUNK]: rows of 128 bytes, 128-byte swizzle. Addresses are in bytes."""
+
+    rows: tuple  # of both channels
+
+    @staticmethod
+    def of(tile, pair: Int32, half: Int32) -> "Across":
+        start = tile.toint().to(Int32) + pair * 256
+        return Across(tuple(start + 128 * e + (((2 * pair + e) & 7) ^ (4 * half)) * 16 for e in range(2)))
+
+    def four(self, e: int, token: int):
+        """Of channel e the four even or odd of 8 tokens, one of which is `token`."""
+        place = self.rows[e] ^ (16 * (2 * (token // 8) + token % 2))
+        return cute.make_tensor(cute.make_ptr(Float32, place, SMEM, assumed_align=16), cute.make_layout(4))
 
 
 class Preparer:
@@ -96,11 +136,11 @@ class Preparer:
         G = cute.make_rmem_tensor((2, HALF + 1), Float32)
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
-                total = Float32(SHIFT)
+                total = Float32(-SHIFT)
                 for i in cutlass.range_constexpr(HALF - 1, -1, -1):
-                    G[e, i] = -total
-                    total = total + log2[e, i] * factor
-                G[e, HALF] = total - SHIFT
+                    G[e, i] = total
+                    total = total - log2[e, i] * factor
+                G[e, HALF] = -SHIFT - total
         else:
             for e in cutlass.range_constexpr(2):
                 total = Float32(SHIFT)
@@ -141,48 +181,50 @@ class Preparer:
             arrive(shared.summed + stage, lane, self.spec.each_arrives)
 
     @cute.jit
-    def operands(self, shared, raw_q, raw_k, G, stage: Int32, pair: Int32, half: Int32):
-        """kE, qE and kI into shared memory.
+    def operands(self, shared, raw_q, G, stage: Int32, pair: Int32, half: Int32, group: Int32):
+        """kE, qE and kI into shared memory; k lies behind `raw_q`.
 
-        kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has PARTS parts.
+        kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has more bits where
+        the state is written.
         """
         K = self.spec.K
         summary = cutlass.const_expr(not self.spec.part.reads)
         batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
-        rows = shared.rows + (stage * (2 * CHUNK * K) + half * (HALF * 64))
-        cols = shared.cols + (stage * (PARTS * CHUNK * K) + half * (HALF * 64))
+        raw = Column.of(raw_q, CHUNK, pair, half)
+        rows = Column.of(shared.rows + stage * (2 * CHUNK * K), 2 * CHUNK, pair, half)
+        if cutlass.const_expr(self.spec.write_in_tf32):
+            cols = Column.of(shared.near + group * (CHUNK * K), CHUNK, pair, half)
+            across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), pair, half)
+        else:
+            cols = Column.of(shared.cols + stage * (PARTS * CHUNK * K), CHUNK, pair, half)
+        waiting = []
         for i in cutlass.range_constexpr(HALF):
             if cutlass.const_expr(i % batch == 0):
-                k = self.raw_pairs(raw_k, pair, half, i, batch)
-                q = k if summary else self.raw_pairs(raw_q, pair, half, i, batch)
-            y = self.pair_of(k, i % batch)
-            exact = cute.make_rmem_tensor(2, Float32)
-            rounded = cute.make_rmem_tensor(2, BFloat16)
-            for e in cutlass.range_constexpr(2):
-                exact[e] = exp2_approx(G[e, i])
-            rounded.store(exact.load().to(BFloat16))
-            grow = cute.recast_tensor(rounded, Int32)[0]
-            place = swizzled(i, pair, 2, BFloat16, 2 * CHUNK)
-            self.word(rows, place)[0] = multiply_pairs(cute.recast_tensor(k, Int32)[i % batch], grow)
+                k = [raw.word(t, 2 * CHUNK * K)[0] for t in range(i, i + batch)]
+                q = [None if summary else raw.word(t)[0] for t in range(i, i + batch)]
+            k_i, q_i = k[i % batch], q[i % batch]
+            grow = [exp2_approx(G[e, i]) for e in range(2)]
+            factors = self.packed(grow)[0]
+            rows.word(i)[0] = multiply_pairs(k_i, factors)
             if cutlass.const_expr(self.spec.part.splits):  # o is rounded twice then: exactly, for once
-                x = self.pair_of(q, i % batch)
-                for e in cutlass.range_constexpr(2):
-                    exact[e] = x[e] * exact[e]
-                rounded.store(exact.load().to(BFloat16))
-                vector(rows + CHUNK * 64, place).store(rounded.load())
+                x = float_pair(q_i, BFloat16)
+                rows.word(i, 128 * CHUNK)[0] = self.packed([x[e] * grow[e] for e in range(2)])[0]
             elif cutlass.const_expr(not summary):
-                self.word(rows + CHUNK * 64, place)[0] = multiply_pairs(cute.recast_tensor(q, Int32)[i % batch], grow)
+                rows.word(i, 128 * CHUNK)[0] = multiply_pairs(q_i, factors)
 
-            for e in cutlass.range_constexpr(2):
-                exact[e] = y[e] * exp2_approx(-G[e, i])
-            place = swizzled(i, pair, 2, BFloat16)
-            for part in cutlass.range_constexpr(PARTS):
-                rounded.store(exact.load().to(BFloat16))
-                vector(cols + part * (CHUNK * K), place).store(rounded.load())
-                if cutlass.const_expr(part + 1 < PARTS):
-                    rest(exact, rounded)
-
-    @cute.jit
-    def word(self, pointer, offset):
-        """The two elements at `offset`, as a word."""
-        return cute.recast_tensor(vector(pointer, offset), Int32)
+            y = float_pair(k_i, BFloat16)
+            exact = [y[e] * exp2_approx(-G[e, i]) for e in range(2)]
+            if cutlass.const_expr(self.spec.write_in_tf32):
+                cols.word(i)[0] = self.packed(exact)[0]
+                waiting.append(exact)
+                if cutlass.const_expr(i % 8 >= 6):  # the even or the odd of 8 tokens are there
+                    for e in cutlass.range_constexpr(2):
+                        four = [waiting[t][e] for t in range(i - 6, i + 1, 2)]
+                        across.four(e, i).store(self.four(four).load())
+            else:
+                for part in cutlass.range_constexpr(PARTS):
+                    rounded = self.packed(exact)[0]
+                    cols.word(i, part * (2 * CHUNK * K))[0] = rounded
+                    if cutlass.const_expr(part + 1 < PARTS):
+                        upper = float_pair(rounded, BFloat16)
+                        exact = [exact[e] - upper[e] for e in range(2)]

@@ -13,7 +13,7 @@ from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operan
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
 from kda_kernels.cute.ptx import fresh
 
-INVERTER, LOADER = 0, 3  # warps
+INVERTER, V_LOADER, LOADER = 0, 0, 3  # the warps that may invert, ask for v, and for other inputs
 
 
 class Producer(Preparer, Relater):
@@ -36,7 +36,10 @@ class Producer(Preparer, Relater):
         scratch = shared.solve + group * (3 * TILE)
 
         rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, PARTS * STAGES), (0, 1, 2))
+        if cutlass.const_expr(spec.write_in_tf32):
+            cols = operand(shared.near, Kind.K_SW128, (CHUNK, spec.K, 2), (0, 1, 2))
+        else:
+            cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, PARTS * STAGES), (0, 1, 2))
         thread = gram.get_slice(p)
         gram_a = gram.make_fragment_A(thread.partition_A(rows))
         gram_b = gram.make_fragment_B(thread.partition_B(cols))
@@ -59,7 +62,7 @@ class Producer(Preparer, Relater):
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
-            sums = shared.sums + (2 * group + (number >> 1 & 1)) * (4 * CHUNK)
+            sums = shared.sums + (2 * group + (number >> 1 & 1)) * (2 * CHUNK)
             cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
 
             if tokens < CHUNK:
@@ -69,7 +72,7 @@ class Producer(Preparer, Relater):
                 self.barrier(group)
             G = self.gates(raw_g, A, bias, rest_of_bias, lower_bound, pair, half, tokens)
             cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
-            if warp == LOADER:
+            if warp == V_LOADER:
                 full = shared.full + stage
                 if work.kind == 0:
                     with cute.arch.elect_one():
@@ -79,45 +82,58 @@ class Producer(Preparer, Relater):
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)
             self.decays(shared, G, chunk, number, stage, pair, half, warp, lane)
-            self.operands(shared, raw_q, raw_k, G, stage, pair, half)
-            # what the warp that inverts, for which the others wait in the end, need not do
-            if warp != INVERTER:
-                self.squares(raw_q, sums, warp, lane)
-            if warp == 2:
-                self.squares(raw_q, sums, INVERTER, lane)
+            if cutlass.const_expr(spec.write_in_tf32):
+                cute.arch.mbarrier_wait(shared.related + group, (number >> 1 & 1) ^ 1)
+            self.operands(shared, raw_q, G, stage, pair, half, group)
+            token = shared.token + stage * (3 * CHUNK)
+            if cutlass.const_expr(spec.part.reads):
+                self.factors_of_o(raw_q, token + 2 * CHUNK, sums + CHUNK, scale, warp, lane)
             if warp == 1:
                 value = raw_beta.to(Float32)
                 if cutlass.const_expr(spec.beta_is_logit):
                     value = sigmoid(value)
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
-                vector(sums, 3 * CHUNK + lane, 1)[0] = value
+                vector(sums, lane, 1)[0] = value
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
 
             warpgroup.fence()
+            near = group if spec.write_in_tf32 else PARTS * stage
             for i in cutlass.range_constexpr(spec.K // 16):
                 gram.set(warpgroup.Field.ACCUMULATE, i != 0)
-                cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, PARTS * stage], acc)
+                cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, near], acc)
             warpgroup.commit_group()
 
             if warp == LOADER:
                 item = self.now(shared, work, turn)
                 self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
-                self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
             warpgroup.wait_group(0)
-            self.spread(acc, scratch, self.mix(shared, stage, spec.inverse_parts), sums, warp, lane, tokens)
+            if cutlass.const_expr(spec.write_in_tf32):
+                arrive(shared.related + group, lane, spec.each_arrives)
+            if cutlass.const_expr(spec.chain_inverts):
+                if number > 1:  # the inverse of the last L is there
+                    cute.arch.mbarrier_wait(shared.inverted + (number - 2) % STAGES, (number - 2) // STAGES & 1)
+            mix = self.mix(shared, stage, spec.inverse_parts)
+            self.spread(acc, scratch, mix, token, sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
-            # L goes from two warps to one of them; nobody else waits
-            if warp == INVERTER:
-                cute.arch.barrier(barrier_id=Barrier.INVERT + group, number_of_threads=64)
-                self.invert(scratch, self.mix(shared, stage, 0), lane)
-                cute.arch.fence_proxy("async.shared", space="cta")
-            if warp == 1:
-                cute.arch.barrier_arrive(barrier_id=Barrier.INVERT + group, number_of_threads=64)
-            if warp != 1 or spec.each_arrives:
+            if cutlass.const_expr(spec.chain_inverts):
                 arrive(shared.full + stage, lane, spec.each_arrives)
+            else:
+                self.invert_early(shared, scratch, stage, group, warp, lane)
+
+    @cute.jit
+    def invert_early(self, shared, scratch, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+        """A warp makes the inverse of what it and another made; nobody else waits. Then the chunk is ready."""
+        if warp == INVERTER:
+            cute.arch.barrier(barrier_id=Barrier.INVERT + group, number_of_threads=64)
+            self.invert(scratch, self.mix(shared, stage, 0), lane)
+            cute.arch.fence_proxy("async.shared", space="cta")
+        if warp == 1:
+            cute.arch.barrier_arrive(barrier_id=Barrier.INVERT + group, number_of_threads=64)
+        if warp != 1 or self.spec.each_arrives:
+            arrive(shared.full + stage, lane, self.spec.each_arrives)
 
     def mix(self, shared, stage, index: int):
         """A square of this stage."""

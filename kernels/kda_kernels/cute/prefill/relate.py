@@ -5,9 +5,16 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
-from kda_kernels.cute.prefill.config import CHUNK, MOST_NORM, SHIFT, PrefillSpec
-from kda_kernels.cute.prefill.shared import BLOCK, L_HALF, L_PITCH, TILE, TILE_PITCH, swizzled, vector
-from kda_kernels.cute.ptx import load_matrices, load_transposed, multiply_16x8x16, multiply_pairs, rest, select
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, PrefillSpec
+from kda_kernels.cute.prefill.shared import L_HALF, L_PITCH, TILE, TILE_PITCH, arrive, piece, swizzled, vector
+from kda_kernels.cute.ptx import (
+    load_matrices,
+    load_transposed,
+    multiply_16x8x16,
+    multiply_pairs,
+    rest,
+    select,
+)
 
 
 class Relater:
@@ -33,6 +40,23 @@ class Relater:
             if cutlass.const_expr(not summary):
                 vector(sums, token, 1)[0] = select(odd, with_q[1], with_q[0])
                 vector(sums, 2 * CHUNK + token, 1)[0] = select(odd, with_k[1], with_k[0])
+
+    @cute.jit
+    def factors_of_o(self, raw, target, own, scale: Float32, warp: Int32, lane: Int32):
+        """Of 8 tokens per warp the factor of o to `target`, and q.k to `own`: diagonals of products of both with q."""
+        rows = raw + (lane >> 3 & 1) * (CHUNK * 128)
+        sums = [(Float32(0.0),) * 4 for _ in range(4)]  # apart, so that products need not wait for each other
+        for i in cutlass.range_constexpr(self.spec.K // 16):
+            a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
+            sums[i % 4] = multiply_16x8x16(sums[i % 4], a, (a[0], a[2]), self.element)
+        total = [(sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]) for i in range(4)]
+        odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
+        square = select(odd, total[1], total[0])
+        norm = rsqrt(square + L2_EPS) if self.spec.qk_l2norm else Float32(1.0)
+        factor = norm * scale * select(warp < 2, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
+        if lane & 3 == lane >> 3:
+            vector(target, token, 1)[0] = select(square <= MOST_NORM**2, factor, Float32(float("nan")))
+            vector(own, token, 1)[0] = select(odd, total[3], total[2])
 
     @cute.jit
     def scale_tokens(self, raw, sums, warp: Int32, lane: Int32):
@@ -88,43 +112,56 @@ class Relater:
         norm_k, norm_q = self.norms(sums, lane)
         a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
         b = a * norm_k
-        shift, unshift = Float32(1.0), Float32(1.0)
-        if cutlass.const_expr(self.spec.bounded):
-            early = lane < CHUNK // 2
-            shift = select(early, Float32(2.0**-SHIFT), Float32(2.0**SHIFT))
-            unshift = select(early, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
         if cutlass.const_expr(not self.spec.scaled):
             longest = vector(sums, CHUNK + lane, 1)[0]
             if cutlass.const_expr(self.spec.part.reads):
                 longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
-            a = select(longest <= MOST_NORM**2, a * shift, Float32(float("nan")))
+            a = select(longest <= MOST_NORM**2, a, Float32(float("nan")))
         vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
         vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
-        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale * unshift
+        vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
 
     @cute.jit
-    def spread(self, acc, scratch, mix, sums, warp: Int32, lane: Int32, tokens: Int32):
+    def spread(self, acc, scratch, mix, token, sums, warp: Int32, lane: Int32, tokens: Int32):
         """[kE; qE] kI^T, 16 rows per warp: L's blocks on and under the diagonal to scratch, tril(qE kI^T) to `mix`."""
+        beta, own = sums, sums + CHUNK
         for w in cutlass.range_constexpr(4):
             if warp == w:
                 for h in cutlass.range_constexpr(2):
                     if cutlass.const_expr(w < 2):
-                        self.spread_k(acc, scratch, sums, w, h, lane, tokens)
+                        b = self.factors_of(acc, token, beta, w, h, lane, tokens)
+                        self.spread_k(acc, scratch, b, w, h, lane)
                     elif cutlass.const_expr(self.spec.part.reads):
-                        self.spread_q(acc, mix, sums, w - 2, h, lane)
+                        self.spread_q(acc, mix, own, w - 2, h, lane)
 
     @cute.jit
-    def spread_k(
-        self, acc, scratch, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32
-    ):
+    def factors_of(
+        self, acc, token, beta, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32
+    ):  # fmt: skip
+        """a and b of 8 tokens to `token`, 0 after the end; returns b of this lane's row.
+
+        k.k is the diagonal of kE kI^T, where decays cancel.
+        """
+        row, place = lane >> 2, 16 * w + 8 * h + (lane >> 2)
+        mine = select(row & 1 == 1, acc[4 * (2 * w + h) + 2 * h + 1], acc[4 * (2 * w + h) + 2 * h])
+        square = cute.arch.shuffle_sync(mine, (lane & 28) | (row >> 1))
+        norm = rsqrt(square + L2_EPS) if self.spec.qk_l2norm else Float32(1.0)
+        a = vector(beta, place, 1)[0] * norm
+        b = select(place < tokens, a * norm, Float32(0.0))
+        a = select(square <= MOST_NORM**2, a * 2.0 ** (-SHIFT if w == 0 else SHIFT), Float32(float("nan")))
+        a = select(place < tokens, a, Float32(0.0))
+        if lane & 3 == 0:
+            vector(token, place, 1)[0] = a
+            vector(token, place + CHUNK, 1)[0] = b
+        return b
+
+    @cute.jit
+    def spread_k(self, acc, scratch, b, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
         """8 rows of kE kI^T, times b."""
         col, row = 2 * (lane & 3), (lane >> 2) + 8 * h
-        norm_k, norm_q = self.norms(sums, 16 * w + row)
-        factor = vector(sums, 3 * CHUNK + 16 * w + row, 1)[0] * norm_k * norm_k
-        factor = select(16 * w + row < tokens, factor, Float32(0.0))
         diagonal, tiles = scratch + (w * L_HALF + row), cute.recast_ptr(scratch, dtype=self.element)
         for j in cutlass.range_constexpr(2 * w + h + 1):
-            values = [acc[4 * j + 2 * h + e] * factor for e in range(2)]
+            values = [acc[4 * j + 2 * h + e] * b for e in range(2)]
             if cutlass.const_expr(w == 1 and j < 2):  # the lower left block, in two parts
                 pair = cute.make_rmem_tensor(2, Float32)
                 for e in cutlass.range_constexpr(2):
@@ -140,8 +177,8 @@ class Relater:
                     vector(diagonal, (8 * (j - 2 * w) + col + e) * L_PITCH, 1)[0] = values[e]
 
     @cute.jit
-    def spread_q(self, acc, mix, sums, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
-        """8 rows of tril(qE kI^T); the diagonal, without decays, as it was summed from q and k themselves."""
+    def spread_q(self, acc, mix, own, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32):
+        """8 rows of tril(qE kI^T); the diagonal, without decays, is q.k of each token, at `own`."""
         col, row = 2 * (lane & 3), 16 * w + (lane >> 2) + 8 * h
         for j in cutlass.range_constexpr(2 * w + h + 1):
             pair = cute.make_rmem_tensor(2, Float32)
@@ -149,18 +186,30 @@ class Relater:
                 pair[e] = acc[4 * j + 2 * h + e]
                 if cutlass.const_expr(j == 2 * w + h):
                     pair[e] = select(col + e < lane >> 2, pair[e], Float32(0.0))
-                    pair[e] = select(col + e == lane >> 2, vector(sums, 2 * CHUNK + row, 1)[0], pair[e])
+                    pair[e] = select(col + e == lane >> 2, vector(own, row, 1)[0], pair[e])
             vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(self.element))
+
+    @cute.jit
+    def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+        """One of the warps that run the chain, which wait for chunks anyway, makes the inverse of this one."""
+        if group == chunk & 1 and warp == chunk >> 1 & 3:
+            scratch = piece(shared.solve, chunk & 1, 3 * TILE)
+            self.invert(scratch, self.mix(shared, stage, 0), lane)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            arrive(shared.inverted + stage, lane, self.spec.each_arrives)
 
     @cute.jit
     def invert(self, scratch, mix, lane: Int32):
         """(I + L)^-1 - I to `mix`, transposed; its second part behind it.
 
-        The inverses X of both diagonal blocks by substitution in fp32, a lane making a column (what lies over L's
-        diagonal is not used). Then the lower left block: products of operands in two parts, of bf16 16 bits together.
+        The inverses of the diagonal's blocks of 8 by substitution in fp32, a lane making a column (what lies over L's
+        diagonal is not used). What lies under them by products of operands in two parts, of bf16 16 bits together:
+        first in both squares of 16, then the lower left one.
         """
-        block, n = lane >> 4, lane & 15
-        L, tiles = scratch + block * L_HALF, cute.recast_ptr(scratch, dtype=self.element)
+        block, n, g, col = lane >> 3, lane & 7, lane >> 2, 2 * (lane & 3)
+        half, late = block >> 1, block & 1
+        tiles = cute.recast_ptr(scratch, dtype=self.element)
+        L = piece(piece(scratch, half, L_HALF), late, BLOCK * (L_PITCH + 1))
         x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
         for m in cutlass.range_constexpr(BLOCK - 1):
             for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
@@ -168,19 +217,40 @@ class Relater:
                 for e in cutlass.range_constexpr(4):
                     if cutlass.const_expr(4 * quad + e > m):
                         x[4 * quad + e] = x[4 * quad + e] - entries[e] * x[m]
+        under = [
+            vector(scratch, i * L_HALF + (col + e) * L_PITCH + (BLOCK + g), 1)[0] for i in range(2) for e in range(2)
+        ]
         cute.arch.sync_warp()  # all have read L: X takes its place
-        upper, lower = self.parts(x)
-        column = tiles + (block * (2 * TILE) + n * TILE_PITCH)
-        row = lane * CHUNK
-        for piece in cutlass.range_constexpr(2):
-            half = upper[None, piece].load()
-            vector(column, 8 * piece, 8).store(half)
-            vector(column, TILE + 8 * piece, 8).store(lower[None, piece].load())
-            vector(mix, row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8, 8).store(half)
-            if cutlass.const_expr(self.spec.inverse_parts == 2):
-                target = CHUNK * CHUNK + row + ((2 * block + piece) ^ (lane >> 1 & 3)) * 8
-                vector(mix, target, 8).store(lower[None, piece].load())
-        vector(mix, row + ((lane >> 3) ^ (lane >> 1 & 3)) * 8 + (lane & 7), 1)[0] = self.element(0.0)  # the diagonal
+        zeros = cute.make_rmem_tensor(8, self.element)
+        zeros.fill(0.0)
+        column = piece(piece(tiles, half, 2 * TILE), BLOCK * late + n, TILE_PITCH)
+        for part, values in enumerate(self.parts(x)):
+            vector(column, part * TILE + BLOCK * late, 8).store(values[None, 0].load())
+            vector(column, part * TILE + BLOCK * (1 - late), 8).store(zeros.load())
+            if cutlass.const_expr(part < self.spec.inverse_parts):
+                place = part * (CHUNK * CHUNK) + lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8
+                vector(mix, place, 8).store(values[None, 0].load())
+        vector(mix, lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8 + n, 1)[0] = self.element(0.0)  # the diagonal
+        cute.arch.sync_warp()
+
+        # of both squares at once, one in the upper left of a left operand, one in its lower right
+        place = tiles + ((block & 1) * (2 * TILE) + (block >> 1) * TILE + n * TILE_PITCH)
+        inner = self.both(load_matrices(place), self.words(under))  # X0^T L10^T
+        last = load_transposed(place + (BLOCK * TILE_PITCH + BLOCK))
+        outer = self.both(self.words(inner), last)  # that times X1^T
+        for i in cutlass.range_constexpr(2):
+            pair = cute.make_rmem_tensor(2, Float32)
+            for e in cutlass.range_constexpr(2):
+                pair[e] = -outer[2 * i + e]
+            rounded = cute.make_rmem_tensor(2, self.element)
+            row = 2 * BLOCK * i + g
+            for part in cutlass.range_constexpr(2):
+                rounded.store(pair.load().to(self.element))
+                vector(tiles, (2 * i + part) * TILE + g * TILE_PITCH + BLOCK + col).store(rounded.load())
+                if cutlass.const_expr(part < self.spec.inverse_parts):
+                    target = part * (CHUNK * CHUNK) + row * CHUNK + ((2 * i + 1) ^ (row >> 1 & 3)) * 8 + col
+                    vector(mix, target).store(rounded.load())
+                rest(pair, rounded)
         cute.arch.sync_warp()
         self.join(tiles, mix, lane)
 
@@ -232,3 +302,17 @@ class Relater:
                 acc = multiply_16x8x16(acc, a[i], b[j][tile_n], self.element)
             out.extend(acc)
         return out
+
+    @cute.jit
+    def words(self, values):
+        """Four numbers in two parts: the words of the upper ones, then those of the lower."""
+        upper, lower = self.parts([*values, *(Float32(0.0),) * 4])
+        return tuple(cute.recast_tensor(part, Int32)[i] for part in (upper, lower) for i in range(2))
+
+    @cute.jit
+    def both(self, a: tuple, b: tuple):
+        """Products of two pairs of 8 x 8, words of two parts as in `words`, but for those of the lower parts."""
+        acc, zero = (Float32(0.0),) * 4, Int32(0)
+        for i, j in ((2, 0), (0, 2), (0, 0)):
+            acc = multiply_16x8x16(acc, (a[i], zero, zero, a[i + 1]), (b[j], b[j + 1]), self.element)
+        return acc

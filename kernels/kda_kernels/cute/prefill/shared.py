@@ -13,11 +13,11 @@ from kda_kernels.cute.prefill.config import CHUNK, PARTS, SLOTS, STAGES, Prefill
 from kda_kernels.cute.prefill.work import TOLD
 
 Kind = warpgroup.SmemLayoutAtomKind
-BLOCK = CHUNK // 2  # the inverse is made of 2 x 2 blocks
+SQUARE = CHUNK // 2  # the inverse is made of 2 x 2 squares
 # Columns are 16-byte aligned, and those accessed at once begin in different banks; also of both diagonal blocks.
-L_PITCH, L_HALF = BLOCK + 4, BLOCK * (BLOCK + 4) + 16  # floats
-TILE_PITCH = BLOCK + 8  # elements
-TILE = BLOCK * TILE_PITCH
+L_PITCH, L_HALF = SQUARE + 4, SQUARE * (SQUARE + 4) + 16  # floats
+TILE_PITCH = SQUARE + 8  # elements
+TILE = SQUARE * TILE_PITCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Shared:
     """Pointers; sizes are in elements. Everything before `raw` has a copy for each stage.
 
     rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
-    cols:  kI: [CHUNK, K], the same, in PARTS parts
+    cols:  kI: [CHUNK, K], the same, in PARTS parts. Where the state is written in tf32: [K, CHUNK], fp32, rows of 128
+           bytes, 128-byte swizzle, of 8 tokens the even ones first
+    near:  where the state is written in tf32, for each producing warpgroup kI in bf16: [CHUNK, K], as `rows`
     mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle, in one or two parts; then tril(qE kI^T), not
            transposed
     v:     [CHUNK, V], as `cols`
@@ -35,10 +37,13 @@ class Shared:
     out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
-    summed: for each stage, that G_31 - m is there; where gates have no bound, that the inverse is there
+    summed: for each stage, that G_31 - m is there
+    inverted: for each stage, that the inverse is there
+    related: for each producing warpgroup, that its tokens are related, so that `near` has been read
     solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
-    sums:  for each producing warpgroup, and for this and its next chunk, q.q, k.k, q.k and sigmoid(beta): [4, CHUNK]
+    sums:  for each producing warpgroup, and for this and its next chunk, [.., CHUNK]: sigmoid(beta) and q.k; where
+           gates have no bound q.q, k.k, q.k and sigmoid(beta)
     zeros: 8 of them
     bias:  of the gate, fp32 [K]; where gates have no bound. If CTAs stay, for each producing warpgroup, and
            exp(A_log) behind it
@@ -50,10 +55,13 @@ class Shared:
     empty: Any
     loaded: Any
     summed: Any
+    inverted: Any
+    related: Any
     zeros: Any
     bias: Any
     rows: Any
     cols: Any
+    near: Any
     mix: Any
     v: Any
     token: Any
@@ -79,6 +87,7 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
     return Shared(
         rows=array(element, STAGES * 2 * CHUNK * K, 1024),
         cols=array(element, STAGES * PARTS * CHUNK * K, 1024),
+        near=array(element, 2 * CHUNK * K, 1024) if spec.write_in_tf32 else None,
         mix=array(element, STAGES * (1 + spec.inverse_parts) * CHUNK * CHUNK, 1024),
         v=array(element, STAGES * CHUNK * V, 1024),
         out=array(element, 2 * spec.out_buffers * CHUNK * 64, 1024),
@@ -87,11 +96,13 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
         token=array(Float32, STAGES * 3 * CHUNK),
         decay=array(Float32, STAGES * 2 * K),
         solve=array(Float32, 2 * 3 * TILE),
-        sums=array(Float32, 2 * 2 * 4 * CHUNK),
+        sums=array(Float32, 2 * 2 * (2 if spec.bounded else 4) * CHUNK),
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
         loaded=array(Int64, 2, 8),
         summed=array(Int64, STAGES, 8),
+        inverted=array(Int64, STAGES, 8),
+        related=array(Int64, 2, 8),
         zeros=array(element, 8),
         bias=None if spec.bounded else array(Float32, 2 * (K + 4) if stays else K),
         items=array(Int32, SLOTS * len(TOLD)) if stays else None,

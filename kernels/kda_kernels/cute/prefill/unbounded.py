@@ -25,10 +25,7 @@ from cutlass import Float32, Int32
 from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
 from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill.shared import (
-    L_HALF,
-    L_PITCH,
     TILE,
-    TILE_PITCH,
     Shared,
     arrive,
     piece,
@@ -46,7 +43,6 @@ from kda_kernels.cute.ptx import (
     multiply_pairs,
     multiply_tf32,
     nearest_tf32,
-    rest,
     select,
     store_matrices,
 )
@@ -236,7 +232,7 @@ class Unbounded:
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             if number > 1:  # the inverse of the last L is there
-                cute.arch.mbarrier_wait(shared.summed + (number - 2) % STAGES, (number - 2) // STAGES & 1)
+                cute.arch.mbarrier_wait(shared.inverted + (number - 2) % STAGES, (number - 2) // STAGES & 1)
             read = Barrier.READ + group
             self.relate(at, scratch, sums, read, warp, lane, tokens)
             if warp == 2:
@@ -250,15 +246,6 @@ class Unbounded:
                 self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
             if warp == 1:  # here: over the products above it would be spilled, and so waited for
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
-
-    @cute.jit
-    def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
-        """One of the warps that run the chain, which wait for chunks anyway, makes the inverse of this one."""
-        if group == chunk & 1 and warp == chunk >> 1 & 3:
-            scratch = piece(shared.solve, chunk & 1, 3 * TILE)
-            self.invert_blocks(scratch, self.mix(shared, stage, 0), lane)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            arrive(shared.summed + stage, lane, self.spec.each_arrives)
 
     @cute.jit
     def take(self, vacancy: Vacancy, warp: Int32):
@@ -459,9 +446,13 @@ class Unbounded:
                         cute.arch.barrier(barrier_id=read, number_of_threads=128)
                     else:
                         cute.arch.barrier_arrive(barrier_id=read, number_of_threads=128)
-                self.spread_k(rows_k, scratch, sums, w // 2, w % 2, lane, tokens)
+                token = BLOCK * w + (lane >> 2)
+                norm, _ = self.norms(sums, token)
+                b = vector(sums, 3 * CHUNK + token, 1)[0] * norm * norm
+                b = select(token < tokens, b, Float32(0.0))
+                self.spread_k(rows_k, scratch, b, w // 2, w % 2, lane)
                 if cutlass.const_expr(self.spec.part.reads):
-                    self.spread_q(rows_q, at.mix, sums, w // 2, w % 2, lane)
+                    self.spread_q(rows_q, at.mix, sums + 2 * CHUNK, w // 2, w % 2, lane)
                     nothing = cute.make_rmem_tensor(2, self.element)
                     nothing.fill(0.0)
                     row = BLOCK * w + (lane >> 2)
@@ -593,68 +584,3 @@ class Unbounded:
         values.fill(value)
         for row in cutlass.range(tokens + p // pieces, CHUNK, 128 // pieces, unroll=1):
             vector(raw, swizzled(row, p % pieces, unit, raw.dtype), unit).store(values.load())
-
-    @cute.jit
-    def invert_blocks(self, scratch, mix, lane: Int32):
-        """As `Relater.invert`, but diagonal squares are joined from blocks of 8, whose inverses substitution makes."""
-        block, n, g, col = lane >> 3, lane & 7, lane >> 2, 2 * (lane & 3)
-        half, late = block >> 1, block & 1
-        tiles = cute.recast_ptr(scratch, dtype=self.element)
-        L = piece(piece(scratch, half, L_HALF), late, BLOCK * (L_PITCH + 1))
-        x = [select(n == i, Float32(1.0), Float32(0.0)) for i in range(BLOCK)]
-        for m in cutlass.range_constexpr(BLOCK - 1):
-            for quad in cutlass.range_constexpr((m + 1) // 4, BLOCK // 4):
-                entries = vector(L, m * L_PITCH + 4 * quad, 4).load()
-                for e in cutlass.range_constexpr(4):
-                    if cutlass.const_expr(4 * quad + e > m):
-                        x[4 * quad + e] = x[4 * quad + e] - entries[e] * x[m]
-        under = [
-            vector(scratch, i * L_HALF + (col + e) * L_PITCH + (BLOCK + g), 1)[0] for i in range(2) for e in range(2)
-        ]
-        cute.arch.sync_warp()  # all have read L: X takes its place
-        zeros = cute.make_rmem_tensor(8, self.element)
-        zeros.fill(0.0)
-        column = piece(piece(tiles, half, 2 * TILE), BLOCK * late + n, TILE_PITCH)
-        for part, values in enumerate(self.parts(x)):
-            vector(column, part * TILE + BLOCK * late, 8).store(values[None, 0].load())
-            vector(column, part * TILE + BLOCK * (1 - late), 8).store(zeros.load())
-            if cutlass.const_expr(part < self.spec.inverse_parts):
-                place = part * (CHUNK * CHUNK) + lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8
-                vector(mix, place, 8).store(values[None, 0].load())
-        vector(mix, lane * CHUNK + (block ^ (lane >> 1 & 3)) * 8 + n, 1)[0] = self.element(0.0)  # the diagonal
-        cute.arch.sync_warp()
-
-        # of both squares at once, one in the upper left of a left operand, one in its lower right
-        place = tiles + ((block & 1) * (2 * TILE) + (block >> 1) * TILE + n * TILE_PITCH)
-        inner = self.both(load_matrices(place), self.words(under))  # X0^T L10^T
-        last = load_transposed(place + (BLOCK * TILE_PITCH + BLOCK))
-        outer = self.both(self.words(inner), last)  # that times X1^T
-        for i in cutlass.range_constexpr(2):
-            pair = cute.make_rmem_tensor(2, Float32)
-            for e in cutlass.range_constexpr(2):
-                pair[e] = -outer[2 * i + e]
-            rounded = cute.make_rmem_tensor(2, self.element)
-            row = 2 * BLOCK * i + g
-            for part in cutlass.range_constexpr(2):
-                rounded.store(pair.load().to(self.element))
-                vector(tiles, (2 * i + part) * TILE + g * TILE_PITCH + BLOCK + col).store(rounded.load())
-                if cutlass.const_expr(part < self.spec.inverse_parts):
-                    target = part * (CHUNK * CHUNK) + row * CHUNK + ((2 * i + 1) ^ (row >> 1 & 3)) * 8 + col
-                    vector(mix, target).store(rounded.load())
-                rest(pair, rounded)
-        cute.arch.sync_warp()
-        self.join(tiles, mix, lane)
-
-    @cute.jit
-    def words(self, values):
-        """Four numbers in two parts: the words of the upper ones, then those of the lower."""
-        upper, lower = self.parts([*values, *(Float32(0.0),) * 4])
-        return tuple(cute.recast_tensor(part, Int32)[i] for part in (upper, lower) for i in range(2))
-
-    @cute.jit
-    def both(self, a: tuple, b: tuple):
-        """Products of two pairs of 8 x 8, words of two parts as in `words`, but for those of the lower parts."""
-        acc, zero = (Float32(0.0),) * 4, Int32(0)
-        for i, j in ((2, 0), (0, 2), (0, 0)):
-            acc = multiply_16x8x16(acc, (a[i], zero, zero, a[i + 1]), (b[j], b[j + 1]), self.element)
-        return acc

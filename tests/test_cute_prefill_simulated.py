@@ -1,0 +1,203 @@
+"""What the CuTe prefill compiles to, run by the simulator of PTX in `ptx`, against the fp64 oracle, without a GPU."""
+
+import dataclasses
+import functools
+import re
+import struct
+
+import pytest
+import torch
+from decode_inputs import tokens_of
+from prefill_inputs import SAFE, SOFTPLUS, plain
+from ptx import GlobalMemory, Kernel, PtxError, TensorMap
+
+from kda_kernels.cute.prefill import functions as prefill_functions
+from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, THREADS, Part
+from kda_kernels.cute.runtime import missing_packages
+from kda_kernels.ints import cdiv
+from kda_kernels.problem import Options
+from kda_kernels.reference.oracle import recurrence
+from kda_kernels.tensors import Checkpoints, Inputs
+
+pytestmark = pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
+SIZE = 128  # of a head
+OUTPUT_ERROR, STATE_ERROR, TRANSITION_ERROR = 6e-3, 2.5e-3, 1e-2  # relative, of norms
+EAGER, LATE = 0.0, 0.97  # of `Kernel.launch`
+
+
+def inputs_of(lens: list[int], options: Options = SAFE) -> Inputs:
+    return plain(lens, options=options, HV=1, device="cpu")
+
+
+def kept_by(lens: list[int]) -> Checkpoints:
+    """Rows for the state after every 64 tokens."""
+    rows = torch.full((len(lens), max(lens) // ALIGNMENT + 1), -1, dtype=torch.int32)
+    counts = [length // ALIGNMENT for length in lens]
+    for n, count in enumerate(counts):
+        rows[n, :count] = torch.arange(count) + sum(counts[:n])
+    states = torch.full((sum(counts) + 1, 1, SIZE, SIZE), torch.nan, dtype=torch.bfloat16)
+    return Checkpoints(states, rows, every=ALIGNMENT)
+
+
+@functools.cache
+def ptx_of(part: Part, options: Options, keeps: bool = False) -> str:
+    inputs = inputs_of([1], options)
+    inputs = dataclasses.replace(inputs, checkpoints=kept_by([1]) if keeps else None)
+    spec = prefill_functions.spec_of(part, inputs, inputs.new_final_state())
+    return prefill_functions._variant("simulated", spec).build("sm_90a").ptx
+
+
+class Call:
+    """A launch for one head: its tensors in simulated memory, and its arguments as the compiled host half passes them.
+
+    Attributes: o, ht: results. summaries, starts: of units, where sequences are split in segments of a chunk. kept:
+    checkpoints.
+    """
+
+    def __init__(self, inputs: Inputs, part: Part = Part.WHOLE, workers: int = 0):
+        self.inputs, self.part, self.memory = inputs, part, GlobalMemory()
+        self.T, self.N = inputs.q.shape[1], len(inputs.cu_seqlens) - 1
+        lens = inputs.cu_seqlens.diff().tolist()
+        self.units = sum(cdiv(max(0, length - CHUNK), CHUNK) for length in lens) if part is Part.SPLIT else 0
+        self.ctas = workers or self.N + 2 * self.units
+        self.o = self._nan(1, self.T, 1, SIZE, dtype=inputs.v.dtype)
+        self.ht = self._nan(self.N, 1, SIZE, SIZE)
+        self.parameters: list[bytes | TensorMap] = []
+        self._pass()
+
+    def run(self, kernel: Kernel, seed: int = 0, late: float = 0.5) -> "Call":
+        kernel.launch(self.memory, self.parameters, ctas=self.ctas, threads=THREADS, seed=seed, late=late)
+        return self
+
+    def _nan(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.memory.place(torch.full(shape, torch.nan, dtype=dtype))
+
+    def _pass(self) -> None:
+        x, place = self.inputs, self.memory.place
+        q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens = (
+            place(one) for one in (x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, x.state, x.cu_seqlens)
+        )
+        maps = [self._rows(one) for one in (q, k, v, g, self.o)]
+        tensors = [
+            self._tensor(beta, (self.T, 1), (self.T, 1, 1)),
+            self._tensor(A_log, (1,)),
+            self._tensor(dt_bias, (SIZE,)),
+            self._tensor(self.o, (self.T, 1), (self.T * SIZE, SIZE, SIZE)),
+            *(self._tensor(states, (self.N, 1), (SIZE * SIZE,)) for states in (state, self.ht)),
+            self._tensor(cu_seqlens, (self.N + 1,)),
+        ]
+        if self.part is Part.SPLIT:
+            reads = self._nan(1, self.units * CHUNK, 1, SIZE, dtype=v.dtype)
+            self.summaries, self.starts = (self._nan(n, 1, SIZE, SIZE) for n in (2 * self.units, self.N + self.units))
+            maps.append(self._rows(reads))
+            tensors += [self._tensor(one, (len(one), 1), (SIZE * SIZE,)) for one in (self.summaries, self.starts)]
+        if x.checkpoints is not None:
+            self.kept, rows = place(x.checkpoints.states), place(x.checkpoints.rows)
+            strides = (2, 2 * SIZE, 2 * SIZE * SIZE, 2 * SIZE * SIZE)
+            maps.append(TensorMap(self.memory.address(self.kept), strides, SIZE, rows=16))
+            tensors += [
+                self._tensor(self.kept, (len(self.kept), 1), (SIZE * SIZE,)),
+                self._tensor(rows, rows.shape, (rows.shape[1],)),
+            ]
+        behind_maps = [bytes(8)] * len(maps)  # extents and strides, which only the descriptors are made of
+        self.parameters = [*maps, *behind_maps, *tensors, *self._numbers()]
+
+    def _numbers(self) -> list[bytes]:
+        cut = (CHUNK, CHUNK, 0, 1 << 30) if self.part is Part.SPLIT else (0, 0, 0, 0)  # lead, segment, begin, limit
+        floats = struct.pack("<f", SIZE**-0.5), struct.pack("<f", -5.0)
+        numbers = [struct.pack("<i", one) for one in (-1, ALIGNMENT, self.units, *cut, self.N)]  # null slot, every, ...
+        numbers[3:3] = floats
+        if self.part is Part.STAYING:
+            counter = self.memory.place(torch.zeros(4, dtype=torch.int32))
+            numbers.append(struct.pack("<Q", self.memory.address(counter)))
+        return [*numbers, struct.pack("<IIBBBB", 1, *[0] * 5)]  # a divisor: of one head
+
+    def _rows(self, tensor: torch.Tensor) -> TensorMap:
+        size = tensor.itemsize
+        return TensorMap(self.memory.address(tensor), (size, SIZE * size, SIZE * size), tensor.shape[1])
+
+    def _tensor(self, tensor: torch.Tensor, extents, strides=()) -> bytes:
+        """Its address, and what of its extents and strides is not known when it is compiled; aligned to 8 bytes."""
+        gap = "4x" * (len(extents) % 2)
+        return struct.pack(f"<Q{len(extents)}I{gap}{len(strides)}Q", self.memory.address(tensor), *extents, *strides)
+
+
+def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of the norm, relative; NaN where a number is missing."""
+    return float((actual.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def check(call: Call) -> None:
+    """Results of whole sequences against the oracle."""
+    wanted = recurrence(call.inputs)
+    ends = call.inputs.cu_seqlens.tolist()
+    for n, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        if first < end:
+            assert error(call.o[0, first:end], wanted.o[0, first:end]) <= OUTPUT_ERROR, f"o of sequence {n}"
+        assert error(call.ht[n], wanted.final_state[n]) <= STATE_ERROR, f"the state of sequence {n}"
+
+
+@pytest.mark.parametrize("late", [EAGER, LATE])
+def test_packed_sequences(late):
+    check(Call(inputs_of([70, 0, 5])).run(Kernel(ptx_of(Part.WHOLE, SAFE)), late=late))
+
+
+def test_softplus():
+    check(Call(inputs_of([40], SOFTPLUS)).run(Kernel(ptx_of(Part.WHOLE, SOFTPLUS))))
+
+
+def test_ctas_that_stay():
+    check(Call(inputs_of([40, 0, 33]), Part.STAYING, workers=2).run(Kernel(ptx_of(Part.STAYING, SAFE))))
+
+
+def test_checkpoints():
+    inputs = dataclasses.replace(inputs_of([130]), checkpoints=kept_by([130]))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SAFE, keeps=True)))
+    check(call)
+    for n in range(2):
+        first = alone(inputs, slice(0, (n + 1) * ALIGNMENT), inputs.state)
+        assert error(call.kept[n], first.final_state[0]) <= STATE_ERROR, f"checkpoint {n}"
+
+
+def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):
+    """What the oracle makes of some tokens of the one sequence, from this state."""
+    one = tokens_of(inputs, slice(None), at)
+    return recurrence(dataclasses.replace(one, state=state, cu_seqlens=None, checkpoints=None, **changes))
+
+
+def test_segments():
+    """The first segment hands its state on; of the others o and the state E are made from nothing, and T from one."""
+    inputs = inputs_of([100])
+    call = Call(inputs, Part.SPLIT).run(Kernel(ptx_of(Part.SPLIT, SAFE)), late=LATE)
+    lead = alone(inputs, slice(0, CHUNK), inputs.state)
+    assert error(call.o[:, :CHUNK], lead.o) <= OUTPUT_ERROR
+    assert error(call.starts[1], lead.final_state[0]) <= STATE_ERROR
+    one = torch.eye(SIZE).view(1, 1, SIZE, SIZE)
+    assert call.units == 3
+    for unit in range(call.units):
+        at = slice((unit + 1) * CHUNK, min((unit + 2) * CHUNK, 100))
+        wanted = alone(inputs, at, torch.zeros_like(one))
+        assert error(call.o[:, at], wanted.o) <= OUTPUT_ERROR, f"o of unit {unit}"
+        assert error(call.summaries[2 * unit], wanted.final_state[0]) <= STATE_ERROR, f"E of unit {unit}"
+        T = alone(inputs, at, one, v=torch.zeros_like(inputs.v[:, at])).final_state[0, 0]
+        if T.norm() > 1e-6:
+            assert error(transition(call.summaries[2 * unit + 1]), T) <= TRANSITION_ERROR, f"T of unit {unit}"
+
+
+def transition(held: torch.Tensor) -> torch.Tensor:
+    """T of a unit [K, K]: fp16 numbers, and behind them what all of them are multiplied by."""
+    numbers = held.flatten()
+    return (
+        numbers[: SIZE * SIZE // 2].view(torch.float16).view(SIZE, SIZE).double() * numbers[SIZE * SIZE // 2].double()
+    )
+
+
+@pytest.mark.parametrize("which", [0, 2], ids=["for a chunk", "for inputs"])
+def test_a_missing_wait_is_found(which):
+    """In at least one of a few orders the numbers are wrong, or the kernel does what no GPU allows."""
+    text = ptx_of(Part.WHOLE, SAFE)
+    wait = list(re.finditer(r"mbarrier\.try_wait\.parity[^;]*;", text))[which]
+    broken = Kernel(text[: wait.start()] + "setp.eq.s32 P1, 0, 0;" + text[wait.end() :])
+    with pytest.raises((AssertionError, PtxError)):
+        for seed in range(6):
+            check(Call(inputs_of([130])).run(broken, seed=seed, late=LATE))
