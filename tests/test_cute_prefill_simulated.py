@@ -146,6 +146,21 @@ def test_softplus():
     check(Call(inputs_of([40], SOFTPLUS)).run(Kernel(ptx_of(Part.WHOLE, SOFTPLUS))))
 
 
+def test_what_gates_leave_of_a_state():
+    """Keys of zero: each channel decays alone, by gates from open to shut; as exactly as fp32 holds their sum."""
+    inputs = inputs_of([40], SOFTPLUS)
+    inputs.k.zero_()
+    inputs.A_log.fill_(3.0)
+    inputs.g.copy_(torch.linspace(-14.0, 0.0, SIZE).expand_as(inputs.g))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SOFTPLUS)))
+    wanted = recurrence(inputs).final_state[0, 0]
+    decay = wanted / inputs.state[0, 0].double()
+    seen = decay > 1e-30
+    assert seen.sum() > SIZE * SIZE // 2
+    off = (call.ht[0, 0].double() / wanted - 1).abs()
+    assert (off <= 1e-6 * (1 - decay.log()))[seen].all()
+
+
 def test_ctas_that_stay():
     check(Call(inputs_of([40, 0, 33]), Part.STAYING, workers=2).run(Kernel(ptx_of(Part.STAYING, SAFE))))
 

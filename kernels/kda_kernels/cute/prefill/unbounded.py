@@ -176,7 +176,7 @@ class Unbounded:
         A_log, dt_bias, i_hv = batch.A_log, batch.dt_bias, work.i_hv
         A = Float32(1.0)
         if cutlass.const_expr(A_log is not None):
-            A = rate(A_log[i_hv].to(Float32), False)
+            A = rate(A_log[i_hv].to(Float32))
         if cutlass.const_expr(spec.gate is Gate.SAFE):
             A = A * LOG2_E
         bias = Float32(0.0)
@@ -302,7 +302,10 @@ class Unbounded:
 
     @cute.jit
     def log2_decays(self, at: Places, b: cutlass.Constexpr[int], rates: Rates, warp: Int32, lane: Int32):
-        """Of block b, for `multiply_tf32`: of channel lane // 4 of each 8, tokens 2 (lane % 4) and the next."""
+        """Of block b, for `multiply_tf32`: of channel lane // 4 of each 8, tokens 2 (lane % 4) and the next.
+
+        And unrounded, the sums of both.
+        """
         spec, dtype = self.spec, at.raw_g.dtype
         raw = cute.make_rmem_tensor(2 * TILES, dtype)
         if cutlass.const_expr(dtype.width == 16):
@@ -320,21 +323,24 @@ class Unbounded:
             factor = rates.lower_bound * LOG2_E
         elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
             factor = -A
-        out = []
+        out, sums = [], []
         for t in cutlass.range_constexpr(TILES):
             own = vector(rates.bias, 32 * warp + 8 * t + (lane >> 2), 1)[0]
             if cutlass.const_expr(dtype.width == 16):
                 pair = float_pair(cute.recast_tensor(raw, Int32)[t], dtype)
             else:
                 pair = (raw[2 * t].to(Float32), raw[2 * t + 1].to(Float32))
+            exact = []
             for x in pair:
                 y = x
                 if cutlass.const_expr(spec.gate is Gate.SAFE):
                     y = reciprocal(1.0 + exp2_approx((x + own) * -A))
                 elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                     y = log2_softplus(x * LOG2_E + own)
-                out.append(nearest_tf32(y * factor, CLOSED))
-        return out
+                exact.append(y * factor)
+                out.append(nearest_tf32(exact[-1], CLOSED))
+            sums.append(exact[0] + exact[1])
+        return out, sums
 
     @cute.jit
     def summed(self, table, n: cutlass.Constexpr[int], log2: list, lane: Int32):
@@ -351,20 +357,22 @@ class Unbounded:
     def forwards(self, at: Places, rates: Rates, vacancy: Vacancy, group: Int32, warp: Int32, lane: Int32):
         """From the first block to the last: its products with itself and with earlier ones, kE and qE.
 
-        kI of the last block too; of others what it is made of, and what they leave.
+        kI of the last block too; of others what it is made of, and what they leave. What the chunk leaves of a state is
+        made of unrounded log decays: with 11 bits, as products take them, what an almost closed gate leaves is 1% off.
         """
         K, reads = self.spec.K, self.spec.part.reads
         raw = Slice.paired(at.raw_k, -CHUNK * K if reads else 0, warp, lane)  # without q, k takes its place
         rows = Slice.paired(at.rows, CHUNK * 64 if reads else 0, warp, lane, 2 * CHUNK)
         before, left, columns, late = [], [], [], []
-        following = self.log2_decays(at, 0, rates, warp, lane)
+        following, total = self.log2_decays(at, 0, rates, warp, lane)
         for b in cutlass.range_constexpr(BLOCKS):
             log2 = following
             kq = [load_matrices(raw.block(b, s)) for s in range(2)]
             if cutlass.const_expr(
                 b + 1 < BLOCKS
             ):  # here, so that they are made while this block's products are waited for
-                following = self.log2_decays(at, b + 1, rates, warp, lane)
+                following, added = self.log2_decays(at, b + 1, rates, warp, lane)
+                total = [x + y for x, y in zip(total, added, strict=True)]
             if cutlass.const_expr(b == 1 and not self.spec.scaled):
                 self.barrier(group)  # norms have been made of what products take the place of
             pairs = [(log2[2 * t], log2[2 * t + 1]) for t in range(TILES)]
@@ -393,7 +401,7 @@ class Unbounded:
             before = left if b == 0 else self.times(before, left)
             if cutlass.const_expr(b == BLOCKS - 1):
                 self.write_columns(at, b, self.keys(kq), until, warp, lane)
-                self.keep_channels(at.decay, before, warp, lane)
+                self.keep_decays(at.decay, total, warp, lane)
             else:
                 self.keep_channels(at.left + b * K, left, warp, lane)
                 for i, place in enumerate(at.stash(b, warp, lane)):
@@ -567,6 +575,17 @@ class Unbounded:
             for t in cutlass.range_constexpr(TILES):
                 place = 32 * warp + 8 * t + 2 * lane
                 vector(target, place).store(self.four(values[2 * t : 2 * t + 2]).load())
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def keep_decays(self, target, log2: list, warp: Int32, lane: Int32):
+        """Decays of the warp's channels over a chunk, from log2 of those over this lane's tokens."""
+        for t in cutlass.range_constexpr(TILES):
+            x = log2[t]
+            for step in (1, 2):
+                x = x + cute.arch.shuffle_sync_bfly(x, step)
+            if lane & 3 == 0:
+                vector(target, 32 * warp + 8 * t + (lane >> 2), 1)[0] = exp2_approx(x)
         cute.arch.sync_warp()
 
     @cute.jit
