@@ -398,11 +398,11 @@ class Unbounded:
                 late = x[0]
 
             left = self.times(since, until)
-            before = left if b == 0 else self.times(before, left)
             if cutlass.const_expr(b == BLOCKS - 1):
                 self.write_columns(at, b, self.keys(kq), until, warp, lane)
                 self.keep_decays(at.decay, total, warp, lane)
             else:
+                before = left if b == 0 else self.times(before, left)
                 self.keep_channels(at.left + b * K, left, warp, lane)
                 for i, place in enumerate(at.stash(b, warp, lane)):
                     vector(place, 0, 4).store(self.four(until[4 * i : 4 * i + 4]).load())
