@@ -64,6 +64,16 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return a.astype(np.float64) * b + c
 
 
+def _picked(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """prmt: of eight bytes the four that the selector's nibbles number. No signs are spread."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    numbers = [(selector >> np.uint32(4 * i) & np.uint32(7)).astype(np.uint64) for i in range(4)]
+    if (selector & np.uint32(0x8888)).any():
+        raise NotImplementedError("the simulator's prmt spreads no signs")
+    picked = [both >> np.uint64(8) * n & np.uint64(255) for n in numbers]
+    return sum(x << np.uint64(8 * i) for i, x in enumerate(picked)).astype(np.uint32)
+
+
 def _approximate(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     return lambda a: _flushed(function(_flushed(a).astype(np.float64)).astype(np.float32))
 
@@ -89,6 +99,7 @@ _OF_ONE_TYPE = [
     ("xor", "pred b32 b64", 2, np.bitwise_xor),
     ("not", "pred b32 b64", 1, np.invert),
     ("popc", "b32", 1, np.bitwise_count),
+    ("prmt", "b32", 3, _picked),
     ("neg", "s32 f32", 1, np.negative),
     ("abs", "s32 f32", 1, np.abs),
     ("min", "s32 u32", 2, np.minimum),

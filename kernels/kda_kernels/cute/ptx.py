@@ -1,7 +1,5 @@
 """PTX instructions that the DSL does not offer, or only behind its layout algebra."""
 
-import struct
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32
@@ -16,6 +14,12 @@ PTX = {BFloat16: "bf16", Float16: "f16"}
 def fresh(x: Int32, *, loc=None, ip=None) -> Int32:
     """x, but for the compiler a new value: what is made of it is not made ahead of a loop, kept and spilled."""
     return Int32(_asm(T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,r", loc, ip))
+
+
+@dsl_user_op
+def fresh_float(x: Float32, *, loc=None, ip=None) -> Float32:
+    """As `fresh`: what is made of it is made again, where it would be kept."""
+    return Float32(_asm(T.f32(), [Float32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=f,f", loc, ip))
 
 
 @dsl_user_op
@@ -65,24 +69,6 @@ def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, dtype: type = BFloat16, *, loc=None, ip=None) -> tuple:
     """mma.m16n8k16 of bf16 or fp16: acc + a b, fp32."""
     return _multiply("m16n8k16.row.col.f32.{0}.{0}.f32".format(PTX[dtype]), acc, a, b, loc, ip)
-
-
-@dsl_user_op
-def multiply_tf32(acc: tuple, a: tuple, b: tuple, *, loc=None, ip=None) -> tuple:
-    """mma.m16n8k8 of fp32 numbers of which the upper 19 bits count: acc + a b, fp32."""
-    return _multiply("m16n8k8.row.col.f32.tf32.tf32.f32", acc, a, b, loc, ip)
-
-
-@dsl_user_op
-def nearest_tf32(x: Float32, least: float, *, loc=None, ip=None) -> Int32:
-    """The bits of x <= 0, of which the upper 19, rounded to nearest, are what `multiply_tf32` takes; `least` at least.
-
-    One instruction: numbers under 0 are the larger, as unsigned bits, the smaller they are. NaN stays NaN.
-    """
-    operand = Float32(x).ir_value(loc=loc, ip=ip)
-    bits = struct.unpack("<I", struct.pack("<f", least))[0]
-    text = f"{{ .reg .b32 y; mov.b32 y, $1; add.u32 y, y, 0x1000; min.u32 $0, y, {bits:#x}; }}"
-    return Int32(_asm(T.i32(), [operand], text, "=r,f", loc, ip, effects=False))
 
 
 @dsl_user_op
@@ -244,6 +230,13 @@ def bulk_store_lasting(target: cute.Pointer, source: cute.Pointer, size: int, *,
         f"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0], [$1], {size}, p; }}"
     )
     _asm(None, operands, text, "l,r", loc, ip)
+
+
+@dsl_user_op
+def halves(low: Int32, high: Int32, selector: Int32, *, loc=None, ip=None) -> Int32:
+    """The bytes that prmt's selector picks of both."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (low, high, selector)]
+    return Int32(_asm(T.i32(), operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip, effects=False))
 
 
 def _halves(low, high, selector: int, loc, ip) -> Int32:

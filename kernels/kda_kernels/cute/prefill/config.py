@@ -124,9 +124,10 @@ class PrefillSpec:
     @property
     def write_in_tf32(self) -> bool:
         """Whether w kI, which is added to the state, is a product of tf32 numbers: where shared memory has room for kI
-        in fp32 and what relates the tokens of a chunk in bf16. Else kI is in PARTS parts of 16 bits.
+        in fp32 and, if gates have a bound, what relates the tokens of a chunk in bf16. Else kI is in PARTS parts of 16
+        bits.
         """
-        return self.bounded and self.inverse_parts == 1 and self.g != "float32"
+        return not self.bounded or (self.inverse_parts == 1 and self.g != "float32")
 
     @property
     def keeps(self) -> bool:

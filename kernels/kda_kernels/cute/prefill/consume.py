@@ -66,6 +66,7 @@ class Consumer:
         """The chain of an item, the `turn`-th of this CTA."""
         spec = self.spec
         p = cute.arch.thread_idx()[0] & 127
+        warp = cute.arch.make_warp_uniform(p >> 5)
         n_chunks = work.n_chunks
         inside = self.inside(group, p) + work.i_hv * (spec.V * spec.K)
         # a state is 64 KB: what those that prepare ask for would wait behind it
@@ -89,7 +90,7 @@ class Consumer:
 
         for chunk in cutlass.range(n_chunks, unroll=1):
             p = fresh(p)
-            warp, lane = p >> 5, p & 31
+            lane = p & 31
             col = 2 * (lane & 3)
             number = work.before + chunk
             stage, tokens = number % STAGES, work.n_tokens - chunk * CHUNK
@@ -113,7 +114,8 @@ class Consumer:
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
             self.round(S, S_operand)
-            self.product(products.read, read, S_operand, rights.read, stage, spec.K // 16, False)
+            rows = 2 * stage if not spec.bounded and summary else stage
+            self.product(products.read, read, S_operand, rights.read, rows, spec.K // 16, False)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
             most = cute.make_rmem_tensor(2, Float32)
             if cutlass.const_expr(spec.scaled):
@@ -247,9 +249,14 @@ class Consumer:
     def right_operands(self, shared, products: Products, p: Int32) -> "Rights":
         """What products take from shared memory, of all stages."""
         spec = self.spec
-        rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        if not spec.part.reads:  # kE alone
-            rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
+        if spec.bounded:
+            rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+            if not spec.part.reads:  # kE alone
+                rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
+        elif spec.part.reads:
+            rows = operand(shared.rows, Kind.MN_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
+        else:
+            rows = operand(shared.rows, Kind.MN_SW64, (CHUNK, spec.K, 2 * STAGES), (0, 1, 2))
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
         squares = (CHUNK, CHUNK, (1 + spec.inverse_parts) * STAGES)
         square = operand(shared.mix, Kind.K_SW64, squares, (0, 1, 2))

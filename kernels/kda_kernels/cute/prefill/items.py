@@ -13,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from kda_kernels.cute.prefill.config import SHORT, SLOTS, THREADS, PrefillSpec
+from kda_kernels.cute.prefill.config import CHUNK, SHORT, SLOTS, THREADS, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive
 from kda_kernels.cute.prefill.work import TOLD, Batch, Deed, Work
 
@@ -85,6 +85,7 @@ class Items:
                     place[i] = words[i]
         elif lane == 0:
             place[TOLD.index("deed")] = Int32(Deed.END)
+            place[TOLD.index("n_tokens")] = Int32(CHUNK * SHORT + 1)  # so that nothing is due after it
         cute.arch.sync_warp()
         arrive(shared.told + slot, lane, self.spec.each_arrives)
 

@@ -37,7 +37,6 @@ from kda_kernels.cute.prefill.config import (
     ALIGNMENT,
     CHUNK,
     CONSUMERS,
-    PRODUCERS,
     SLOTS,
     STAGES,
     THREADS,
@@ -49,7 +48,7 @@ from kda_kernels.cute.prefill.items import Items
 from kda_kernels.cute.prefill.produce import Producer
 from kda_kernels.cute.prefill.shared import allocate, tile_layout, vector
 from kda_kernels.cute.prefill.unbounded import Unbounded
-from kda_kernels.cute.prefill.work import Barrier, Batch, Deed, Products, States, Work
+from kda_kernels.cute.prefill.work import Batch, Deed, Products, States, Work
 from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
@@ -127,9 +126,10 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
                 segment, begin, limit, heads, stream,
             )  # fmt: skip
         else:
+            rows_major = K_MAJOR if self.spec.bounded else MN_MAJOR
             products = (
                 self.product_of(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-                self.product_of(2 * CHUNK if part.reads else CHUNK),  # S~ [kE; qE]^T
+                self.product_of(2 * CHUNK if part.reads else CHUNK, rows_major),  # S~ [kE; qE]^T
                 self.product_of(CHUNK, MN_MAJOR),  # with the inverse
                 self.product_of(CHUNK),  # with tril(qE kI^T)
                 self.product_of(self.spec.K, MN_MAJOR),  # w kI
@@ -429,9 +429,6 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
             cute.arch.setmaxregister_decrease(REGISTERS[self.spec.bounded][0])
             group = group - CONSUMERS // 128
             produce = self.produce if self.spec.bounded else self.produce_unbounded
-            if cutlass.const_expr(self.spec.stays and not self.spec.bounded):
-                self.write_ones(shared.decay + self.spec.K, tid & 31)
-                cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
             self.each(
                 shared, batch, work, True,
                 lambda work, turn: produce(

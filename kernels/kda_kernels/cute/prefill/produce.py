@@ -28,7 +28,8 @@ class Producer(Preparer, Relater):
         spec = self.spec
         n_chunks = work.n_chunks
         p = cute.arch.thread_idx()[0] & 127
-        warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
+        warp, lane, pair = cute.arch.make_warp_uniform(p >> 5), p & 31, p & 63
+        half = warp >> 1
 
         raw_q = shared.raw + group * (2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
@@ -58,7 +59,7 @@ class Producer(Preparer, Relater):
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
             p = fresh(p)
-            warp, lane, pair, half = p >> 5, p & 31, p & 63, p >> 6
+            lane, pair = p & 31, p & 63
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)

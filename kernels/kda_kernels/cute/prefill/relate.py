@@ -24,20 +24,34 @@ class Relater:
     element: type
 
     @cute.jit
-    def squares(self, raw, sums, warp: Int32, lane: Int32):
-        """q.q, k.k and q.k of 8 tokens per warp: diagonals of products of both, 16 rows, with k and with q."""
+    def squares(self, raw, warp: Int32, lane: Int32):
+        """Products of 8 tokens' q and k per warp, 16 rows, with k and with q, each in two sums."""
         summary = cutlass.const_expr(not self.spec.part.reads)
-        rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
-        with_k, with_q = ((Float32(0.0),) * 4,) * 2
+        keys = raw + CHUNK * 128
+        rows = keys if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
+        with_k, with_q = [[(Float32(0.0),) * 4] * 2 for _ in range(2)]
+        token = 8 * warp + (lane & 7)
         for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
-            with_k = multiply_16x8x16(with_k, a, (a[1], a[3]), self.element)
+            a = load_matrices(rows + swizzled(token, 2 * i + (lane >> 4), 8, raw.dtype))
+            if cutlass.const_expr(i % 2 == 0):  # loaded, since what a has of them is not in registers side by side
+                place = swizzled(token, 2 * i + (lane >> 3), 8, raw.dtype)
+                k = load_matrices(keys + place)
+                if cutlass.const_expr(not summary):
+                    q = load_matrices(raw + place)
+            n = i % 2
+            with_k[n] = multiply_16x8x16(with_k[n], a, k[2 * n : 2 * n + 2], self.element)
             if cutlass.const_expr(not summary):
-                with_q = multiply_16x8x16(with_q, a, (a[0], a[2]), self.element)
+                with_q[n] = multiply_16x8x16(with_q[n], a, q[2 * n : 2 * n + 2], self.element)
+        return with_k, with_q
+
+    @cute.jit
+    def keep_squares(self, squares: tuple, sums, warp: Int32, lane: Int32):
+        """q.q, k.k and q.k: diagonals of what `squares` returns."""
+        with_k, with_q = ([x + y for x, y in zip(*two, strict=True)] for two in squares)
         if lane & 3 == lane >> 3:
             odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
             vector(sums, CHUNK + token, 1)[0] = select(odd, with_k[3], with_k[2])
-            if cutlass.const_expr(not summary):
+            if cutlass.const_expr(self.spec.part.reads):
                 vector(sums, token, 1)[0] = select(odd, with_q[1], with_q[0])
                 vector(sums, 2 * CHUNK + token, 1)[0] = select(odd, with_k[1], with_k[0])
 

@@ -24,29 +24,31 @@ TILE = SQUARE * TILE_PITCH
 class Shared:
     """Pointers; sizes are in elements. Everything before `raw` has a copy for each stage.
 
-    rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle
+    rows:  kE, then qE: [2 CHUNK, K], 64 channels beside each other, rows of 128 bytes, 128-byte swizzle. Where gates
+           have no bound [K, 2 CHUNK], a channel's tokens beside each other, or kE alone: [K, CHUNK], 64-byte swizzle
     cols:  kI: [CHUNK, K], the same, in PARTS parts. Where the state is written in tf32: [K, CHUNK], fp32, rows of 128
            bytes, 128-byte swizzle, of 8 tokens the even ones first
-    near:  where the state is written in tf32, for each producing warpgroup kI in bf16: [CHUNK, K], as `rows`
+    near:  where the state is written in tf32 and gates have a bound, for each producing warpgroup kI in bf16:
+           [CHUNK, K], as `rows`
     mix:   (I + L)^-1 - I, transposed: [CHUNK, CHUNK], 64-byte swizzle, in one or two parts; then tril(qE kI^T), not
            transposed
     v:     [CHUNK, V], as `cols`
     token: a, b and the factor of o: [3, CHUNK], fp32
     decay: roots of the decays from the middle of the last chunk to that of this one [K]; then G_31 - m, log2; fp32.
-           Where gates have no bound: decays over the chunk [K], then a third of what `Unbounded.write_ones` writes
+           Where gates have no bound: decays over the chunk [K]
     out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
     summed: for each stage, that G_31 - m is there
     inverted: for each stage, that the inverse is there
-    related: for each producing warpgroup, that its tokens are related, so that `near` has been read
+    related: for each producing warpgroup, that its tokens are related, so that `near` has been read; where gates have
+           no bound, that its tokens' q and k have been multiplied with themselves, so that others do not read them
     solve: for each producing warpgroup the diagonal blocks of L, transposed, fp32; then in their place, in two bf16
            parts each, those of (I + L)^-1, transposed, and after them L's lower left block
     sums:  for each producing warpgroup, and for this and its next chunk, [.., CHUNK]: sigmoid(beta) and q.k; where
            gates have no bound q.q, k.k, q.k and sigmoid(beta)
     zeros: 8 of them
-    bias:  of the gate, fp32 [K]; where gates have no bound. If CTAs stay, for each producing warpgroup, and
-           exp(A_log) behind it
+    bias:  where gates have no bound, for each producing warpgroup `Rates`
     items: what `Work.words` are of this item and of those around it, if CTAs stay: [SLOTS, ..]
     told:  for each of these, that it is there; done: that all warps are done with it
     """
@@ -87,7 +89,7 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
     return Shared(
         rows=array(element, STAGES * 2 * CHUNK * K, 1024),
         cols=array(element, STAGES * PARTS * CHUNK * K, 1024),
-        near=array(element, 2 * CHUNK * K, 1024) if spec.write_in_tf32 else None,
+        near=array(element, 2 * CHUNK * K, 1024) if spec.bounded and spec.write_in_tf32 else None,
         mix=array(element, STAGES * (1 + spec.inverse_parts) * CHUNK * CHUNK, 1024),
         v=array(element, STAGES * CHUNK * V, 1024),
         out=array(element, 2 * spec.out_buffers * CHUNK * 64, 1024),
@@ -104,7 +106,7 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
         inverted=array(Int64, STAGES, 8),
         related=array(Int64, 2, 8),
         zeros=array(element, 8),
-        bias=None if spec.bounded else array(Float32, 2 * (K + 4) if stays else K),
+        bias=None if spec.bounded else array(Float32, 2 * (K + 4)),
         items=array(Int32, SLOTS * len(TOLD)) if stays else None,
         told=array(Int64, SLOTS, 8) if stays else None,
         done=array(Int64, SLOTS, 8) if stays else None,

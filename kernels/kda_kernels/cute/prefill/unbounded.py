@@ -3,81 +3,104 @@
 With G the running sum of log decays in a chunk, and 31 its last token: kE = k exp(G), qE = q exp(G), kI =
 k exp(G_31 - G). The state S is the one before the chunk, and decays once, by exp(G_31). For tokens j < i,
 exp(G_i - G_j) is exp(G_i - G_m) exp(G_m - G_j), where m is the border between the halves, of 1, 2, 4, 8 or 16 tokens,
-that part them. So all exponents are sums of log decays: nothing overflows or is divided by what underflows, whatever
-the gate; and all that token i gets is made of decays up to its own, so no bit of it depends on what follows.
+that part them. So all factors are products of decays of tokens: nothing overflows or is divided by what underflows,
+whatever the gate; and all that token i gets is made of decays up to its own, so no bit of it depends on what follows.
 
 The inverse is made by the warps that run the chain: they wait for chunks.
 
-A warp has 32 channels of all tokens, in blocks of 8 tokens. A lane has them as mma.m16n8k16 takes [k; q] of a block
-from the left and k from the right: of token lane // 4 the channels 2 (lane % 4) and the next of each 8. The sums come
-out in the same places: products of a matrix of ones and zeros with log decays, of 12 bits each. So what relates the
-tokens of a chunk stays in registers, but for the sum over warps.
+A warp has 64 channels of half a chunk's tokens, a thread two channels. Halves of 1, 2, 4 and 8 tokens that part two
+tokens are the warp's own: their operands go through shared memory that nobody else touches. All 16 tokens of a warp
+make one product for each: 8 are right of their border, 8 left of theirs. What parts both halves of the chunk takes
+operands of two warps.
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, log2_softplus, rate, reciprocal, sigmoid
-from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, PRODUCERS, STAGES, THREADS, PrefillSpec
-from kda_kernels.cute.prefill.shared import (
-    TILE,
-    Shared,
-    arrive,
-    piece,
-    swizzled,
-    vector,
-)
+from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal, sigmoid
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, STAGES, THREADS, PrefillSpec
+from kda_kernels.cute.prefill.prepare import HALF, Across, Column
+from kda_kernels.cute.prefill.shared import TILE, Shared, arrive, piece, swizzled, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,
     fresh,
-    load_matrices,
+    fresh_float,
+    halves,
     load_transposed,
+    lower_halves,
     multiply_16x8x16,
     multiply_pairs,
-    multiply_tf32,
-    nearest_tf32,
     select,
-    store_matrices,
+    upper_halves,
 )
 from kda_kernels.problem import Gate
 
 SMEM = cute.AddressSpace.smem
 LOADER = 0  # the warp that has least to do
-BLOCKS, TILES = CHUNK // BLOCK, 4  # of a chunk; of 8 channels, of a warp
-CLOSED = -1e30  # what log2 decays are at least, so that sums of them are numbers
+WIDTH = 64  # channels of a warp
+SIZES = (1, 2, 4, 8)  # of halves inside a half of a chunk, in tokens
+# Bytes: of an operand, a warp's channels of 8 tokens; of all those of one size; of a warp's products of 8 x 8, k and q.
+OPERAND, OPERANDS, PRODUCTS = WIDTH * 16, 4 * WIDTH * 16, 32 * 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """A warp's 32 channels of a tile in shared memory, rows of 128 bytes, 128-byte swizzle. Addresses are in bytes."""
+class Mine:
+    """Which warp this is, and which channels a thread has.
 
-    start: Int32  # of the lane's 16 bytes of the first block
-    dtype: type
+    Of its two channels the first is the upper one in every other four lanes, so that what 8 lanes store at once, rows
+    of 128 bytes, lies in different banks.
+    """
 
-    @staticmethod
-    def of(pointer, warp: Int32, lane: Int32, height: int = CHUNK, dtype=None) -> "Slice":
-        """Lane 8 n + r has row r, 8 channels from 8 n. `height`: tokens of the tile."""
-        place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
-        return Slice(place + (((4 * (warp & 1) + (lane >> 3)) ^ (lane & 7)) * 16), dtype or pointer.dtype)
+    group: Int32
+    warp: Int32
+    lane: Int32
 
-    @staticmethod
-    def paired(pointer, behind: int, warp: Int32, lane: Int32, height: int = CHUNK) -> "Slice":
-        """Lane 16 n + r has row r, 8 channels from 8 n; lanes 8 more the same of what is so many elements behind."""
-        place = pointer.toint().to(Int32) + (warp >> 1) * (128 * height) + (lane & 7) * 128
-        place = place + (lane >> 3 & 1) * (2 * behind)
-        return Slice(place + (((4 * (warp & 1) + (lane >> 4)) ^ (lane & 7)) * 16), pointer.dtype)
+    @property
+    def columns(self) -> Int32:
+        """Which 64 channels."""
+        return self.warp & 1
 
-    def block(self, b: int, step: int = 0):
-        """Of block b; for `paired`, 16 channels from 16 `step`."""
-        place = ((self.start ^ (32 * step)) if step else self.start) + 1024 * b
-        return cute.make_ptr(self.dtype, place, SMEM, assumed_align=16)
+    @property
+    def half(self) -> Int32:
+        """Which half of the chunk."""
+        return self.warp >> 1
+
+    @property
+    def pair(self) -> Int32:
+        return 32 * self.columns + self.lane
+
+    @property
+    def swapped(self) -> Int32:
+        return self.lane >> 2 & 1
+
+    def channel(self, e: int) -> Int32:
+        return 2 * self.pair + (self.swapped ^ e)
+
+    def selector(self, e: int, lower: int, upper: int) -> Int32:
+        """What `halves` takes for channel e, from what it takes for the lower and the upper half of words."""
+        return lower + (self.swapped ^ e) * (upper - lower)
+
+
+def since(decays: list, first: int, last: int, before: Any = None) -> list:
+    """Decays from `first` to each token until `last`, both included; all of them after one more."""
+    own = [fresh_float(x) for x in decays[first : last + 1]]
+    return list(itertools.accumulate(own if before is None else [before * own[0], *own[1:]], operator.mul))
+
+
+def until(decays: list, first: int, last: int, after: Any = None) -> list:
+    """Decays behind each token from `first` on, until `last`; all of them before one more."""
+    own = [fresh_float(x) for x in reversed(decays[first + 1 : last + 1])]
+    start = [Float32(1.0), own[0]] if after is None else [after, after * own[0]]
+    return list(itertools.accumulate([start[1], *own[1:]], operator.mul))[::-1] + start[:1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +108,11 @@ class Places:
     """What a warpgroup has of a chunk in shared memory.
 
     Attributes:
-        raw_q, raw_k, raw_g: the inputs. In their place, products of blocks with each other, each warp's for itself.
-        rows: kE and qE; columns: kI in parts, and before that, fp32, how each token decays until its block ends.
-        left: what each block leaves of the state, fp32 [BLOCKS, K]; until Aqk takes its place, `mix`.
-        decay: what the chunk leaves of it, fp32 [K].
-        ones: what `write_ones` writes.
+        raw_q, raw_k, raw_g: the inputs. In the place of its own gates a warp has `Stored`; in that of its own q
+            products of halves of `SIZES`; in that of its k those of both halves of the chunk.
+        rows: kE and qE; columns: kI, fp32. Before that, operands of each warp.
+        mix: where tril(qE kI^T) goes.
+        decay: what the chunk leaves of the state, fp32 [K]. Before that log2 of what each half leaves, [2, K].
     """
 
     raw_q: cute.Pointer
@@ -97,37 +120,31 @@ class Places:
     raw_g: cute.Pointer
     rows: cute.Pointer
     columns: cute.Pointer
-    left: cute.Pointer
     mix: cute.Pointer
     decay: cute.Pointer
-    ones: cute.Pointer
 
-    def gates(self, warp: Int32, lane: Int32) -> Slice:
-        if self.raw_g.dtype.width == 32:  # 32 channels beside each other
-            return Slice.of(self.raw_g, 2 * warp, lane, dtype=Float32)
-        return Slice.of(self.raw_g, warp, lane)
+    def operands(self, i: int, warp: Int32) -> Int32:
+        """The first or second place of a warp's operands."""
+        return (self.rows, self.columns)[i].toint().to(Int32) + warp * OPERANDS
 
-    def products(self, i: int, j: int, warp: Int32, lane: Int32):
-        """A lane's four of a warp's products of block i with block j."""
-        if i == j:
-            place = self.gates(warp, lane).block(i)
-        else:
-            tile, b = {(1, 0): (self.raw_q, 1), (2, 0): (self.raw_q, 0), (2, 1): (self.raw_q, 2),
-                       (3, 0): (self.raw_k, 2), (3, 1): (self.raw_k, 3), (3, 2): (self.raw_q, 3)}[i, j]  # fmt: skip
-            place = Slice.of(tile, warp, lane).block(b)
-        return cute.recast_ptr(place, dtype=Float32)
+    def products(self, columns, half: Int32) -> Int32:
+        """A warp's products of halves of `SIZES`, one behind the other."""
+        return self.own(self.raw_q, columns, half)
 
-    def stash(self, b: int, warp: Int32, lane: Int32) -> list:
-        """Where a lane has its eight numbers of block b."""
-        parts = (self.columns, self.columns + CHUNK * 128)
-        return [Slice.of(part, warp, lane, dtype=Float32).block(b) for part in parts]
+    def products_across(self, columns, block: Int32) -> Int32:
+        """The products of the second half's first or second 8 tokens with both 8 of the first."""
+        return self.own(self.raw_k, columns, block)
+
+    def own(self, tile, columns, half: Int32) -> Int32:
+        """Where a warp's rows of a tile begin; of fp32 those of its first 32 channels."""
+        return tile.toint().to(Int32) + columns * (WIDTH * CHUNK * tile.dtype.width // 8) + half * (128 * HALF)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What makes log decays of raw gates: exp(A_log), `bias` of each channel, in log2 for softplus gates, fp32 [K]."""
+    """What makes log decays of raw gates: `bias` of each channel, in log2 for softplus gates, fp32 [K]; behind it
+    exp(A_log)."""
 
-    A: Float32
     bias: cute.Pointer
     lower_bound: Float32
 
@@ -143,6 +160,33 @@ class Vacancy:
     turn: Any
     stage: Int32
     chunk: Int32
+
+
+def four_words(place: Int32):
+    return cute.make_tensor(cute.make_ptr(Int32, place, SMEM, assumed_align=16), cute.make_layout(4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on."""
+
+    place: Int32
+
+    @staticmethod
+    def of(q: list, place: Int32) -> "Stored":
+        """A warp's gates have been read: q takes their place."""
+        cute.arch.sync_warp()
+        for e in range(2):
+            for i in range(2):
+                words = cute.make_rmem_tensor(4, Int32)
+                for n in range(4):
+                    words[n] = q[e][4 * i + n]
+                four_words(place + (2 * e + i) * (OPERAND // 2)).store(words.load())
+        return Stored(place)
+
+    def __getitem__(self, e: int) -> list:
+        loaded = [four_words(self.place + (2 * e + i) * (OPERAND // 2)).load() for i in range(2)]
+        return [four[n] for four in loaded for n in range(4)]
 
 
 class Unbounded:
@@ -161,62 +205,48 @@ class Unbounded:
         n_chunks = work.n_chunks
         p = cute.arch.thread_idx()[0] & 127
         # roles of warps: those of the two warpgroups that have most to do are on different schedulers
-        warp, lane = (p >> 5) ^ (2 * group), p & 31
+        warp = cute.arch.make_warp_uniform((p >> 5) ^ (2 * group))
+        # by a shuffle: else ptxas makes it anew of the thread's number wherever it is needed
+        lane = cute.arch.shuffle_sync(p & 31, p & 31)
 
         raw_q = piece(shared.raw, group, 2 * CHUNK * spec.K)
         raw_k = raw_q + CHUNK * spec.K
         raw_g = piece(shared.raw_g, group, CHUNK * spec.K)
         scratch = piece(shared.solve, group, 3 * TILE)
-        loaded = shared.loaded + group
+        loaded, squared = shared.loaded + group, shared.related + group
         begin = self.first_chunk(group, work.before)
         if warp == LOADER:
             self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
 
         # after the loads are on their way: these wait for memory too
-        A_log, dt_bias, i_hv = batch.A_log, batch.dt_bias, work.i_hv
-        A = Float32(1.0)
-        if cutlass.const_expr(A_log is not None):
-            A = rate(A_log[i_hv].to(Float32))
-        if cutlass.const_expr(spec.gate is Gate.SAFE):
-            A = A * LOG2_E
-        bias = Float32(0.0)
-        if cutlass.const_expr(dt_bias is not None):
-            bias = dt_bias[i_hv * spec.K + p].to(Float32)
-            if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
-                bias = bias * LOG2_E
-        biases = shared.bias
-        if cutlass.const_expr(spec.stays):
-            biases = piece(shared.bias, group, spec.K + 4)
-            vector(biases, p, 1)[0] = bias
-            vector(biases, spec.K, 1)[0] = A
-            self.barrier(group)
-        else:  # both warpgroups the same; neither reads before the other has written
-            vector(biases, p, 1)[0] = bias
-            self.write_ones(shared.decay + spec.K, lane)
-            cute.arch.barrier(barrier_id=Barrier.PREPARE, number_of_threads=PRODUCERS)
-        rates = Rates(A, biases, lower_bound)
+        rates = Rates(piece(shared.bias, group, spec.K + 4), lower_bound)
+        self.keep_rates(rates, batch, work.i_hv, p)
+        self.barrier(group)
         raw_beta = self.fetch_beta(beta, work, begin * CHUNK + lane)
         if turn == 0:
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
-            p = fresh(p)
-            warp, lane = (p >> 5) ^ (2 * group), p & 31
+            p, lane = fresh(p), fresh(lane)
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
             sums = shared.sums + (2 * group + (number >> 1 & 1)) * (4 * CHUNK)
-            cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
-
+            at, mine = self.places(shared, raw_q, raw_k, raw_g, stage), Mine(group, warp, lane)
+            phase = number >> 1 & 1
+            cute.arch.mbarrier_wait(loaded, phase)
             if tokens < CHUNK:
                 if cutlass.const_expr(spec.part.reads):
                     self.fill(raw_q, 0.0, tokens, p)
                 self.fill(raw_k, 0.0, tokens, p)
                 self.fill(raw_g, 0.0 if spec.gate is Gate.NONE else -math.inf, tokens, p)  # no decay
                 self.barrier(group)
-            self.squares(raw_q, sums, warp, lane)
+            squares = self.squares(raw_q, warp, lane)
+            decays, log2 = self.decays_of_tokens(at, rates, mine)
+            self.keep_squares(squares, sums, warp, lane)
             if cutlass.const_expr(spec.scaled):
                 self.scale_tokens(raw_q, sums, warp, lane)
                 self.barrier(group)
+            arrive(squared, lane, spec.each_arrives)
             if warp == 1:
                 value = raw_beta.to(Float32)
                 if cutlass.const_expr(spec.beta_is_logit):
@@ -224,11 +254,16 @@ class Unbounded:
                     if cutlass.const_expr(spec.allow_neg_eigval):
                         value = 2.0 * value
                 vector(sums, 3 * CHUNK + lane, 1)[0] = value
-            at = self.places(shared, raw_q, raw_k, raw_g, stage)
-            vacancy = Vacancy(shared, atoms, sources, work, turn, stage, chunk)
-            left, late = self.forwards(at, rates, vacancy, group, warp, lane)
-            self.backwards(at, left, late, warp, lane)
+            self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp)
+            q = None
+            if cutlass.const_expr(spec.part.reads):
+                q = Stored.of(self.token_pairs(raw_q, mine), at.own(raw_g, mine.columns, mine.half) + lane * 16)
+            k = self.token_pairs(raw_k, mine)
+            cute.arch.mbarrier_wait(squared, phase)
+            self.within(at, decays, k, q, mine)
+            self.operands_across(at, decays, log2, k, q, mine)
             self.barrier(group)
+            self.across(at, decays, log2, k, q, mine)
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             if number > 1:  # the inverse of the last L is there
@@ -248,6 +283,21 @@ class Unbounded:
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
 
     @cute.jit
+    def keep_rates(self, rates: Rates, batch: Batch, i_hv: Int32, p: Int32):
+        spec, A_log, dt_bias = self.spec, batch.A_log, batch.dt_bias
+        A, bias = Float32(1.0), Float32(0.0)
+        if cutlass.const_expr(A_log is not None):
+            A = rate(A_log[i_hv].to(Float32))
+        if cutlass.const_expr(spec.gate is Gate.SAFE):
+            A = A * LOG2_E
+        if cutlass.const_expr(dt_bias is not None):
+            bias = dt_bias[i_hv * spec.K + p].to(Float32)
+            if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
+                bias = bias * LOG2_E
+        vector(rates.bias, p, 1)[0] = bias
+        vector(rates.bias, spec.K, 1)[0] = A
+
+    @cute.jit
     def take(self, vacancy: Vacancy, warp: Int32):
         """Waits until the stage is free, and has v loaded into it."""
         shared, stage = vacancy.shared, vacancy.stage
@@ -265,188 +315,226 @@ class Unbounded:
 
     def places(self, shared, raw_q, raw_k, raw_g, stage: Int32) -> Places:
         K, squares = self.spec.K, 1 + self.spec.inverse_parts
-        mix = piece(shared.mix, stage * squares + squares - 1, CHUNK * CHUNK)
         return Places(
             raw_q=raw_q,
             raw_k=raw_k,
             raw_g=raw_g,
             rows=shared.rows + stage * (2 * CHUNK * K),
             columns=shared.cols + stage * (PARTS * CHUNK * K),
-            left=cute.recast_ptr(mix, dtype=Float32),
-            mix=mix,
+            mix=piece(shared.mix, stage * squares + squares - 1, CHUNK * CHUNK),
             decay=piece(shared.decay, stage, 2 * K),
-            ones=shared.decay + K,
         )
 
     @cute.jit
-    def write_ones(self, table, lane: Int32):
-        """What adds log decays up, three left operands of 8 tokens, each where a stage's second K decays would be.
-
-        The upper and the lower rows of each: for halves of 1 and of 2 tokens; of 4, and from a token to its block's
-        end; from the block's begin to the token, twice. A first half's token decays to the half's end, a second half's
-        has decayed since its half began.
-        """
-        i, token = lane >> 2, 2 * (lane & 3)
-        words = []
-        for e in cutlass.range_constexpr(2):
-            t = token + e
-            for size in (1, 2, 4, 0, 8):
-                middle = Int32(size)
-                if cutlass.const_expr(0 < size < 8):
-                    middle = (i & -2 * size) + size
-                among = (t > i and t < middle) or (t <= i and t >= middle)
-                words.append(cutlass.select_(among, Float32(1.0), Float32(0.0)))
-        one, two, four, since, until = ((words[n], words[5 + n]) for n in range(5))
-        for n, (x, y) in enumerate(((one, two), (four, until), (since, since))):
-            vector(table, n * (2 * self.spec.K) + 4 * lane, 4).store(self.four((x[0], y[0], x[1], y[1])).load())
+    def within(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
+        """Products of tokens in a half of the chunk, for `relate`."""
+        warp, lane, half = mine.warp, mine.lane, mine.half
+        for n in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(2):
+                self.write_operands(at.operands(i, warp), SIZES[2 * n + i], decays, k, q, lane)
+            cute.arch.sync_warp()
+            for i in cutlass.range_constexpr(2):
+                place = at.operands(i, warp)
+                products = self.product_of_tokens(place, place + 2 * OPERAND, lane)
+                self.keep_products(at.products(mine.columns, half), 2 * n + i, products, lane)
+            cute.arch.sync_warp()  # all have read what the next take the place of
 
     @cute.jit
-    def log2_decays(self, at: Places, b: cutlass.Constexpr[int], rates: Rates, warp: Int32, lane: Int32):
-        """Of block b, for `multiply_tf32`: of channel lane // 4 of each 8, tokens 2 (lane % 4) and the next.
-
-        And unrounded, the sums of both.
-        """
-        spec, dtype = self.spec, at.raw_g.dtype
-        raw = cute.make_rmem_tensor(2 * TILES, dtype)
-        if cutlass.const_expr(dtype.width == 16):
-            words = cute.recast_tensor(raw, Int32)
-            for i, word in enumerate(load_transposed(at.gates(warp, lane).block(b))):
-                words[i] = word
+    def operands_across(self, at: Places, decays: list, log2: list, k: list, q: Any, mine: Mine):
+        """Operands of products of tokens of both halves; what this half leaves of a state."""
+        K, warp, lane, half = self.spec.K, mine.warp, mine.lane, mine.half
+        if half == 0:
+            self.write_left(at.operands(0, warp), decays, k, lane)
         else:
-            for i in cutlass.range_constexpr(2 * TILES):
-                token, channel = BLOCK * b + 2 * (lane & 3) + i % 2, 32 * warp + 8 * (i // 2) + (lane >> 2)
-                raw[i] = vector(at.raw_g, swizzled(token, channel, 1, dtype), 1)[0]
-        factor, A = Float32(LOG2_E), rates.A
-        if cutlass.const_expr(spec.stays):
-            A = vector(rates.bias, spec.K, 1)[0]
+            self.write_right(at.operands(0, warp), decays, k, q, lane)
+        for e in cutlass.range_constexpr(2):
+            vector(at.decay, half * K + mine.channel(e), 1)[0] = log2[e]
+
+    @cute.jit
+    def across(self, at: Places, decays: list, log2: list, k: list, q: list | None, mine: Mine):
+        """Products of tokens of both halves, for `relate`; kI, kE, qE, and what the chunk leaves of a state.
+
+        Args: what `decays_of_tokens` and `token_pairs` return.
+        """
+        K, lane, half = self.spec.K, mine.lane, mine.half
+        rest = [vector(at.decay, (half ^ 1) * K + mine.channel(e), 1)[0] for e in range(2)]
+        others = [exp2_approx(x) for x in rest]
+        # the second half's first or second 8 tokens
+        rows = at.operands(0, mine.columns + 2) + half * (2 * OPERAND)
+        products = [self.product_of_tokens(rows, at.operands(0, mine.columns) + j * OPERAND, lane) for j in range(2)]
+        self.write_columns(at, decays, k, [select(half == 0, x, Float32(1.0)) for x in others], mine)
+        for j in cutlass.range_constexpr(2):
+            self.keep_products(at.products_across(mine.columns, half), j, products[j], lane)
+        self.barrier(mine.group)
+        self.write_rows(at, decays, k, q, [select(half == 0, Float32(1.0), x) for x in others], mine)
+        if half == 0:
+            for e in cutlass.range_constexpr(2):
+                vector(at.decay, mine.channel(e), 1)[0] = exp2_approx(log2[e] + rest[e])
+
+    def raw_gates(self, at: Places, mine: Mine) -> list:
+        """Of each token both channels, fp32."""
+        dtype, swapped = at.raw_g.dtype, mine.swapped == 1
+        if dtype.width == 32:
+            raw = self.raw_pairs(at.raw_g, mine.pair, mine.half, 0, HALF)
+            pairs = [self.pair_of(raw, i) for i in range(HALF)]
+            return [(select(swapped, y, x), select(swapped, x, y)) for x, y in pairs]
+        column = Column.of(at.raw_g, CHUNK, mine.pair, mine.half)
+        words = [column.word(t)[0] for t in range(HALF)]
+        if dtype is BFloat16:
+            picks = [mine.selector(e, 0x1044, 0x3244) for e in range(2)]
+            return [[float_of(halves(word, Int32(0), pick)) for pick in picks] for word in words]
+        turn = mine.selector(0, 0x3210, 0x1032)
+        return [float_pair(halves(word, word, turn), dtype) for word in words]
+
+    @cute.jit
+    def decays_of_tokens(self, at: Places, rates: Rates, mine: Mine):
+        """Of each channel the decay over each token; and log2 of that over all of them, a sum in fp32.
+
+        The sum for what a chunk leaves of a state: errors of a product of 32 add up from chunk to chunk.
+        """
+        spec = self.spec
+        A, factor = vector(rates.bias, spec.K, 1)[0], Float32(LOG2_E)
         if cutlass.const_expr(spec.gate is Gate.SAFE):
             factor = rates.lower_bound * LOG2_E
         elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
             factor = -A
-        out, sums = [], []
-        for t in cutlass.range_constexpr(TILES):
-            own = vector(rates.bias, 32 * warp + 8 * t + (lane >> 2), 1)[0]
-            if cutlass.const_expr(dtype.width == 16):
-                pair = float_pair(cute.recast_tensor(raw, Int32)[t], dtype)
+        bias = [vector(rates.bias, mine.channel(e), 1)[0] for e in range(2)]
+        raw = self.raw_gates(at, mine)
+        decays, sums = ([], []), [Float32(0.0), Float32(0.0)]
+        for first in cutlass.range_constexpr(0, HALF, 4):
+            for e in cutlass.range_constexpr(2):
+                log2 = []
+                for t in cutlass.range_constexpr(first, first + 4):
+                    y = raw[t][e]
+                    if cutlass.const_expr(spec.gate is Gate.SAFE):
+                        y = reciprocal(1.0 + exp2_approx((y + bias[e]) * -A))
+                    elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
+                        y = log2_softplus(y * LOG2_E + bias[e])
+                    log2.append(y * factor)
+                sums[e] = sums[e] + ((log2[0] + log2[1]) + (log2[2] + log2[3]))
+                decays[e].extend([fresh_float(exp2_approx(x)) for x in log2])
+        return decays, sums
+
+    def token_pairs(self, tile, mine: Mine) -> list:
+        """Of each channel words of two neighbouring tokens."""
+        column = Column.of(tile, CHUNK, mine.pair, mine.half)
+        words = [column.word(t)[0] for t in range(HALF)]
+        picks = [mine.selector(e, 0x5410, 0x7632) for e in range(2)]
+        return [[halves(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
+
+    def words_of(self, pairs: list, tokens: list[int]) -> list:
+        """Of `token_pairs` of a channel words of these tokens."""
+        out = []
+        for a, b in zip(tokens[::2], tokens[1::2], strict=True):
+            if a // 2 == b // 2:
+                out.append(pairs[a // 2])
             else:
-                pair = (raw[2 * t].to(Float32), raw[2 * t + 1].to(Float32))
-            exact = []
-            for x in pair:
-                y = x
-                if cutlass.const_expr(spec.gate is Gate.SAFE):
-                    y = reciprocal(1.0 + exp2_approx((x + own) * -A))
-                elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
-                    y = log2_softplus(x * LOG2_E + own)
-                exact.append(y * factor)
-                out.append(nearest_tf32(exact[-1], CLOSED))
-            sums.append(exact[0] + exact[1])
-        return out, sums
+                out.append((upper_halves if a % 2 else lower_halves)(pairs[a // 2], pairs[b // 2]))
+        return out
 
-    @cute.jit
-    def summed(self, table, n: cutlass.Constexpr[int], log2: list, lane: Int32):
-        """Decays over what rows of an operand say, of tiles of 8 channels: by the upper rows, and by the lower."""
-        upper, lower = [], []
-        ones = vector(cute.recast_ptr(table, dtype=Int32), n * (2 * self.spec.K) + 4 * lane, 4).load()
-        ones = tuple(ones[i] for i in range(4))
-        for pair in log2:
-            x = [exp2_approx(x) for x in multiply_tf32((Float32(0.0),) * 4, ones, pair)]
-            upper, lower = upper + x[:2], lower + x[2:]
-        return upper, lower
+    def write_operands(self, place: Int32, size: int, decays: list, k: list, q: list | None, lane: Int32) -> None:
+        """For pairs of tokens that halves of this size part: k and q of the 8 tokens right of their border, decayed
+        since then, and k of the 8 left of theirs, until then. Their order is `relate`'s."""
+        right = [t for t in range(HALF) if t & size]
+        left = [t for t in range(HALF) if not t & size]
+        if size == 1:
+            left = [t for i in range(4) for t in (2 * i, 2 * i + 8)]
+        for e in range(2):
+            factors = self.packed([x for t in right[::size] for x in since(decays[e], t, t + size - 1)])
+            self.write_operand(place, 0, e, self.times(self.words_of(k[e], right), factors), lane)
+            if q is not None:
+                self.write_operand(place, 1, e, self.times(self.words_of(q[e], right), factors), lane)
+            words = self.words_of(k[e], left)
+            if size > 1:
+                factors = self.packed([x for t in left[::size] for x in until(decays[e], t, t + size - 1)])
+                words = self.times(words, factors)
+            self.write_operand(place, 2, e, words, lane)
 
-    @cute.jit
-    def forwards(self, at: Places, rates: Rates, vacancy: Vacancy, group: Int32, warp: Int32, lane: Int32):
-        """From the first block to the last: its products with itself and with earlier ones, kE and qE.
+    def write_left(self, place: Int32, decays: list, k: list, lane: Int32) -> None:
+        """k of the chunk's first half, decayed until it ends."""
+        for e in range(2):
+            words = self.times(k[e], self.packed(until(decays[e], 0, HALF - 1)))
+            for i in range(2):
+                self.write_operand(place, i, e, words[4 * i : 4 * i + 4], lane)
 
-        kI of the last block too; of others what it is made of, and what they leave. What the chunk leaves of a state is
-        made of unrounded log decays: with 11 bits, as products take them, what an almost closed gate leaves is 1% off.
-        """
-        K, reads = self.spec.K, self.spec.part.reads
-        raw = Slice.paired(at.raw_k, -CHUNK * K if reads else 0, warp, lane)  # without q, k takes its place
-        rows = Slice.paired(at.rows, CHUNK * 64 if reads else 0, warp, lane, 2 * CHUNK)
-        before, left, columns, late = [], [], [], []
-        following, total = self.log2_decays(at, 0, rates, warp, lane)
-        for b in cutlass.range_constexpr(BLOCKS):
-            log2 = following
-            kq = [load_matrices(raw.block(b, s)) for s in range(2)]
-            if cutlass.const_expr(
-                b + 1 < BLOCKS
-            ):  # here, so that they are made while this block's products are waited for
-                following, added = self.log2_decays(at, b + 1, rates, warp, lane)
-                total = [x + y for x, y in zip(total, added, strict=True)]
-            if cutlass.const_expr(b == 1 and not self.spec.scaled):
-                self.barrier(group)  # norms have been made of what products take the place of
-            pairs = [(log2[2 * t], log2[2 * t + 1]) for t in range(TILES)]
-            by_one, by_two = self.summed(at.ones, 0, pairs, lane)
-            by_one, by_two = self.with_itself(kq, by_one), self.with_itself(kq, by_two)
-            by_four, until = self.summed(at.ones, 1, pairs, lane)
-            by_four = self.with_itself(kq, by_four)
-            self.keep_products(at, b, b, self.parted(by_one, by_two, by_four, lane), warp, lane)
-            since, _ = self.summed(at.ones, 2, pairs, lane)
-            if cutlass.const_expr(b == 0):
-                self.take(vacancy, warp)
-            self.write_rows(rows, b, kq, since if b == 0 else self.times(since, before))
-            if cutlass.const_expr(b == 1):
-                self.keep_products(at, 1, 0, self.with_columns(kq, since, columns)[0], warp, lane)
-            elif cutlass.const_expr(b == 2):
-                x = self.with_columns(kq, since, columns)
-                for j in cutlass.range_constexpr(2):
-                    self.keep_products(at, 2, j, x[j], warp, lane)
-            elif cutlass.const_expr(b == 3):
-                self.keep_products(at, 3, 2, self.with_columns(kq, since, columns[2:])[0], warp, lane)
-                x = self.with_columns(kq, self.times(since, self.left_by(at, 2, warp, lane)), columns[:2])
-                self.keep_products(at, 3, 1, x[1], warp, lane)
-                late = x[0]
+    def write_right(self, place: Int32, decays: list, k: list, q: list | None, lane: Int32) -> None:
+        """k and q of the chunk's second half, decayed since it began."""
+        for e in range(2):
+            factors = self.packed(since(decays[e], 0, HALF - 1))
+            for n, pairs in enumerate((k, q)):
+                if pairs is not None:
+                    words = self.times(pairs[e], factors)
+                    for i in range(2):
+                        self.write_operand(place, 2 * i + n, e, words[4 * i : 4 * i + 4], lane)
 
-            left = self.times(since, until)
-            if cutlass.const_expr(b == BLOCKS - 1):
-                self.write_columns(at, b, self.keys(kq), until, warp, lane)
-                self.keep_decays(at.decay, total, warp, lane)
-            else:
-                before = left if b == 0 else self.times(before, left)
-                self.keep_channels(at.left + b * K, left, warp, lane)
-                for i, place in enumerate(at.stash(b, warp, lane)):
-                    vector(place, 0, 4).store(self.four(until[4 * i : 4 * i + 4]).load())
-                if cutlass.const_expr(b == 1):  # block 0's now decays to the end of this one
-                    k0 = load_matrices(Slice.of(at.raw_k, warp, lane).block(0))
-                    columns = [self.column(k0, self.times(self.stashed(at, 0, warp, lane), left))]
-                columns.append(self.column(self.keys(kq), until))
-        return left, late
+    def write_operand(self, place: Int32, kind: int, e: int, words: list, lane: Int32) -> None:
+        """8 tokens of channel e to one of a place's operands."""
+        four_words(place + kind * OPERAND + e * (OPERAND // 2) + lane * 16).store(self.four(words, Int32).load())
 
-    @cute.jit
-    def backwards(self, at: Places, left: list, late, warp: Int32, lane: Int32):
-        """kI of all blocks but the last. `left`, `late`: what `forwards` returns."""
-        for b in cutlass.range_constexpr(BLOCKS - 2, -1, -1):
-            if cutlass.const_expr(b < BLOCKS - 2):
-                left = self.times(left, self.left_by(at, b + 1, warp, lane))
-            factors = self.times(self.stashed(at, b, warp, lane), left)
-            k = load_matrices(Slice.of(at.raw_k, warp, lane).block(b))
-            cute.arch.sync_warp()  # all have read what kI takes the place of
-            self.write_columns(at, b, k, factors, warp, lane)
-            if cutlass.const_expr(b == BLOCKS - 2):
-                self.keep_products(at, 3, 0, late, warp, lane)
+    def product_of_tokens(self, rows: Int32, left: Int32, lane: Int32):
+        """Products of 8 tokens' k, and of their q, which are the next operand, with the k of 8 others."""
+        behind = OPERAND if self.spec.part.reads else 0  # without q, k takes its place
+        rows = rows + (lane >> 3 & 1) * behind + ((lane >> 4) * 8 + (lane & 7)) * 16
+        left = left + lane * 16
+        acc = (Float32(0.0),) * 4
+        for s in range(WIDTH // 16):
+            if s % 2 == 0:
+                b = load_transposed(cute.make_ptr(self.element, left + 256 * s, SMEM, assumed_align=16))
+            a = load_transposed(cute.make_ptr(self.element, rows + 256 * s, SMEM, assumed_align=16))
+            acc = multiply_16x8x16(acc, a, b[2 * (s % 2) : 2 * (s % 2) + 2], self.element)
+        return acc
 
-    @cute.jit
-    def keep_products(
-        self, at: Places, i: cutlass.Constexpr[int], j: cutlass.Constexpr[int], values, warp: Int32, lane: Int32
-    ):
-        """This warp's products of block i with block j, for `relate`; an mma has been waited for since their place was
-        read."""
-        if cutlass.const_expr(self.spec.each_arrives):
-            cute.arch.sync_warp()
-        vector(at.products(i, j, warp, lane), 0, 4).store(self.four(values).load())
+    def keep_products(self, place: Int32, index: int, values, lane: Int32) -> None:
+        target = cute.make_ptr(Float32, place + index * PRODUCTS + lane * 16, SMEM, assumed_align=16)
+        vector(target, 0, 4).store(self.four(values).load())
+
+    def write_columns(self, at: Places, decays: list, k: list, after: list, mine: Mine) -> None:
+        """kI in fp32. `after`: of each channel, the decay over what follows these tokens in the chunk."""
+        start = at.columns.toint().to(Int32)
+        channels = [mine.channel(e) for e in range(2)]
+        across = Across(tuple(start + 128 * c + ((c & 7) ^ (4 * mine.half)) * 16 for c in channels))
+        for e in range(2):
+            factors = until(decays[e], 0, HALF - 1, after[e])
+            keys = [x for word in k[e] for x in float_pair(word, self.element)]
+            for first in (8, 9, 0, 1):
+                four = [keys[t] * factors[t] for t in range(first, first + 8, 2)]
+                across.four(e, first).store(self.four(four).load())
+
+    def write_rows(self, at: Places, decays: list, k: list, q: list | None, before: list, mine: Mine) -> None:
+        """kE and qE. `before`: of each channel, the decay over what precedes these tokens in the chunk."""
+        for e in range(2):
+            factors = since(decays[e], 0, HALF - 1, before[e])
+            words = self.packed(factors)
+            channel = mine.channel(e)
+            for n, pairs in enumerate((k, q)):
+                if pairs is None:
+                    continue
+                out = self.times(pairs[e], words)
+                if n == 1 and self.spec.part.splits:  # o is rounded twice then: q once
+                    exact = [x for word in pairs[e] for x in float_pair(word, self.element)]
+                    out = self.packed([x * y for x, y in zip(exact, factors, strict=True)])
+                for i in range(2):
+                    place = self.row_of(at, channel, 4 * n + 2 * mine.half + i)
+                    four_words(place).store(self.four(out[4 * i : 4 * i + 4], Int32).load())
+
+    def row_of(self, at: Places, channel: Int32, index: Int32) -> Int32:
+        """8 tokens of a channel in [kE; qE], or in kE alone."""
+        start = at.rows.toint().to(Int32)
+        if self.spec.part.reads:
+            return start + channel * 128 + (index ^ (channel & 7)) * 16
+        return start + channel * 64 + (index ^ (channel >> 1 & 3)) * 16
 
     @cute.jit
     def relate(self, at: Places, scratch, sums, read: Int32, warp: Int32, lane: Int32, tokens: Int32):
-        """The rows of a block a warp, summed over all warps: L to `scratch`, Aqk to `at.mix`.
+        """The rows of a block a warp, summed over all channels: L to `scratch`, Aqk to `at.mix`.
 
         At the barrier `read` the warps say that they have read what the next inputs take the place of.
         """
-        for w in cutlass.range_constexpr(BLOCKS):
+        for w in cutlass.range_constexpr(CHUNK // BLOCK):
             if warp == w:
                 rows_k, rows_q = [], []
                 for j in cutlass.range_constexpr(w + 1):
-                    x = [vector(at.products(w, j, Int32(i), lane), 0, 4).load() for i in range(4)]
-                    total = [(x[0][e] + x[1][e]) + (x[2][e] + x[3][e]) for e in range(4)]
+                    total = self.sum_of(at, w, j, lane)
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
                 if cutlass.const_expr(w != LOADER):
@@ -461,138 +549,49 @@ class Unbounded:
                 self.spread_k(rows_k, scratch, b, w // 2, w % 2, lane)
                 if cutlass.const_expr(self.spec.part.reads):
                     self.spread_q(rows_q, at.mix, sums + 2 * CHUNK, w // 2, w % 2, lane)
-                    nothing = cute.make_rmem_tensor(2, self.element)
-                    nothing.fill(0.0)
-                    row = BLOCK * w + (lane >> 2)
-                    for j in cutlass.range_constexpr(w + 1, BLOCKS):
-                        vector(at.mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + 2 * (lane & 3)).store(nothing.load())
 
-    @cute.jit
-    def times(self, a: list, b: list):
-        return [x * y for x, y in zip(a, b, strict=True)]
+    def sum_of(self, at: Places, i: int, j: int, lane: Int32) -> list:
+        """A lane's four of the products of block i's k and q with block j's k: row lane // 4, columns
+        2 (lane % 4) and the next. Over the diagonal garbage."""
+        half, odd = Int32(i // 2), i % 2
+        row, pair = lane >> 2, lane & 3
+        apart = (row >> 1) ^ pair  # 0, 1, else: halves of 1, 2, 4 tokens part a row from its columns
+        if j == i:  # of tokens right and left of their borders, in the order of `write_operands`
+            one = 4 * (4 * odd + pair) + pair
+            two = 4 * (4 * odd + 2 * (row >> 2) + (row & 1)) + 2 * odd + (row >> 2)
+            four = lane + (18 * odd - 16)
+            source = cutlass.select_(apart == 0, one, cutlass.select_(apart == 1, two, four)) & 31
+            size = cutlass.min(apart, 2)
+            places = [at.products(c, half) + size * PRODUCTS + source * 16 for c in range(2)]
+        elif j // 2 == i // 2:
+            places = [at.products(c, half) + SIZES.index(8) * PRODUCTS + lane * 16 for c in range(2)]
+        else:
+            places = [at.products_across(c, Int32(odd)) + j * PRODUCTS + lane * 16 for c in range(2)]
+        x, y = (vector(cute.make_ptr(Float32, p, SMEM, assumed_align=16), 0, 4).load() for p in places)
+        total = [x[n] + y[n] for n in range(4)]
+        if j == i and odd:  # those of halves of 1 token lie in the second column
+            total[0] = select(apart == 0, total[1], total[0])
+            total[2] = select(apart == 0, total[3], total[2])
+        return total
 
-    @cute.jit
-    def packed(self, values):
+    def times(self, a: list, b: list) -> list:
+        """Products of words of two."""
+        return [multiply_pairs(x, y, self.element) for x, y in zip(a, b, strict=True)]
+
+    def packed(self, values: list) -> list:
         """Numbers as words of two each."""
-        exact = cute.make_rmem_tensor(len(values), Float32)
-        for i in cutlass.range_constexpr(len(values)):
-            exact[i] = values[i]
-        out = cute.make_rmem_tensor(len(values), self.element)
-        out.store(exact.load().to(self.element))
-        words = cute.recast_tensor(out, Int32)
-        return [words[i] for i in range(len(values) // 2)]
+        words = []
+        for i in range(0, len(values), 2):
+            out = cute.make_rmem_tensor(2, self.element)
+            out.store(self.four(values[i : i + 2]).load().to(self.element))
+            words.append(cute.recast_tensor(out, Int32)[0])
+        return words
 
-    @cute.jit
-    def scaled(self, kq: tuple, factors):
-        """[k; q] of 16 channels times what `factors`, two words, say of k and q alike."""
-        return tuple(multiply_pairs(kq[i], factors[i // 2], self.element) for i in range(4))
-
-    @cute.jit
-    def with_itself(self, kq: list, factors: list):
-        """Products of a block's [k; q] with its k, both times `factors`."""
-        words, acc = self.packed(factors), (Float32(0.0),) * 4
-        for s in cutlass.range_constexpr(2):
-            a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
-            acc = multiply_16x8x16(acc, a, (a[0], a[2]), self.element)
-        return acc
-
-    @cute.jit
-    def parted(self, by_one, by_two, by_four, lane: Int32):
-        """Products of a block's tokens, each pair's from the halves that part it; over the diagonal garbage."""
-        out = []
-        for i in cutlass.range_constexpr(4):
-            differ = (lane >> 2) ^ (2 * (lane & 3) + i % 2)
-            out.append(select(differ == 1, by_one[i], select(differ < 4, by_two[i], by_four[i])))
-        return out
-
-    @cute.jit
-    def with_columns(self, kq: list, factors: list, columns: list):
-        """Products of [k; q] of a block, times `factors`, with each of `columns`."""
-        words = self.packed(factors)
-        out = [(Float32(0.0),) * 4 for _ in columns]
-        for s in cutlass.range_constexpr(2):
-            a = self.scaled(kq[s], words[2 * s : 2 * s + 2])
-            for n in cutlass.range_constexpr(len(columns)):
-                out[n] = multiply_16x8x16(out[n], a, (columns[n][2 * s], columns[n][2 * s + 1]), self.element)
-        return out
-
-    @cute.jit
-    def write_rows(self, target: Slice, b: cutlass.Constexpr[int], kq: list, factors: list):
-        """kE and qE of a block."""
-        words = self.packed(factors)
-        for s in cutlass.range_constexpr(2):
-            out = list(self.scaled(kq[s], words[2 * s : 2 * s + 2]))
-            if cutlass.const_expr(self.spec.part.splits):  # o is rounded twice then: q once
-                for n in cutlass.range_constexpr(2):
-                    pair = float_pair(kq[s][2 * n + 1], self.element)
-                    out[2 * n + 1] = self.packed([pair[e] * factors[4 * s + 2 * n + e] for e in range(2)])[0]
-            store_matrices(target.block(b, s), tuple(out))
-
-    @cute.jit
-    def write_columns(self, at: Places, b: cutlass.Constexpr[int], k, factors: list, warp: Int32, lane: Int32):
-        """kI of a block in PARTS parts: its rounding is what a state is off by."""
-        exact = []
-        for word in k:
-            exact.extend(float_pair(word, self.element))
-        upper, lower = (cute.recast_tensor(part, Int32) for part in self.parts(self.times(exact, factors)))
-        columns = Slice.paired(at.columns, CHUNK * self.spec.K, warp, lane)
-        for s in cutlass.range_constexpr(2):
-            words = (upper[2 * s], lower[2 * s], upper[2 * s + 1], lower[2 * s + 1])
-            store_matrices(columns.block(b, s), words)
-
-    def keys(self, kq: list) -> list:
-        """k alone, a word a tile."""
-        return [kq[t // 2][t % 2 * 2] for t in range(TILES)]
-
-    @cute.jit
-    def column(self, k, factors: list):
-        """k of a block as a right operand, times `factors`."""
-        words = self.packed(factors)
-        return [multiply_pairs(k[t], words[t], self.element) for t in range(TILES)]
-
-    @cute.jit
-    def stashed(self, at: Places, b: cutlass.Constexpr[int], warp: Int32, lane: Int32):
-        """How this lane's token of block b decays until the block ends."""
-        out = []
-        for place in at.stash(b, warp, lane):
-            x = vector(place, 0, 4).load()
-            out.extend(x[e] for e in range(4))
-        return out
-
-    @cute.jit
-    def left_by(self, at: Places, b: cutlass.Constexpr[int], warp: Int32, lane: Int32):
-        """What block b leaves of this lane's channels."""
-        out = []
-        for t in cutlass.range_constexpr(TILES):
-            x = vector(at.left, b * self.spec.K + 32 * warp + 8 * t + 2 * (lane & 3)).load()
-            out.extend(x[e] for e in range(2))
-        return out
-
-    @cute.jit
-    def keep_channels(self, target, values: list, warp: Int32, lane: Int32):
-        """What all tokens' lanes have of the warp's channels."""
-        if lane < 4:
-            for t in cutlass.range_constexpr(TILES):
-                place = 32 * warp + 8 * t + 2 * lane
-                vector(target, place).store(self.four(values[2 * t : 2 * t + 2]).load())
-        cute.arch.sync_warp()
-
-    @cute.jit
-    def keep_decays(self, target, log2: list, warp: Int32, lane: Int32):
-        """Decays of the warp's channels over a chunk, from log2 of those over this lane's tokens."""
-        for t in cutlass.range_constexpr(TILES):
-            x = log2[t]
-            for step in (1, 2):
-                x = x + cute.arch.shuffle_sync_bfly(x, step)
-            if lane & 3 == 0:
-                vector(target, 32 * warp + 8 * t + (lane >> 2), 1)[0] = exp2_approx(x)
-        cute.arch.sync_warp()
-
-    @cute.jit
-    def four(self, values):
-        out = cute.make_rmem_tensor(len(values), Float32)
-        for i in cutlass.range_constexpr(len(values)):
-            out[i] = values[i]
+    def four(self, values, dtype: type = Float32):
+        """Numbers in registers, beside each other."""
+        out = cute.make_rmem_tensor(len(values), dtype)
+        for i, x in enumerate(values):
+            out[i] = x
         return out
 
     @cute.jit
