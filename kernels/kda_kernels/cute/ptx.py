@@ -199,23 +199,53 @@ def _multiply(kind: str, acc: tuple, a: tuple, b: tuple, loc, ip) -> tuple:
 
 
 @dsl_user_op
-def multiply_warpgroup_tf32(acc: list, a: list, b: Int64, *, loc=None, ip=None) -> list:
-    """Starts acc + a b in a warpgroup: wgmma.m64n128k8 of fp32 numbers of which the upper 19 bits count.
+def multiply_warpgroup(
+    shape: str,
+    a: list | Int64,
+    b: Int64,
+    steps: list,
+    acc: list | None = None,
+    transposed: bool = False,
+    *,
+    loc=None,
+    ip=None,
+) -> list:
+    """Starts acc + a b, or a b, in a warpgroup: wgmma. Returns the accumulators.
+
+    One block for all steps, whose descriptors share their upper halves: apart, ptxas moves a constant there in each.
 
     Args:
-        acc: 64 accumulators. a: 4 numbers for each step of 8. b: the descriptor of [128, 8 steps], rows of 128 bytes.
-    """
-    count, steps = len(acc), len(a) // 4
+        shape: as in wgmma's name, and dtypes: "m64n64k16.f32.bf16.bf16".
+        a: 4 words or tf32 numbers for each step of the depth; or the descriptor of what lies in shared memory.
+        b: a descriptor. transposed: whether its columns, not the depth, lie beside each other.
+        steps: for each step what is added to the descriptor b, in units of 16 bytes; or to both.
+    """  # fmt: skip
+    count = int(shape.split("k")[0].split("n")[1]) // 2
+    before = [] if acc is None else acc
+    in_shared, tf32 = not isinstance(a, list), "tf32" in shape
+    first = count + 1  # of the left operands, behind b
     targets = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
-    lines = ["{ .reg .b64 d;"]
-    for i in range(steps):
-        left = ", ".join(f"${count + 4 * i + n}" for n in range(4))
-        lines.append(f"add.s64 d, ${count + 4 * steps}, {2 * i};")
-        lines.append(f"wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {targets}, {{{left}}}, d, 1, 1, 1;")
+    lines = ["{ .reg .b64 x, y; .reg .b32 l, h, m, n, o;", f"mov.b64 {{m, n}}, ${count};"]
+    if in_shared:
+        lines.append(f"mov.b64 {{l, h}}, ${first};")
+    for i, step in enumerate(steps):
+        offsets = step if in_shared else (0, step)
+        left = "{" + ", ".join(f"${first + 4 * i + n}" for n in range(4)) + "}"
+        if in_shared:
+            lines.append(f"add.u32 o, l, {offsets[0]}; mov.b64 x, {{o, h}};")
+            left = "x"
+        lines.append(f"add.u32 o, m, {offsets[1]}; mov.b64 y, {{o, n}};")
+        flags = [int(i > 0 or acc is not None), 1, 1]
+        if not tf32:
+            flags += [0, int(transposed)] if in_shared else [int(transposed)]
+        lines.append(f"wgmma.mma_async.sync.aligned.{shape} {targets}, {left}, y, {', '.join(map(str, flags))};")
     text = " ".join([*lines, "}"])
-    constraints = ",".join(["=f"] * count + ["f"] * (4 * steps) + ["l"] + [str(i) for i in range(count)])
-    numbers = [[Float32(x).ir_value(loc=loc, ip=ip) for x in values] for values in (a, acc)]
-    operands = [*numbers[0], Int64(b).ir_value(loc=loc, ip=ip), *numbers[1]]
+    letters = ["l"] if in_shared else ["f" if tf32 else "r"] * len(a)
+    constraints = ",".join(["=f"] * count + ["l", *letters] + [str(i) for i in range(len(before))])
+    operands = [Int64(b).ir_value(loc=loc, ip=ip)]
+    kind = Int64 if in_shared else Float32 if tf32 else Int32
+    operands += [kind(x).ir_value(loc=loc, ip=ip) for x in ([a] if in_shared else a)]
+    operands += [Float32(x).ir_value(loc=loc, ip=ip) for x in before]
     result = ir.Type.parse(f"!llvm.struct<({', '.join(['f32'] * count)})>")
     out = _asm(result, operands, text, constraints, loc, ip)
     return [Float32(llvm.extractvalue(T.f32(), out, [i], loc=loc, ip=ip)) for i in range(count)]

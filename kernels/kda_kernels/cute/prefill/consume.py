@@ -23,15 +23,16 @@ from kda_kernels.cute.prefill.config import (
     Part,
     PrefillSpec,
 )
-from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, piece, swizzled, vector
+from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, piece, swizzled, swizzled_rows, vector
 from kda_kernels.cute.prefill.work import Barrier, Exit, Products, States, Work
 from kda_kernels.cute.ptx import (
     exp2_approx,
     float_pair,
     fresh,
+    fresh_float,
     larger_size,
     load_transposed,
-    multiply_warpgroup_tf32,
+    multiply_warpgroup,
     rest,
     select,
     send_bytes,
@@ -114,14 +115,15 @@ class Consumer:
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
             self.round(S, S_operand)
-            rows = 2 * stage if not spec.bounded and summary else stage
-            self.product(products.read, read, S_operand, rights.read, rows, spec.K // 16, False)
+            self.read(shared, products, read, S_operand, rights, stage)
             words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
             most = cute.make_rmem_tensor(2, Float32)
             if cutlass.const_expr(spec.scaled):
                 most.fill(0.0)
                 self.largest(S, most)
             warpgroup.wait_group(0)
+            for i in cutlass.range_constexpr(cute.size(read)):  # so that nothing is made of it before it is there
+                read[i] = fresh_float(read[i])
             self.residual(shared, stage, words, read, w, out, col, exponents)
             ratios = None
             if cutlass.const_expr(spec.scaled):
@@ -567,13 +569,37 @@ class Consumer:
         warpgroup.commit_group()
 
     @cute.jit
+    def read(self, shared, products: Products, read, S_operand, rights: Rights, stage: Int32):
+        """Starts S~ [kE; qE]^T."""
+        spec = self.spec
+        if cutlass.const_expr(not spec.part.reads):
+            rows = stage if spec.bounded else 2 * stage
+            self.product(products.read, read, S_operand, rights.read, rows, spec.K // 16, False)
+        else:
+            words = cute.recast_tensor(S_operand, Int32)
+            kind = "bf16" if self.element is BFloat16 else "f16"
+            steps = [2 * (i % 4) + 512 * (i // 4) if spec.bounded else 128 * i for i in range(spec.K // 16)]
+            right = swizzled_rows(shared.rows, stage * (2 * CHUNK * spec.K * 2))
+            warpgroup.fence()
+            total = None
+            for i in cutlass.range_constexpr(len(steps)):  # apart, so that the next words are made meanwhile
+                left = [words[4 * i + n] for n in range(4)]
+                total = multiply_warpgroup(
+                    f"m64n64k16.f32.{kind}.{kind}", left, right, [steps[i]], total, transposed=not spec.bounded
+                )
+            for i in cutlass.range_constexpr(cute.size(read)):
+                read[i] = total[i]
+            warpgroup.commit_group()
+
+    @cute.jit
     def write_in_tf32(self, shared, S, left: list, stage: Int32):
         """Starts S += w kI. Of 8 tokens a lane has two that lie beside each other: kI has the even ones first."""
-        address = shared.cols.toint().to(Int32) + stage * (PARTS * CHUNK * self.spec.K * 2)
-        # 128-byte swizzle; 8 rows are 1024 bytes
-        descriptor = Int64(address >> 4) | Int64((1 << 62) | (64 << 32) | (1 << 16))
+        columns = swizzled_rows(shared.cols, stage * (PARTS * CHUNK * self.spec.K * 2))
         warpgroup.fence()
-        total = multiply_warpgroup_tf32([S[i] for i in range(cute.size(S))], left, descriptor)
+        numbers = [S[i] for i in range(cute.size(S))]
+        total = multiply_warpgroup(
+            "m64n128k8.f32.tf32.tf32", left, columns, [2 * i for i in range(CHUNK // 8)], numbers
+        )
         for i in cutlass.range_constexpr(cute.size(S)):
             S[i] = total[i]
         warpgroup.commit_group()

@@ -9,7 +9,7 @@ from cutlass import BFloat16, Float32, Int32
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
-from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs, select
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
@@ -39,14 +39,18 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Across:
-    """What a thread has of kI in fp32, [K, CHUNK]: rows of 128 bytes, 128-byte swizzle. Addresses are in bytes."""
+    """What a thread has of kI in fp32, [K, CHUNK]: rows of 128 bytes, 128-byte swizzle. Addresses are in bytes.
+
+    Of its two channels the first is the upper one if `swapped`: every other four lanes, so that what 8 lanes store at
+    once lies in different banks.
+    """
 
     rows: tuple  # of both channels
 
     @staticmethod
-    def of(tile, pair: Int32, half: Int32) -> "Across":
-        start = tile.toint().to(Int32) + pair * 256
-        return Across(tuple(start + 128 * e + (((2 * pair + e) & 7) ^ (4 * half)) * 16 for e in range(2)))
+    def of(tile, pair: Int32, swapped: Int32, half: Int32) -> "Across":
+        start, channels = tile.toint().to(Int32), [2 * pair + (swapped ^ e) for e in range(2)]
+        return Across(tuple(start + 128 * c + ((c & 7) ^ (4 * half)) * 16 for c in channels))
 
     def four(self, e: int, token: int):
         """Of channel e the four even or odd of 8 tokens, one of which is `token`."""
@@ -194,7 +198,8 @@ class Preparer:
         rows = Column.of(shared.rows + stage * (2 * CHUNK * K), 2 * CHUNK, pair, half)
         if cutlass.const_expr(self.spec.write_in_tf32):
             cols = Column.of(shared.near + group * (CHUNK * K), CHUNK, pair, half)
-            across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), pair, half)
+            swapped = pair >> 2 & 1
+            across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), pair, swapped, half)
         else:
             cols = Column.of(shared.cols + stage * (PARTS * CHUNK * K), CHUNK, pair, half)
         waiting = []
@@ -216,7 +221,7 @@ class Preparer:
             exact = [y[e] * exp2_approx(-G[e, i]) for e in range(2)]
             if cutlass.const_expr(self.spec.write_in_tf32):
                 cols.word(i)[0] = self.packed(exact)[0]
-                waiting.append(exact)
+                waiting.append([select(swapped == 1, exact[1 - e], exact[e]) for e in range(2)])
                 if cutlass.const_expr(i % 8 >= 6):  # the even or the odd of 8 tokens are there
                     for e in cutlass.range_constexpr(2):
                         four = [waiting[t][e] for t in range(i - 6, i + 1, 2)]

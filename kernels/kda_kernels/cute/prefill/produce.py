@@ -9,9 +9,9 @@ from kda_kernels.cute.math import sigmoid
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS
 from kda_kernels.cute.prefill.prepare import Preparer
 from kda_kernels.cute.prefill.relate import Relater
-from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, piece, vector
+from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, piece, swizzled_rows, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
-from kda_kernels.cute.ptx import fresh
+from kda_kernels.cute.ptx import fresh, fresh_float, multiply_warpgroup
 
 INVERTER, V_LOADER, LOADER = 0, 0, 3  # the warps that may invert, ask for v, and for other inputs
 
@@ -101,16 +101,25 @@ class Producer(Preparer, Relater):
             self.barrier(group)
 
             warpgroup.fence()
-            near = group if spec.write_in_tf32 else PARTS * stage
-            for i in cutlass.range_constexpr(spec.K // 16):
-                gram.set(warpgroup.Field.ACCUMULATE, i != 0)
-                cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, near], acc)
+            if cutlass.const_expr(spec.write_in_tf32):
+                left = swizzled_rows(shared.rows, stage * (2 * CHUNK * spec.K * 2))
+                right = swizzled_rows(shared.near, group * (CHUNK * spec.K * 2))
+                steps = [(2 * (i % 4) + 512 * (i // 4), 2 * (i % 4) + 256 * (i // 4)) for i in range(spec.K // 16)]
+                total = multiply_warpgroup("m64n32k16.f32.bf16.bf16", left, right, steps)
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    acc[i] = total[i]
+            else:
+                for i in cutlass.range_constexpr(spec.K // 16):
+                    gram.set(warpgroup.Field.ACCUMULATE, i != 0)
+                    cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, PARTS * stage], acc)
             warpgroup.commit_group()
 
             if warp == LOADER:
                 item = self.now(shared, work, turn)
                 self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
             warpgroup.wait_group(0)
+            for i in cutlass.range_constexpr(cute.size(acc)):  # so that nothing is made of it before it is there
+                acc[i] = fresh_float(acc[i])
             if cutlass.const_expr(spec.write_in_tf32):
                 arrive(shared.related + group, lane, spec.each_arrives)
             if cutlass.const_expr(spec.chain_inverts):

@@ -27,21 +27,14 @@ class Relater:
     def squares(self, raw, warp: Int32, lane: Int32):
         """Products of 8 tokens' q and k per warp, 16 rows, with k and with q, each in two sums."""
         summary = cutlass.const_expr(not self.spec.part.reads)
-        keys = raw + CHUNK * 128
-        rows = keys if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
+        rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
         with_k, with_q = [[(Float32(0.0),) * 4] * 2 for _ in range(2)]
         token = 8 * warp + (lane & 7)
         for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(rows + swizzled(token, 2 * i + (lane >> 4), 8, raw.dtype))
-            if cutlass.const_expr(i % 2 == 0):  # loaded, since what a has of them is not in registers side by side
-                place = swizzled(token, 2 * i + (lane >> 3), 8, raw.dtype)
-                k = load_matrices(keys + place)
-                if cutlass.const_expr(not summary):
-                    q = load_matrices(raw + place)
-            n = i % 2
-            with_k[n] = multiply_16x8x16(with_k[n], a, k[2 * n : 2 * n + 2], self.element)
+            a, n = load_matrices(rows + swizzled(token, 2 * i + (lane >> 4), 8, raw.dtype)), i % 2
+            with_k[n] = multiply_16x8x16(with_k[n], a, (a[1], a[3]), self.element)
             if cutlass.const_expr(not summary):
-                with_q[n] = multiply_16x8x16(with_q[n], a, q[2 * n : 2 * n + 2], self.element)
+                with_q[n] = multiply_16x8x16(with_q[n], a, (a[0], a[2]), self.element)
         return with_k, with_q
 
     @cute.jit

@@ -128,6 +128,12 @@ def operand(pointer, kind, shape, order):
     return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, pointer.dtype), layout.outer)
 
 
+def swizzled_rows(pointer, offset: Int32):
+    """The descriptor of what a product reads so many bytes behind: rows of 128 bytes, 128-byte swizzle."""
+    # 8 rows are 1024 bytes, in units of 16
+    return Int64((pointer.toint().to(Int32) + offset) >> 4) | Int64((1 << 62) | (64 << 32) | (1 << 16))
+
+
 def vector(pointer, offset, size: int = 2):
     """`size` elements from `offset` on, a multiple of it."""
     if not isinstance(offset, int):

@@ -54,11 +54,7 @@ OPERAND, OPERANDS, PRODUCTS = WIDTH * 16, 4 * WIDTH * 16, 32 * 16
 
 @dataclasses.dataclass(frozen=True)
 class Mine:
-    """Which warp this is, and which channels a thread has.
-
-    Of its two channels the first is the upper one in every other four lanes, so that what 8 lanes store at once, rows
-    of 128 bytes, lies in different banks.
-    """
+    """Which warp this is, and which channels a thread has: see `Across`."""
 
     group: Int32
     warp: Int32
@@ -490,9 +486,7 @@ class Unbounded:
 
     def write_columns(self, at: Places, decays: list, k: list, after: list, mine: Mine) -> None:
         """kI in fp32. `after`: of each channel, the decay over what follows these tokens in the chunk."""
-        start = at.columns.toint().to(Int32)
-        channels = [mine.channel(e) for e in range(2)]
-        across = Across(tuple(start + 128 * c + ((c & 7) ^ (4 * mine.half)) * 16 for c in channels))
+        across = Across.of(at.columns, mine.pair, mine.swapped, mine.half)
         for e in range(2):
             factors = until(decays[e], 0, HALF - 1, after[e])
             keys = [x for word in k[e] for x in float_pair(word, self.element)]
