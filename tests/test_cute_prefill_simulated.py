@@ -137,13 +137,13 @@ def check(call: Call) -> None:
         assert error(call.ht[n], wanted.final_state[n]) <= STATE_ERROR, f"the state of sequence {n}"
 
 
+both_gates = pytest.mark.parametrize("options", [SAFE, SOFTPLUS], ids=["safe", "softplus"])
+
+
+@both_gates
 @pytest.mark.parametrize("late", [EAGER, LATE])
-def test_packed_sequences(late):
-    check(Call(inputs_of([70, 0, 5])).run(Kernel(ptx_of(Part.WHOLE, SAFE)), late=late))
-
-
-def test_softplus():
-    check(Call(inputs_of([40], SOFTPLUS)).run(Kernel(ptx_of(Part.WHOLE, SOFTPLUS))))
+def test_packed_sequences(options, late):
+    check(Call(inputs_of([70, 0, 5], options)).run(Kernel(ptx_of(Part.WHOLE, options)), late=late))
 
 
 def test_what_gates_leave_of_a_state():
@@ -161,13 +161,16 @@ def test_what_gates_leave_of_a_state():
     assert (off <= 1e-6 * (1 - decay.log()))[seen].all()
 
 
-def test_ctas_that_stay():
-    check(Call(inputs_of([40, 0, 33]), Part.STAYING, workers=2).run(Kernel(ptx_of(Part.STAYING, SAFE))))
+@both_gates
+def test_ctas_that_stay(options):
+    kernel = Kernel(ptx_of(Part.STAYING, options))
+    check(Call(inputs_of([40, 0, 33], options), Part.STAYING, workers=2).run(kernel))
 
 
-def test_checkpoints():
-    inputs = dataclasses.replace(inputs_of([130]), checkpoints=kept_by([130]))
-    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SAFE, keeps=True)))
+@both_gates
+def test_checkpoints(options):
+    inputs = dataclasses.replace(inputs_of([130], options), checkpoints=kept_by([130]))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options, keeps=True)))
     check(call)
     for n in range(2):
         first = alone(inputs, slice(0, (n + 1) * ALIGNMENT), inputs.state)
@@ -180,10 +183,11 @@ def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):
     return recurrence(dataclasses.replace(one, state=state, cu_seqlens=None, checkpoints=None, **changes))
 
 
-def test_segments():
+@both_gates
+def test_segments(options):
     """The first segment hands its state on; of the others o and the state E are made from nothing, and T from one."""
-    inputs = inputs_of([100])
-    call = Call(inputs, Part.SPLIT).run(Kernel(ptx_of(Part.SPLIT, SAFE)), late=LATE)
+    inputs = inputs_of([100], options)
+    call = Call(inputs, Part.SPLIT).run(Kernel(ptx_of(Part.SPLIT, options)), late=LATE)
     lead = alone(inputs, slice(0, CHUNK), inputs.state)
     assert error(call.o[:, :CHUNK], lead.o) <= OUTPUT_ERROR
     assert error(call.starts[1], lead.final_state[0]) <= STATE_ERROR
