@@ -90,12 +90,7 @@ class Producer(Preparer, Relater):
             if cutlass.const_expr(spec.part.reads):
                 self.factors_of_o(raw_q, token + 2 * CHUNK, sums + CHUNK, scale, warp, lane)
             if warp == 1:
-                value = raw_beta.to(Float32)
-                if cutlass.const_expr(spec.beta_is_logit):
-                    value = sigmoid(value)
-                    if cutlass.const_expr(spec.allow_neg_eigval):
-                        value = 2.0 * value
-                vector(sums, lane, 1)[0] = value
+                self.write_beta(sums, raw_beta, lane)
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
@@ -123,8 +118,7 @@ class Producer(Preparer, Relater):
             if cutlass.const_expr(spec.write_in_tf32):
                 arrive(shared.related + group, lane, spec.each_arrives)
             if cutlass.const_expr(spec.chain_inverts):
-                if number > 1:  # the inverse of the last L is there
-                    cute.arch.mbarrier_wait(shared.inverted + (number - 2) % STAGES, (number - 2) // STAGES & 1)
+                self.await_inverse(shared, number)
             mix = self.mix(shared, stage, spec.inverse_parts)
             self.spread(acc, scratch, mix, token, sums, warp, lane, tokens)
             cute.arch.fence_proxy("async.shared", space="cta")
@@ -186,6 +180,22 @@ class Producer(Preparer, Relater):
         if token < work.n_tokens:
             raw = beta[work.b, work.first + token, work.i_hv]
         return raw
+
+    @cute.jit
+    def write_beta(self, target, raw, lane: Int32):
+        """beta of the token of this lane, from what `fetch_beta` returns."""
+        value = raw.to(Float32)
+        if cutlass.const_expr(self.spec.beta_is_logit):
+            value = sigmoid(value)
+            if cutlass.const_expr(self.spec.allow_neg_eigval):
+                value = 2.0 * value
+        vector(target, lane, 1)[0] = value
+
+    @cute.jit
+    def await_inverse(self, shared, number: Int32):
+        """Waits until L of this warpgroup's last chunk has been inverted, before the next L takes its place."""
+        if number > 1:
+            cute.arch.mbarrier_wait(shared.inverted + (number - 2) % STAGES, (number - 2) // STAGES & 1)
 
     @cute.jit
     def load_values(self, shared, atoms, sources, work: Work, stage: Int32, chunk: Int32):

@@ -24,7 +24,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal, sigmoid
+from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal
 from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill.prepare import HALF, Across, Column
 from kda_kernels.cute.prefill.shared import TILE, Shared, arrive, piece, swizzled, vector
@@ -231,10 +231,7 @@ class Unbounded:
             phase = number >> 1 & 1
             cute.arch.mbarrier_wait(loaded, phase)
             if tokens < CHUNK:
-                if cutlass.const_expr(spec.part.reads):
-                    self.fill(raw_q, 0.0, tokens, p)
-                self.fill(raw_k, 0.0, tokens, p)
-                self.fill(raw_g, 0.0 if spec.gate is Gate.NONE else -math.inf, tokens, p)  # no decay
+                self.fill_tail(at, tokens, p)
                 self.barrier(group)
             squares = self.squares(raw_q, warp, lane)
             decays, log2 = self.decays_of_tokens(at, rates, mine)
@@ -244,12 +241,7 @@ class Unbounded:
                 self.barrier(group)
             arrive(squared, lane, spec.each_arrives)
             if warp == 1:
-                value = raw_beta.to(Float32)
-                if cutlass.const_expr(spec.beta_is_logit):
-                    value = sigmoid(value)
-                    if cutlass.const_expr(spec.allow_neg_eigval):
-                        value = 2.0 * value
-                vector(sums, 3 * CHUNK + lane, 1)[0] = value
+                self.write_beta(sums + 3 * CHUNK, raw_beta, lane)
             self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp)
             q = None
             if cutlass.const_expr(spec.part.reads):
@@ -262,8 +254,7 @@ class Unbounded:
             self.across(at, decays, log2, k, q, mine)
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
-            if number > 1:  # the inverse of the last L is there
-                cute.arch.mbarrier_wait(shared.inverted + (number - 2) % STAGES, (number - 2) // STAGES & 1)
+            self.await_inverse(shared, number)
             read = Barrier.READ + group
             self.relate(at, scratch, sums, read, warp, lane, tokens)
             if warp == 2:
@@ -587,6 +578,14 @@ class Unbounded:
         for i, x in enumerate(values):
             out[i] = x
         return out
+
+    @cute.jit
+    def fill_tail(self, at: Places, tokens: Int32, p: Int32):
+        """q and k of 0, and gates that leave all, after the last token."""
+        if cutlass.const_expr(self.spec.part.reads):
+            self.fill(at.raw_q, 0.0, tokens, p)
+        self.fill(at.raw_k, 0.0, tokens, p)
+        self.fill(at.raw_g, 0.0 if self.spec.gate is Gate.NONE else -math.inf, tokens, p)
 
     @cute.jit
     def fill(self, raw, value: cutlass.Constexpr[float], tokens: Int32, p: Int32):
