@@ -51,6 +51,45 @@ class Rights:
     write: cute.Tensor  # kI
 
 
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """What a thread of the chain holds.
+
+    Attributes:
+        S: the state. read: S~ [kE; qE]^T. w, out: what is written to the state, and o.
+        S_operand, w_operand: S and w as left operands.
+        exponents: S and what is added to it is times 2 to these, row by row.
+    """
+
+    S: cute.Tensor
+    read: cute.Tensor
+    w: cute.Tensor
+    out: cute.Tensor
+    S_operand: cute.Tensor
+    w_operand: cute.Tensor
+    exponents: cute.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """A chunk and a thread of the chain.
+
+    Attributes:
+        number: of the chunk on this CTA. tokens: from it on.
+        col: a lane's first column of 8.
+        decay: those of the chunk's stage.
+    """
+
+    number: Int32
+    stage: Int32
+    tokens: Int32
+    group: Int32
+    warp: Int32
+    lane: Int32
+    col: Int32
+    decay: cute.Pointer
+
+
 class Consumer:
     """A warpgroup with 64 value channels. Everything is transposed: value channels are the rows of all products.
 
@@ -76,16 +115,9 @@ class Consumer:
         S = self.first_state(states, work, products, group, p, inside)
         rights = self.right_operands(shared, products, p)
         summary = cutlass.const_expr(not spec.part.reads)
-        read = cute.make_rmem_tensor(products.read.partition_shape_C((64, CHUNK if summary else 2 * CHUNK)), Float32)
-        w = cute.make_rmem_tensor(products.mix.partition_shape_C((64, CHUNK)), Float32)
-        out = cute.make_rmem_tensor(w.shape, Float32)
-        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, spec.K // 16)), self.element)
-        w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
-        squares = 1 + spec.inverse_parts  # a stage
-        exponents = cute.make_rmem_tensor(2, Int32)  # S and what is added to it is times 2 to that, row by row
-        exponents.fill(0)
+        own = self.registers(S, products)
         if cutlass.const_expr(spec.scaled):
-            self.scale_state(S, exponents)
+            self.scale_state(S, own.exponents)
         owed = Int32(-1)  # the stage from which a state leaves
         column, due = self.first_column(states, work)
 
@@ -100,6 +132,7 @@ class Consumer:
                 owed = Int32(-1)
             cute.arch.mbarrier_wait(shared.full + stage, number // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
+            here = Here(number, stage, tokens, group, warp, lane, col, decay)
             position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
             if cutlass.const_expr(spec.keeps and spec.every):
                 row = states.rows.element_type(-1)
@@ -110,55 +143,13 @@ class Consumer:
             if cutlass.const_expr(spec.chain_inverts):
                 self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
-                self.decay(S, decay, col, True)
+                self.decay(S, decay, here.col, True)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
-            self.round(S, S_operand)
-            self.read(shared, products, read, S_operand, rights, stage)
-            words = self.values(shared, stage, tokens, work.kind, group, warp, lane)
-            most = cute.make_rmem_tensor(2, Float32)
-            if cutlass.const_expr(spec.scaled):
-                most.fill(0.0)
-                self.largest(S, most)
-            warpgroup.wait_group(0)
-            for i in cutlass.range_constexpr(cute.size(read)):  # so that nothing is made of it before it is there
-                read[i] = fresh_float(read[i])
-            self.residual(shared, stage, words, read, w, out, col, exponents)
-            ratios = None
-            if cutlass.const_expr(spec.scaled):
-                self.largest(w, most)
-                ratios = self.into_range(most, exponents)
-                self.scale_rows(w, ratios)
-                if cutlass.const_expr(not summary):
-                    self.scale_rows(out, ratios)
-            self.round(w, w_operand)
-            if cutlass.const_expr(spec.chain_inverts):
-                cute.arch.mbarrier_wait(shared.inverted + stage, number // STAGES & 1)
-            for part in cutlass.range_constexpr(spec.inverse_parts):
-                self.product(products.solve, w, w_operand, rights.solve, squares * stage + part, CHUNK // 16, True)
-            if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
-                self.decay(S, decay, col, False, ratios)
-            warpgroup.wait_group(0)
-
-            self.round(w, w_operand)
-            left = []
-            if cutlass.const_expr(spec.write_in_tf32):
-                left = [w[4 * j + i] * UNCUT for j in range(CHUNK // 8) for i in (0, 2, 1, 3)]
-            if cutlass.const_expr(not summary):
-                place = squares * stage + spec.inverse_parts
-                self.product(products.mix, out, w_operand, rights.mix, place, CHUNK // 16, True)
-            if cutlass.const_expr(spec.write_in_tf32):
-                self.write_in_tf32(shared, S, left, stage)
-            else:
-                for part in cutlass.range_constexpr(PARTS):
-                    self.product(products.write, S, w_operand, rights.write, PARTS * stage + part, CHUNK // 16, True)
-            if cutlass.const_expr(not summary):
-                warpgroup.wait_group(1 if spec.write_in_tf32 else PARTS)
-                if cutlass.const_expr(spec.out_buffers == 1):
-                    self.own_buffer(group, warp)
-                self.stage_out(out, shared, group, number, stage, warp, lane, exponents)
-            warpgroup.wait_group(0)
+            ratios = self.miss(shared, own, rights, products, work.kind, here)
+            self.correct(shared, own, rights, products, ratios, here)
+            self.write(shared, own, rights, products, here)
             # the stage is not empty where its decays are read once more, or a state leaves from it; the last one's are
             late = False
             if cutlass.const_expr(spec.bounded and spec.invariant):
@@ -175,19 +166,19 @@ class Consumer:
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
-                    self.end(S, decay + spec.K, col)
+                    self.end(S, decay + spec.K, here.col)
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
-                    self.scale_state(S, exponents)
+                    self.scale_state(S, own.exponents)
             if cutlass.const_expr(spec.keeps):
                 if tokens >= CHUNK and work.kind == 0 and work.index == 0:
                     if cutlass.const_expr(spec.scaled):
-                        self.scale_rows(S, self.powers(exponents, -1))
+                        self.scale_rows(S, self.powers(own.exponents, -1))
                     self.keep(
                         S, decay, states, work, position, row, Exit(atoms[-1], tiles[-1], shared, stage, group, p)
                     )
                     if cutlass.const_expr(spec.scaled):
-                        self.scale_rows(S, self.powers(exponents))
+                        self.scale_rows(S, self.powers(own.exponents))
             if late and not last:
                 if cutlass.const_expr(spec.keeps):
                     owed = stage
@@ -196,7 +187,7 @@ class Consumer:
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
-            self.scale_rows(S, self.powers(exponents, -1))
+            self.scale_rows(S, self.powers(own.exponents, -1))
         open_chunk = n_chunks > 0
         if cutlass.const_expr(spec.invariant):
             open_chunk = n_chunks & 1 == 1
@@ -207,6 +198,81 @@ class Consumer:
             if n_chunks > 0:
                 arrive(shared.empty + stage, p & 31, spec.each_arrives)
         self.last_state(S, shared, states, work, inside, group, p)
+
+    def registers(self, S, products: Products) -> Registers:
+        """Beside the state, nothing yet."""
+        K, columns = self.spec.K, 2 * CHUNK if self.spec.part.reads else CHUNK
+        read = cute.make_rmem_tensor(products.read.partition_shape_C((64, columns)), Float32)
+        w = cute.make_rmem_tensor(products.mix.partition_shape_C((64, CHUNK)), Float32)
+        out = cute.make_rmem_tensor(w.shape, Float32)
+        S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), self.element)
+        w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
+        exponents = cute.make_rmem_tensor(2, Int32)
+        exponents.fill(0)
+        return Registers(S, read, w, out, S_operand, w_operand, exponents)
+
+    @cute.jit
+    def miss(self, shared, own: Registers, rights: Rights, products: Products, kind: Int32, here: Here):
+        """w = a v - b S~ kE, what the state misses of v, and o = S~ qE. Returns powers of two for rows, in fp16."""
+        spec, S, w = self.spec, own.S, own.w
+        self.round(S, own.S_operand)
+        self.read(shared, products, own.read, own.S_operand, rights, here.stage)
+        words = self.values(shared, here.stage, here.tokens, kind, here.group, here.warp, here.lane)
+        most = cute.make_rmem_tensor(2, Float32)
+        if cutlass.const_expr(spec.scaled):
+            most.fill(0.0)
+            self.largest(S, most)
+        warpgroup.wait_group(0)
+        for i in cutlass.range_constexpr(cute.size(own.read)):  # so that nothing is made of it before it is there
+            own.read[i] = fresh_float(own.read[i])
+        self.residual(shared, here.stage, words, own.read, w, own.out, here.col, own.exponents)
+        ratios = None
+        if cutlass.const_expr(spec.scaled):
+            self.largest(w, most)
+            ratios = self.into_range(most, own.exponents)
+            self.scale_rows(w, ratios)
+            if cutlass.const_expr(spec.part.reads):
+                self.scale_rows(own.out, ratios)
+        return ratios
+
+    @cute.jit
+    def correct(self, shared, own: Registers, rights: Rights, products: Products, ratios, here: Here):
+        """w <- (I + L)^-1 w; meanwhile, if gates have no bound, S decays."""
+        spec, w = self.spec, own.w
+        self.round(w, own.w_operand)
+        if cutlass.const_expr(spec.chain_inverts):
+            cute.arch.mbarrier_wait(shared.inverted + here.stage, here.number // STAGES & 1)
+        first = (1 + spec.inverse_parts) * here.stage
+        for part in cutlass.range_constexpr(spec.inverse_parts):
+            self.product(products.solve, w, own.w_operand, rights.solve, first + part, CHUNK // 16, True)
+        if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
+            self.decay(own.S, here.decay, here.col, False, ratios)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def write(self, shared, own: Registers, rights: Rights, products: Products, here: Here):
+        """o <- o + tril(qE kI^T) w, to shared memory, and S <- S + w kI."""
+        spec, w, stage = self.spec, own.w, here.stage
+        self.round(w, own.w_operand)
+        left = []
+        if cutlass.const_expr(spec.write_in_tf32):
+            left = [w[4 * j + i] * UNCUT for j in range(CHUNK // 8) for i in (0, 2, 1, 3)]
+        if cutlass.const_expr(spec.part.reads):
+            place = (1 + spec.inverse_parts) * stage + spec.inverse_parts
+            self.product(products.mix, own.out, own.w_operand, rights.mix, place, CHUNK // 16, True)
+        if cutlass.const_expr(spec.write_in_tf32):
+            self.write_in_tf32(shared, own.S, left, stage)
+        else:
+            for part in cutlass.range_constexpr(PARTS):
+                self.product(
+                    products.write, own.S, own.w_operand, rights.write, PARTS * stage + part, CHUNK // 16, True
+                )
+        if cutlass.const_expr(spec.part.reads):
+            warpgroup.wait_group(1 if spec.write_in_tf32 else PARTS)
+            if cutlass.const_expr(spec.out_buffers == 1):
+                self.own_buffer(here.group, here.warp)
+            self.stage_out(own.out, shared, here.group, here.number, stage, here.warp, here.lane, own.exponents)
+        warpgroup.wait_group(0)
 
     def inside(self, group: Int32, p: Int32) -> Int32:
         """Where in a head's state this lane's first number is."""
