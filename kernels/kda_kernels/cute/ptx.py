@@ -212,14 +212,14 @@ def multiply_warpgroup(
 ) -> list:
     """Starts acc + a b, or a b, in a warpgroup: wgmma. Returns the accumulators.
 
-    One block for all steps, whose descriptors share their upper halves: apart, ptxas moves a constant there in each.
+    Its steps share the upper halves of their descriptors: else ptxas moves a constant there in each.
 
     Args:
         shape: as in wgmma's name, and dtypes: "m64n64k16.f32.bf16.bf16".
         a: 4 words or tf32 numbers for each step of the depth; or the descriptor of what lies in shared memory.
         b: a descriptor. transposed: whether its columns, not the depth, lie beside each other.
-        steps: for each step what is added to the descriptor b, in units of 16 bytes; or to both.
-    """  # fmt: skip
+        steps: for each step what is added to the descriptor b, in units of 16 bytes; if a is one, too, to both.
+    """
     count = int(shape.split("k")[0].split("n")[1]) // 2
     before = [] if acc is None else acc
     in_shared, tf32 = not isinstance(a, list), "tf32" in shape
