@@ -53,7 +53,7 @@ from kda_kernels.cute.ptx import fresh
 
 K_MAJOR, MN_MAJOR = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
 # A thread of those that prepare and of those that consume; the sum over the warpgroups is the register file.
-REGISTERS = {True: (96, 160), False: (96, 160)}  # by whether gates are bounded
+REGISTERS = 96, 160
 
 
 class PrefillKernel(Items, Producer, Unbounded, Consumer):
@@ -418,7 +418,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
 
         group = cute.arch.make_warp_uniform(tid >> 7)
         if group < CONSUMERS // 128:
-            cute.arch.setmaxregister_increase(REGISTERS[self.spec.bounded][1])
+            cute.arch.setmaxregister_increase(REGISTERS[1])
             self.each(
                 shared, batch, work, False,
                 lambda work, turn: self.consume(
@@ -426,7 +426,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
                 ),
             )  # fmt: skip
         else:
-            cute.arch.setmaxregister_decrease(REGISTERS[self.spec.bounded][0])
+            cute.arch.setmaxregister_decrease(REGISTERS[0])
             group = group - CONSUMERS // 128
             produce = self.produce if self.spec.bounded else self.produce_unbounded
             self.each(
