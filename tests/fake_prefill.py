@@ -28,7 +28,7 @@ class FakeFunction:
 
     def __call__(
         self, q, k, v, g, beta, A_log, dt_bias, o, h0, ht, state_indices, cu_seqlens, started, workspace, kept, rows,
-        offsets, null_slot, every, units, scale, lower_bound, lead, segment, begin, limit, workers,
+        offsets, null_slot, every, units, scale, lower_bound, lead, segment, begin, limit, sms,
     ):  # fmt: skip
         s = self.spec
         B, N = 1 if s.packed else "B", "N" if s.packed else "B"
@@ -84,10 +84,11 @@ class FakeFunction:
             lengths = [sizes[0] * square, sizes[1] * square, sizes[2] * v.shape[2] * s.K]
             parts = workspace[: sum(lengths)].split(lengths)
         if s.stays:
-            assert 0 < workers < v.shape[2] * len(found), "a CTA each"
+            assert 0 < sms < v.shape[2] * len(found), "a CTA each"
             assert workspace.nbytes >= 4 and workspace.view(torch.int32)[0] == 0, "the counter"
         starts = parts[0].view(-1, *v.shape[2:], s.K)
         if s.part is Part.JOIN:
+            assert sms > 0, "it chooses by them who makes the final state"
             final = ht if state_indices is None else h0
             joined = segment_scan.Segments(
                 workspace, final, state_indices, cu_seqlens, len(found), units, null, lead, segment, begin, limit

@@ -70,6 +70,6 @@ def _arguments(spec: PrefillSpec) -> tuple:
         table(offsets_of),
         *(Int32(0) for _ in ("null_slot", "every", "units")),
         *(Float32(0.0) for _ in ("scale", "lower_bound")),
-        *(Int32(0) for _ in ("lead", "segment", "begin", "limit", "workers")),
+        *(Int32(0) for _ in ("lead", "segment", "begin", "limit", "sms")),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )

@@ -349,7 +349,7 @@ def _launch_split(
     workspace = _workspace(_split_bytes(split, N, units, HV), o, given)
     for i in range(split.rounds(N, tokens, packed)):
         here = (split.lead, split.segment, i * split.limit, split.limit)
-        numbers = (units, last.scale, last.bound, *here, 0)
+        numbers = (units, last.scale, last.bound, *here, last.sms)
         _call("segments", function, tensors, workspace, kept, numbers)
         if join is not None:
             _call("join", join, tensors, workspace, kept, numbers)

@@ -34,7 +34,6 @@ T_LOADER = JOIN_WARPS[0]  # the warp behind it loads outputs
 T_STAGES, E_STAGES = 3, 2  # of transitions, states
 EARLY_STAGES, O_STAGES = 2, 6  # of tokens: while the state is made, and then, in the place of transitions, too
 TOKENS = 64  # that are read at once
-SMS = 132  # of an H100, and of an H200
 CHANNELS = 64  # value channels of a CTA
 
 
@@ -68,7 +67,7 @@ class JoinKernel(PrefillKernel):
 
     def launch_join(
         self, o, h0, ht, state_indices, cu_seqlens, starts, summaries, reads, sequences, null_slot, units, lead,
-        segment, begin, limit, heads, stream,
+        segment, begin, limit, sms, heads, stream,
     ):  # fmt: skip
         HV, K = o.shape[2], self.spec.K
         both = self.states(starts.iterator, sequences + 3 * units, HV)  # one behind the other
@@ -80,7 +79,7 @@ class JoinKernel(PrefillKernel):
             ),
         )
         wanted = 2 * HV * (sequences + units)
-        apart = cutlass.min(cutlass.max(SMS + 1 - wanted, 0), 1)  # whether ends have CTAs of their own
+        apart = cutlass.min(cutlass.max(sms + 1 - wanted, 0), 1)  # whether ends have CTAs of their own
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         to_both, dense = cpasync.CopyBulkTensorTileG2SMulticastOp(), (1, 3, 2, 0)
         tiles = [

@@ -92,7 +92,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
         segment: Int32,
         begin: Int32,  # of each sequence, the tokens that this round is about: from `begin` on, `limit` at most
         limit: Int32,
-        workers: Int32,  # CTAs, if they stay
+        sms: Int32,  # multiprocessors: so many CTAs, if they stay
         stream,
     ):
         """In `workspace`, one behind the other: `starts` [N + units, HV, V, K], the states before this round and before
@@ -118,12 +118,12 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
         heads = cute.fast_divmod_create_divisor_v2(Int32(HV))
         items = Int32(ctas)
         if cutlass.const_expr(self.spec.stays):
-            ctas = workers
+            ctas = sms
             counter = cute.make_tensor(cute.recast_ptr(workspace.iterator, dtype=Int32), cute.make_layout(1))
         if cutlass.const_expr(part is Part.JOIN):
             self.launch_join(
                 o, h0, ht, state_indices, cu_seqlens, starts, summaries, reads, sequences, null_slot, units, lead,
-                segment, begin, limit, heads, stream,
+                segment, begin, limit, sms, heads, stream,
             )  # fmt: skip
         else:
             rows_major = K_MAJOR if self.spec.bounded else MN_MAJOR
