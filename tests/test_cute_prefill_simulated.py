@@ -43,15 +43,15 @@ def kept_by(lens: list[int]) -> Checkpoints:
 def ptx_of(part: Part, options: Options, keeps: bool = False) -> str:
     inputs = inputs_of([1], options)
     inputs = dataclasses.replace(inputs, checkpoints=kept_by([1]) if keeps else None)
-    spec = prefill_functions.spec_of(part, inputs, inputs.new_final_state())
+    spec = prefill_functions.spec_of(part, inputs, None if part is Part.SUMMARY else inputs.new_final_state())
     return prefill_functions._variant("simulated", spec).build("sm_90a").ptx
 
 
 class Call:
     """A launch for one head: its tensors in simulated memory, and its arguments as the compiled host half passes them.
 
-    Attributes: o, ht: results. summaries, starts: of units, where sequences are split in segments of a chunk. kept:
-    checkpoints.
+    Attributes: o, ht: results. summaries: E and T of units, where sequences are split in segments of a chunk, or of
+    sequences; starts: states before units. kept: checkpoints.
     """
 
     def __init__(self, inputs: Inputs, part: Part = Part.WHOLE, workers: int = 0):
@@ -59,7 +59,7 @@ class Call:
         self.T, self.N = inputs.q.shape[1], len(inputs.cu_seqlens) - 1
         lens = inputs.cu_seqlens.diff().tolist()
         self.units = sum(cdiv(max(0, length - CHUNK), CHUNK) for length in lens) if part is Part.SPLIT else 0
-        self.ctas = workers or self.N + 2 * self.units
+        self.ctas = workers or (2 * self.N if part is Part.SUMMARY else self.N + 2 * self.units)
         self.o = self._nan(1, self.T, 1, SIZE, dtype=inputs.v.dtype)
         self.ht = self._nan(self.N, 1, SIZE, SIZE)
         self.parameters: list[bytes | TensorMap] = []
@@ -83,9 +83,13 @@ class Call:
             self._tensor(A_log, (1,)),
             self._tensor(dt_bias, (SIZE,)),
             self._tensor(self.o, (self.T, 1), (self.T * SIZE, SIZE, SIZE)),
-            *(self._tensor(states, (self.N, 1), (SIZE * SIZE,)) for states in (state, self.ht)),
-            self._tensor(cu_seqlens, (self.N + 1,)),
         ]
+        if self.part is not Part.SUMMARY:
+            tensors += [self._tensor(states, (self.N, 1), (SIZE * SIZE,)) for states in (state, self.ht)]
+        tensors.append(self._tensor(cu_seqlens, (self.N + 1,)))
+        if self.part is Part.SUMMARY:
+            self.summaries = self._nan(2 * self.N, 1, SIZE, SIZE)
+            tensors.append(self._tensor(self.summaries, (2 * self.N, 1), (SIZE * SIZE,)))
         if self.part is Part.SPLIT:
             reads = self._nan(1, self.units * CHUNK, 1, SIZE, dtype=v.dtype)
             self.summaries, self.starts = (self._nan(n, 1, SIZE, SIZE) for n in (2 * self.units, self.N + self.units))
@@ -183,10 +187,17 @@ def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):
     return recurrence(dataclasses.replace(one, state=state, cu_seqlens=None, checkpoints=None, **changes))
 
 
+def lasting(lens: list[int], options: Options) -> Inputs:
+    """Whose gates leave something of a state: transitions are no zeros."""
+    inputs = inputs_of(lens, options)
+    inputs.g.sub_(4.0)
+    return inputs
+
+
 @both_gates
 def test_segments(options):
     """The first segment hands its state on; of the others o and the state E are made from nothing, and T from one."""
-    inputs = inputs_of([100], options)
+    inputs = lasting([100], options)
     call = Call(inputs, Part.SPLIT).run(Kernel(ptx_of(Part.SPLIT, options)), late=LATE)
     lead = alone(inputs, slice(0, CHUNK), inputs.state)
     assert error(call.o[:, :CHUNK], lead.o) <= OUTPUT_ERROR
@@ -199,8 +210,26 @@ def test_segments(options):
         assert error(call.o[:, at], wanted.o) <= OUTPUT_ERROR, f"o of unit {unit}"
         assert error(call.summaries[2 * unit], wanted.final_state[0]) <= STATE_ERROR, f"E of unit {unit}"
         T = alone(inputs, at, one, v=torch.zeros_like(inputs.v[:, at])).final_state[0, 0]
-        if T.norm() > 1e-6:
-            assert error(transition(call.summaries[2 * unit + 1]), T) <= TRANSITION_ERROR, f"T of unit {unit}"
+        assert error(transition(call.summaries[2 * unit + 1]), T) <= TRANSITION_ERROR, f"T of unit {unit}"
+
+
+@both_gates
+def test_summaries(options):
+    """Of a sequence the state that it makes of nothing, and what it makes of the identity without values."""
+    inputs = lasting([70], options)
+    call = Call(inputs, Part.SUMMARY).run(Kernel(ptx_of(Part.SUMMARY, options)), late=LATE)
+    one = torch.eye(SIZE).view(1, 1, SIZE, SIZE)
+    E = alone(inputs, slice(None), torch.zeros_like(one)).final_state[0]
+    T = alone(inputs, slice(None), one, v=torch.zeros_like(inputs.v)).final_state[0]
+    assert error(call.summaries[0], E) <= STATE_ERROR
+    assert error(call.summaries[1], T) <= TRANSITION_ERROR
+
+
+@pytest.mark.parametrize(
+    "options", [dataclasses.replace(one, allow_neg_eigval=True) for one in (SAFE, SOFTPLUS)], ids=["safe", "softplus"]
+)
+def test_an_inverse_in_two_parts(options):
+    check(Call(inputs_of([70], options)).run(Kernel(ptx_of(Part.WHOLE, options)), late=LATE))
 
 
 def transition(held: torch.Tensor) -> torch.Tensor:

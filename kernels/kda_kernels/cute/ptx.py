@@ -2,12 +2,14 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32
+from cutlass import BFloat16, Float16, Float32, Int32, Int64
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 PTX = {BFloat16: "bf16", Float16: "f16"}
+LOWER, UPPER = 0x5410, 0x7632  # of `pick_bytes`: the lower halves of two words, the upper ones
 
 
 @dsl_user_op
@@ -142,20 +144,22 @@ def multiply_add_down(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) 
 
 
 @dsl_user_op
-def with_upper_half(half: int, word: Uint32, upper: bool, *, loc=None, ip=None) -> Int32:
-    """A word with this upper half, and the upper or lower half of another as its lower half. One instruction."""
-    return _halves(word, Int32(half << 16), 0x7632 if upper else 0x7610, loc, ip)
+def pick_bytes(low: Int32, high: Int32, selector, *, loc=None, ip=None) -> Int32:
+    """prmt: of the eight bytes of two words the four that the selector's nibbles number, a constant or a register."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (low, high)]
+    if isinstance(selector, int):
+        text, constraints = f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r"
+    else:
+        operands.append(Int32(selector).ir_value(loc=loc, ip=ip))
+        text, constraints = "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"
+    return Int32(_asm(T.i32(), operands, text, constraints, loc, ip, effects=False))
 
 
-@dsl_user_op
-def upper_halves(low: Int32, high: Int32, *, loc=None, ip=None) -> Int32:
-    """The upper halves of two words. One instruction, as the next."""
-    return _halves(low, high, 0x7632, loc, ip)
-
-
-@dsl_user_op
-def lower_halves(low: Int32, high: Int32, *, loc=None, ip=None) -> Int32:
-    return _halves(low, high, 0x5410, loc, ip)
+@cute.jit
+def finished(acc):
+    """Waits for all products that were started, and returns accumulators anew: nothing made of them may come before."""
+    warpgroup.wait_group(0)
+    return [fresh_float(acc[i]) for i in range(len(acc) if isinstance(acc, list) else cute.size(acc))]
 
 
 @cute.jit
@@ -260,18 +264,6 @@ def bulk_store_lasting(target: cute.Pointer, source: cute.Pointer, size: int, *,
         f"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0], [$1], {size}, p; }}"
     )
     _asm(None, operands, text, "l,r", loc, ip)
-
-
-@dsl_user_op
-def halves(low: Int32, high: Int32, selector: Int32, *, loc=None, ip=None) -> Int32:
-    """The bytes that prmt's selector picks of both."""
-    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (low, high, selector)]
-    return Int32(_asm(T.i32(), operands, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc, ip, effects=False))
-
-
-def _halves(low, high, selector: int, loc, ip) -> Int32:
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (low, high)]
-    return Int32(_asm(T.i32(), operands, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc, ip, effects=False))
 
 
 def _asm(result, operands, text, constraints, loc, ip, effects=True):

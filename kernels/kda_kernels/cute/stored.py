@@ -9,13 +9,13 @@ from cutlass import Float16, Float32, Int32, Uint32, Uint64
 
 from kda_kernels.cute.math import float_bits, float_of, reciprocal
 from kda_kernels.cute.ptx import (
+    UPPER,
     add_down,
     multiply,
     multiply_add,
     multiply_add_down,
+    pick_bytes,
     select,
-    upper_halves,
-    with_upper_half,
 )
 from kda_kernels.reference.stored import LARGEST, LEAST_ROW, ROUNDS
 
@@ -37,7 +37,7 @@ def random_words(keys, slot: Uint32, token: Uint32, group: Uint32):
 @cute.jit
 def bf16_stochastic(a: Float32, b: Float32, word: Uint32) -> Int32:
     """Two numbers, neither of which is NaN, in a word, by the random ones in another."""
-    return upper_halves(float_bits(a) + Int32(word & Uint32(0xFFFF)), float_bits(b) + Int32(word >> 16))
+    return pick_bytes(float_bits(a) + Int32(word & Uint32(0xFFFF)), float_bits(b) + Int32(word >> 16), UPPER)
 
 
 @cute.jit
@@ -101,4 +101,4 @@ def int16_stochastic(x: Float32, w: Float32, number: Float32) -> Int32:
 @cute.jit
 def random_fractions(word: Uint32):
     """128 + r / 65536 of the two random numbers in a word."""
-    return float_of(with_upper_half(0x4300, word, upper=False)), float_of(with_upper_half(0x4300, word, upper=True))
+    return tuple(float_of(pick_bytes(word, Int32(0x4300 << 16), pick)) for pick in (0x7610, 0x7632))

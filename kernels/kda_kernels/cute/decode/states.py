@@ -12,7 +12,7 @@ from cutlass import Float32, Int32, Uint32
 from kda_kernels.cute.decode.config import LANES, DecodeSpec
 from kda_kernels.cute.decode.work import Rounding, Work
 from kda_kernels.cute.math import load_now
-from kda_kernels.cute.ptx import lower_halves, select
+from kda_kernels.cute.ptx import LOWER, pick_bytes, select
 from kda_kernels.cute.stored import (
     bf16_stochastic,
     fp16_stochastic,
@@ -181,7 +181,7 @@ class States:
                         low, high = int16_stochastic(a, w, low), int16_stochastic(b, w, high)
                     else:
                         low, high = int16_nearest(a, w), int16_nearest(b, w)
-                    out[i, s, n] = lower_halves(low, high)
+                    out[i, s, n] = pick_bytes(low, high, LOWER)
         return out
 
     @cute.jit

@@ -26,10 +26,11 @@ from kda_kernels.cute.prefill.config import (
 from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, piece, swizzled, swizzled_rows, vector
 from kda_kernels.cute.prefill.work import Barrier, Exit, Products, States, Work
 from kda_kernels.cute.ptx import (
+    PTX,
     exp2_approx,
+    finished,
     float_pair,
     fresh,
-    fresh_float,
     larger_size,
     load_transposed,
     multiply_warpgroup,
@@ -45,7 +46,6 @@ from kda_kernels.cute.ptx import (
 class Rights:
     """Right operands of products, by the names of `Products`; the last axis is the stage."""
 
-    read: cute.Tensor  # [kE; qE]
     solve: cute.Tensor  # the inverse, transposed
     mix: cute.Tensor  # tril(qE kI^T)
     write: cute.Tensor  # kI
@@ -56,13 +56,12 @@ class Registers:
     """What a thread of the chain holds.
 
     Attributes:
-        S: the state. read: S~ [kE; qE]^T. w, out: what is written to the state, and o.
+        S: the state. w, out: what is written to the state, and o.
         S_operand, w_operand: S and w as left operands.
         exponents: S and what is added to it is times 2 to these, row by row.
     """
 
     S: cute.Tensor
-    read: cute.Tensor
     w: cute.Tensor
     out: cute.Tensor
     S_operand: cute.Tensor
@@ -71,7 +70,7 @@ class Registers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Here:
+class Link:
     """A chunk and a thread of the chain.
 
     Attributes:
@@ -132,7 +131,7 @@ class Consumer:
                 owed = Int32(-1)
             cute.arch.mbarrier_wait(shared.full + stage, number // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
-            here = Here(number, stage, tokens, group, warp, lane, col, decay)
+            link = Link(number, stage, tokens, group, warp, lane, col, decay)
             position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
             if cutlass.const_expr(spec.keeps and spec.every):
                 row = states.rows.element_type(-1)
@@ -143,13 +142,13 @@ class Consumer:
             if cutlass.const_expr(spec.chain_inverts):
                 self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
-                self.decay(S, decay, here.col, True)
+                self.decay(S, decay, link.col, True)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
-            ratios = self.miss(shared, own, rights, products, work.kind, here)
-            self.correct(shared, own, rights, products, ratios, here)
-            self.write(shared, own, rights, products, here)
+            ratios = self.miss(shared, own, work.kind, link)
+            self.correct(shared, own, rights, products, ratios, link)
+            self.write(shared, own, rights, products, link)
             # the stage is not empty where its decays are read once more, or a state leaves from it; the last one's are
             late = False
             if cutlass.const_expr(spec.bounded and spec.invariant):
@@ -166,7 +165,7 @@ class Consumer:
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
-                    self.end(S, decay + spec.K, here.col)
+                    self.end(S, decay + spec.K, link.col)
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
                     self.scale_state(S, own.exponents)
@@ -201,31 +200,28 @@ class Consumer:
 
     def registers(self, S, products: Products) -> Registers:
         """Beside the state, nothing yet."""
-        K, columns = self.spec.K, 2 * CHUNK if self.spec.part.reads else CHUNK
-        read = cute.make_rmem_tensor(products.read.partition_shape_C((64, columns)), Float32)
+        K = self.spec.K
         w = cute.make_rmem_tensor(products.mix.partition_shape_C((64, CHUNK)), Float32)
         out = cute.make_rmem_tensor(w.shape, Float32)
         S_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, K // 16)), self.element)
         w_operand = cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, CHUNK // 16)), self.element)
         exponents = cute.make_rmem_tensor(2, Int32)
         exponents.fill(0)
-        return Registers(S, read, w, out, S_operand, w_operand, exponents)
+        return Registers(S, w, out, S_operand, w_operand, exponents)
 
     @cute.jit
-    def miss(self, shared, own: Registers, rights: Rights, products: Products, kind: Int32, here: Here):
+    def miss(self, shared, own: Registers, kind: Int32, link: Link):
         """w = a v - b S~ kE, what the state misses of v, and o = S~ qE. Returns powers of two for rows, in fp16."""
         spec, S, w = self.spec, own.S, own.w
         self.round(S, own.S_operand)
-        self.read(shared, products, own.read, own.S_operand, rights, here.stage)
-        words = self.values(shared, here.stage, here.tokens, kind, here.group, here.warp, here.lane)
+        products = self.read(shared, own.S_operand, link.stage)
+        words = self.values(shared, link.stage, link.tokens, kind, link.group, link.warp, link.lane)
         most = cute.make_rmem_tensor(2, Float32)
         if cutlass.const_expr(spec.scaled):
             most.fill(0.0)
             self.largest(S, most)
-        warpgroup.wait_group(0)
-        for i in cutlass.range_constexpr(cute.size(own.read)):  # so that nothing is made of it before it is there
-            own.read[i] = fresh_float(own.read[i])
-        self.residual(shared, here.stage, words, own.read, w, own.out, here.col, own.exponents)
+        read = finished(products)
+        self.residual(shared, link.stage, words, read, w, own.out, link.col, own.exponents)
         ratios = None
         if cutlass.const_expr(spec.scaled):
             self.largest(w, most)
@@ -236,23 +232,23 @@ class Consumer:
         return ratios
 
     @cute.jit
-    def correct(self, shared, own: Registers, rights: Rights, products: Products, ratios, here: Here):
+    def correct(self, shared, own: Registers, rights: Rights, products: Products, ratios, link: Link):
         """w <- (I + L)^-1 w; meanwhile, if gates have no bound, S decays."""
         spec, w = self.spec, own.w
         self.round(w, own.w_operand)
         if cutlass.const_expr(spec.chain_inverts):
-            cute.arch.mbarrier_wait(shared.inverted + here.stage, here.number // STAGES & 1)
-        first = (1 + spec.inverse_parts) * here.stage
+            cute.arch.mbarrier_wait(shared.inverted + link.stage, link.number // STAGES & 1)
+        first = (1 + spec.inverse_parts) * link.stage
         for part in cutlass.range_constexpr(spec.inverse_parts):
             self.product(products.solve, w, own.w_operand, rights.solve, first + part, CHUNK // 16, True)
         if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
-            self.decay(own.S, here.decay, here.col, False, ratios)
+            self.decay(own.S, link.decay, link.col, False, ratios)
         warpgroup.wait_group(0)
 
     @cute.jit
-    def write(self, shared, own: Registers, rights: Rights, products: Products, here: Here):
+    def write(self, shared, own: Registers, rights: Rights, products: Products, link: Link):
         """o <- o + tril(qE kI^T) w, to shared memory, and S <- S + w kI."""
-        spec, w, stage = self.spec, own.w, here.stage
+        spec, w, stage = self.spec, own.w, link.stage
         self.round(w, own.w_operand)
         left = []
         if cutlass.const_expr(spec.write_in_tf32):
@@ -270,8 +266,8 @@ class Consumer:
         if cutlass.const_expr(spec.part.reads):
             warpgroup.wait_group(1 if spec.write_in_tf32 else PARTS)
             if cutlass.const_expr(spec.out_buffers == 1):
-                self.own_buffer(here.group, here.warp)
-            self.stage_out(own.out, shared, here.group, here.number, stage, here.warp, here.lane, own.exponents)
+                self.own_buffer(link.group, link.warp)
+            self.stage_out(own.out, shared, link.group, link.number, stage, link.warp, link.lane, own.exponents)
         warpgroup.wait_group(0)
 
     def inside(self, group: Int32, p: Int32) -> Int32:
@@ -317,21 +313,12 @@ class Consumer:
     def right_operands(self, shared, products: Products, p: Int32) -> "Rights":
         """What products take from shared memory, of all stages."""
         spec = self.spec
-        if spec.bounded:
-            rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-            if not spec.part.reads:  # kE alone
-                rows = cute.local_tile(rows, (CHUNK, spec.K, STAGES), (0, 0, 0))
-        elif spec.part.reads:
-            rows = operand(shared.rows, Kind.MN_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        else:
-            rows = operand(shared.rows, Kind.MN_SW64, (CHUNK, spec.K, 2 * STAGES), (0, 1, 2))
         cols = operand(shared.cols, Kind.MN_SW128, (spec.K, CHUNK, PARTS * STAGES), (1, 0, 2))
         squares = (CHUNK, CHUNK, (1 + spec.inverse_parts) * STAGES)
         square = operand(shared.mix, Kind.K_SW64, squares, (0, 1, 2))
         inverse = operand(shared.mix, Kind.MN_SW64, squares, (1, 0, 2))
-        pairs = ((products.read, rows), (products.write, cols), (products.solve, inverse), (products.mix, square))
-        read, write, solve, mix = (mma.make_fragment_B(mma.get_slice(p).partition_B(x)) for mma, x in pairs)
-        return Rights(read, solve, mix, write)
+        pairs = ((products.solve, inverse), (products.mix, square), (products.write, cols))
+        return Rights(*(mma.make_fragment_B(mma.get_slice(p).partition_B(x)) for mma, x in pairs))
 
     @cute.jit
     def values(self, shared, stage: Int32, tokens: Int32, kind: Int32, group: Int32, warp: Int32, lane: Int32):
@@ -634,28 +621,21 @@ class Consumer:
             cute.gemm(mma, acc, left[None, None, i], right[None, None, i, stage], acc)
         warpgroup.commit_group()
 
-    @cute.jit
-    def read(self, shared, products: Products, read, S_operand, rights: Rights, stage: Int32):
-        """Starts S~ [kE; qE]^T."""
-        spec = self.spec
-        if cutlass.const_expr(not spec.part.reads):
-            rows = stage if spec.bounded else 2 * stage
-            self.product(products.read, read, S_operand, rights.read, rows, spec.K // 16, False)
-        else:
-            words = cute.recast_tensor(S_operand, Int32)
-            kind = "bf16" if self.element is BFloat16 else "f16"
-            steps = [2 * (i % 4) + 512 * (i // 4) if spec.bounded else 128 * i for i in range(spec.K // 16)]
-            right = swizzled_rows(shared.rows, stage * (2 * CHUNK * spec.K * 2))
-            warpgroup.fence()
-            total = None
-            for i in cutlass.range_constexpr(len(steps)):  # apart, so that the next words are made meanwhile
-                left = [words[4 * i + n] for n in range(4)]
-                total = multiply_warpgroup(
-                    f"m64n64k16.f32.{kind}.{kind}", left, right, [steps[i]], total, transposed=not spec.bounded
-                )
-            for i in cutlass.range_constexpr(cute.size(read)):
-                read[i] = total[i]
-            warpgroup.commit_group()
+    def read(self, shared, S_operand, stage: Int32) -> list:
+        """Starts S~ [kE; qE]^T, or S~ kE^T: 16 channels at a time, so that words of the next are made meanwhile."""
+        spec, words = self.spec, cute.recast_tensor(S_operand, Int32)
+        tokens = 2 * CHUNK if spec.part.reads else CHUNK
+        line = 128 if spec.bounded else 2 * tokens  # bytes: of 64 channels of a token, or of a channel's tokens
+        right = swizzled_rows(shared.rows, stage * (2 * CHUNK * spec.K * 2), line)
+        shape = f"m64n{tokens}k16.f32.{PTX[self.element]}.{PTX[self.element]}"
+        products = None
+        warpgroup.fence()
+        for i in range(spec.K // 16):
+            left = [words[4 * i + n] for n in range(4)]
+            step = 2 * (i % 4) + 512 * (i // 4) if spec.bounded else line * i
+            products = multiply_warpgroup(shape, left, right, [step], products, transposed=not spec.bounded)
+        warpgroup.commit_group()
+        return products
 
     @cute.jit
     def write_in_tf32(self, shared, S, left: list, stage: Int32):

@@ -126,10 +126,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
                 segment, begin, limit, sms, heads, stream,
             )  # fmt: skip
         else:
-            rows_major = K_MAJOR if self.spec.bounded else MN_MAJOR
             products = (
-                self.product_of(CHUNK, source=warpgroup.OperandSource.SMEM),  # [kE; qE] kI^T
-                self.product_of(2 * CHUNK if part.reads else CHUNK, rows_major),  # S~ [kE; qE]^T
                 self.product_of(CHUNK, MN_MAJOR),  # with the inverse
                 self.product_of(CHUNK),  # with tril(qE kI^T)
                 self.product_of(self.spec.K, MN_MAJOR),  # w kI
@@ -210,8 +207,6 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
         items: Int32,
         counter: cute.Tensor | None,
         heads: cute.FastDivmodDivisorV2,
-        gram: cute.TiledMma,
-        read: cute.TiledMma,
         solve: cute.TiledMma,
         mix: cute.TiledMma,
         write: cute.TiledMma,
@@ -225,7 +220,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
             o, A_log, dt_bias, state_indices, cu_seqlens, heads, null_slot, lead, segment, begin, limit, items, counter,
             states,
         )  # fmt: skip
-        products = Products(gram, read, solve, mix, write)
+        products = Products(solve, mix, write)
         if cutlass.const_expr(spec.stays):
             self.run(atoms, tiles, g_dtype, beta, batch, None, scale, lower_bound, products)
         else:
@@ -432,7 +427,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
             self.each(
                 shared, batch, work, True,
                 lambda work, turn: produce(
-                    shared, atoms, tiles, beta, batch, work, turn, scale, lower_bound, group, products.gram
+                    shared, atoms, tiles, beta, batch, work, turn, scale, lower_bound, group
                 ),
             )  # fmt: skip
 

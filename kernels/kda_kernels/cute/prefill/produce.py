@@ -9,9 +9,9 @@ from kda_kernels.cute.math import sigmoid
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS
 from kda_kernels.cute.prefill.prepare import Preparer
 from kda_kernels.cute.prefill.relate import Relater
-from kda_kernels.cute.prefill.shared import TILE, Kind, arrive, by_chunk, operand, piece, swizzled_rows, vector
+from kda_kernels.cute.prefill.shared import TILE, arrive, by_chunk, piece, swizzled_rows, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
-from kda_kernels.cute.ptx import fresh, fresh_float, multiply_warpgroup
+from kda_kernels.cute.ptx import finished, fresh, multiply_warpgroup
 
 INVERTER, V_LOADER, LOADER = 0, 0, 3  # the warps that may invert, ask for v, and for other inputs
 
@@ -22,7 +22,7 @@ class Producer(Preparer, Relater):
     @cute.jit
     def produce(
         self, shared, atoms, sources, beta, batch: Batch, work: Work, turn, scale: Float32, lower_bound: Float32,
-        group: Int32, gram: cute.TiledMma,
+        group: Int32,
     ):  # fmt: skip
         """Every other chunk of an item, the `turn`-th of this CTA."""
         spec = self.spec
@@ -35,16 +35,6 @@ class Producer(Preparer, Relater):
         raw_k = raw_q + CHUNK * spec.K
         raw_g = shared.raw_g + group * (CHUNK * spec.K)
         scratch = shared.solve + group * (3 * TILE)
-
-        rows = operand(shared.rows, Kind.K_SW128, (2 * CHUNK, spec.K, STAGES), (0, 1, 2))
-        if cutlass.const_expr(spec.write_in_tf32):
-            cols = operand(shared.near, Kind.K_SW128, (CHUNK, spec.K, 2), (0, 1, 2))
-        else:
-            cols = operand(shared.cols, Kind.K_SW128, (CHUNK, spec.K, PARTS * STAGES), (0, 1, 2))
-        thread = gram.get_slice(p)
-        gram_a = gram.make_fragment_A(thread.partition_A(rows))
-        gram_b = gram.make_fragment_B(thread.partition_B(cols))
-        acc = cute.make_rmem_tensor(gram.partition_shape_C((2 * CHUNK, CHUNK)), Float32)
 
         loaded = shared.loaded + group
         summary = cutlass.const_expr(not spec.part.reads)  # needs no q
@@ -95,26 +85,11 @@ class Producer(Preparer, Relater):
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
 
-            warpgroup.fence()
-            if cutlass.const_expr(spec.write_in_tf32):
-                left = swizzled_rows(shared.rows, stage * (2 * CHUNK * spec.K * 2))
-                right = swizzled_rows(shared.near, group * (CHUNK * spec.K * 2))
-                steps = [(2 * (i % 4) + 512 * (i // 4), 2 * (i % 4) + 256 * (i // 4)) for i in range(spec.K // 16)]
-                total = multiply_warpgroup("m64n32k16.f32.bf16.bf16", left, right, steps)
-                for i in cutlass.range_constexpr(cute.size(acc)):
-                    acc[i] = total[i]
-            else:
-                for i in cutlass.range_constexpr(spec.K // 16):
-                    gram.set(warpgroup.Field.ACCUMULATE, i != 0)
-                    cute.gemm(gram, acc, gram_a[None, None, i, stage], gram_b[None, None, i, PARTS * stage], acc)
-            warpgroup.commit_group()
-
+            products = self.product_of_rows(shared, stage, group)
             if warp == LOADER:
                 item = self.now(shared, work, turn)
                 self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
-            warpgroup.wait_group(0)
-            for i in cutlass.range_constexpr(cute.size(acc)):  # so that nothing is made of it before it is there
-                acc[i] = fresh_float(acc[i])
+            acc = finished(products)
             if cutlass.const_expr(spec.write_in_tf32):
                 arrive(shared.related + group, lane, spec.each_arrives)
             if cutlass.const_expr(spec.chain_inverts):
@@ -126,6 +101,22 @@ class Producer(Preparer, Relater):
                 arrive(shared.full + stage, lane, spec.each_arrives)
             else:
                 self.invert_early(shared, scratch, stage, group, warp, lane)
+
+    @cute.jit
+    def product_of_rows(self, shared, stage: Int32, group: Int32):
+        """Starts [kE; qE] kI^T."""
+        K = self.spec.K
+        left = swizzled_rows(shared.rows, stage * (2 * CHUNK * K * 2))
+        if cutlass.const_expr(self.spec.write_in_tf32):
+            right = swizzled_rows(shared.near, group * (CHUNK * K * 2))
+        else:  # the first of its parts
+            right = swizzled_rows(shared.cols, stage * (PARTS * CHUNK * K * 2))
+        # 16 channels are 32 bytes, 64 a tile of 64 tokens and one of 32
+        steps = [(2 * (i % 4) + 512 * (i // 4), 2 * (i % 4) + 256 * (i // 4)) for i in range(K // 16)]
+        warpgroup.fence()
+        products = multiply_warpgroup("m64n32k16.f32.bf16.bf16", left, right, steps)
+        warpgroup.commit_group()
+        return products
 
     @cute.jit
     def invert_early(self, shared, scratch, stage: Int32, group: Int32, warp: Int32, lane: Int32):

@@ -128,10 +128,11 @@ def operand(pointer, kind, shape, order):
     return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, pointer.dtype), layout.outer)
 
 
-def swizzled_rows(pointer, offset: Int32):
-    """The descriptor of what a product reads so many bytes behind: rows of 128 bytes, 128-byte swizzle."""
-    # 8 rows are 1024 bytes, in units of 16
-    return Int64((pointer.toint().to(Int32) + offset) >> 4) | Int64((1 << 62) | (64 << 32) | (1 << 16))
+def swizzled_rows(pointer, offset: Int32, line: int = 128):
+    """The descriptor of what a product reads so many bytes behind: rows of 128 or 64 bytes, swizzled as wide."""
+    swizzle = {128: 1, 64: 2 - 4}[line]  # the upper two bits of a signed number
+    apart = 8 * line // 16  # 8 rows, in units of 16 bytes; the third number is for what is wider than a row
+    return Int64((pointer.toint().to(Int32) + offset) >> 4) | Int64((swizzle << 62) | (apart << 32) | (1 << 16))
 
 
 def vector(pointer, offset, size: int = 2):

@@ -30,17 +30,17 @@ from kda_kernels.cute.prefill.prepare import HALF, Across, Column
 from kda_kernels.cute.prefill.shared import TILE, Shared, arrive, piece, swizzled, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
 from kda_kernels.cute.ptx import (
+    LOWER,
+    UPPER,
     exp2_approx,
     float_pair,
     fresh,
     fresh_float,
-    halves,
     load_transposed,
-    lower_halves,
     multiply_16x8x16,
     multiply_pairs,
+    pick_bytes,
     select,
-    upper_halves,
 )
 from kda_kernels.problem import Gate
 
@@ -82,18 +82,18 @@ class Mine:
         return 2 * self.pair + (self.swapped ^ e)
 
     def selector(self, e: int, lower: int, upper: int) -> Int32:
-        """What `halves` takes for channel e, from what it takes for the lower and the upper half of words."""
+        """What `pick_bytes` takes for channel e, from what it takes for the lower and the upper half of words."""
         return lower + (self.swapped ^ e) * (upper - lower)
 
 
 def since(decays: list, first: int, last: int, before: Any = None) -> list:
-    """Decays from `first` to each token until `last`, both included; all of them after one more."""
+    """Products of decays from `first` to each token until `last`; each times `before`, if that is given."""
     own = [fresh_float(x) for x in decays[first : last + 1]]
     return list(itertools.accumulate(own if before is None else [before * own[0], *own[1:]], operator.mul))
 
 
 def until(decays: list, first: int, last: int, after: Any = None) -> list:
-    """Decays behind each token from `first` on, until `last`; all of them before one more."""
+    """Products of decays behind each token from `first` on, until `last`; each times `after`, if that is given."""
     own = [fresh_float(x) for x in reversed(decays[first + 1 : last + 1])]
     start = [Float32(1.0), own[0]] if after is None else [after, after * own[0]]
     return list(itertools.accumulate([start[1], *own[1:]], operator.mul))[::-1] + start[:1]
@@ -159,6 +159,7 @@ class Vacancy:
 
 
 def four_words(place: Int32):
+    """Shared memory at an address, as words."""
     return cute.make_tensor(cute.make_ptr(Int32, place, SMEM, assumed_align=16), cute.make_layout(4))
 
 
@@ -194,7 +195,7 @@ class Unbounded:
     @cute.jit
     def produce_unbounded(
         self, shared, atoms, sources, beta, batch: Batch, work: Work, turn, scale: Float32, lower_bound: Float32,
-        group: Int32, gram: cute.TiledMma,
+        group: Int32,
     ):  # fmt: skip
         """As `Producer.produce`."""
         spec = self.spec
@@ -271,6 +272,7 @@ class Unbounded:
 
     @cute.jit
     def keep_rates(self, rates: Rates, batch: Batch, i_hv: Int32, p: Int32):
+        """The bias of a channel a thread, and exp(A_log), to where `rates` says."""
         spec, A_log, dt_bias = self.spec, batch.A_log, batch.dt_bias
         A, bias = Float32(1.0), Float32(0.0)
         if cutlass.const_expr(A_log is not None):
@@ -369,9 +371,9 @@ class Unbounded:
         words = [column.word(t)[0] for t in range(HALF)]
         if dtype is BFloat16:
             picks = [mine.selector(e, 0x1044, 0x3244) for e in range(2)]
-            return [[float_of(halves(word, Int32(0), pick)) for pick in picks] for word in words]
+            return [[float_of(pick_bytes(word, Int32(0), pick)) for pick in picks] for word in words]
         turn = mine.selector(0, 0x3210, 0x1032)
-        return [float_pair(halves(word, word, turn), dtype) for word in words]
+        return [float_pair(pick_bytes(word, word, turn), dtype) for word in words]
 
     @cute.jit
     def decays_of_tokens(self, at: Places, rates: Rates, mine: Mine):
@@ -406,8 +408,8 @@ class Unbounded:
         """Of each channel words of two neighbouring tokens."""
         column = Column.of(tile, CHUNK, mine.pair, mine.half)
         words = [column.word(t)[0] for t in range(HALF)]
-        picks = [mine.selector(e, 0x5410, 0x7632) for e in range(2)]
-        return [[halves(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
+        picks = [mine.selector(e, LOWER, UPPER) for e in range(2)]
+        return [[pick_bytes(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
 
     def words_of(self, pairs: list, tokens: list[int]) -> list:
         """Of `token_pairs` of a channel words of these tokens."""
@@ -416,7 +418,7 @@ class Unbounded:
             if a // 2 == b // 2:
                 out.append(pairs[a // 2])
             else:
-                out.append((upper_halves if a % 2 else lower_halves)(pairs[a // 2], pairs[b // 2]))
+                out.append(pick_bytes(pairs[a // 2], pairs[b // 2], UPPER if a % 2 else LOWER))
         return out
 
     def write_operands(self, place: Int32, size: int, decays: list, k: list, q: list | None, lane: Int32) -> None:
@@ -472,6 +474,7 @@ class Unbounded:
         return acc
 
     def keep_products(self, place: Int32, index: int, values, lane: Int32) -> None:
+        """A lane's four of a product of tokens, the `index`-th from `place` on."""
         target = cute.make_ptr(Float32, place + index * PRODUCTS + lane * 16, SMEM, assumed_align=16)
         vector(target, 0, 4).store(self.four(values).load())
 

@@ -137,10 +137,8 @@ class Exit:
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """How each product is made."""
+    """How the chain's products are made that `multiply_warpgroup` does not make."""
 
-    gram: cute.TiledMma  # [kE; qE] kI^T
-    read: cute.TiledMma  # S~ [kE; qE]^T
     solve: cute.TiledMma  # with the inverse
     mix: cute.TiledMma  # with tril(qE kI^T)
     write: cute.TiledMma  # w kI
