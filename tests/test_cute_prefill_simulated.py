@@ -12,7 +12,7 @@ from prefill_inputs import SAFE, SOFTPLUS, plain
 from ptx import GlobalMemory, Kernel, PtxError, TensorMap
 
 from kda_kernels.cute.prefill import functions as prefill_functions
-from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, THREADS, Part
+from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, THREADS, Part, PrefillSpec
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import Options
@@ -39,11 +39,24 @@ def kept_by(lens: list[int]) -> Checkpoints:
     return Checkpoints(states, rows, every=ALIGNMENT)
 
 
-@functools.cache
+def kept_at(positions: list[int], dtype: torch.dtype) -> Checkpoints:
+    """Rows for the state after so many tokens of the one sequence, in any order; a last row for none."""
+    states = torch.full((len(positions) + 1, 1, SIZE, SIZE), torch.nan, dtype=dtype)
+    rows = torch.arange(len(positions), dtype=torch.int32)[None]
+    return Checkpoints(states, rows, torch.tensor([positions], dtype=torch.int32))
+
+
 def ptx_of(part: Part, options: Options, keeps: bool = False) -> str:
-    inputs = inputs_of([1], options)
-    inputs = dataclasses.replace(inputs, checkpoints=kept_by([1]) if keeps else None)
-    spec = prefill_functions.spec_of(part, inputs, None if part is Part.SUMMARY else inputs.new_final_state())
+    return ptx_for(part, options, kept_by([1]) if keeps else None)
+
+
+def ptx_for(part: Part, options: Options, kept: Checkpoints | None) -> str:
+    inputs = dataclasses.replace(inputs_of([1], options), checkpoints=kept)
+    return compiled(prefill_functions.spec_of(part, inputs, None if part is Part.SUMMARY else inputs.new_final_state()))
+
+
+@functools.cache
+def compiled(spec: PrefillSpec) -> str:
     return prefill_functions._variant("simulated", spec).build("sm_90a").ptx
 
 
@@ -97,12 +110,11 @@ class Call:
             tensors += [self._tensor(one, (len(one), 1), (SIZE * SIZE,)) for one in (self.summaries, self.starts)]
         if x.checkpoints is not None:
             self.kept, rows = place(x.checkpoints.states), place(x.checkpoints.rows)
-            strides = (2, 2 * SIZE, 2 * SIZE * SIZE, 2 * SIZE * SIZE)
-            maps.append(TensorMap(self.memory.address(self.kept), strides, SIZE, rows=16))
-            tensors += [
-                self._tensor(self.kept, (len(self.kept), 1), (SIZE * SIZE,)),
-                self._tensor(rows, rows.shape, (rows.shape[1],)),
-            ]
+            strides = [n * self.kept.itemsize for n in (1, SIZE, SIZE * SIZE, SIZE * SIZE)]
+            maps.append(TensorMap(self.memory.address(self.kept), tuple(strides), SIZE, rows=16))
+            tensors.append(self._tensor(self.kept, (len(self.kept), 1), (SIZE * SIZE,)))
+            places = [rows] if x.checkpoints.offsets is None else [rows, place(x.checkpoints.offsets)]
+            tensors += [self._tensor(one, one.shape, (one.shape[1],)) for one in places]
         behind_maps = [bytes(8)] * len(maps)  # extents and strides, which only the descriptors are made of
         self.parameters = [*maps, *behind_maps, *tensors, *self._numbers()]
 
@@ -133,7 +145,7 @@ def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def check(call: Call) -> None:
     """Results of whole sequences against the oracle."""
-    wanted = recurrence(call.inputs)
+    wanted = recurrence(dataclasses.replace(call.inputs, checkpoints=None))
     ends = call.inputs.cu_seqlens.tolist()
     for n, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
         if first < end:
@@ -179,6 +191,21 @@ def test_checkpoints(options):
     for n in range(2):
         first = alone(inputs, slice(0, (n + 1) * ALIGNMENT), inputs.state)
         assert error(call.kept[n], first.final_state[0]) <= STATE_ERROR, f"checkpoint {n}"
+
+
+@both_gates
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_checkpoints_at_given_positions(options, dtype):
+    positions = [128, 64, 65, 128, 0, 192]
+    inputs = dataclasses.replace(inputs_of([130], options), checkpoints=kept_at(positions, dtype))
+    call = Call(inputs).run(Kernel(ptx_for(Part.WHOLE, options, inputs.checkpoints)))
+    check(call)
+    for row, position in enumerate(positions[:2] + positions[3:4]):
+        first = alone(inputs, slice(0, position), inputs.state)
+        assert error(call.kept[row + (row == 2)], first.final_state[0]) <= STATE_ERROR, f"checkpoint at {position}"
+    assert call.kept[[2, 4, 5, 6]].isnan().all(), "no chunk ends there; before and behind the tokens; nobody's"
+    plain = Call(dataclasses.replace(inputs, checkpoints=None)).run(Kernel(ptx_of(Part.WHOLE, options)))
+    assert call.o.equal(plain.o) and call.ht.equal(plain.ht), "checkpoints change no bit of the rest"
 
 
 def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):

@@ -14,9 +14,9 @@ _PLACES = ((0, 0), (8, 0), (0, 8), (8, 8))  # of the registers of A in 16 rows, 
 
 
 def _left(words: list[np.ndarray], kind: str) -> np.ndarray:
-    """A, float64 [16, 16], or [16, 8] of tf32, from its four registers."""
-    a = np.zeros((16, 8 if kind == "tf32" else 16))
-    for word, (row, column) in zip(words, _PLACES, strict=True):
+    """A, float64 [16, 16] from four registers, or [16, 8] from two; of tf32 [16, 8] from four."""
+    a = np.zeros((16, 8 if kind == "tf32" else 4 * len(words)))
+    for word, (row, column) in zip(words, _PLACES, strict=False):
         if kind == "tf32":
             a[ROW + row, COLUMN + column // 2] = tf32_values(word)
         else:
@@ -25,8 +25,8 @@ def _left(words: list[np.ndarray], kind: str) -> np.ndarray:
 
 
 def _right(words: list[np.ndarray], kind: str) -> np.ndarray:
-    """B, float64 [16, 8], or [8, 8] of tf32, from its two registers."""
-    b = np.zeros((8 if kind == "tf32" else 16, 8))
+    """B, float64 [16, 8] from two registers, or [8, 8] from one; of tf32 [8, 8] from two."""
+    b = np.zeros((8 if kind == "tf32" else 8 * len(words), 8))
     for n, word in enumerate(words):
         if kind == "tf32":
             b[COLUMN + 4 * n, ROW] = tf32_values(word)
@@ -43,10 +43,13 @@ def _sums(d: np.ndarray, n: int) -> np.ndarray:
 @instruction("mma.sync.aligned")
 def _multiply(statement: Statement) -> Run:
     shape, *_, kind = statement.opcode.split(".")[3:8]
-    if shape not in ("m16n8k16", "m16n8k8") or kind not in ("bf16", "f16", "tf32"):
+    sizes = {"m16n8k16": (4, 2), "m16n8k8": (4, 2) if kind == "tf32" else (2, 1)}
+    if shape not in sizes or kind not in ("bf16", "f16", "tf32"):
         raise NotImplementedError(f"the simulator has no instruction `{statement}`")
     given = elements(statement.operands[0])
     a, b, c = ([value(one) for one in elements(operand)] for operand in statement.operands[1:])
+    if (len(a), len(b)) != sizes[shape]:
+        raise ValueError(f"so many registers are none of its: `{statement}`")
 
     def multiply(warp):
         warp.must_be_whole(statement)

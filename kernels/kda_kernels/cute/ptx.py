@@ -74,6 +74,12 @@ def multiply_16x8x16(acc: tuple, a: tuple, b: tuple, dtype: type = BFloat16, *, 
 
 
 @dsl_user_op
+def multiply_16x8x8(acc: tuple, a: tuple, b: Int32, dtype: type = BFloat16, *, loc=None, ip=None) -> tuple:
+    """mma.m16n8k8 of bf16 or fp16: acc + a b, fp32."""
+    return _multiply("m16n8k8.row.col.f32.{0}.{0}.f32".format(PTX[dtype]), acc, a, (b,), loc, ip)
+
+
+@dsl_user_op
 def store_transposed(target: cute.Pointer, words: tuple, *, loc=None, ip=None) -> None:
     """stmatrix.x4.trans, the inverse of `load_transposed`."""
     operands = [x.ir_value(loc=loc, ip=ip) for x in (target.toint(), *words)]

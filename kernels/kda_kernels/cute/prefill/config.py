@@ -137,7 +137,7 @@ class PrefillSpec:
     @property
     def chain_inverts(self) -> bool:
         """Whether warps that run the chain make the inverse: they have time but, with a bound, where states leave."""
-        return not (self.bounded and self.keeps)
+        return True
 
     @property
     def out_buffers(self) -> int:

@@ -27,7 +27,6 @@ from kda_kernels.cute.prefill.shared import Kind, arrive, by_chunk, operand, pie
 from kda_kernels.cute.prefill.work import Barrier, Exit, Products, States, Work
 from kda_kernels.cute.ptx import (
     PTX,
-    exp2_approx,
     finished,
     float_pair,
     fresh,
@@ -117,6 +116,7 @@ class Consumer:
         own = self.registers(S, products)
         if cutlass.const_expr(spec.scaled):
             self.scale_state(S, own.exponents)
+        made = Int32(-1)  # the chunk whose inverse this warp has made last
         owed = Int32(-1)  # the stage from which a state leaves
         column, due = self.first_column(states, work)
 
@@ -136,48 +136,59 @@ class Consumer:
             if cutlass.const_expr(spec.keeps and spec.every):
                 row = states.rows.element_type(-1)
                 if position == due:  # asked for here, since memory takes its time
-                    if column < states.rows.shape[1]:
+                    if column < states.rows.shape[1] and tokens >= CHUNK and work.kind == 0 and work.index == 0:
                         row = states.rows[work.i_n, column]
                     column, due = column + 1, due + states.every
             if cutlass.const_expr(spec.chain_inverts):
-                self.invert_in_turn(shared, number, stage, group, warp, lane)
+                made = self.invert_in_turn(shared, number, chunk + 1 < n_chunks, made, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
                 self.decay(S, decay, link.col, True)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
+            leaves = False  # a state may leave, from where the chunk's operands are
+            if cutlass.const_expr(spec.keeps):
+                leaves = position % ALIGNMENT == 0
             ratios = self.miss(shared, own, work.kind, link)
+            if leaves:
+                self.vacate(0, link)
             self.correct(shared, own, rights, products, ratios, link)
             self.write(shared, own, rights, products, link)
+            if leaves:
+                self.vacate(1, link)
             # the stage is not empty where its decays are read once more, or a state leaves from it; the last one's are
-            late = False
+            late = leaves
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 late = chunk & 1 == 1
-            elif cutlass.const_expr(spec.keeps):
-                late = position % ALIGNMENT == 0
             last = False
             if cutlass.const_expr(spec.stays):
                 last = tokens <= CHUNK
             if not (late or last):
                 arrive(shared.empty + stage, lane, spec.each_arrives)
+            way, here = None, False
+            if cutlass.const_expr(spec.keeps):
+                way = Exit(atoms[-1], tiles[-1], states.kept, shared, link, work.i_hv)
+                here = row >= 0 and row < states.kept.shape[0]
+                if leaves:
+                    self.await_vacant(link)
+                if here:
+                    for part in cutlass.range_constexpr(2):
+                        self.put_tile(own, part, way)
             if cutlass.const_expr(not summary):
                 source = self.buffer(shared, group, number & 1)
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
+            if cutlass.const_expr(spec.keeps):
+                if here:
+                    self.send_tiles(own, Int32(row), way)
+                if cutlass.const_expr(not spec.every):
+                    if leaves and tokens >= CHUNK and work.kind == 0 and work.index == 0:
+                        self.keep(own, states, work, position, way)
             if cutlass.const_expr(spec.bounded and spec.invariant):
                 if chunk & 1 == 1:
-                    self.end(S, decay + spec.K, link.col)
+                    self.decay(S, decay + spec.K, link.col, False)
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
                     self.scale_state(S, own.exponents)
-            if cutlass.const_expr(spec.keeps):
-                if tokens >= CHUNK and work.kind == 0 and work.index == 0:
-                    if cutlass.const_expr(spec.scaled):
-                        self.scale_rows(S, self.powers(own.exponents, -1))
-                    self.keep(
-                        S, decay, states, work, position, row, Exit(atoms[-1], tiles[-1], shared, stage, group, p)
-                    )
-                    if cutlass.const_expr(spec.scaled):
-                        self.scale_rows(S, self.powers(own.exponents))
             if late and not last:
                 if cutlass.const_expr(spec.keeps):
                     owed = stage
@@ -192,7 +203,7 @@ class Consumer:
             open_chunk = n_chunks & 1 == 1
         stage = (work.before + n_chunks - 1) % STAGES
         if open_chunk and spec.bounded:
-            self.end(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3))
+            self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3), False)
         if cutlass.const_expr(spec.stays):
             if n_chunks > 0:
                 arrive(shared.empty + stage, p & 31, spec.each_arrives)
@@ -439,24 +450,18 @@ class Consumer:
                     S[4 * j + 2 * h + e] = pair[e].to(Float32)
 
     @cute.jit
-    def store_state(self, S, states, slot: Int64, inside: Int32, decay=None):
-        """S diag(2^decay), or S, rounded to the dtype of the states."""
+    def store_state(self, S, states, slot: Int64, inside: Int32):
+        """S rounded to the dtype of the states."""
         start, K = slot * states.stride[0], self.spec.K
         narrow = cutlass.const_expr(states.element_type.width == 16)
         col = 2 * (cute.arch.lane_idx() & 3)
         for block in cutlass.range_constexpr(K // 32):
             words = [[], []]
             for j in cutlass.range_constexpr(4 * block, 4 * block + 4):
-                factors = None
-                if cutlass.const_expr(decay is not None):
-                    exponents = vector(decay, 8 * j + col).load()
-                    factors = [exp2_approx(exponents[e]) for e in range(2)]
                 for h in cutlass.range_constexpr(2):
                     pair = cute.make_rmem_tensor(2, Float32)
                     for e in cutlass.range_constexpr(2):
                         pair[e] = S[4 * j + 2 * h + e]
-                        if cutlass.const_expr(factors is not None):
-                            pair[e] = pair[e] * factors[e]
                     rounded = pair.load().to(states.element_type)
                     if cutlass.const_expr(narrow):
                         word = cute.make_rmem_tensor(2, states.element_type)
@@ -595,7 +600,7 @@ class Consumer:
     @cute.jit
     def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool], ratios=None):
         """S diag(factors), or of their squares if they are roots; rows times `ratios`."""
-        for j in cutlass.range_constexpr(self.spec.K // 8):
+        for j in cutlass.range_constexpr(cute.size(S) // 4):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * pair[i % 2]
@@ -639,15 +644,20 @@ class Consumer:
 
     @cute.jit
     def write_in_tf32(self, shared, S, left: list, stage: Int32):
-        """Starts S += w kI. Of 8 tokens a lane has two that lie beside each other: kI has the even ones first."""
+        """Starts S += w kI. Of 8 tokens a lane has two that lie beside each other: kI has the even ones first.
+
+        If gates have a bound kI's channels are `Across.crossed`, and a lane's numbers of 16 channels are in that order.
+        """
         columns = swizzled_rows(shared.cols, stage * (PARTS * CHUNK * self.spec.K * 2))
+        order = list(range(cute.size(S)))
+        if self.spec.bounded:  # 4 (2 block + a) + 2 row + b
+            order = [8 * (i // 8) + 4 * (i % 2) + i % 4 // 2 * 2 + i % 8 // 4 for i in order]
         warpgroup.fence()
-        numbers = [S[i] for i in range(cute.size(S))]
         total = multiply_warpgroup(
-            "m64n128k8.f32.tf32.tf32", left, columns, [2 * i for i in range(CHUNK // 8)], numbers
+            "m64n128k8.f32.tf32.tf32", left, columns, [2 * i for i in range(CHUNK // 8)], [S[i] for i in order]
         )
-        for i in cutlass.range_constexpr(cute.size(S)):
-            S[i] = total[i]
+        for n, i in enumerate(order):
+            S[i] = total[n]
         warpgroup.commit_group()
 
     @cute.jit
@@ -683,14 +693,6 @@ class Consumer:
         for j in cutlass.range_constexpr(0, cute.size(rounded) // 4, 2):
             store_transposed(target + j * 8 * 64, tuple(words[2 * j + i] for i in range(4)))
 
-    @cute.jit
-    def end(self, S, decay, col: Int32):
-        """S from the middle of a chunk to its end: S diag(2^decay)."""
-        for j in cutlass.range_constexpr(self.spec.K // 8):
-            pair = vector(decay, 8 * j + col).load()
-            for i in cutlass.range_constexpr(4):
-                S[4 * j + i] = S[4 * j + i] * exp2_approx(pair[i % 2])
-
     def first_column(self, states: States, work: Work):
         """Of checkpoints at regular distances the first one in this round, and the tokens before it."""
         column = Int32(0)
@@ -699,23 +701,19 @@ class Consumer:
         return column, (column + 1) * states.every
 
     @cute.jit
-    def keep(self, S, decay, states: States, work: Work, position: Int32, row, way: Exit):
-        """The state after `position` tokens of a sequence into the rows of the checkpoints that are there.
-
-        At regular distances there is one of them at most, in `row`. S is in the middle of a chunk, and leaves as it is
-        at its end.
-        """
-        if cutlass.const_expr(self.spec.every):
-            self.keep_row(S, decay, states, work, row, way)
-        elif position % ALIGNMENT == 0:
-            for column in cutlass.range(states.rows.shape[1], unroll=1):
-                if Int32(states.offsets[work.i_n, column]) == position:
-                    self.keep_row(S, decay, states, work, states.rows[work.i_n, column], way)
-
-    @cute.jit
-    def keep_row(self, S, decay, states: States, work: Work, row, way: Exit):
-        if row >= 0 and row < states.kept.shape[0]:
-            self.send_tiles(S, decay + self.spec.K, states.kept.element_type, work.i_hv, Int32(row), way)
+    def keep(self, own: Registers, states: States, work: Work, position: Int32, way: Exit):
+        """The state after `position` tokens of a sequence into the rows of all checkpoints that are there."""
+        for column in cutlass.range(states.rows.shape[1], unroll=1):
+            if Int32(states.offsets[work.i_n, column]) == position:
+                row = Int32(states.rows[work.i_n, column])
+                if row >= 0 and row < states.kept.shape[0]:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # it may go to two rows
+                    cute.arch.sync_warp()
+                    for part in cutlass.range_constexpr(2):
+                        self.put_tile(own, part, way)
+                    cute.arch.fence_proxy("async.shared", space="cta")
+                    cute.arch.sync_warp()
+                    self.send_tiles(own, row, way)
 
     @cute.jit
     def hand_back(self, shared, owed: Int32, lane: Int32):
@@ -725,43 +723,58 @@ class Consumer:
             arrive(shared.empty + owed, lane, self.spec.each_arrives)
 
     @cute.jit
-    def send_tiles(self, S, decay, dtype: cutlass.Constexpr, i_hv: Int32, row: Int32, way: Exit):
-        """S diag(2^decay), or S if it is at a chunk's end already, to a checkpoint's row.
+    def vacate(self, half: cutlass.Constexpr[int], link: Link):
+        """Says that this warpgroup is done with what the other's half of a checkpoint takes the place of.
 
-        It leaves in tiles of a warp's 16 value channels and 128 bytes of key channels. A warpgroup's have the place of
-        [kE; qE], the other's that of kI: two tiles a warp.
+        The first warpgroup's takes that of [kE; qE], which is read early in a chunk, the other's that of kI: so the
+        first may be ahead of the other, and they do not multiply at the same time. A warpgroup may be two chunks ahead,
+        but not three: every other checkpoint has barriers of its own.
         """
-        shared, warp, lane = way.shared, cute.arch.make_warp_uniform(way.p >> 5), way.p & 31
-        in_the_middle = self.spec.bounded and not self.spec.invariant
-        channels = 1024 // dtype.width
-        half = cute.arch.make_warp_uniform(way.group * STAGES + way.stage)
-        place = piece(shared.rows, half, 2 * CHUNK * self.spec.K)
-        place = cute.recast_ptr(place + cute.assume(warp * (2 * 16 * 64), divby=2 * 16 * 64), dtype=dtype)
-        cute.arch.barrier(barrier_id=Barrier.LEAVE, number_of_threads=CONSUMERS)  # what was there is not needed
-        factors = None
-        if cutlass.const_expr(in_the_middle):
-            factors = self.powers_of(decay, shared, way.stage, way.group, warp, lane) + 2 * (lane & 3)
+        if link.group == 1 - half:
+            cute.arch.barrier_arrive(barrier_id=self.vacancy(link) + half, number_of_threads=CONSUMERS)
+
+    @cute.jit
+    def await_vacant(self, link: Link):
+        cute.arch.barrier(barrier_id=self.vacancy(link) + link.group, number_of_threads=CONSUMERS)
+
+    def vacancy(self, link: Link) -> Int32:
+        return Barrier.VACANT + (link.number & 2)
+
+    def tile_of(self, way: Exit, part: int):
+        """Where a warp's 16 value channels and 128 bytes of key channels leave from: two tiles a warp."""
+        link, dtype = way.link, way.kept.element_type
+        half = cute.arch.make_warp_uniform(link.group * STAGES + link.stage)
+        place = piece(way.shared.rows, half, 2 * CHUNK * self.spec.K)
+        place = cute.recast_ptr(place + cute.assume(link.warp * (2 * 16 * 64), divby=2 * 16 * 64), dtype=dtype)
+        return place + part % 2 * (16 * 1024 // dtype.width)
+
+    @cute.jit
+    def put_tile(self, own: Registers, part: cutlass.Constexpr[int], way: Exit):
+        """A tile of the state, as it is at the chunk's end, into shared memory."""
+        channels = 1024 // way.kept.element_type.width
+        values = cute.make_rmem_tensor(channels // 2, Float32)
+        for i in cutlass.range_constexpr(channels // 2):
+            values[i] = own.S[channels // 2 * part + i]
+        if cutlass.const_expr(self.spec.bounded):  # it is in the middle
+            self.decay(values, way.link.decay + (self.spec.K + channels * part), way.link.col, False)
+        if cutlass.const_expr(self.spec.scaled):
+            self.scale_rows(values, self.powers(own.exponents, -1))
+        self.put(values, self.tile_of(way, part), way.kept.element_type, way.link.lane)
+
+    @cute.jit
+    def send_tiles(self, own: Registers, row: Int32, way: Exit):
+        """The state to a checkpoint's row; its first two tiles are in shared memory, and all of a warp know it."""
+        channels = 1024 // way.kept.element_type.width
         for part in cutlass.range_constexpr(self.spec.K // channels):
             if cutlass.const_expr(part >= 2):
                 cute.arch.cp_async_bulk_wait_group(1, read=True)
                 cute.arch.sync_warp()
-            elif cutlass.const_expr(part == 0 and not self.spec.every):  # then it may go to two rows
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                self.put_tile(own, part, way)
+                cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
-            tile = place + part % 2 * (16 * channels)
-            here, there = by_chunk(way.atom, way.tiles[None, None, i_hv, row], tile, 0, channels, 16)
-            n = channels // 8
-            values = cute.make_rmem_tensor(4 * n, Float32)
-            for i in cutlass.range_constexpr(4 * n):
-                values[i] = S[4 * n * part + i]
-            if cutlass.const_expr(in_the_middle):
-                pairs = [vector(factors, part * channels + 8 * j).load() for j in range(n)]
-                for i in cutlass.range_constexpr(4 * n):
-                    values[i] = values[i] * pairs[i // 4][i % 2]
-            self.put(values, tile, dtype, lane)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            cute.arch.sync_warp()
-            cute.copy(way.atom, here, there[None, 4 * way.group + warp, part])
+            tiles = way.tiles[None, None, way.i_hv, row]
+            here, there = by_chunk(way.atom, tiles, self.tile_of(way, part), 0, channels, 16)
+            cute.copy(way.atom, here, there[None, 4 * way.link.group + way.link.warp, part])
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
@@ -785,24 +798,10 @@ class Consumer:
                     vector(tile, place).store(pair.load())
 
     @cute.jit
-    def powers_of(self, decay, shared, stage: Int32, group: Int32, warp: Int32, lane: Int32):
-        """2^decay of all channels, made once a warp, where the stage's values were."""
-        K = self.spec.K
-        place = stage * (CHUNK * self.spec.V // 2) + (4 * group + warp) * K
-        values = cute.recast_ptr(shared.v, dtype=Float32) + cute.assume(place, divby=K)
-        mine = cute.make_rmem_tensor(4, Float32)
-        mine.store(vector(decay, 4 * lane, 4).load())
-        for i in cutlass.range_constexpr(4):
-            mine[i] = exp2_approx(mine[i])
-        vector(values, 4 * lane, 4).store(mine.load())
-        cute.arch.sync_warp()
-        return values
-
-    @cute.jit
-    def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32, decay=None):
+    def store_row(self, S, states: States, i_n: Int32, column: Int32, inside: Int32):
         row = Int64(states.rows[i_n, column])
         if row >= 0 and row < states.kept.shape[0]:
-            self.store_state(S, states.kept, row, inside, decay)
+            self.store_state(S, states.kept, row, inside)
 
     @cute.jit
     def mark_unaligned(self, states: States, work: Work, inside: Int32):

@@ -438,7 +438,7 @@ class PrefillKernel(Items, Producer, Unbounded, Consumer):
             # v, and the warps' last pieces
             cute.arch.mbarrier_init(shared.full + s, 1 + (128 if each else 4 if self.spec.chain_inverts else 3))
             cute.arch.mbarrier_init(shared.empty + s, CONSUMERS // (1 if each else 32))
-            cute.arch.mbarrier_init(shared.summed + s, 64 if each else 2)
+            cute.arch.mbarrier_init(shared.ended + s, 64 if each else 2)
             cute.arch.mbarrier_init(shared.inverted + s, 32 if each else 1)
         for s in cutlass.range_constexpr(2):
             cute.arch.mbarrier_init(shared.loaded + s, 1)

@@ -6,10 +6,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, rate, reciprocal
+from kda_kernels.cute.math import LOG2_E, rate, reciprocal, root
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
-from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs, select
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
 from kda_kernels.problem import Gate
 
 HALF = CHUNK // 2  # tokens a thread has, of two channels
@@ -41,16 +41,24 @@ class Column:
 class Across:
     """What a thread has of kI in fp32, [K, CHUNK]: rows of 128 bytes, 128-byte swizzle. Addresses are in bytes.
 
-    Of its two channels the first is the upper one if `swapped`: every other four lanes, so that what 8 lanes store at
-    once lies in different banks.
+    What 8 lanes store at once lies in different banks if the rows that are first of theirs differ by all of 0 to 7.
     """
 
-    rows: tuple  # of both channels
+    rows: tuple  # where those of its two channels begin
 
     @staticmethod
-    def of(tile, pair: Int32, swapped: Int32, half: Int32) -> "Across":
-        start, channels = tile.toint().to(Int32), [2 * pair + (swapped ^ e) for e in range(2)]
-        return Across(tuple(start + 128 * c + ((c & 7) ^ (4 * half)) * 16 for c in channels))
+    def of(tile, rows: list, half: Int32) -> "Across":
+        start = tile.toint().to(Int32)
+        return Across(tuple(start + 128 * row + ((row & 7) ^ (4 * half)) * 16 for row in rows))
+
+    @staticmethod
+    def crossed(pair: Int32) -> list:
+        """Rows of channels 2 pair and 2 pair + 1: of 16 channels the even ones first, of these 0, 8, 2, 10, ..
+
+        A lane of the chain has the same four channels of 16 as if they came in order: see `write_in_tf32`.
+        """
+        first = 16 * (pair >> 3) + 2 * (pair & 3) + (pair >> 2 & 1)
+        return [first, first + 8]
 
     def four(self, e: int, token: int):
         """Of channel e the four even or odd of 8 tokens, one of which is `token`."""
@@ -88,6 +96,14 @@ class Preparer:
         else:
             return raw[0, i].to(Float32), raw[1, i].to(Float32)
 
+    def channel_pairs(self, source, pair: Int32, half: Int32) -> list:
+        """Two channels of this thread's tokens, fp32."""
+        if source.dtype.width == 16:
+            column = Column.of(source, CHUNK, pair, half)
+            return [float_pair(column.word(t)[0], source.dtype) for t in range(HALF)]
+        raw = self.raw_pairs(source, pair, half, 0, HALF)
+        return [self.pair_of(raw, i) for i in range(HALF)]
+
     @cute.jit
     def gate_parameters(self, A_log, dt_bias, i_hv: Int32, pair: Int32):
         """exp(A_log) log2(e), that times the bias of two channels, and 2^-x of what its rounding took off.
@@ -119,10 +135,8 @@ class Preparer:
 
         Tokens after the end do not decay.
         """
-        raw = self.raw_pairs(raw_g, pair, half, 0, HALF)
         log2 = cute.make_rmem_tensor((2, HALF), Float32)
-        for i in cutlass.range_constexpr(HALF):
-            values = self.pair_of(raw, i)
+        for i, values in enumerate(self.channel_pairs(raw_g, pair, half)):
             for e in cutlass.range_constexpr(2):
                 if cutlass.const_expr(self.spec.gate is Gate.SAFE):
                     log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]) * rest_of_bias[e])
@@ -158,31 +172,30 @@ class Preparer:
     def decays(
         self, shared, G, chunk: Int32, number: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32
     ):  # fmt: skip
-        """Roots of those from the middle of the last chunk to that of this one; and the log2 of those to its end.
+        """Roots of those from the middle of the last chunk to that of this one; and those from there to its end.
 
         Roots, since 2^-230, what 32 tokens may leave, is no fp32 number, and what it falls on may be 2^115.
         """
         K = self.spec.K
         place = shared.decay + (stage * (2 * K) + 2 * pair)
+        over = cute.make_rmem_tensor(2, Float32)
         if half == 0:
-            before = cute.make_rmem_tensor(2, Float32)
-            before.fill(0.0)
+            over.fill(1.0)
             carries = chunk > 0
             if cutlass.const_expr(self.spec.invariant):
                 carries = chunk & 1 == 1
             if carries:
                 last = cute.arch.make_warp_uniform((number - 1) % STAGES)
-                cute.arch.mbarrier_wait(shared.summed + last, (number - 1) // STAGES & 1)
-                before.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
+                cute.arch.mbarrier_wait(shared.ended + last, (number - 1) // STAGES & 1)
+                over.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
             for e in cutlass.range_constexpr(2):
-                before[e] = exp2_approx(0.5 * (before[e] + G[e, HALF]))
-            vector(place, 0).store(before.load())
+                over[e] = root(over[e]) * exp2_approx(0.5 * G[e, HALF])
+            vector(place, 0).store(over.load())
         else:
-            after = cute.make_rmem_tensor(2, Float32)
             for e in cutlass.range_constexpr(2):
-                after[e] = G[e, HALF]
-            vector(place, K).store(after.load())
-            arrive(shared.summed + stage, lane, self.spec.each_arrives)
+                over[e] = exp2_approx(G[e, HALF])
+            vector(place, K).store(over.load())
+            arrive(shared.ended + stage, lane, self.spec.each_arrives)
 
     @cute.jit
     def operands(self, shared, raw_q, G, stage: Int32, pair: Int32, half: Int32, group: Int32):
@@ -198,8 +211,7 @@ class Preparer:
         rows = Column.of(shared.rows + stage * (2 * CHUNK * K), 2 * CHUNK, pair, half)
         if cutlass.const_expr(self.spec.write_in_tf32):
             cols = Column.of(shared.near + group * (CHUNK * K), CHUNK, pair, half)
-            swapped = pair >> 2 & 1
-            across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), pair, swapped, half)
+            across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), Across.crossed(pair), half)
         else:
             cols = Column.of(shared.cols + stage * (PARTS * CHUNK * K), CHUNK, pair, half)
         waiting = []
@@ -221,7 +233,7 @@ class Preparer:
             exact = [y[e] * exp2_approx(-G[e, i]) for e in range(2)]
             if cutlass.const_expr(self.spec.write_in_tf32):
                 cols.word(i)[0] = self.packed(exact)[0]
-                waiting.append([select(swapped == 1, exact[1 - e], exact[e]) for e in range(2)])
+                waiting.append(exact)
                 if cutlass.const_expr(i % 8 >= 6):  # the even or the odd of 8 tokens are there
                     for e in cutlass.range_constexpr(2):
                         four = [waiting[t][e] for t in range(i - 6, i + 1, 2)]

@@ -11,9 +11,10 @@ from kda_kernels.cute.prefill.prepare import Preparer
 from kda_kernels.cute.prefill.relate import Relater
 from kda_kernels.cute.prefill.shared import TILE, arrive, by_chunk, piece, swizzled_rows, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
-from kda_kernels.cute.ptx import finished, fresh, multiply_warpgroup
+from kda_kernels.cute.ptx import finished, fresh, multiply_warpgroup, select
 
-INVERTER, V_LOADER, LOADER = 0, 0, 3  # the warps that may invert, ask for v, and for other inputs
+# The warps that may invert, ask for v, make beta and ask for other inputs: none has much more to do than another.
+INVERTER, V_LOADER, BETA, LOADER = 0, 0, 2, 3
 
 
 class Producer(Preparer, Relater):
@@ -41,6 +42,8 @@ class Producer(Preparer, Relater):
         begin = self.first_chunk(group, work.before)
         if warp == LOADER:
             self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
+        if warp == BETA:
+            self.prefetch(self.inputs(shared, atoms, sources, work, group), begin + 2, n_chunks)
 
         # after the loads are on their way: these wait for memory too
         A, bias, rest_of_bias = self.gate_parameters(batch.A_log, batch.dt_bias, work.i_hv, pair)
@@ -79,8 +82,8 @@ class Producer(Preparer, Relater):
             token = shared.token + stage * (3 * CHUNK)
             if cutlass.const_expr(spec.part.reads):
                 self.factors_of_o(raw_q, token + 2 * CHUNK, sums + CHUNK, scale, warp, lane)
-            if warp == 1:
-                self.write_beta(sums, raw_beta, lane)
+            if warp == BETA:
+                self.write_beta(sums, raw_beta, lane, tokens)
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier(group)
@@ -89,13 +92,16 @@ class Producer(Preparer, Relater):
             if warp == LOADER:
                 item = self.now(shared, work, turn)
                 self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
+            elif warp == BETA:
+                item = self.now(shared, work, turn)
+                self.prefetch(self.inputs(shared, atoms, sources, item, group), chunk + 4, n_chunks)
             acc = finished(products)
             if cutlass.const_expr(spec.write_in_tf32):
                 arrive(shared.related + group, lane, spec.each_arrives)
             if cutlass.const_expr(spec.chain_inverts):
                 self.await_inverse(shared, number)
             mix = self.mix(shared, stage, spec.inverse_parts)
-            self.spread(acc, scratch, mix, token, sums, warp, lane, tokens)
+            self.spread(acc, scratch, mix, token, sums, warp, lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             if cutlass.const_expr(spec.chain_inverts):
                 arrive(shared.full + stage, lane, spec.each_arrives)
@@ -152,17 +158,21 @@ class Producer(Preparer, Relater):
 
     @cute.jit
     def ask(self, inputs: list, loaded, chunk: Int32, n_chunks: Int32):
-        """Has the inputs of a chunk loaded, if there is one; and the next into L2, as they can be asked for late."""
+        """Has the inputs of a chunk loaded, if there is one."""
         if chunk < n_chunks:
             size = sum(cute.size(target.shape) * target.element_type.width // 8 for _, target, _ in inputs)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(loaded, size)
             for atom, target, source in inputs:
                 cute.copy(atom, source[None, chunk, 0], target, tma_bar_ptr=loaded)
-            if chunk + 2 < n_chunks:
-                with cute.arch.elect_one():
-                    for atom, _, source in inputs:
-                        cute.prefetch(atom, source[None, chunk + 2, 0])
+
+    @cute.jit
+    def prefetch(self, inputs: list, chunk: Int32, n_chunks: Int32):
+        """Has the inputs of a chunk loaded into L2, if there is one: they are asked for late."""
+        if chunk < n_chunks:
+            with cute.arch.elect_one():
+                for atom, _, source in inputs:
+                    cute.prefetch(atom, source[None, chunk, 0])
 
     @cute.jit
     def fetch_beta(self, beta, work: Work, token: Int32):
@@ -173,11 +183,11 @@ class Producer(Preparer, Relater):
         return raw
 
     @cute.jit
-    def write_beta(self, target, raw, lane: Int32):
-        """beta of the token of this lane, from what `fetch_beta` returns."""
+    def write_beta(self, target, raw, lane: Int32, tokens: Int32):
+        """beta of the token of this lane, from what `fetch_beta` returns; 0 after the end."""
         value = raw.to(Float32)
         if cutlass.const_expr(self.spec.beta_is_logit):
-            value = sigmoid(value)
+            value = select(lane < tokens, sigmoid(value, False), Float32(0.0))
             if cutlass.const_expr(self.spec.allow_neg_eigval):
                 value = 2.0 * value
         vector(target, lane, 1)[0] = value

@@ -5,11 +5,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
-from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, PrefillSpec
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, STAGES, PrefillSpec
 from kda_kernels.cute.prefill.shared import L_HALF, L_PITCH, TILE, TILE_PITCH, arrive, piece, swizzled, vector
 from kda_kernels.cute.ptx import (
     load_matrices,
     load_transposed,
+    multiply_16x8x8,
     multiply_16x8x16,
     multiply_pairs,
     rest,
@@ -27,15 +28,24 @@ class Relater:
     def squares(self, raw, warp: Int32, lane: Int32):
         """Products of 8 tokens' q and k per warp, 16 rows, with k and with q, each in two sums."""
         summary = cutlass.const_expr(not self.spec.part.reads)
-        rows = raw + CHUNK * 128 if summary else raw + (lane >> 3 & 1) * (CHUNK * 128)
         with_k, with_q = [[(Float32(0.0),) * 4] * 2 for _ in range(2)]
-        token = 8 * warp + (lane & 7)
-        for i in cutlass.range_constexpr(self.spec.K // 16):
-            a, n = load_matrices(rows + swizzled(token, 2 * i + (lane >> 4), 8, raw.dtype)), i % 2
-            with_k[n] = multiply_16x8x16(with_k[n], a, (a[1], a[3]), self.element)
-            if cutlass.const_expr(not summary):
-                with_q[n] = multiply_16x8x16(with_q[n], a, (a[0], a[2]), self.element)
+        for both in self.token_rows(raw, warp, lane):
+            for n in cutlass.range_constexpr(2):
+                q, k = both[2 * n : 2 * n + 2]
+                with_k[n] = multiply_16x8x8(with_k[n], (q, k), k, self.element)
+                if cutlass.const_expr(not summary):
+                    with_q[n] = multiply_16x8x8(with_q[n], (q, k), q, self.element)
         return with_k, with_q
+
+    def token_rows(self, raw, warp: Int32, lane: Int32):
+        """16 channels at a time of 8 tokens per warp: q and k of the first 8, q and k of the others. Without q, k twice."""
+        reads = self.spec.part.reads
+        rows = raw + (lane >> 3 & 1) * (CHUNK * 128) if reads else raw + CHUNK * 128
+        start = (rows + swizzled(8 * warp + (lane & 7), lane >> 4, 8, raw.dtype)).toint().to(Int32)
+        line = 128 * CHUNK  # bytes: of 64 channels of all tokens
+        for i in range(self.spec.K // 16):
+            place = (start ^ (32 * (i % 4)) if i % 4 else start) + i // 4 * line
+            yield load_matrices(cute.make_ptr(raw.dtype, place, cute.AddressSpace.smem, assumed_align=16))
 
     @cute.jit
     def keep_squares(self, squares: tuple, sums, warp: Int32, lane: Int32):
@@ -51,15 +61,16 @@ class Relater:
     @cute.jit
     def factors_of_o(self, raw, target, own, scale: Float32, warp: Int32, lane: Int32):
         """Of 8 tokens per warp the factor of o to `target`, and q.k to `own`: diagonals of products of both with q."""
-        rows = raw + (lane >> 3 & 1) * (CHUNK * 128)
         sums = [(Float32(0.0),) * 4 for _ in range(4)]  # apart, so that products need not wait for each other
-        for i in cutlass.range_constexpr(self.spec.K // 16):
-            a = load_matrices(rows + swizzled(8 * warp + (lane & 7), 2 * i + (lane >> 4), 8, raw.dtype))
-            sums[i % 4] = multiply_16x8x16(sums[i % 4], a, (a[0], a[2]), self.element)
+        for i, both in enumerate(self.token_rows(raw, warp, lane)):
+            for n in cutlass.range_constexpr(2):
+                q, k = both[2 * n : 2 * n + 2]
+                one = i % 2 * 2 + n
+                sums[one] = multiply_16x8x8(sums[one], (q, k), q, self.element)
         total = [(sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]) for i in range(4)]
         odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
         square = select(odd, total[1], total[0])
-        norm = rsqrt(square + L2_EPS) if self.spec.qk_l2norm else Float32(1.0)
+        norm = rsqrt(square + L2_EPS, False) if self.spec.qk_l2norm else Float32(1.0)
         factor = norm * scale * select(warp < 2, Float32(2.0**SHIFT), Float32(2.0**-SHIFT))
         if lane & 3 == lane >> 3:
             vector(target, token, 1)[0] = select(square <= MOST_NORM**2, factor, Float32(float("nan")))
@@ -83,7 +94,7 @@ class Relater:
             inverse = float_of((127 - exponent) << 23)
             diagonal = diagonal * inverse
             if cutlass.const_expr(self.spec.qk_l2norm):
-                factor = factor * rsqrt(square + L2_EPS)
+                factor = factor * rsqrt(square + L2_EPS, False)
             factors.append((i, factor))
             pair = cute.make_rmem_tensor(2, self.element)
             pair.fill(inverse.to(self.element))
@@ -110,7 +121,7 @@ class Relater:
             norm_q, norm_k = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
         elif cutlass.const_expr(self.spec.qk_l2norm):
             qq, kk = (vector(sums, i * CHUNK + token, 1)[0] for i in range(2))
-            norm_k, norm_q = rsqrt(kk + L2_EPS), rsqrt(qq + L2_EPS)
+            norm_k, norm_q = rsqrt(kk + L2_EPS, False), rsqrt(qq + L2_EPS, False)
         return norm_k, norm_q
 
     @cute.jit
@@ -129,34 +140,33 @@ class Relater:
         vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
 
     @cute.jit
-    def spread(self, acc, scratch, mix, token, sums, warp: Int32, lane: Int32, tokens: Int32):
+    def spread(self, acc, scratch, mix, token, sums, warp: Int32, lane: Int32):
         """[kE; qE] kI^T, 16 rows per warp: L's blocks on and under the diagonal to scratch, tril(qE kI^T) to `mix`."""
         beta, own = sums, sums + CHUNK
         for w in cutlass.range_constexpr(4):
             if warp == w:
                 for h in cutlass.range_constexpr(2):
                     if cutlass.const_expr(w < 2):
-                        b = self.factors_of(acc, token, beta, w, h, lane, tokens)
+                        b = self.factors_of(acc, token, beta, w, h, lane)
                         self.spread_k(acc, scratch, b, w, h, lane)
                     elif cutlass.const_expr(self.spec.part.reads):
                         self.spread_q(acc, mix, own, w - 2, h, lane)
 
     @cute.jit
     def factors_of(
-        self, acc, token, beta, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32, tokens: Int32
+        self, acc, token, beta, w: cutlass.Constexpr[int], h: cutlass.Constexpr[int], lane: Int32
     ):  # fmt: skip
-        """a and b of 8 tokens to `token`, 0 after the end; returns b of this lane's row.
+        """a and b of 8 tokens to `token`; returns b of this lane's row.
 
         k.k is the diagonal of kE kI^T, where decays cancel.
         """
         row, place = lane >> 2, 16 * w + 8 * h + (lane >> 2)
         mine = select(row & 1 == 1, acc[4 * (2 * w + h) + 2 * h + 1], acc[4 * (2 * w + h) + 2 * h])
         square = cute.arch.shuffle_sync(mine, (lane & 28) | (row >> 1))
-        norm = rsqrt(square + L2_EPS) if self.spec.qk_l2norm else Float32(1.0)
+        norm = rsqrt(square + L2_EPS, False) if self.spec.qk_l2norm else Float32(1.0)
         a = vector(beta, place, 1)[0] * norm
-        b = select(place < tokens, a * norm, Float32(0.0))
+        b = a * norm
         a = select(square <= MOST_NORM**2, a * 2.0 ** (-SHIFT if w == 0 else SHIFT), Float32(float("nan")))
-        a = select(place < tokens, a, Float32(0.0))
         if lane & 3 == 0:
             vector(token, place, 1)[0] = a
             vector(token, place + CHUNK, 1)[0] = b
@@ -197,13 +207,27 @@ class Relater:
             vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(self.element))
 
     @cute.jit
-    def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
-        """One of the warps that run the chain, which wait for chunks anyway, makes the inverse of this one."""
-        if group == chunk & 1 and warp == chunk >> 1 & 3:
-            scratch = piece(shared.solve, chunk & 1, 3 * TILE)
-            self.invert(scratch, self.mix(shared, stage, 0), lane)
+    def invert_in_turn(self, shared, number: Int32, more, made: Int32, group: Int32, warp: Int32, lane: Int32):
+        """The warps that run the chain make the inverse of a chunk, each in turn: this one's, or, if it is ready already,
+        the next one's, for which the other warpgroup need not wait then.
+
+        Args: more: whether the item has a next chunk. made: the last chunk whose inverse this warp has made.
+        Returns: `made`.
+        """
+        chunk = number + ((group ^ number) & 1)  # of this one and the next the one that falls to this warpgroup
+        due = warp == chunk >> 1 & 3 and chunk != made
+        if due and chunk != number:
+            due = False
+            if more:
+                full = cute.arch.mbarrier_test_wait(shared.full + chunk % STAGES, chunk // STAGES & 1)
+                due = cute.arch.vote_all_sync(full)
+        if due:
+            stage = chunk % STAGES
+            self.invert(piece(shared.solve, group, 3 * TILE), self.mix(shared, stage, 0), lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             arrive(shared.inverted + stage, lane, self.spec.each_arrives)
+            made = chunk
+        return made
 
     @cute.jit
     def invert(self, scratch, mix, lane: Int32):

@@ -34,12 +34,12 @@ class Shared:
            transposed
     v:     [CHUNK, V], as `cols`
     token: a, b and the factor of o: [3, CHUNK], fp32
-    decay: roots of the decays from the middle of the last chunk to that of this one [K]; then G_31 - m, log2; fp32.
-           Where gates have no bound: decays over the chunk [K]
+    decay: roots of the decays from the middle of the last chunk to that of this one [K]; then decays from there to its
+           end [K]; fp32. Where gates have no bound: decays over the chunk [K]
     out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
     loaded: for each producing warpgroup, that raw is there
-    summed: for each stage, that G_31 - m is there
+    ended: for each stage, that decays to the chunk's end are there
     inverted: for each stage, that the inverse is there
     related: for each producing warpgroup, that its tokens are related, so that `near` has been read; where gates have
            no bound, that its tokens' q and k have been multiplied with themselves, so that others do not read them
@@ -56,7 +56,7 @@ class Shared:
     full: Any
     empty: Any
     loaded: Any
-    summed: Any
+    ended: Any
     inverted: Any
     related: Any
     zeros: Any
@@ -102,7 +102,7 @@ def allocate(spec: PrefillSpec, element: type, g_dtype) -> Shared:
         full=array(Int64, STAGES, 8),
         empty=array(Int64, STAGES, 8),
         loaded=array(Int64, 2, 8),
-        summed=array(Int64, STAGES, 8),
+        ended=array(Int64, STAGES, 8),
         inverted=array(Int64, STAGES, 8),
         related=array(Int64, 2, 8),
         zeros=array(element, 8),

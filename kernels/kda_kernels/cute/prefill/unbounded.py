@@ -54,7 +54,8 @@ OPERAND, OPERANDS, PRODUCTS = WIDTH * 16, 4 * WIDTH * 16, 32 * 16
 
 @dataclasses.dataclass(frozen=True)
 class Mine:
-    """Which warp this is, and which channels a thread has: see `Across`."""
+    """Which warp this is, and which channels a thread has: the upper one of two first if `swapped`, in every other four
+    lanes, so that what 8 lanes store at once lies in different banks."""
 
     group: Int32
     warp: Int32
@@ -214,6 +215,7 @@ class Unbounded:
         begin = self.first_chunk(group, work.before)
         if warp == LOADER:
             self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
+            self.prefetch(self.inputs(shared, atoms, sources, work, group), begin + 2, n_chunks)
 
         # after the loads are on their way: these wait for memory too
         rates = Rates(piece(shared.bias, group, spec.K + 4), lower_bound)
@@ -242,7 +244,7 @@ class Unbounded:
                 self.barrier(group)
             arrive(squared, lane, spec.each_arrives)
             if warp == 1:
-                self.write_beta(sums + 3 * CHUNK, raw_beta, lane)
+                self.write_beta(sums + 3 * CHUNK, raw_beta, lane, tokens)
             self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp)
             q = None
             if cutlass.const_expr(spec.part.reads):
@@ -265,8 +267,9 @@ class Unbounded:
             if warp == LOADER:
                 cute.arch.barrier(barrier_id=read, number_of_threads=128)
                 cute.arch.fence_proxy("async.shared", space="cta")
-                item = self.now(shared, work, turn)
-                self.ask(self.inputs(shared, atoms, sources, item, group), loaded, chunk + 2, n_chunks)
+                inputs = self.inputs(shared, atoms, sources, self.now(shared, work, turn), group)
+                self.ask(inputs, loaded, chunk + 2, n_chunks)
+                self.prefetch(inputs, chunk + 4, n_chunks)
             if warp == 1:  # here: over the products above it would be spilled, and so waited for
                 raw_beta = self.fetch_beta(beta, self.now(shared, work, turn), (chunk + 2) * CHUNK + lane)
 
@@ -480,7 +483,7 @@ class Unbounded:
 
     def write_columns(self, at: Places, decays: list, k: list, after: list, mine: Mine) -> None:
         """kI in fp32. `after`: of each channel, the decay over what follows these tokens in the chunk."""
-        across = Across.of(at.columns, mine.pair, mine.swapped, mine.half)
+        across = Across.of(at.columns, [mine.channel(e) for e in range(2)], mine.half)
         for e in range(2):
             factors = until(decays[e], 0, HALF - 1, after[e])
             keys = [x for word in k[e] for x in float_pair(word, self.element)]

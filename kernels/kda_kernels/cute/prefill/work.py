@@ -18,6 +18,7 @@ class Barrier(enum.IntEnum):
     INVERT = 5  # of a preparing warpgroup the warps that make L, and the one that inverts; gates with a bound
     LEAVE = 7  # all that consume
     ASKED = 8  # all threads: those that prepare have asked for all they need first
+    VACANT = 9  # of a consuming warpgroup, that its part of a checkpoint may be where operands were; two, in turns
     READ = 5  # of a preparing warpgroup, that its inputs have been read; gates without a bound
 
 
@@ -124,15 +125,15 @@ class Exit:
     """Where a warpgroup's part of a checkpoint leaves from: what a chunk's operands took of shared memory.
 
     Attributes:
-        atom, tiles: of the checkpoints. shared: all of it. stage: the chunk's. group, p: the warpgroup, its thread.
+        atom, tiles: of the checkpoints, `kept`. shared: all of it. link: the chunk and the thread. i_hv: the value head.
     """
 
     atom: cute.CopyAtom
     tiles: cute.Tensor
+    kept: cute.Tensor
     shared: Any
-    stage: Int32
-    group: Int32
-    p: Int32
+    link: Any
+    i_hv: Int32
 
 
 @dataclasses.dataclass(frozen=True)
