@@ -46,12 +46,8 @@ def kept_at(positions: list[int], dtype: torch.dtype) -> Checkpoints:
     return Checkpoints(states, rows, torch.tensor([positions], dtype=torch.int32))
 
 
-def ptx_of(part: Part, options: Options, keeps: bool = False) -> str:
-    return ptx_for(part, options, kept_by([1]) if keeps else None)
-
-
-def ptx_for(part: Part, options: Options, kept: Checkpoints | None) -> str:
-    inputs = dataclasses.replace(inputs_of([1], options), checkpoints=kept)
+def ptx_of(part: Part, options: Options, kept: Checkpoints | None = None, batch_invariant: bool = False) -> str:
+    inputs = dataclasses.replace(inputs_of([1], options), checkpoints=kept, batch_invariant=batch_invariant)
     return compiled(prefill_functions.spec_of(part, inputs, None if part is Part.SUMMARY else inputs.new_final_state()))
 
 
@@ -186,7 +182,7 @@ def test_ctas_that_stay(options):
 @both_gates
 def test_checkpoints(options):
     inputs = dataclasses.replace(inputs_of([130], options), checkpoints=kept_by([130]))
-    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options, keeps=True)))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options, inputs.checkpoints)))
     check(call)
     for n in range(2):
         first = alone(inputs, slice(0, (n + 1) * ALIGNMENT), inputs.state)
@@ -198,14 +194,24 @@ def test_checkpoints(options):
 def test_checkpoints_at_given_positions(options, dtype):
     positions = [128, 64, 65, 128, 0, 192]
     inputs = dataclasses.replace(inputs_of([130], options), checkpoints=kept_at(positions, dtype))
-    call = Call(inputs).run(Kernel(ptx_for(Part.WHOLE, options, inputs.checkpoints)))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options, inputs.checkpoints)))
     check(call)
     for row, position in enumerate(positions[:2] + positions[3:4]):
         first = alone(inputs, slice(0, position), inputs.state)
         assert error(call.kept[row + (row == 2)], first.final_state[0]) <= STATE_ERROR, f"checkpoint at {position}"
     assert call.kept[[2, 4, 5, 6]].isnan().all(), "no chunk ends there; before and behind the tokens; nobody's"
-    plain = Call(dataclasses.replace(inputs, checkpoints=None)).run(Kernel(ptx_of(Part.WHOLE, options)))
-    assert call.o.equal(plain.o) and call.ht.equal(plain.ht), "checkpoints change no bit of the rest"
+
+
+@both_gates
+def test_checkpoints_change_no_bit_if_bits_depend_on_a_sequence_alone(options):
+    inputs = inputs_of([130], options)
+    kept = kept_at([64, 128], torch.float32)
+    calls = [
+        Call(dataclasses.replace(inputs, checkpoints=one)).run(Kernel(ptx_of(Part.WHOLE, options, one, True)))
+        for one in (None, kept)
+    ]
+    check(calls[0])
+    assert calls[0].o.equal(calls[1].o) and calls[0].ht.equal(calls[1].ht)
 
 
 def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):

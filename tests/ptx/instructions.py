@@ -176,15 +176,15 @@ def _shuffle(statement: Statement) -> Run:
     return shuffle
 
 
-@instruction("vote.sync.ballot", "vote.sync.any", "vote.sync.all")
+@instruction("vote.sync.ballot", "vote.sync.any")
 def _vote(statement: Statement) -> Run:
     given, source = statement.operands[0], value(statement.operands[1], "pred")
-    kinds = {"ballot": lambda yes: np.packbits(yes, bitorder="little").view(np.uint32)[0], "any": np.any, "all": np.all}
-    result = kinds[statement.opcode.split(".")[2]]
+    ballot = ".ballot." in statement.opcode
 
     def vote(warp):
         warp.must_be_whole(statement)
-        warp.write(given, np.full(32, result(source(warp))))
+        yes = source(warp)
+        warp.write(given, np.full(32, np.packbits(yes, bitorder="little").view(np.uint32)[0] if ballot else yes.any()))
 
     return vote
 
@@ -268,14 +268,3 @@ def _wait(statement: Statement) -> Run:
         return None
 
     return wait
-
-
-@instruction("mbarrier.test_wait.parity")
-def _test(statement: Statement) -> Run:
-    done, where, parity = statement.operands[0], address(statement.operands[1]), value(statement.operands[2])
-
-    def test(warp):
-        barrier, phase = warp.cta.mbarrier(warp.same(where(warp))), warp.same(parity(warp)) & 1
-        warp.write(done, np.full(32, barrier.phase != phase))
-
-    return test

@@ -137,7 +137,13 @@ class PrefillSpec:
     @property
     def chain_inverts(self) -> bool:
         """Whether warps that run the chain make the inverse: they have time but, with a bound, where states leave."""
-        return True
+        return not (self.bounded and self.keeps)
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether, with a bound, the state decays to each chunk's end, where it may leave or a sequence be cut, and
+        then to the middle of the next. Else from middle to middle: twice by one factor, which is loaded once."""
+        return self.bounded and (self.keeps or self.invariant)
 
     @property
     def out_buffers(self) -> int:

@@ -116,7 +116,6 @@ class Consumer:
         own = self.registers(S, products)
         if cutlass.const_expr(spec.scaled):
             self.scale_state(S, own.exponents)
-        made = Int32(-1)  # the chunk whose inverse this warp has made last
         owed = Int32(-1)  # the stage from which a state leaves
         column, due = self.first_column(states, work)
 
@@ -136,13 +135,13 @@ class Consumer:
             if cutlass.const_expr(spec.keeps and spec.every):
                 row = states.rows.element_type(-1)
                 if position == due:  # asked for here, since memory takes its time
-                    if column < states.rows.shape[1] and tokens >= CHUNK and work.kind == 0 and work.index == 0:
+                    if column < states.rows.shape[1]:
                         row = states.rows[work.i_n, column]
                     column, due = column + 1, due + states.every
             if cutlass.const_expr(spec.chain_inverts):
-                made = self.invert_in_turn(shared, number, chunk + 1 < n_chunks, made, group, warp, lane)
+                self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
-                self.decay(S, decay, link.col, True)
+                self.decay(S, decay, link.col, not spec.to_the_end)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
@@ -156,57 +155,39 @@ class Consumer:
             self.write(shared, own, rights, products, link)
             if leaves:
                 self.vacate(1, link)
-            # the stage is not empty where its decays are read once more, or a state leaves from it; the last one's are
-            late = leaves
-            if cutlass.const_expr(spec.bounded and spec.invariant):
-                late = chunk & 1 == 1
-            last = False
-            if cutlass.const_expr(spec.stays):
+            if cutlass.const_expr(spec.to_the_end):
+                self.decay(S, decay + spec.K, link.col, False)
+            last = False  # the stage is not empty where its decays are read once more, or a state leaves from it
+            if cutlass.const_expr(spec.stays and spec.bounded and not spec.to_the_end):
                 last = tokens <= CHUNK
-            if not (late or last):
+            if leaves:
+                owed = stage
+            elif not last:
                 arrive(shared.empty + stage, lane, spec.each_arrives)
-            way, here = None, False
-            if cutlass.const_expr(spec.keeps):
-                way = Exit(atoms[-1], tiles[-1], states.kept, shared, link, work.i_hv)
-                here = row >= 0 and row < states.kept.shape[0]
-                if leaves:
-                    self.await_vacant(link)
-                if here:
-                    for part in cutlass.range_constexpr(2):
-                        self.put_tile(own, part, way)
             if cutlass.const_expr(not summary):
                 source = self.buffer(shared, group, number & 1)
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.keeps):
-                if here:
-                    self.send_tiles(own, Int32(row), way)
-                if cutlass.const_expr(not spec.every):
-                    if leaves and tokens >= CHUNK and work.kind == 0 and work.index == 0:
-                        self.keep(own, states, work, position, way)
-            if cutlass.const_expr(spec.bounded and spec.invariant):
-                if chunk & 1 == 1:
-                    self.decay(S, decay + spec.K, link.col, False)
+                if leaves:
+                    self.await_vacant(link)
+                    if tokens >= CHUNK and work.kind == 0 and work.index == 0:
+                        way = Exit(atoms[-1], tiles[-1], states.kept, shared, link, work.i_hv)
+                        self.keep(own, states, work, position, row, way)
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
                     self.scale_state(S, own.exponents)
-            if late and not last:
-                if cutlass.const_expr(spec.keeps):
-                    owed = stage
-                else:
-                    arrive(shared.empty + stage, lane, spec.each_arrives)
         if cutlass.const_expr(not summary):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
             self.scale_rows(S, self.powers(own.exponents, -1))
-        open_chunk = n_chunks > 0
-        if cutlass.const_expr(spec.invariant):
-            open_chunk = n_chunks & 1 == 1
-        stage = (work.before + n_chunks - 1) % STAGES
-        if open_chunk and spec.bounded:
-            self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3), False)
-        if cutlass.const_expr(spec.stays):
+        if cutlass.const_expr(spec.keeps):
+            self.hand_back(shared, owed, p & 31)
+        if cutlass.const_expr(spec.bounded and not spec.to_the_end):
             if n_chunks > 0:
-                arrive(shared.empty + stage, p & 31, spec.each_arrives)
+                stage = (work.before + n_chunks - 1) % STAGES
+                self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3), False)
+                if cutlass.const_expr(spec.stays):
+                    arrive(shared.empty + stage, p & 31, spec.each_arrives)
         self.last_state(S, shared, states, work, inside, group, p)
 
     def registers(self, S, products: Products) -> Registers:
@@ -600,7 +581,7 @@ class Consumer:
     @cute.jit
     def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool], ratios=None):
         """S diag(factors), or of their squares if they are roots; rows times `ratios`."""
-        for j in cutlass.range_constexpr(cute.size(S) // 4):
+        for j in cutlass.range_constexpr(self.spec.K // 8):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * pair[i % 2]
@@ -701,19 +682,17 @@ class Consumer:
         return column, (column + 1) * states.every
 
     @cute.jit
-    def keep(self, own: Registers, states: States, work: Work, position: Int32, way: Exit):
-        """The state after `position` tokens of a sequence into the rows of all checkpoints that are there."""
-        for column in cutlass.range(states.rows.shape[1], unroll=1):
-            if Int32(states.offsets[work.i_n, column]) == position:
-                row = Int32(states.rows[work.i_n, column])
-                if row >= 0 and row < states.kept.shape[0]:
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)  # it may go to two rows
-                    cute.arch.sync_warp()
-                    for part in cutlass.range_constexpr(2):
-                        self.put_tile(own, part, way)
-                    cute.arch.fence_proxy("async.shared", space="cta")
-                    cute.arch.sync_warp()
-                    self.send_tiles(own, row, way)
+    def keep(self, own: Registers, states: States, work: Work, position: Int32, row, way: Exit):
+        """The state after `position` tokens of a sequence into the rows of the checkpoints that are there.
+
+        At regular distances there is one of them at most, in `row`.
+        """
+        if cutlass.const_expr(self.spec.every):
+            self.send_tiles(own, Int32(row), way)
+        else:
+            for column in cutlass.range(states.rows.shape[1], unroll=1):
+                if Int32(states.offsets[work.i_n, column]) == position:
+                    self.send_tiles(own, Int32(states.rows[work.i_n, column]), way)
 
     @cute.jit
     def hand_back(self, shared, owed: Int32, lane: Int32):
@@ -728,54 +707,52 @@ class Consumer:
 
         The first warpgroup's takes that of [kE; qE], which is read early in a chunk, the other's that of kI: so the
         first may be ahead of the other, and they do not multiply at the same time. A warpgroup may be two chunks ahead,
-        but not three: every other checkpoint has barriers of its own.
+        but not three: every other checkpoint has barriers of its own. What compute-sanitizer can follow: both meet.
         """
-        if link.group == 1 - half:
-            cute.arch.barrier_arrive(barrier_id=self.vacancy(link) + half, number_of_threads=CONSUMERS)
+        if cutlass.const_expr(not self.spec.each_arrives):
+            if link.group == 1 - half:
+                cute.arch.barrier_arrive(barrier_id=self.vacancy(link) + half, number_of_threads=CONSUMERS)
 
     @cute.jit
     def await_vacant(self, link: Link):
-        cute.arch.barrier(barrier_id=self.vacancy(link) + link.group, number_of_threads=CONSUMERS)
+        """Waits until this warpgroup's half of a checkpoint may take its place."""
+        barrier = Int32(Barrier.LEAVE) if self.spec.each_arrives else self.vacancy(link) + link.group
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=CONSUMERS)
 
     def vacancy(self, link: Link) -> Int32:
         return Barrier.VACANT + (link.number & 2)
 
-    def tile_of(self, way: Exit, part: int):
-        """Where a warp's 16 value channels and 128 bytes of key channels leave from: two tiles a warp."""
-        link, dtype = way.link, way.kept.element_type
-        half = cute.arch.make_warp_uniform(link.group * STAGES + link.stage)
-        place = piece(way.shared.rows, half, 2 * CHUNK * self.spec.K)
-        place = cute.recast_ptr(place + cute.assume(link.warp * (2 * 16 * 64), divby=2 * 16 * 64), dtype=dtype)
-        return place + part % 2 * (16 * 1024 // dtype.width)
-
-    @cute.jit
-    def put_tile(self, own: Registers, part: cutlass.Constexpr[int], way: Exit):
-        """A tile of the state, as it is at the chunk's end, into shared memory."""
-        channels = 1024 // way.kept.element_type.width
-        values = cute.make_rmem_tensor(channels // 2, Float32)
-        for i in cutlass.range_constexpr(channels // 2):
-            values[i] = own.S[channels // 2 * part + i]
-        if cutlass.const_expr(self.spec.bounded):  # it is in the middle
-            self.decay(values, way.link.decay + (self.spec.K + channels * part), way.link.col, False)
-        if cutlass.const_expr(self.spec.scaled):
-            self.scale_rows(values, self.powers(own.exponents, -1))
-        self.put(values, self.tile_of(way, part), way.kept.element_type, way.link.lane)
-
     @cute.jit
     def send_tiles(self, own: Registers, row: Int32, way: Exit):
-        """The state to a checkpoint's row; its first two tiles are in shared memory, and all of a warp know it."""
-        channels = 1024 // way.kept.element_type.width
-        for part in cutlass.range_constexpr(self.spec.K // channels):
-            if cutlass.const_expr(part >= 2):
-                cute.arch.cp_async_bulk_wait_group(1, read=True)
-                cute.arch.sync_warp()
-                self.put_tile(own, part, way)
+        """The state to a checkpoint's row, if there is such a row.
+
+        It leaves in tiles of a warp's 16 value channels and 128 bytes of key channels, two of which have room.
+        """
+        link, dtype = way.link, way.kept.element_type
+        channels = 1024 // dtype.width
+        if row >= 0 and row < way.kept.shape[0]:
+            half = cute.arch.make_warp_uniform(link.group * STAGES + link.stage)
+            place = piece(way.shared.rows, half, 2 * CHUNK * self.spec.K)
+            place = cute.recast_ptr(place + cute.assume(link.warp * (2 * 16 * 64), divby=2 * 16 * 64), dtype=dtype)
+            for part in cutlass.range_constexpr(self.spec.K // channels):
+                if cutlass.const_expr(part >= 2):
+                    cute.arch.cp_async_bulk_wait_group(1, read=True)
+                    cute.arch.sync_warp()
+                elif cutlass.const_expr(part == 0 and not self.spec.every):  # then it may go to two rows
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.sync_warp()
+                tile = place + part % 2 * (16 * channels)
+                values = cute.make_rmem_tensor(channels // 2, Float32)
+                for i in cutlass.range_constexpr(channels // 2):
+                    values[i] = own.S[channels // 2 * part + i]
+                if cutlass.const_expr(self.spec.scaled):
+                    self.scale_rows(values, self.powers(own.exponents, -1))
+                self.put(values, tile, dtype, link.lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
-            tiles = way.tiles[None, None, way.i_hv, row]
-            here, there = by_chunk(way.atom, tiles, self.tile_of(way, part), 0, channels, 16)
-            cute.copy(way.atom, here, there[None, 4 * way.link.group + way.link.warp, part])
-            cute.arch.cp_async_bulk_commit_group()
+                here, there = by_chunk(way.atom, way.tiles[None, None, way.i_hv, row], tile, 0, channels, 16)
+                cute.copy(way.atom, here, there[None, 4 * link.group + link.warp, part])
+                cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def put(self, values, tile, dtype: cutlass.Constexpr, lane: Int32):

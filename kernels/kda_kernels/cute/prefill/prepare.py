@@ -79,30 +79,14 @@ class Preparer:
         for row in cutlass.range(tokens + (p >> 4), CHUNK, 8, unroll=1):
             vector(raw, swizzled(row, p & 15, 8, raw.dtype), 8).store(zeros.load())
 
-    @cute.jit
-    def raw_pairs(self, source, pair: Int32, half: Int32, first: cutlass.Constexpr[int], size: cutlass.Constexpr[int]):
-        """Two channels of `size` of this thread's tokens as they lie in shared memory: [2, size]."""
-        raw = cute.make_rmem_tensor((2, size), source.dtype)
-        start = source + half * (HALF * 1024 // source.dtype.width)
-        for i in cutlass.range_constexpr(size):
-            raw[None, i].store(vector(start, swizzled(first + i, pair, 2, source.dtype)).load())
-        return raw
-
-    @cute.jit
-    def pair_of(self, raw, i: cutlass.Constexpr[int]):
-        """Pair i of `raw_pairs`, fp32."""
-        if cutlass.const_expr(raw.element_type.width == 16):
-            return float_pair(cute.recast_tensor(raw, Int32)[i], raw.element_type)
-        else:
-            return raw[0, i].to(Float32), raw[1, i].to(Float32)
-
     def channel_pairs(self, source, pair: Int32, half: Int32) -> list:
         """Two channels of this thread's tokens, fp32."""
         if source.dtype.width == 16:
             column = Column.of(source, CHUNK, pair, half)
             return [float_pair(column.word(t)[0], source.dtype) for t in range(HALF)]
-        raw = self.raw_pairs(source, pair, half, 0, HALF)
-        return [self.pair_of(raw, i) for i in range(HALF)]
+        start = source + half * (HALF * 1024 // source.dtype.width)
+        loaded = [vector(start, swizzled(t, pair, 2, source.dtype)).load() for t in range(HALF)]
+        return [(two[0], two[1]) for two in loaded]
 
     @cute.jit
     def gate_parameters(self, A_log, dt_bias, i_hv: Int32, pair: Int32):
@@ -175,16 +159,18 @@ class Preparer:
         """Roots of those from the middle of the last chunk to that of this one; and those from there to its end.
 
         Roots, since 2^-230, what 32 tokens may leave, is no fp32 number, and what it falls on may be 2^115.
+        If the state decays to each chunk's end: those over each half.
         """
         K = self.spec.K
         place = shared.decay + (stage * (2 * K) + 2 * pair)
         over = cute.make_rmem_tensor(2, Float32)
-        if half == 0:
+        if cutlass.const_expr(self.spec.to_the_end):
+            for e in cutlass.range_constexpr(2):
+                over[e] = exp2_approx(G[e, HALF])
+            vector(place, half * K).store(over.load())
+        elif half == 0:
             over.fill(1.0)
-            carries = chunk > 0
-            if cutlass.const_expr(self.spec.invariant):
-                carries = chunk & 1 == 1
-            if carries:
+            if chunk > 0:
                 last = cute.arch.make_warp_uniform((number - 1) % STAGES)
                 cute.arch.mbarrier_wait(shared.ended + last, (number - 1) // STAGES & 1)
                 over.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())

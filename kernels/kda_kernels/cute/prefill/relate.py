@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
-from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, PrefillSpec
 from kda_kernels.cute.prefill.shared import L_HALF, L_PITCH, TILE, TILE_PITCH, arrive, piece, swizzled, vector
 from kda_kernels.cute.ptx import (
     load_matrices,
@@ -38,7 +38,7 @@ class Relater:
         return with_k, with_q
 
     def token_rows(self, raw, warp: Int32, lane: Int32):
-        """16 channels at a time of 8 tokens per warp: q and k of the first 8, q and k of the others. Without q, k twice."""
+        """16 channels at a time of 8 tokens per warp: q and k of 8 channels, then of the others. Without q, k twice."""
         reads = self.spec.part.reads
         rows = raw + (lane >> 3 & 1) * (CHUNK * 128) if reads else raw + CHUNK * 128
         start = (rows + swizzled(8 * warp + (lane & 7), lane >> 4, 8, raw.dtype)).toint().to(Int32)
@@ -207,27 +207,13 @@ class Relater:
             vector(mix, row * CHUNK + (j ^ (row >> 1 & 3)) * 8 + col).store(pair.load().to(self.element))
 
     @cute.jit
-    def invert_in_turn(self, shared, number: Int32, more, made: Int32, group: Int32, warp: Int32, lane: Int32):
-        """The warps that run the chain make the inverse of a chunk, each in turn: this one's, or, if it is ready already,
-        the next one's, for which the other warpgroup need not wait then.
-
-        Args: more: whether the item has a next chunk. made: the last chunk whose inverse this warp has made.
-        Returns: `made`.
-        """
-        chunk = number + ((group ^ number) & 1)  # of this one and the next the one that falls to this warpgroup
-        due = warp == chunk >> 1 & 3 and chunk != made
-        if due and chunk != number:
-            due = False
-            if more:
-                full = cute.arch.mbarrier_test_wait(shared.full + chunk % STAGES, chunk // STAGES & 1)
-                due = cute.arch.vote_all_sync(full)
-        if due:
-            stage = chunk % STAGES
-            self.invert(piece(shared.solve, group, 3 * TILE), self.mix(shared, stage, 0), lane)
+    def invert_in_turn(self, shared, chunk: Int32, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+        """One of the warps that run the chain, which wait for chunks anyway, makes the inverse of this one."""
+        if group == chunk & 1 and warp == chunk >> 1 & 3:
+            scratch = piece(shared.solve, chunk & 1, 3 * TILE)
+            self.invert(scratch, self.mix(shared, stage, 0), lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             arrive(shared.inverted + stage, lane, self.spec.each_arrives)
-            made = chunk
-        return made
 
     @cute.jit
     def invert(self, scratch, mix, lane: Int32):

@@ -367,8 +367,7 @@ class Unbounded:
         """Of each token both channels, fp32."""
         dtype, swapped = at.raw_g.dtype, mine.swapped == 1
         if dtype.width == 32:
-            raw = self.raw_pairs(at.raw_g, mine.pair, mine.half, 0, HALF)
-            pairs = [self.pair_of(raw, i) for i in range(HALF)]
+            pairs = self.channel_pairs(at.raw_g, mine.pair, mine.half)
             return [(select(swapped, y, x), select(swapped, x, y)) for x, y in pairs]
         column = Column.of(at.raw_g, CHUNK, mine.pair, mine.half)
         words = [column.word(t)[0] for t in range(HALF)]

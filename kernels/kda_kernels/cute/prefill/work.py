@@ -125,7 +125,8 @@ class Exit:
     """Where a warpgroup's part of a checkpoint leaves from: what a chunk's operands took of shared memory.
 
     Attributes:
-        atom, tiles: of the checkpoints, `kept`. shared: all of it. link: the chunk and the thread. i_hv: the value head.
+        atom, tiles: of the checkpoints, `kept`. shared: all of it. link: the chunk and the thread.
+        i_hv: the value head.
     """
 
     atom: cute.CopyAtom
