@@ -704,7 +704,8 @@ def test_a_workspace_of_the_caller(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_batch_invariance(dtype):
-    """Neither the others nor where a cached prefix was cut, at 64 tokens and with a state in fp32, change a bit."""
+    """Neither the others, nor where a cached prefix was cut, at 64 tokens and with a state in fp32, nor checkpoints
+    change a bit."""
     batch = dataclasses.replace(pooled([500, 64, 37], slots=[4, 1, 6], dtype=dtype), batch_invariant=True)
     whole = batch.fresh()
     expected = prefill(whole).o
@@ -717,6 +718,10 @@ def test_batch_invariance(dtype):
         parts.append(prefill(dataclasses.replace(alone, **tensors, cu_seqlens=offsets, state_indices=ints([4]))).o)
     assert same_bits(torch.cat(parts, 1), expected[:, :500])
     assert same_bits(alone.state[4], whole.state[4])
+    rows = ints([[0, 1, 2, 3, 4, 5, 6], [7] + [-1] * 6, [-1] * 7])
+    kept = Checkpoints(torch.empty(8, 2, 128, 128, device=DEVICE), rows, every=64)
+    keeping = dataclasses.replace(batch.fresh(), checkpoints=kept)
+    assert same_bits(prefill(keeping).o, expected) and same_bits(keeping.state, whole.state)
 
 
 @every_way
