@@ -121,6 +121,44 @@ class States:
 
 
 @dataclasses.dataclass(frozen=True)
+class Registers:
+    """What a thread of the chain holds.
+
+    Attributes:
+        S: the state. w, out: what is written to the state, and o.
+        S_operand, w_operand: S and w as left operands.
+        exponents: S and what is added to it is times 2 to these, row by row.
+    """
+
+    S: cute.Tensor
+    w: cute.Tensor
+    out: cute.Tensor
+    S_operand: cute.Tensor
+    w_operand: cute.Tensor
+    exponents: cute.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A chunk and a thread of the chain.
+
+    Attributes:
+        number: of the chunk on this CTA. tokens: from it on.
+        col: a lane's first column of 8.
+        decay: those of the chunk's stage.
+    """
+
+    number: Int32
+    stage: Int32
+    tokens: Int32
+    group: Int32
+    warp: Int32
+    lane: Int32
+    col: Int32
+    decay: cute.Pointer
+
+
+@dataclasses.dataclass(frozen=True)
 class Exit:
     """Where a warpgroup's part of a checkpoint leaves from: what a chunk's operands took of shared memory.
 
@@ -133,7 +171,7 @@ class Exit:
     tiles: cute.Tensor
     kept: cute.Tensor
     shared: Any
-    link: Any
+    link: Link
     i_hv: Int32
 
 
