@@ -15,11 +15,21 @@ class CheckpointTransfer(StateTransfer):
     """At the end of every second chunk, by TMA from where the chunk's operands were."""
 
     def first_column(self, states: States, work: Work):
-        """Of checkpoints at regular distances the first one in this round, and the tokens before it."""
+        """Of checkpoints at regular distances the first one in this round, and the tokens at which it is due."""
         column = Int32(0)
         if self.spec.keeps and self.spec.every:
             column = work.begin // states.every
         return column, (column + 1) * states.every
+
+    @cute.jit
+    def next_row(self, states: States, work: Work, position: Int32, column: Int32, due: Int32):
+        """Of a checkpoint at regular distances its row, -1 if none is due; and what `first_column` says of the next."""
+        row = states.rows.element_type(-1)
+        if position == due:
+            if column < states.rows.shape[1]:
+                row = states.rows[work.i_n, column]
+            column, due = column + 1, due + states.every
+        return row, column, due
 
     @cute.jit
     def keep(self, own: Registers, states: States, work: Work, position: Int32, row, way: Exit):
@@ -99,13 +109,9 @@ class CheckpointTransfer(StateTransfer):
                 target = tile + swizzled(lane & 15, j + (lane >> 4), 8, dtype, 16)
                 store_matrices(target, tuple(words[2 * j + i] for i in range(4)))
         else:
-            for j in cutlass.range_constexpr(4):
-                for h in cutlass.range_constexpr(2):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    for e in cutlass.range_constexpr(2):
-                        pair[e] = values[4 * j + 2 * h + e]
-                    place = swizzled((lane >> 2) + 8 * h, 4 * j + (lane & 3), 2, dtype, 16)
-                    vector(tile, place).store(pair.load())
+            for j, h, pair in self.pairs(values):
+                place = swizzled((lane >> 2) + 8 * h, 4 * j + (lane & 3), 2, dtype, 16)
+                vector(tile, place).store(pair.load())
 
     @cute.jit
     def hand_back(self, shared, owed: Int32, lane: Int32):

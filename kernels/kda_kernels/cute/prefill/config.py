@@ -69,7 +69,8 @@ class PrefillSpec:
         fresh: whether has_initial_state says which states begin with nothing.
         kept: dtype of the checkpoints' states; rows: of their rows, and of their offsets unless `every`.
         every: whether checkpoints come at regular distances.
-        invariant: whether decays are rounded at every second chunk's end, where a sequence may be cut.
+        invariant: whether no bit depends on where a sequence was cut, at every second chunk's end: the state is rounded
+            there as if it left.
         each_arrives: at barriers, each thread, not a warp's first; and warps meet where an mma keeps their order: what
             compute-sanitizer can follow.
     """

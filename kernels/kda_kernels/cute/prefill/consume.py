@@ -84,12 +84,8 @@ class Consumer(CheckpointTransfer):
             decay = shared.decay + stage * (2 * spec.K)
             link = Link(number, stage, tokens, group, warp, lane, col, decay)
             position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
-            if cutlass.const_expr(spec.keeps and spec.every):
-                row = states.rows.element_type(-1)
-                if position == due:  # asked for here, since memory takes its time
-                    if column < states.rows.shape[1]:
-                        row = states.rows[work.i_n, column]
-                    column, due = column + 1, due + states.every
+            if cutlass.const_expr(spec.keeps and spec.every):  # asked for here, since memory takes its time
+                row, column, due = self.next_row(states, work, position, column, due)
             if cutlass.const_expr(spec.chain_inverts):
                 self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):

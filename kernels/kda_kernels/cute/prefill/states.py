@@ -103,6 +103,15 @@ class StateTransfer(RowScaler):
                 for e in cutlass.range_constexpr(2):
                     S[4 * j + 2 * h + e] = pair[e].to(Float32)
 
+    def pairs(self, acc):
+        """Of accumulators the numbers that lie beside each other: of columns 8j on, of row lane // 4 + 8h."""
+        for j in range(cute.size(acc) // 4):
+            for h in range(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                for e in range(2):
+                    pair[e] = acc[4 * j + 2 * h + e]
+                yield j, h, pair
+
     @cute.jit
     def store_state(self, S, states, slot: Int64, inside: Int32):
         """S rounded to the dtype of the states."""
@@ -152,12 +161,8 @@ class StateTransfer(RowScaler):
         pitch = K + 8  # in words; rows that are stored at once begin in different banks
         place = cute.recast_ptr(self.row_buffer(shared, group, p), dtype=Float32)
         row, col = lane >> 2, 2 * (lane & 3)
-        for j in cutlass.range_constexpr(K // 8):
-            for h in cutlass.range_constexpr(2):
-                pair = cute.make_rmem_tensor(2, Float32)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = S[4 * j + 2 * h + e]
-                vector(place, (row + 8 * h) * pitch + 8 * j + col).store(pair.load())
+        for j, h, pair in self.pairs(S):
+            vector(place, (row + 8 * h) * pitch + 8 * j + col).store(pair.load())
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         if lane < 16:
@@ -174,16 +179,12 @@ class StateTransfer(RowScaler):
         pitch = K + 8  # in elements
         place = self.row_buffer(shared, group, p)
         row, col = lane >> 2, 2 * (lane & 3)
-        for j in cutlass.range_constexpr(K // 8):
-            for h in cutlass.range_constexpr(2):
-                pair = cute.make_rmem_tensor(2, Float32)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = S[4 * j + 2 * h + e]
-                rounded = cute.make_rmem_tensor(2, BFloat16)
-                for part in cutlass.range_constexpr(2):
-                    rounded.store(pair.load().to(BFloat16))
-                    vector(place, (row + 8 * h + 16 * part) * pitch + 8 * j + col).store(rounded.load())
-                    rest(pair, rounded)
+        for j, h, pair in self.pairs(S):
+            rounded = cute.make_rmem_tensor(2, BFloat16)
+            for part in cutlass.range_constexpr(2):
+                rounded.store(pair.load().to(BFloat16))
+                vector(place, (row + 8 * h + 16 * part) * pitch + 8 * j + col).store(rounded.load())
+                rest(pair, rounded)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         words = cute.recast_ptr(states.iterator, dtype=BFloat16)
@@ -215,12 +216,8 @@ class StateTransfer(RowScaler):
         exponent = self.joined_exponent(x)
         factor = self.power(exponent)
         row, col = lane >> 2, 2 * (lane & 3)
-        for j in cutlass.range_constexpr(K // 8):
-            for h in cutlass.range_constexpr(2):
-                pair = cute.make_rmem_tensor(2, Float32)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = S[4 * j + 2 * h + e] * factor
-                vector(place, (row + 8 * h) * pitch + 8 * j + col).store(pair.load().to(Float16))
+        for j, h, pair in self.pairs(S):
+            vector(place, (row + 8 * h) * pitch + 8 * j + col).store((pair.load() * factor).to(Float16))
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         start = slot * states.stride[0]

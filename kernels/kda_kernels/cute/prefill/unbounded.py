@@ -214,8 +214,9 @@ class Unbounded:
         loaded, squared = shared.loaded + group, shared.related + group
         begin = self.first_chunk(group, work.before)
         if warp == LOADER:
-            self.ask(self.inputs(shared, atoms, sources, work, group), loaded, begin, n_chunks)
-            self.prefetch(self.inputs(shared, atoms, sources, work, group), begin + 2, n_chunks)
+            inputs = self.inputs(shared, atoms, sources, work, group)
+            self.ask(inputs, loaded, begin, n_chunks)
+            self.prefetch(inputs, begin + 2, n_chunks)
 
         # after the loads are on their way: these wait for memory too
         rates = Rates(piece(shared.bias, group, spec.K + 4), lower_bound)

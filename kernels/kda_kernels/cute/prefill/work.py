@@ -15,7 +15,9 @@ class Barrier(enum.IntEnum):
 
     PREPARE = 1  # a preparing warpgroup
     SEND = 3  # a consuming warpgroup, which shares a buffer of o
-    INVERT = 5  # of a preparing warpgroup the warps that make L, and the one that inverts; gates with a bound
+    INVERT = (
+        5  # of a preparing warpgroup the warps that make L, and the one that inverts; where `chain_inverts` is false
+    )
     LEAVE = 7  # all that consume
     ASKED = 8  # all threads: those that prepare have asked for all they need first
     VACANT = 9  # of a consuming warpgroup, that its part of a checkpoint may be where operands were; two, in turns
