@@ -12,7 +12,7 @@ from prefill_inputs import SAFE, SOFTPLUS, plain
 from ptx import GlobalMemory, Kernel, PtxError, TensorMap
 
 from kda_kernels.cute.prefill import functions as prefill_functions
-from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, THREADS, Part, PrefillSpec
+from kda_kernels.cute.prefill.config import ALIGNMENT, CHUNK, LEAST_LEFT, THREADS, Part, PrefillSpec
 from kda_kernels.cute.runtime import missing_packages
 from kda_kernels.ints import cdiv
 from kda_kernels.problem import Options
@@ -171,6 +171,35 @@ def test_what_gates_leave_of_a_state():
     assert seen.sum() > SIZE * SIZE // 2
     off = (call.ht[0, 0].double() / wanted - 1).abs()
     assert (off <= 1e-6 * (1 - decay.log()))[seen].all()
+
+
+def test_what_bounded_gates_leave_of_a_state():
+    """As above, of one chunk, whose second half leaves 2^LEAST_LEFT of a channel at least."""
+    inputs = inputs_of([CHUNK])
+    inputs.k.zero_()
+    inputs.g.copy_(torch.linspace(-14.0, 14.0, SIZE).expand_as(inputs.g))
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SAFE)))
+    state = inputs.state[0, 0].double()
+    decay = recurrence(inputs).final_state[0, 0] / state
+    half = decay.sqrt()
+    assert 0.2 < (half < 2.0**LEAST_LEFT).double().mean() < 0.8
+    wanted = half * half.clamp(min=2.0**LEAST_LEFT)
+    off = (call.ht[0, 0].double() / state / wanted - 1).abs()
+    normal = (state * wanted).abs() > torch.finfo(torch.float32).tiny
+    assert (off <= 3e-5 - 1e-6 * decay.log())[normal].all(), "sums of decays begin at SHIFT"
+
+
+def test_gates_that_close_and_open():
+    """Each channel forgets within 1 to 40 tokens, at its own time, a state larger than what is written after."""
+    inputs = inputs_of([161])
+    token, channel = torch.arange(161)[:, None], torch.arange(SIZE)
+    shut = (token + 7 * channel) % 80 < 1 + channel % 40
+    inputs.g.copy_(torch.where(shut, 30.0, -30.0).view_as(inputs.g))
+    inputs.state.mul_(100)
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SAFE)))
+    check(call)
+    wanted = recurrence(inputs).o[0]
+    assert max(error(call.o[0, n : n + 8], wanted[n : n + 8]) for n in range(0, 161, 8)) <= 1.5 * OUTPUT_ERROR
 
 
 @both_gates

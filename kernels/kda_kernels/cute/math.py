@@ -52,11 +52,6 @@ def rsqrt(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
     return y
 
 
-def root(x: Float32) -> Float32:
-    """x**0.5, within some ulp."""
-    return _approx("sqrt.approx.ftz.f32", x)
-
-
 @cute.jit
 def sigmoid(x: Float32, exact: cutlass.Constexpr[bool] = True) -> Float32:
     """1 / (1 + exp(-x))."""

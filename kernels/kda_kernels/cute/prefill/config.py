@@ -20,6 +20,7 @@ PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS
 JOIN_WARPS = 8, 1, 1  # that multiply, that load transitions, and outputs
 ALIGNMENT = 2 * CHUNK  # of checkpoints, in tokens
+LEAST_LEFT = -18.0  # log2 of what the second half of a chunk leaves of a state; see `Preparer.decays`
 SHIFT = 25.0  # log2 of what rows of the first half of a chunk are divided by, and those of the second multiplied
 MOST_NORM = 2.0**37  # of q and k; see `kernel`
 # Of rows of S and w in fp16, log2: 16 to 32 is their largest number before a chunk. What 32 tokens of at most that, L2
@@ -143,8 +144,9 @@ class PrefillSpec:
     @property
     def to_the_end(self) -> bool:
         """Whether, with a bound, the state decays to each chunk's end, where it may leave or a sequence be cut, and
-        then to the middle of the next. Else from middle to middle: twice by one factor, which is loaded once."""
-        return self.bounded and (self.keeps or self.invariant)
+        then to the middle of the next. Else from middle to middle by one factor, for which kI must be free to be
+        smaller where the state is written than where tokens are related; see `Preparer.decays`."""
+        return self.bounded and (self.keeps or self.invariant or not self.write_in_tf32)
 
     @property
     def out_buffers(self) -> int:

@@ -89,7 +89,7 @@ class Consumer(CheckpointTransfer):
             if cutlass.const_expr(spec.chain_inverts):
                 self.invert_in_turn(shared, number, stage, group, warp, lane)
             if cutlass.const_expr(spec.bounded):
-                self.decay(S, decay, link.col, not spec.to_the_end)
+                self.decay(S, decay, link.col)
             if cutlass.const_expr(spec.keeps and spec.kept != "float32"):  # half the bytes have left by now
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
@@ -104,7 +104,7 @@ class Consumer(CheckpointTransfer):
             if leaves:
                 self.vacate(1, link)
             if cutlass.const_expr(spec.to_the_end):
-                self.decay(S, decay + spec.K, link.col, False)
+                self.decay(S, decay + spec.K, link.col)
             last = False  # the stage is not empty where its decays are read once more, or a state leaves from it
             if cutlass.const_expr(spec.stays and spec.bounded and not spec.to_the_end):
                 last = tokens <= CHUNK
@@ -133,7 +133,7 @@ class Consumer(CheckpointTransfer):
         if cutlass.const_expr(spec.bounded and not spec.to_the_end):
             if n_chunks > 0:
                 stage = (work.before + n_chunks - 1) % STAGES
-                self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3), False)
+                self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3))
                 if cutlass.const_expr(spec.stays):
                     arrive(shared.empty + stage, p & 31, spec.each_arrives)
         self.last_state(S, shared, states, work, inside, group, p)
@@ -182,7 +182,7 @@ class Consumer(CheckpointTransfer):
         for part in cutlass.range_constexpr(spec.inverse_parts):
             self.product(products.solve, w, own.w_operand, rights.solve, first + part, CHUNK // 16, True)
         if cutlass.const_expr(not spec.bounded):  # S was the one before the chunk
-            self.decay(own.S, link.decay, link.col, False, ratios)
+            self.decay(own.S, link.decay, link.col, ratios)
         warpgroup.wait_group(0)
 
     @cute.jit
@@ -257,14 +257,12 @@ class Consumer(CheckpointTransfer):
                         out[i] = read[cute.size(w) + i]
 
     @cute.jit
-    def decay(self, S, factors, col: Int32, roots: cutlass.Constexpr[bool], ratios=None):
-        """S diag(factors), or of their squares if they are roots; rows times `ratios`."""
+    def decay(self, S, factors, col: Int32, ratios=None):
+        """S diag(factors); rows times `ratios`."""
         for j in cutlass.range_constexpr(self.spec.K // 8):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * pair[i % 2]
-                if cutlass.const_expr(roots):
-                    S[4 * j + i] = S[4 * j + i] * pair[i % 2]
                 if cutlass.const_expr(ratios is not None):
                     S[4 * j + i] = S[4 * j + i] * ratios[i // 2]
 

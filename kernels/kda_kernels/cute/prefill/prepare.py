@@ -6,8 +6,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, rate, reciprocal, root
-from kda_kernels.cute.prefill.config import CHUNK, PARTS, SHIFT, STAGES, PrefillSpec
+from kda_kernels.cute.math import LOG2_E, rate, reciprocal
+from kda_kernels.cute.prefill.config import CHUNK, LEAST_LEFT, PARTS, SHIFT, STAGES, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
 from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
 from kda_kernels.problem import Gate
@@ -156,14 +156,21 @@ class Preparer:
     def decays(
         self, shared, G, chunk: Int32, number: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32
     ):  # fmt: skip
-        """Roots of those from the middle of the last chunk to that of this one; and those from there to its end.
+        """Those from the middle of the last chunk to that of this one, and those from there to its end.
 
-        Roots, since 2^-230, what 32 tokens may leave, is no fp32 number, and what it falls on may be 2^115.
+        Returns: what kI is multiplied by where the state is written.
+
+        Tokens of a second half may write 2^115 into a state of which the 32 tokens to the next middle then leave
+        2^-230, which is no fp32 number. So a second half leaves 2^LEAST_LEFT at least. Where it should leave less, its
+        kI are smaller by as much, so that what they write is right; what was there before, and should be gone, leaves
+        2^LEAST_LEFT. The least factor is 2^-133, of which fp32 holds 16 bits.
+
         If the state decays to each chunk's end: those over each half.
         """
         K = self.spec.K
         place = shared.decay + (stage * (2 * K) + 2 * pair)
-        over = cute.make_rmem_tensor(2, Float32)
+        over, of_kI = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+        of_kI.fill(1.0)
         if cutlass.const_expr(self.spec.to_the_end):
             for e in cutlass.range_constexpr(2):
                 over[e] = exp2_approx(G[e, HALF])
@@ -175,17 +182,19 @@ class Preparer:
                 cute.arch.mbarrier_wait(shared.ended + last, (number - 1) // STAGES & 1)
                 over.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
             for e in cutlass.range_constexpr(2):
-                over[e] = root(over[e]) * exp2_approx(0.5 * G[e, HALF])
+                over[e] = over[e] * exp2_approx(G[e, HALF])
             vector(place, 0).store(over.load())
         else:
             for e in cutlass.range_constexpr(2):
-                over[e] = exp2_approx(G[e, HALF])
+                over[e] = exp2_approx(cute.arch.fmax(G[e, HALF], Float32(LEAST_LEFT), nan=True))
+                of_kI[e] = exp2_approx(cute.arch.fmin(G[e, HALF] - LEAST_LEFT, Float32(0.0), nan=True))
             vector(place, K).store(over.load())
             arrive(shared.ended + stage, lane, self.spec.each_arrives)
+        return of_kI
 
     @cute.jit
-    def operands(self, shared, raw_q, G, stage: Int32, pair: Int32, half: Int32, group: Int32):
-        """kE, qE and kI into shared memory; k lies behind `raw_q`.
+    def operands(self, shared, raw_q, G, of_kI, stage: Int32, pair: Int32, half: Int32, group: Int32):
+        """kE, qE and kI into shared memory; k lies behind `raw_q`. `of_kI`: see `decays`.
 
         kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has more bits where
         the state is written.
@@ -222,7 +231,7 @@ class Preparer:
                 waiting.append(exact)
                 if cutlass.const_expr(i % 8 >= 6):  # the even or the odd of 8 tokens are there
                     for e in cutlass.range_constexpr(2):
-                        four = [waiting[t][e] for t in range(i - 6, i + 1, 2)]
+                        four = [waiting[t][e] * of_kI[e] for t in range(i - 6, i + 1, 2)]
                         across.four(e, i).store(self.four(four).load())
             else:
                 for part in cutlass.range_constexpr(PARTS):

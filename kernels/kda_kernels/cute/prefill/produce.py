@@ -75,10 +75,10 @@ class Producer(Preparer, Relater):
                 else:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(full)
-            self.decays(shared, G, chunk, number, stage, pair, half, warp, lane)
+            of_kI = self.decays(shared, G, chunk, number, stage, pair, half, warp, lane)
             if cutlass.const_expr(spec.write_in_tf32):
                 cute.arch.mbarrier_wait(shared.related + group, (number >> 1 & 1) ^ 1)
-            self.operands(shared, raw_q, G, stage, pair, half, group)
+            self.operands(shared, raw_q, G, of_kI, stage, pair, half, group)
             token = shared.token + stage * (3 * CHUNK)
             if cutlass.const_expr(spec.part.reads):
                 self.factors_of_o(raw_q, token + 2 * CHUNK, sums + CHUNK, scale, warp, lane)

@@ -34,8 +34,8 @@ class Shared:
            transposed
     v:     [CHUNK, V], as `cols`
     token: a, b and the factor of o: [3, CHUNK], fp32
-    decay: roots of the decays from the middle of the last chunk to that of this one [K], or, if the state has decayed
-           to the last one's end, decays from there; then those to this one's end [K]; fp32. Where gates have no bound:
+    decay: decays from the middle of the last chunk to that of this one [K], or, if the state has decayed to the last
+           one's end, from there; then those to this one's end [K]; fp32. Where gates have no bound:
            decays over the chunk [K]
     out:   o on its way out, for each consuming warpgroup one or two: [CHUNK, 64], 128-byte swizzle
     raw:   for each producing warpgroup q and k of its next chunk: [CHUNK, K], as `cols`; raw_g with g
