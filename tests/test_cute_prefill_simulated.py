@@ -159,7 +159,7 @@ def test_packed_sequences(options, late):
 
 
 def test_what_gates_leave_of_a_state():
-    """Keys of zero: each channel decays alone, by gates from open to shut; as exactly as fp32 holds their sum."""
+    """Keys of zero: each channel decays alone, by gates from open to shut; log decays are right to 1e-5."""
     inputs = inputs_of([40], SOFTPLUS)
     inputs.k.zero_()
     inputs.A_log.fill_(3.0)
@@ -170,7 +170,7 @@ def test_what_gates_leave_of_a_state():
     seen = decay > 1e-30
     assert seen.sum() > SIZE * SIZE // 2
     off = (call.ht[0, 0].double() / wanted - 1).abs()
-    assert (off <= 1e-6 * (1 - decay.log()))[seen].all()
+    assert (off <= 1e-6 - 1e-5 * decay.log())[seen].all()
 
 
 def test_what_bounded_gates_leave_of_a_state():
