@@ -80,7 +80,7 @@ class Consumer(CheckpointTransfer):
             if cutlass.const_expr(spec.keeps and spec.kept == "float32"):
                 self.hand_back(shared, owed, lane)
                 owed = Int32(-1)
-            self.await_chunk(shared, number, stage, group, warp)
+            cute.arch.mbarrier_wait(shared.full + stage, number // STAGES & 1)
             decay = shared.decay + stage * (2 * spec.K)
             link = Link(number, stage, tokens, group, warp, lane, col, decay)
             position, row = work.begin + (chunk + 1) * CHUNK, Int32(-1)
@@ -148,18 +148,6 @@ class Consumer(CheckpointTransfer):
         exponents = cute.make_rmem_tensor(2, Int32)
         exponents.fill(0)
         return Registers(S, w, out, S_operand, w_operand, exponents)
-
-    @cute.jit
-    def await_chunk(self, shared, number: Int32, stage: Int32, group: Int32, warp: Int32):
-        """Waits until a chunk is prepared.
-
-        Without a bound that is half of the time, in which each warp that looks takes instructions of those that
-        prepare: one looks for all.
-        """
-        if self.spec.bounded or warp == 0:
-            cute.arch.mbarrier_wait(shared.full + stage, number // STAGES & 1)
-        if cutlass.const_expr(not self.spec.bounded):
-            cute.arch.barrier(barrier_id=Barrier.CHUNK + group, number_of_threads=128)
 
     @cute.jit
     def miss(self, shared, own: Registers, kind: Int32, link: Link):

@@ -21,7 +21,6 @@ class Barrier(enum.IntEnum):
     LEAVE = 7  # all that consume
     ASKED = 8  # all threads: those that prepare have asked for all they need first
     VACANT = 9  # of a consuming warpgroup, that its part of a checkpoint may be where operands were; two, in turns
-    CHUNK = 13  # a consuming warpgroup, for which one warp has seen a chunk; gates without a bound
     READ = 5  # of a preparing warpgroup, that its inputs have been read; gates without a bound
 
 
