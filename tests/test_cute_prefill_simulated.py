@@ -189,6 +189,15 @@ def test_what_bounded_gates_leave_of_a_state():
     assert (off <= 3e-5 - 1e-6 * decay.log())[normal].all(), "sums of decays begin at SHIFT"
 
 
+@both_gates
+def test_a_state_of_little_but_the_last_key(options):
+    """A key has no bits that a product of tf32 cuts off, so all of the state that is cut is what is written to it."""
+    inputs = inputs_of([64], options)
+    inputs.g.add_(4.0)
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options)))
+    assert error(call.ht[0], recurrence(inputs).final_state[0]) <= 3.2e-4
+
+
 def test_gates_that_close_and_open():
     """Each channel forgets within 1 to 40 tokens, at its own time, a state larger than what is written after."""
     inputs = inputs_of([161])

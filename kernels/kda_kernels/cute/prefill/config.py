@@ -12,9 +12,9 @@ STAGES = 3  # prepared chunks between the warps that prepare and those that run 
 SHORT = 16  # chunks of an item at most, where a CTA that stays takes the next one before it ends
 SLOTS = 8  # of items that its chain has not ended, and of the next: a power of two
 PARTS = 2  # of kI where the state is written: the two bf16 halves of a number of 16 bits
-# A tf32 product takes 10 bits of its numbers' fractions, and so 2^-11 / (2 ln 2) less of each on average: what it is
-# multiplied by to make up for both.
-UNCUT = 1.0 + 2.0**-11 / math.log(2.0)
+# A tf32 product takes 10 bits of its numbers' fractions, and so 2^-11 / (2 ln 2) less of each on average: what makes up
+# for it. Numbers that have no more bits, as keys have, stay as they are.
+UNCUT = 1.0 + 2.0**-12 / math.log(2.0)
 CONSUMERS = 256  # threads: two warpgroups, 64 value channels each
 PRODUCERS = 256  # threads: two warpgroups, every other chunk each
 THREADS = CONSUMERS + PRODUCERS

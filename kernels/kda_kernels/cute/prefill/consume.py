@@ -192,7 +192,8 @@ class Consumer(CheckpointTransfer):
         self.round(w, own.w_operand)
         left = []
         if cutlass.const_expr(spec.write_in_tf32):
-            left = [w[4 * j + i] * UNCUT for j in range(CHUNK // 8) for i in (0, 2, 1, 3)]
+            uncut = UNCUT**2 if spec.to_the_end else UNCUT  # where kI is not multiplied by it
+            left = [w[4 * j + i] * uncut for j in range(CHUNK // 8) for i in (0, 2, 1, 3)]
         if cutlass.const_expr(spec.part.reads):
             place = (1 + spec.inverse_parts) * stage + spec.inverse_parts
             self.product(products.mix, own.out, own.w_operand, rights.mix, place, CHUNK // 16, True)

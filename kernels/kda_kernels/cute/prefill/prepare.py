@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
-from kda_kernels.cute.prefill.config import CHUNK, LEAST_LEFT, PARTS, SHIFT, STAGES, PrefillSpec
+from kda_kernels.cute.prefill.config import CHUNK, LEAST_LEFT, PARTS, SHIFT, STAGES, UNCUT, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
 from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
 from kda_kernels.problem import Gate
@@ -170,7 +170,7 @@ class Preparer:
         K = self.spec.K
         place = shared.decay + (stage * (2 * K) + 2 * pair)
         over, of_kI = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
-        of_kI.fill(1.0)
+        of_kI.fill(1.0 if self.spec.to_the_end else UNCUT)
         if cutlass.const_expr(self.spec.to_the_end):
             for e in cutlass.range_constexpr(2):
                 over[e] = exp2_approx(G[e, HALF])
@@ -187,7 +187,8 @@ class Preparer:
         else:
             for e in cutlass.range_constexpr(2):
                 over[e] = exp2_approx(cute.arch.fmax(G[e, HALF], Float32(LEAST_LEFT), nan=True))
-                of_kI[e] = exp2_approx(cute.arch.fmin(G[e, HALF] - LEAST_LEFT, Float32(0.0), nan=True))
+                less = cute.arch.fmin(G[e, HALF] - LEAST_LEFT, Float32(0.0), nan=True)
+                of_kI[e] = UNCUT * exp2_approx(less)
             vector(place, K).store(over.load())
             arrive(shared.ended + stage, lane, self.spec.each_arrives)
         return of_kI

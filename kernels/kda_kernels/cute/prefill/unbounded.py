@@ -25,7 +25,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal
-from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, STAGES, THREADS, PrefillSpec
+from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, STAGES, THREADS, UNCUT, PrefillSpec
 from kda_kernels.cute.prefill.prepare import HALF, Across, Column
 from kda_kernels.cute.prefill.shared import TILE, Shared, arrive, piece, swizzled, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Work
@@ -355,7 +355,7 @@ class Unbounded:
         # the second half's first or second 8 tokens
         rows = at.operands(0, mine.columns + 2) + half * (2 * OPERAND)
         products = [self.product_of_tokens(rows, at.operands(0, mine.columns) + j * OPERAND, lane) for j in range(2)]
-        self.write_columns(at, decays, k, [select(half == 0, x, Float32(1.0)) for x in others], mine)
+        self.write_columns(at, decays, k, [UNCUT * select(half == 0, x, Float32(1.0)) for x in others], mine)
         for j in cutlass.range_constexpr(2):
             self.keep_products(at.products_across(mine.columns, half), j, products[j], lane)
         self.barrier(mine.group)
@@ -482,7 +482,7 @@ class Unbounded:
         vector(target, 0, 4).store(self.four(values).load())
 
     def write_columns(self, at: Places, decays: list, k: list, after: list, mine: Mine) -> None:
-        """kI in fp32. `after`: of each channel, the decay over what follows these tokens in the chunk."""
+        """kI in fp32. `after`: of each channel, UNCUT times the decay over what follows these tokens in the chunk."""
         across = Across.of(at.columns, [mine.channel(e) for e in range(2)], mine.half)
         for e in range(2):
             factors = until(decays[e], 0, HALF - 1, after[e])
