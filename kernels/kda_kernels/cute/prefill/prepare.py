@@ -9,6 +9,7 @@ from cutlass import BFloat16, Float32, Int32
 from kda_kernels.cute.math import LOG2_E, rate, reciprocal
 from kda_kernels.cute.prefill.config import CHUNK, LEAST_LEFT, PARTS, SHIFT, STAGES, UNCUT, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
+from kda_kernels.cute.prefill.work import Patch
 from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, multiply_add, multiply_pairs
 from kda_kernels.problem import Gate
 
@@ -66,6 +67,22 @@ class Across:
         return cute.make_tensor(cute.make_ptr(Float32, place, SMEM, assumed_align=16), cute.make_layout(4))
 
 
+@dataclasses.dataclass(frozen=True)
+class GateParameters:
+    """What makes gates of raw ones.
+
+    Attributes:
+        A: exp(A_log) log2(e). bias: that times the bias of two channels.
+        rest_of_bias: 2^-x of what its rounding took off. As a factor: added to the exponent of each gate it would cost
+            an instruction, and where exp(A_log) is 200 and a bias 16, the rounding would show.
+    """
+
+    A: Float32
+    bias: cute.Tensor
+    rest_of_bias: cute.Tensor
+    lower_bound: Float32
+
+
 class Preparer:
     """Makes kE, qE and kI of a chunk. Thread p has two channels, from 2 (p % 64), of 16 tokens, from 16 (p // 64)."""
 
@@ -89,12 +106,7 @@ class Preparer:
         return [(two[0], two[1]) for two in loaded]
 
     @cute.jit
-    def gate_parameters(self, A_log, dt_bias, i_hv: Int32, pair: Int32):
-        """exp(A_log) log2(e), that times the bias of two channels, and 2^-x of what its rounding took off.
-
-        The last as a factor: added to the exponent of each gate it would cost an instruction, and where exp(A_log) is
-        200 and a bias 16, the rounding would show.
-        """
+    def gate_parameters(self, A_log, dt_bias, lower_bound: Float32, i_hv: Int32, pair: Int32) -> GateParameters:
         A = Float32(LOG2_E)
         bias, rest_of_bias = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         bias.fill(0.0)
@@ -108,19 +120,17 @@ class Preparer:
                 rounded_off = multiply_add(given, A, -bias[e])
                 rounded_off = cute.arch.fmax(cute.arch.fmin(rounded_off, Float32(64.0)), Float32(-64.0))
                 rest_of_bias[e] = exp2_approx(-rounded_off)
-        return A, bias, rest_of_bias
+        return GateParameters(A, bias, rest_of_bias, lower_bound)
 
     @cute.jit
-    def gates(
-        self, raw_g, A: Float32, bias, rest_of_bias, lower_bound: Float32, pair: Int32, half: Int32, tokens: Int32
-    ):  # fmt: skip
+    def gates(self, raw_g, parameters: GateParameters, patch: Patch):
         """The sums of log2 decays from the middle of the chunk to each token, less or, in the second half, more SHIFT;
-        and over this half: [2, HALF + 1]. `A`, `bias`, `rest_of_bias`: see `gate_parameters`.
-
-        Tokens after the end do not decay.
+        and over this half: [2, HALF + 1]. Tokens after the end do not decay.
         """
+        half, tokens = patch.half, patch.tokens
+        A, bias, rest_of_bias = parameters.A, parameters.bias, parameters.rest_of_bias
         log2 = cute.make_rmem_tensor((2, HALF), Float32)
-        for i, values in enumerate(self.channel_pairs(raw_g, pair, half)):
+        for i, values in enumerate(self.channel_pairs(raw_g, patch.pair, half)):
             for e in cutlass.range_constexpr(2):
                 if cutlass.const_expr(self.spec.gate is Gate.SAFE):
                     log2[e, i] = reciprocal(1.0 + exp2_approx(values[e] * -A - bias[e]) * rest_of_bias[e])
@@ -134,7 +144,7 @@ class Preparer:
                         log2[e, i] = Float32(0.0)
         factor = Float32(LOG2_E)
         if cutlass.const_expr(self.spec.gate is Gate.SAFE):
-            factor = lower_bound * LOG2_E
+            factor = parameters.lower_bound * LOG2_E
         G = cute.make_rmem_tensor((2, HALF + 1), Float32)
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
@@ -153,9 +163,7 @@ class Preparer:
         return G
 
     @cute.jit
-    def decays(
-        self, shared, G, chunk: Int32, number: Int32, stage: Int32, pair: Int32, half: Int32, warp: Int32, lane: Int32
-    ):  # fmt: skip
+    def decays(self, shared, G, patch: Patch):
         """Those from the middle of the last chunk to that of this one, and those from there to its end.
 
         Returns: what kI is multiplied by where the state is written.
@@ -167,8 +175,8 @@ class Preparer:
 
         If the state decays to each chunk's end: those over each half.
         """
-        K = self.spec.K
-        place = shared.decay + (stage * (2 * K) + 2 * pair)
+        K, half, number, stage = self.spec.K, patch.half, patch.number, patch.stage
+        place = shared.decay + (stage * (2 * K) + 2 * patch.pair)
         over, of_kI = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         of_kI.fill(1.0 if self.spec.to_the_end else UNCUT)
         if cutlass.const_expr(self.spec.to_the_end):
@@ -177,10 +185,10 @@ class Preparer:
             vector(place, half * K).store(over.load())
         elif half == 0:
             over.fill(1.0)
-            if chunk > 0:
+            if patch.chunk > 0:
                 last = cute.arch.make_warp_uniform((number - 1) % STAGES)
                 cute.arch.mbarrier_wait(shared.ended + last, (number - 1) // STAGES & 1)
-                over.store(vector(shared.decay, last * (2 * K) + K + 2 * pair).load())
+                over.store(vector(shared.decay, last * (2 * K) + K + 2 * patch.pair).load())
             for e in cutlass.range_constexpr(2):
                 over[e] = over[e] * exp2_approx(G[e, HALF])
             vector(place, 0).store(over.load())
@@ -190,23 +198,23 @@ class Preparer:
                 less = cute.arch.fmin(G[e, HALF] - LEAST_LEFT, Float32(0.0), nan=True)
                 of_kI[e] = UNCUT * exp2_approx(less)
             vector(place, K).store(over.load())
-            arrive(shared.ended + stage, lane, self.spec.each_arrives)
+            arrive(shared.ended + stage, patch.lane, self.spec.each_arrives)
         return of_kI
 
     @cute.jit
-    def operands(self, shared, raw_q, G, of_kI, stage: Int32, pair: Int32, half: Int32, group: Int32):
+    def operands(self, shared, raw_q, G, of_kI, patch: Patch):
         """kE, qE and kI into shared memory; k lies behind `raw_q`. `of_kI`: see `decays`.
 
         kE and qE are products of bf16 numbers: their rounding does little against that of kI, which has more bits where
         the state is written.
         """
-        K = self.spec.K
+        K, stage, pair, half = self.spec.K, patch.stage, patch.pair, patch.half
         summary = cutlass.const_expr(not self.spec.part.reads)
         batch = HALF // 2  # tokens read at once: before others are written, which the compiler does not move loads over
         raw = Column.of(raw_q, CHUNK, pair, half)
         rows = Column.of(shared.rows + stage * (2 * CHUNK * K), 2 * CHUNK, pair, half)
         if cutlass.const_expr(self.spec.write_in_tf32):
-            cols = Column.of(shared.near + group * (CHUNK * K), CHUNK, pair, half)
+            cols = Column.of(shared.near + patch.group * (CHUNK * K), CHUNK, pair, half)
             across = Across.of(shared.cols + stage * (PARTS * CHUNK * K), Across.crossed(pair), half)
         else:
             cols = Column.of(shared.cols + stage * (PARTS * CHUNK * K), CHUNK, pair, half)

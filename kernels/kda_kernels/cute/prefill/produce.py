@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kda_kernels.cute.math import sigmoid
@@ -10,7 +10,7 @@ from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS
 from kda_kernels.cute.prefill.prepare import Preparer
 from kda_kernels.cute.prefill.relate import Relater
 from kda_kernels.cute.prefill.shared import TILE, arrive, by_chunk, piece, swizzled_rows, vector
-from kda_kernels.cute.prefill.work import Barrier, Batch, Work
+from kda_kernels.cute.prefill.work import Barrier, Batch, Patch, Vacancy, Work
 from kda_kernels.cute.ptx import finished, fresh, multiply_warpgroup, select
 
 # The warps that may invert, ask for v, make beta and ask for other inputs: none has much more to do than another.
@@ -46,7 +46,7 @@ class Producer(Preparer, Relater):
             self.prefetch(self.inputs(shared, atoms, sources, work, group), begin + 2, n_chunks)
 
         # after the loads are on their way: these wait for memory too
-        A, bias, rest_of_bias = self.gate_parameters(batch.A_log, batch.dt_bias, work.i_hv, pair)
+        parameters = self.gate_parameters(batch.A_log, batch.dt_bias, lower_bound, work.i_hv, pair)
         raw_beta = self.fetch_beta(beta, work, begin * CHUNK + lane)
         if turn == 0:
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
@@ -56,6 +56,7 @@ class Producer(Preparer, Relater):
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
+            patch = Patch(chunk, number, stage, tokens, group, warp, lane, pair, half)
             sums = shared.sums + (2 * group + (number >> 1 & 1)) * (2 * CHUNK)
             cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
 
@@ -64,21 +65,12 @@ class Producer(Preparer, Relater):
                     self.clear(raw_q, tokens, p)
                 self.clear(raw_k, tokens, p)
                 self.barrier(group)
-            G = self.gates(raw_g, A, bias, rest_of_bias, lower_bound, pair, half, tokens)
-            cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
-            if warp == V_LOADER:
-                full = shared.full + stage
-                if work.kind == 0:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, CHUNK * spec.V * 2)
-                    self.load_values(shared, atoms, sources, self.now(shared, work, turn), stage, chunk)
-                else:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive(full)
-            of_kI = self.decays(shared, G, chunk, number, stage, pair, half, warp, lane)
+            G = self.gates(raw_g, parameters, patch)
+            self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp == V_LOADER)
+            of_kI = self.decays(shared, G, patch)
             if cutlass.const_expr(spec.write_in_tf32):
                 cute.arch.mbarrier_wait(shared.related + group, (number >> 1 & 1) ^ 1)
-            self.operands(shared, raw_q, G, of_kI, stage, pair, half, group)
+            self.operands(shared, raw_q, G, of_kI, patch)
             token = shared.token + stage * (3 * CHUNK)
             if cutlass.const_expr(spec.part.reads):
                 self.factors_of_o(raw_q, token + 2 * CHUNK, sums + CHUNK, scale, warp, lane)
@@ -106,7 +98,23 @@ class Producer(Preparer, Relater):
             if cutlass.const_expr(spec.chain_inverts):
                 arrive(shared.full + stage, lane, spec.each_arrives)
             else:
-                self.invert_early(shared, scratch, stage, group, warp, lane)
+                self.invert_early(shared, scratch, patch)
+
+    @cute.jit
+    def take(self, vacancy: Vacancy, loads: Boolean):
+        """Waits until the stage is free; the warp that `loads` has v loaded into it."""
+        shared, stage = vacancy.shared, vacancy.stage
+        item = self.now(shared, vacancy.work, vacancy.turn)
+        number = item.before + vacancy.chunk
+        cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
+        if loads:
+            if item.kind == 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(shared.full + stage, CHUNK * self.spec.V * 2)
+                self.load_values(shared, vacancy.atoms, vacancy.sources, item, stage, vacancy.chunk)
+            else:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(shared.full + stage)
 
     @cute.jit
     def product_of_rows(self, shared, stage: Int32, group: Int32):
@@ -125,16 +133,16 @@ class Producer(Preparer, Relater):
         return products
 
     @cute.jit
-    def invert_early(self, shared, scratch, stage: Int32, group: Int32, warp: Int32, lane: Int32):
+    def invert_early(self, shared, scratch, patch: Patch):
         """A warp makes the inverse of what it and another made; nobody else waits. Then the chunk is ready."""
-        if warp == INVERTER:
-            cute.arch.barrier(barrier_id=Barrier.INVERT + group, number_of_threads=64)
-            self.invert(scratch, self.mix(shared, stage, 0), lane)
+        if patch.warp == INVERTER:
+            cute.arch.barrier(barrier_id=Barrier.INVERT + patch.group, number_of_threads=64)
+            self.invert(scratch, self.mix(shared, patch.stage, 0), patch.lane)
             cute.arch.fence_proxy("async.shared", space="cta")
-        if warp == 1:
-            cute.arch.barrier_arrive(barrier_id=Barrier.INVERT + group, number_of_threads=64)
-        if warp != 1 or self.spec.each_arrives:
-            arrive(shared.full + stage, lane, self.spec.each_arrives)
+        if patch.warp == 1:
+            cute.arch.barrier_arrive(barrier_id=Barrier.INVERT + patch.group, number_of_threads=64)
+        if patch.warp != 1 or self.spec.each_arrives:
+            arrive(shared.full + patch.stage, patch.lane, self.spec.each_arrives)
 
     def mix(self, shared, stage, index: int):
         """A square of this stage."""

@@ -27,8 +27,8 @@ from cutlass import BFloat16, Float32, Int32
 from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal
 from kda_kernels.cute.prefill.config import BLOCK, CHUNK, PARTS, STAGES, THREADS, UNCUT, PrefillSpec
 from kda_kernels.cute.prefill.prepare import HALF, Across, Column
-from kda_kernels.cute.prefill.shared import TILE, Shared, arrive, piece, swizzled, vector
-from kda_kernels.cute.prefill.work import Barrier, Batch, Work
+from kda_kernels.cute.prefill.shared import TILE, arrive, piece, swizzled, vector
+from kda_kernels.cute.prefill.work import Barrier, Batch, Vacancy, Work
 from kda_kernels.cute.ptx import (
     LOWER,
     UPPER,
@@ -146,19 +146,6 @@ class Rates:
     lower_bound: Float32
 
 
-@dataclasses.dataclass(frozen=True)
-class Vacancy:
-    """The stage that a chunk of an item, the `turn`-th of the CTA, will take; once it is free v is loaded into it."""
-
-    shared: Shared
-    atoms: list[cute.CopyAtom]
-    sources: list[cute.Tensor]
-    work: Work
-    turn: Any
-    stage: Int32
-    chunk: Int32
-
-
 def four_words(place: Int32):
     """Shared memory at an address, as words."""
     return cute.make_tensor(cute.make_ptr(Int32, place, SMEM, assumed_align=16), cute.make_layout(4))
@@ -246,7 +233,7 @@ class Unbounded:
             arrive(squared, lane, spec.each_arrives)
             if warp == 1:
                 self.write_beta(sums + 3 * CHUNK, raw_beta, lane, tokens)
-            self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp)
+            self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp == LOADER)
             q = None
             if cutlass.const_expr(spec.part.reads):
                 q = Stored.of(self.token_pairs(raw_q, mine), at.own(raw_g, mine.columns, mine.half) + lane * 16)
@@ -289,22 +276,6 @@ class Unbounded:
                 bias = bias * LOG2_E
         vector(rates.bias, p, 1)[0] = bias
         vector(rates.bias, spec.K, 1)[0] = A
-
-    @cute.jit
-    def take(self, vacancy: Vacancy, warp: Int32):
-        """Waits until the stage is free, and has v loaded into it."""
-        shared, stage = vacancy.shared, vacancy.stage
-        item = self.now(shared, vacancy.work, vacancy.turn)
-        number = item.before + vacancy.chunk
-        cute.arch.mbarrier_wait(shared.empty + stage, (number // STAGES & 1) ^ 1)
-        if warp == LOADER:
-            if item.kind == 0:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(shared.full + stage, CHUNK * self.spec.V * 2)
-                self.load_values(shared, vacancy.atoms, vacancy.sources, item, stage, vacancy.chunk)
-            else:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(shared.full + stage)
 
     def places(self, shared, raw_q, raw_k, raw_g, stage: Int32) -> Places:
         K, squares = self.spec.K, 1 + self.spec.inverse_parts

@@ -161,6 +161,38 @@ class Link:
 
 
 @dataclasses.dataclass(frozen=True)
+class Patch:
+    """A chunk and a thread of those that prepare it: channels 2 pair and 2 pair + 1 of a half of its tokens.
+
+    Attributes:
+        chunk: of the item. number: of the chunk on this CTA. tokens: from it on.
+    """
+
+    chunk: Int32
+    number: Int32
+    stage: Int32
+    tokens: Int32
+    group: Int32
+    warp: Int32
+    lane: Int32
+    pair: Int32
+    half: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Vacancy:
+    """The stage that a chunk of an item, the `turn`-th of the CTA, will take; once it is free v is loaded into it."""
+
+    shared: Any
+    atoms: list[cute.CopyAtom]
+    sources: list[cute.Tensor]
+    work: Work
+    turn: Any
+    stage: Int32
+    chunk: Int32
+
+
+@dataclasses.dataclass(frozen=True)
 class Exit:
     """Where a warpgroup's part of a checkpoint leaves from: what a chunk's operands took of shared memory.
 
