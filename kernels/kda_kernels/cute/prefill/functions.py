@@ -121,12 +121,14 @@ _GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
 
 
 # What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
-# come activated, in fp32, those without a bound; 12 heads of one sequence, which is split; and many short sequences.
+# come activated, in fp32, those without a bound; states that leave on the way; 12 heads of one sequence, which is split;
+# and many short sequences.
 USUAL = {
     "safe": _POOL,
     "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
     "activated": dataclasses.replace(_POOL, g_dtype="float32", options=_GIVEN),
     "softplus": dataclasses.replace(_POOL, options=Options(gate=Gate.SOFTPLUS)),
+    "safe checkpoints": dataclasses.replace(_POOL, features=frozenset({"checkpoints"})),
     "safe split": dataclasses.replace(_POOL, seq_lens=(8192,), H=12, HV=12),
     "safe short": dataclasses.replace(_POOL, seq_lens=(64,) * 16),
 }
