@@ -66,7 +66,7 @@ def test_shared_memory_of_a_module_without_a_launch():
 
 def test_names_are_unique():
     names = [variant.name for variant in module.variants()]
-    assert len(set(names)) == len(names) == 7
+    assert len(set(names)) == len(names) == 8
 
 
 # --- the spec of a problem and that of its tensors
