@@ -107,6 +107,7 @@ class Preparer:
 
     @cute.jit
     def gate_parameters(self, A_log, dt_bias, lower_bound: Float32, i_hv: Int32, pair: Int32) -> GateParameters:
+        """Of a head, and of this thread's channels."""
         A = Float32(LOG2_E)
         bias, rest_of_bias = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
         bias.fill(0.0)
