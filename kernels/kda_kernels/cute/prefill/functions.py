@@ -121,8 +121,8 @@ _GIVEN = dataclasses.replace(_SAFE, gate=Gate.NONE)
 
 
 # What `kda compile` builds where nothing is said: packed on a pool, dense with a state that comes and goes, gates that
-# come activated, in fp32, those without a bound; states that leave on the way; 12 heads of one sequence, which is split;
-# and many short sequences.
+# come activated, in fp32, those without a bound; states that leave on the way; 12 heads of one sequence, which is
+# split; and many short sequences.
 USUAL = {
     "safe": _POOL,
     "safe dense": dataclasses.replace(_POOL, packed=False, pool_slots=None),
