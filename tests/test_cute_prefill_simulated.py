@@ -158,6 +158,17 @@ def test_packed_sequences(options, late):
     check(Call(inputs_of([70, 0, 5], options)).run(Kernel(ptx_of(Part.WHOLE, options)), late=late))
 
 
+@both_gates
+def test_fp16(options):
+    inputs = inputs_of([70, 0, 5], options)
+    inputs = dataclasses.replace(inputs, q=inputs.q.half(), k=inputs.k.half(), v=inputs.v.half())
+    spec = prefill_functions.spec_of(Part.WHOLE, inputs, inputs.new_final_state())
+    call = Call(inputs).run(Kernel(compiled(spec)))
+    wanted = recurrence(inputs)
+    assert error(call.o, wanted.o) <= OUTPUT_ERROR / 6
+    assert max(error(call.ht[n], wanted.final_state[n]) for n in range(3)) <= STATE_ERROR / 4
+
+
 def test_what_gates_leave_of_a_state():
     """Keys of zero: each channel decays alone, by gates from open to shut; log decays are right to 1e-5."""
     inputs = inputs_of([40], SOFTPLUS)

@@ -125,8 +125,8 @@ class Relater:
         return norm_k, norm_q
 
     @cute.jit
-    def factors(self, target, sums, scale: Float32, lane: Int32, tokens: Int32):
-        """a, b and the factor of o of the token of this lane; 0 after the end."""
+    def factors(self, target, sums, scale: Float32, lane: Int32):
+        """a, b and the factor of o of the token of this lane; after the end a and b are 0, as beta is."""
         norm_k, norm_q = self.norms(sums, lane)
         a = vector(sums, 3 * CHUNK + lane, 1)[0] * norm_k
         b = a * norm_k
@@ -135,8 +135,8 @@ class Relater:
             if cutlass.const_expr(self.spec.part.reads):
                 longest = cute.arch.fmax(longest, vector(sums, lane, 1)[0], nan=True)
             a = select(longest <= MOST_NORM**2, a, Float32(float("nan")))
-        vector(target, lane, 1)[0] = a if lane < tokens else Float32(0.0)
-        vector(target, lane + CHUNK, 1)[0] = b if lane < tokens else Float32(0.0)
+        vector(target, lane, 1)[0] = a
+        vector(target, lane + CHUNK, 1)[0] = b
         vector(target, lane + 2 * CHUNK, 1)[0] = norm_q * scale
 
     @cute.jit

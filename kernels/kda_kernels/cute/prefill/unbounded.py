@@ -237,19 +237,18 @@ class Unbounded:
             q = None
             if cutlass.const_expr(spec.part.reads):
                 q = Stored.of(self.token_pairs(raw_q, mine), at.own(raw_g, mine.columns, mine.half) + lane * 16)
-            k = self.token_pairs(raw_k, mine)
+            k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)
             cute.arch.mbarrier_wait(squared, phase)
             self.within(at, decays, k, q, mine)
             self.operands_across(at, decays, log2, k, q, mine)
             self.barrier(group)
             self.across(at, decays, log2, k, q, mine)
             here = self.now(shared, work, turn)
-            number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
-            self.await_inverse(shared, number)
+            self.await_inverse(shared, here.before + chunk)
             read = Barrier.READ + group
-            self.relate(at, scratch, sums, read, warp, lane, tokens)
+            self.relate(at, scratch, sums, read, warp, lane)
             if warp == 2:
-                self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane, tokens)
+                self.factors(shared.token + stage * (3 * CHUNK), sums, scale, lane)
             cute.arch.fence_proxy("async.shared", space="cta")
             arrive(shared.full + stage, lane, spec.each_arrives)
             if warp == LOADER:
@@ -378,10 +377,10 @@ class Unbounded:
                 decays[e].extend([fresh_float(exp2_approx(x)) for x in log2])
         return decays, sums
 
-    def token_pairs(self, tile, mine: Mine) -> list:
-        """Of each channel words of two neighbouring tokens."""
+    def token_pairs(self, tile, mine: Mine, behind: int = 0) -> list:
+        """Of each channel words of two neighbouring tokens, of the tile so many bytes behind."""
         column = Column.of(tile, CHUNK, mine.pair, mine.half)
-        words = [column.word(t)[0] for t in range(HALF)]
+        words = [column.word(t, behind)[0] for t in range(HALF)]
         picks = [mine.selector(e, LOWER, UPPER) for e in range(2)]
         return [[pick_bytes(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
 
@@ -487,7 +486,7 @@ class Unbounded:
         return start + channel * 64 + (index ^ (channel >> 1 & 3)) * 16
 
     @cute.jit
-    def relate(self, at: Places, scratch, sums, read: Int32, warp: Int32, lane: Int32, tokens: Int32):
+    def relate(self, at: Places, scratch, sums, read: Int32, warp: Int32, lane: Int32):
         """The rows of a block a warp, summed over all channels: L to `scratch`, Aqk to `at.mix`.
 
         At the barrier `read` the warps say that they have read what the next inputs take the place of.
@@ -507,7 +506,6 @@ class Unbounded:
                 token = BLOCK * w + (lane >> 2)
                 norm, _ = self.norms(sums, token)
                 b = vector(sums, 3 * CHUNK + token, 1)[0] * norm * norm
-                b = select(token < tokens, b, Float32(0.0))
                 self.spread_k(rows_k, scratch, b, w // 2, w % 2, lane)
                 if cutlass.const_expr(self.spec.part.reads):
                     self.spread_q(rows_q, at.mix, sums + 2 * CHUNK, w // 2, w % 2, lane)
