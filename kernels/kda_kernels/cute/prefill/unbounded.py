@@ -109,7 +109,8 @@ class Places:
             products of halves of `SIZES`; in that of its k those of both halves of the chunk.
         rows: kE and qE; columns: kI, fp32. Before that, operands of each warp.
         mix: where tril(qE kI^T) goes.
-        decay: what the chunk leaves of the state, fp32 [K]. Before that log2 of what each half leaves, [2, K].
+        decay: what the chunk leaves of the state, fp32 [K]. Before that log2 of what each half leaves, [2, K], of two
+            channels the one first that a thread has first.
     """
 
     raw_q: cute.Pointer
@@ -139,8 +140,8 @@ class Places:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What makes log decays of raw gates: `bias` of each channel, in log2 for softplus gates, fp32 [K]; behind it
-    exp(A_log)."""
+    """What makes log decays of raw gates: `bias` of each channel, in log2 for softplus gates, fp32 [K], of two channels
+    the one first that a thread has first; behind it exp(A_log)."""
 
     bias: cute.Pointer
     lower_bound: Float32
@@ -273,7 +274,7 @@ class Unbounded:
             bias = dt_bias[i_hv * spec.K + p].to(Float32)
             if cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                 bias = bias * LOG2_E
-        vector(rates.bias, p, 1)[0] = bias
+        vector(rates.bias, p ^ (p >> 3 & 1), 1)[0] = bias  # as `Mine.swapped`
         vector(rates.bias, spec.K, 1)[0] = A
 
     def places(self, shared, raw_q, raw_k, raw_g, stage: Int32) -> Places:
@@ -310,8 +311,7 @@ class Unbounded:
             self.write_left(at.operands(0, warp), decays, k, lane)
         else:
             self.write_right(at.operands(0, warp), decays, k, q, lane)
-        for e in cutlass.range_constexpr(2):
-            vector(at.decay, half * K + mine.channel(e), 1)[0] = log2[e]
+        vector(at.decay, half * K + 2 * mine.pair).store(self.four(log2).load())
 
     @cute.jit
     def across(self, at: Places, decays: list, log2: list, k: list, q: list | None, mine: Mine):
@@ -320,7 +320,8 @@ class Unbounded:
         Args: what `decays_of_tokens` and `token_pairs` return.
         """
         K, lane, half = self.spec.K, mine.lane, mine.half
-        rest = [vector(at.decay, (half ^ 1) * K + mine.channel(e), 1)[0] for e in range(2)]
+        both = vector(at.decay, (half ^ 1) * K + 2 * mine.pair).load()
+        rest = [both[e] for e in range(2)]
         others = [exp2_approx(x) for x in rest]
         # the second half's first or second 8 tokens
         rows = at.operands(0, mine.columns + 2) + half * (2 * OPERAND)
@@ -360,7 +361,7 @@ class Unbounded:
             factor = rates.lower_bound * LOG2_E
         elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
             factor = -A
-        bias = [vector(rates.bias, mine.channel(e), 1)[0] for e in range(2)]
+        bias = vector(rates.bias, 2 * mine.pair).load()
         raw = self.raw_gates(at, mine)
         decays, sums = ([], []), [Float32(0.0), Float32(0.0)]
         for first in cutlass.range_constexpr(0, HALF, 4):
