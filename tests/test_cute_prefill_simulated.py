@@ -209,6 +209,18 @@ def test_a_state_of_little_but_the_last_key(options):
     assert error(call.ht[0], recurrence(inputs).final_state[0]) <= 3.2e-4
 
 
+def test_what_shut_gates_leave_of_a_chunks_last_token():
+    """exp(-5) a token, of which the factor over both halves that lie between two middles has to hold enough."""
+    inputs = inputs_of([2 * CHUNK])
+    inputs.g.fill_(14.0)
+    inputs.state.zero_()
+    inputs.v[:, : CHUNK - 1] = inputs.v[:, CHUNK:] = 0.0
+    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, SAFE)))
+    wanted = recurrence(inputs).o[0]
+    for token in range(CHUNK - 1, CHUNK + 4):
+        assert error(call.o[0, token], wanted[token]) <= 2 * OUTPUT_ERROR, f"token {token}"
+
+
 def test_gates_that_close_and_open():
     """Each channel forgets within 1 to 40 tokens, at its own time, a state larger than what is written after."""
     inputs = inputs_of([161])
@@ -251,12 +263,15 @@ def test_checkpoints_at_given_positions(options, dtype):
     assert call.kept[[2, 4, 5, 6]].isnan().all(), "no chunk ends there; before and behind the tokens; nobody's"
 
 
-@both_gates
-def test_checkpoints_change_no_bit_if_bits_depend_on_a_sequence_alone(options):
+@pytest.mark.parametrize(
+    ("options", "invariant"), [(SAFE, True), (SOFTPLUS, True), (SOFTPLUS, False)], ids=["safe", "softplus", "any call"]
+)
+def test_checkpoints_change_no_bit(options, invariant):
+    """If bits depend on a sequence alone; without a bound in any call."""
     inputs = inputs_of([130], options)
     kept = kept_at([64, 128], torch.float32)
     calls = [
-        Call(dataclasses.replace(inputs, checkpoints=one)).run(Kernel(ptx_of(Part.WHOLE, options, one, True)))
+        Call(dataclasses.replace(inputs, checkpoints=one)).run(Kernel(ptx_of(Part.WHOLE, options, one, invariant)))
         for one in (None, kept)
     ]
     check(calls[0])

@@ -8,7 +8,7 @@ wrong numbers or as a `DeadlockError`, in some of the orders that seeds give.
 
 Not modelled: proxies and fences (a missing `fence.proxy.async` does not show), memory order between CTAs, which run one
 after another, what ptxas makes of PTX, clusters, limits of registers, and time. A bulk store reads and writes at once.
-Sums of products are of fp64, rounded once to fp32; ex2, rcp, sqrt and rsqrt are exact to fp32.
+Sums of products are of fp64, rounded once to fp32; ex2, rcp and rsqrt are exact to fp32.
 
 `parsing` reads the text; `arithmetic` is the table of instructions of lanes by themselves; `instructions`, `matrices`
 and `asynchronous` have the others; `simulation` runs them.

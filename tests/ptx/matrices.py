@@ -16,7 +16,7 @@ _PLACES = ((0, 0), (8, 0), (0, 8), (8, 8))  # of the registers of A in 16 rows, 
 def _left(words: list[np.ndarray], kind: str) -> np.ndarray:
     """A, float64 [16, 16] from four registers, or [16, 8] from two; of tf32 [16, 8] from four."""
     a = np.zeros((16, 8 if kind == "tf32" else 4 * len(words)))
-    for word, (row, column) in zip(words, _PLACES, strict=False):
+    for word, (row, column) in zip(words, _PLACES[: len(words)], strict=True):
         if kind == "tf32":
             a[ROW + row, COLUMN + column // 2] = tf32_values(word)
         else:

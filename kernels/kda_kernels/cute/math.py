@@ -26,7 +26,7 @@ EXP2 = [LN_2**n / math.factorial(n) for n in range(8)]  # 2**f, |f| <= 1/2: the 
 ATANH = [1 / (2 * n + 1) for n in range(8)]  # atanh(z) / z in z**2, z <= 1/3: the next term is under 2e-9
 # log(1 + e) / e, 0 <= e <= 1, within 1.5e-6 of it and 1 at 0: a fit by least squares of relative errors, reweighted
 LOG1P = [1.0, -0.49990746, 0.33140427, -0.23611343, 0.15102768, -0.067851186, 0.014588313]
-# log2(1 + e) / e, 0 <= e <= 1, within 8.6e-6 of it in fp32, of relative errors: a minimax fit
+# log2(1 + e) / e, 0 <= e <= 1, within 8.6e-6 of itself in fp32: a minimax fit of relative errors
 LOG2_1P = [1.4426829, -0.72042614, 0.46917406, -0.30303621, 0.14603288, -0.034435906]
 
 

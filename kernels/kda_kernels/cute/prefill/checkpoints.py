@@ -35,14 +35,16 @@ class CheckpointTransfer(StateTransfer):
     def keep(self, own: Registers, states: States, work: Work, position: Int32, row, way: Exit):
         """The state after `position` tokens of a sequence into the rows of the checkpoints that are there.
 
-        At regular distances there is one of them at most, in `row`.
+        At regular distances there is one of them at most, in `row`. Both warpgroups come here, though there be none.
         """
-        if cutlass.const_expr(self.spec.every):
-            self.send_tiles(own, Int32(row), way)
-        else:
-            for column in cutlass.range(states.rows.shape[1], unroll=1):
-                if Int32(states.offsets[work.i_n, column]) == position:
-                    self.send_tiles(own, Int32(states.rows[work.i_n, column]), way)
+        self.await_vacant(way.link)
+        if way.link.tokens >= CHUNK and work.kind == 0 and work.index == 0:
+            if cutlass.const_expr(self.spec.every):
+                self.send_tiles(own, Int32(row), way)
+            else:
+                for column in cutlass.range(states.rows.shape[1], unroll=1):
+                    if Int32(states.offsets[work.i_n, column]) == position:
+                        self.send_tiles(own, Int32(states.rows[work.i_n, column]), way)
 
     @cute.jit
     def vacate(self, half: cutlass.Constexpr[int], link: Link):

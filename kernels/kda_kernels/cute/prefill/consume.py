@@ -117,10 +117,8 @@ class Consumer(CheckpointTransfer):
                 self.write_out(source, atoms[4:], tiles[4:], o, work, group, group, chunk, tokens, p)
             if cutlass.const_expr(spec.keeps):
                 if leaves:
-                    self.await_vacant(link)
-                    if tokens >= CHUNK and work.kind == 0 and work.index == 0:
-                        way = Exit(atoms[-1], tiles[-1], states.kept, shared, link, work.i_hv)
-                        self.keep(own, states, work, position, row, way)
+                    way = Exit(atoms[-1], tiles[-1], states.kept, shared, link, work.i_hv)
+                    self.keep(own, states, work, position, row, way)
             if cutlass.const_expr(spec.scaled and spec.invariant):
                 if chunk & 1 == 1:
                     self.scale_state(S, own.exponents)

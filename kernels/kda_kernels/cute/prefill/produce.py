@@ -56,7 +56,7 @@ class Producer(Preparer, Relater):
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
-            patch = Patch(chunk, number, stage, tokens, group, warp, lane, pair, half)
+            patch = Patch(number, stage, tokens, group, warp, lane, chunk, pair, half)
             sums = shared.sums + (2 * group + (number >> 1 & 1)) * (2 * CHUNK)
             cute.arch.mbarrier_wait(loaded, number >> 1 & 1)
 

@@ -238,7 +238,7 @@ class Unbounded:
             q = None
             if cutlass.const_expr(spec.part.reads):
                 q = Stored.of(self.token_pairs(raw_q, mine), at.own(raw_g, mine.columns, mine.half) + lane * 16)
-            k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)
+            k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)  # which lies behind q
             cute.arch.mbarrier_wait(squared, phase)
             self.within(at, decays, k, q, mine)
             self.operands_across(at, decays, log2, k, q, mine)

@@ -15,9 +15,7 @@ class Barrier(enum.IntEnum):
 
     PREPARE = 1  # a preparing warpgroup
     SEND = 3  # a consuming warpgroup, which shares a buffer of o
-    INVERT = (
-        5  # of a preparing warpgroup the warps that make L, and the one that inverts; where `chain_inverts` is false
-    )
+    INVERT = 5  # of a preparing warpgroup the warps that make L, and the one that inverts; unless `chain_inverts`
     LEAVE = 7  # all that consume
     ASKED = 8  # all threads: those that prepare have asked for all they need first
     VACANT = 9  # of a consuming warpgroup, that its part of a checkpoint may be where operands were; two, in turns
@@ -141,13 +139,11 @@ class Registers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
-    """A chunk and a thread of the chain.
+class Duty:
+    """A chunk, and a thread that works on it.
 
     Attributes:
-        number: of the chunk on this CTA. tokens: from it on.
-        col: a lane's first column of 8.
-        decay: those of the chunk's stage.
+        number: of the chunk on this CTA. tokens: of the item, from the chunk on. group: the warpgroup, of two.
     """
 
     number: Int32
@@ -156,25 +152,21 @@ class Link:
     group: Int32
     warp: Int32
     lane: Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Link(Duty):
+    """Of the chain. `col`: the lane's first column of 8. `decay`: those of the chunk's stage."""
+
     col: Int32
     decay: cute.Pointer
 
 
 @dataclasses.dataclass(frozen=True)
-class Patch:
-    """A chunk and a thread of those that prepare it: channels 2 pair and 2 pair + 1 of a half of its tokens.
-
-    Attributes:
-        chunk: of the item. number: of the chunk on this CTA. tokens: from it on.
-    """
+class Patch(Duty):
+    """Of those that prepare: channels 2 pair and 2 pair + 1 of a half of the tokens of a chunk, the item's `chunk`."""
 
     chunk: Int32
-    number: Int32
-    stage: Int32
-    tokens: Int32
-    group: Int32
-    warp: Int32
-    lane: Int32
     pair: Int32
     half: Int32
 
