@@ -170,7 +170,7 @@ def test_fp16(options):
 
 
 def test_what_gates_leave_of_a_state():
-    """Keys of zero: each channel decays alone, by gates from open to shut; log decays are right to 1e-5."""
+    """Keys of zero: each channel decays alone, by gates from open to shut; log decays are right to 2e-6."""
     inputs = inputs_of([40], SOFTPLUS)
     inputs.k.zero_()
     inputs.A_log.fill_(3.0)
@@ -181,7 +181,7 @@ def test_what_gates_leave_of_a_state():
     seen = decay > 1e-30
     assert seen.sum() > SIZE * SIZE // 2
     off = (call.ht[0, 0].double() / wanted - 1).abs()
-    assert (off <= 1e-6 - 1e-5 * decay.log())[seen].all()
+    assert (off <= 1e-6 - 2e-6 * decay.log())[seen].all()
 
 
 def test_what_bounded_gates_leave_of_a_state():
