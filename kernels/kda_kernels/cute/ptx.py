@@ -57,6 +57,17 @@ def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
+def load_four_words(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
+    """From shared memory, by one load, though not all of them be needed: ptxas splits one that is not volatile."""
+    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    result = _asm(
+        results, [source.toint().ir_value(loc=loc, ip=ip)],
+        "ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
+    )  # fmt: skip
+    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
 def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
     """ldmatrix.x4: as `load_transposed`, but a lane gets row lane // 4 and columns 2 (lane % 4) and the next."""
     results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")

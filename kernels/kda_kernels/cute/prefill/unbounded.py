@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import cutlass
@@ -36,6 +37,7 @@ from kda_kernels.cute.ptx import (
     float_pair,
     fresh,
     fresh_float,
+    load_four_words,
     load_transposed,
     multiply_16x8x16,
     multiply_pairs,
@@ -154,12 +156,16 @@ def four_words(place: Int32):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on."""
+    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on.
+
+    `at_once`: whether four words come by one load where two are needed: half the bank conflicts, more registers.
+    """
 
     place: Int32
+    at_once: bool
 
     @staticmethod
-    def of(q: list, place: Int32) -> "Stored":
+    def of(q: list, place: Int32, at_once: bool) -> "Stored":
         """A warp's gates have been read: q takes their place."""
         cute.arch.sync_warp()
         for e in range(2):
@@ -168,11 +174,24 @@ class Stored:
                 for n in range(4):
                     words[n] = q[e][4 * i + n]
                 four_words(place + (2 * e + i) * (OPERAND // 2)).store(words.load())
-        return Stored(place)
+        return Stored(place, at_once)
 
-    def __getitem__(self, e: int) -> list:
-        loaded = [four_words(self.place + (2 * e + i) * (OPERAND // 2)).load() for i in range(2)]
-        return [four[n] for four in loaded for n in range(4)]
+    def __getitem__(self, e: int) -> "Fetched":
+        return Fetched(self.place + e * OPERAND, self.at_once)
+
+
+class Fetched(dict):
+    """The words of one channel of `Stored`, each four loaded where one of them is asked for first."""
+
+    def __init__(self, place: Int32, at_once: bool):
+        super().__init__()
+        self.place, self.at_once = place, at_once
+
+    def __missing__(self, i: int) -> Int32:
+        four = four_words(self.place + i // 4 * (OPERAND // 2))
+        words = load_four_words(four.iterator) if self.at_once else [four.load()[n] for n in range(4)]
+        self.update(zip(range(i // 4 * 4, i // 4 * 4 + 4), words, strict=True))
+        return self[i]
 
 
 class Unbounded:
@@ -237,7 +256,8 @@ class Unbounded:
             self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp == LOADER)
             q = None
             if cutlass.const_expr(spec.part.reads):
-                q = Stored.of(self.token_pairs(raw_q, mine), at.own(raw_g, mine.columns, mine.half) + lane * 16)
+                place = at.own(raw_g, mine.columns, mine.half) + lane * 16
+                q = Stored.of(self.token_pairs(raw_q, mine), place, spec.part.splits)
             k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)  # which lies behind q
             cute.arch.mbarrier_wait(squared, phase)
             self.within(at, decays, k, q, mine)
@@ -385,7 +405,7 @@ class Unbounded:
         picks = [mine.selector(e, LOWER, UPPER) for e in range(2)]
         return [[pick_bytes(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
 
-    def words_of(self, pairs: list, tokens: list[int]) -> list:
+    def words_of(self, pairs: Any, tokens: Sequence[int]) -> list:
         """Of `token_pairs` of a channel words of these tokens."""
         out = []
         for a, b in zip(tokens[::2], tokens[1::2], strict=True):
@@ -426,7 +446,7 @@ class Unbounded:
             factors = self.packed(since(decays[e], 0, HALF - 1))
             for n, pairs in enumerate((k, q)):
                 if pairs is not None:
-                    words = self.times(pairs[e], factors)
+                    words = self.times(self.words_of(pairs[e], range(HALF)), factors)
                     for i in range(2):
                         self.write_operand(place, 2 * i + n, e, words[4 * i : 4 * i + 4], lane)
 
@@ -471,9 +491,10 @@ class Unbounded:
             for n, pairs in enumerate((k, q)):
                 if pairs is None:
                     continue
-                out = self.times(pairs[e], words)
+                own = self.words_of(pairs[e], range(HALF))
+                out = self.times(own, words)
                 if n == 1 and self.spec.part.splits:  # o is rounded twice then: q once
-                    exact = [x for word in pairs[e] for x in float_pair(word, self.element)]
+                    exact = [x for word in own for x in float_pair(word, self.element)]
                     out = self.packed([x * y for x, y in zip(exact, factors, strict=True)])
                 for i in range(2):
                     place = self.row_of(at, channel, 4 * n + 2 * mine.half + i)
