@@ -263,19 +263,21 @@ def test_checkpoints_at_given_positions(options, dtype):
     assert call.kept[[2, 4, 5, 6]].isnan().all(), "no chunk ends there; before and behind the tokens; nobody's"
 
 
-@pytest.mark.parametrize(
-    ("options", "invariant"), [(SAFE, True), (SOFTPLUS, True), (SOFTPLUS, False)], ids=["safe", "softplus", "any call"]
-)
-def test_checkpoints_change_no_bit(options, invariant):
-    """If bits depend on a sequence alone; without a bound in any call."""
-    inputs = inputs_of([130], options)
-    kept = kept_at([64, 128], torch.float32)
-    calls = [
-        Call(dataclasses.replace(inputs, checkpoints=one)).run(Kernel(ptx_of(Part.WHOLE, options, one, invariant)))
-        for one in (None, kept)
-    ]
+@both_gates
+@pytest.mark.parametrize("part", [Part.WHOLE, Part.STAYING], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("invariant", [False, True], ids=["any call", "batch invariant"])
+def test_checkpoints_change_no_bit(options, part, dtype, invariant):
+    lens, workers = ([130], 0) if part is Part.WHOLE else ([64, 40, 0, 128, 70], 1)
+    inputs = inputs_of(lens, options)
+    kept = kept_by(lens).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    calls = []
+    for one in (None, kept):
+        kernel = Kernel(ptx_of(part, options, one, invariant))
+        calls.append(Call(dataclasses.replace(inputs, checkpoints=one), part, workers).run(kernel))
     check(calls[0])
     assert calls[0].o.equal(calls[1].o) and calls[0].ht.equal(calls[1].ht)
+    assert not calls[1].kept[: len(kept.states) - 1].isnan().any()
 
 
 def alone(inputs: Inputs, at: slice, state: torch.Tensor, **changes):

@@ -172,8 +172,7 @@ def kda_prefill(
         chunk_indices: from `prepare_chunk_indices(cu_seqlens, total tokens)`; an engine makes them once per batch and
             passes them to every layer. Where triton-prefill runs, they are made here if not given; cute-prefill needs
             none.
-        checkpoints: states inside the prompts that are to be kept, see `kda_kernels.tensors.Checkpoints`. With a
-            bounded gate outputs are rounded otherwise where there are some, unless `batch_invariant`.
+        checkpoints: states inside the prompts that are to be kept, see `kda_kernels.tensors.Checkpoints`.
         batch_invariant: the bits of a sequence depend on itself alone, not on the batch that it is in, nor on a cached
             prefix that was cut at a multiple of `checkpoint_alignment` and left its state in fp32.
         workspace: uint8, at least `prefill_workspace_bytes` of it: the call allocates no other scratch memory.

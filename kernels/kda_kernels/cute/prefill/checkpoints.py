@@ -12,7 +12,7 @@ from kda_kernels.cute.ptx import store_matrices
 
 
 class CheckpointTransfer(StateTransfer):
-    """At the end of every second chunk, by TMA from where the chunk's operands were."""
+    """At the end of every second chunk, by TMA from where the chunk's operands were. They change no bit of anything."""
 
     def first_column(self, states: States, work: Work):
         """Of checkpoints at regular distances the first one in this round, and the tokens at which it is due."""
@@ -90,6 +90,8 @@ class CheckpointTransfer(StateTransfer):
                 values = cute.make_rmem_tensor(channels // 2, Float32)
                 for i in cutlass.range_constexpr(channels // 2):
                     values[i] = own.S[channels // 2 * part + i]
+                if cutlass.const_expr(self.spec.bounded and not self.spec.to_the_end):
+                    self.decay(values, link.decay + (self.spec.K + channels * part), link.col)
                 if cutlass.const_expr(self.spec.scaled):
                     self.scale_rows(values, self.powers(own.exponents, -1))
                 self.put(values, tile, dtype, link.lane)

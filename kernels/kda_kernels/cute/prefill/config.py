@@ -138,15 +138,16 @@ class PrefillSpec:
 
     @property
     def chain_inverts(self) -> bool:
-        """Whether warps that run the chain make the inverse: they have time but, with a bound, where states leave."""
-        return not (self.bounded and self.keeps)
+        """Whether warps that run the chain make the inverse. With a bound they have no time for it where states leave in
+        fp32, or leave and decay twice a chunk."""
+        return not (self.bounded and self.keeps and (self.to_the_end or self.kept == "float32"))
 
     @property
     def to_the_end(self) -> bool:
-        """Whether, with a bound, the state decays to each chunk's end, where it may leave or a sequence be cut, and
-        then to the middle of the next. Else from middle to middle by one factor, for which kI must be free to be
-        smaller where the state is written than where tokens are related; see `Preparer.decays`."""
-        return self.bounded and (self.keeps or self.invariant or not self.write_in_tf32)
+        """Whether, with a bound, the state decays to each chunk's end, where a sequence may be cut, and then to the
+        middle of the next. Else from middle to middle by one factor, for which kI must be free to be smaller where the
+        state is written than where tokens are related; see `Preparer.decays`."""
+        return self.bounded and (self.invariant or not self.write_in_tf32)
 
     @property
     def out_buffers(self) -> int:

@@ -126,14 +126,15 @@ class Consumer(CheckpointTransfer):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(spec.scaled):
             self.scale_rows(S, self.powers(own.exponents, -1))
-        if cutlass.const_expr(spec.keeps):
-            self.hand_back(shared, owed, p & 31)
         if cutlass.const_expr(spec.bounded and not spec.to_the_end):
             if n_chunks > 0:
                 stage = (work.before + n_chunks - 1) % STAGES
                 self.decay(S, shared.decay + (stage * (2 * spec.K) + spec.K), 2 * (p & 3))
                 if cutlass.const_expr(spec.stays):
-                    arrive(shared.empty + stage, p & 31, spec.each_arrives)
+                    if owed < 0:
+                        arrive(shared.empty + stage, p & 31, spec.each_arrives)
+        if cutlass.const_expr(spec.keeps):
+            self.hand_back(shared, owed, p & 31)
         self.last_state(S, shared, states, work, inside, group, p)
 
     def registers(self, S, products: Products) -> Registers:
@@ -257,8 +258,8 @@ class Consumer(CheckpointTransfer):
 
     @cute.jit
     def decay(self, S, factors, col: Int32, ratios=None):
-        """S diag(factors); rows times `ratios`."""
-        for j in cutlass.range_constexpr(self.spec.K // 8):
+        """S diag(factors), of all of a lane's columns or of some that lie beside each other; rows times `ratios`."""
+        for j in cutlass.range_constexpr(cute.size(S) // 4):
             pair = vector(factors, 8 * j + col).load()
             for i in cutlass.range_constexpr(4):
                 S[4 * j + i] = S[4 * j + i] * pair[i % 2]

@@ -16,11 +16,12 @@ b = |k|^-2 beta, and are left out of the operands. With the state S~ (V x K) as 
     o = scale |q|^-1 (S~ qE + tril(qE kI^T) w)       S~ <- S~ + w kI
 
 and from one chunk's m to the next one's S~ decays once, by exp2(G_31 - m + m'), of which G_31 - m is -18 at least
-(`Preparer.decays`); where states leave, bits must depend on a sequence alone, or kI is in two parts, first to the
-chunk's end and then on. w is u / |k|: the update that the delta rule writes. The inverse of each diagonal block of 8
-tokens is made in fp32 by substitution, what lies below them from products of numbers of 16 bits (`relate.py`); the
-warps that run the chain make it, each in turn, but where states leave. w kI is a product of tf32 numbers where shared
-memory has room for kI in fp32, L and tril(qE kI^T) are products of bf16 numbers.
+(`Preparer.decays`); where bits must depend on a sequence alone, or kI is in two parts, first to the chunk's end and
+then on. A state that leaves on the way is decayed to the chunk's end beside S~. w is u / |k|: the update that the delta
+rule writes. The inverse of each diagonal block of 8 tokens is made in fp32 by substitution, what lies below them from
+products of numbers of 16 bits (`relate.py`); the warps that run the chain make it, each in turn, but where states leave
+in fp32. w kI is a product of tf32 numbers where shared memory has room for kI in fp32, L and tril(qE kI^T) are products
+of bf16 numbers.
 
 Keys may be long: in the first half of a chunk kE, qE and w are divided by 2^25 and kI is multiplied by it, in the
 second half the other way. So nothing overflows unless q or k is longer than 2^37, and then o is made NaN.
