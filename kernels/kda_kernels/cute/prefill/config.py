@@ -138,8 +138,8 @@ class PrefillSpec:
 
     @property
     def chain_inverts(self) -> bool:
-        """Whether warps that run the chain make the inverse. With a bound they have no time for it where states leave in
-        fp32, or leave and decay twice a chunk."""
+        """Whether warps that run the chain make the inverse. With a bound they have no time for it where states leave
+        in fp32, or leave and decay twice a chunk."""
         return not (self.bounded and self.keeps and (self.to_the_end or self.kept == "float32"))
 
     @property
