@@ -110,7 +110,7 @@ def _move(statement: Statement) -> Run:
 @instruction("ld")
 def _load(statement: Statement) -> Run:
     names, where = elements(statement.operands[0]), address(statement.operands[1])
-    _, space, *_, kind = statement.opcode.replace("::", ".").split(".")
+    _, space, *_, kind = statement.opcode.replace("::", ".").replace(".volatile", "").split(".")
     dtype, raw = np.dtype(f"u{int(kind[1:]) // 8}"), RAW[kind]
 
     def load(warp):

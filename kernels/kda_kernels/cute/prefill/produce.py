@@ -52,7 +52,6 @@ class Producer(Preparer, Relater):
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
             p = fresh(p)
-            lane, pair = p & 31, p & 63
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)

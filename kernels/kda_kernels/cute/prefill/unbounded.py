@@ -156,16 +156,12 @@ def four_words(place: Int32):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on.
-
-    `at_once`: whether four words come by one load where two are needed: half the bank conflicts, more registers.
-    """
+    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on."""
 
     place: Int32
-    at_once: bool
 
     @staticmethod
-    def of(q: list, place: Int32, at_once: bool) -> "Stored":
+    def of(q: list, place: Int32) -> "Stored":
         """A warp's gates have been read: q takes their place."""
         cute.arch.sync_warp()
         for e in range(2):
@@ -174,23 +170,23 @@ class Stored:
                 for n in range(4):
                     words[n] = q[e][4 * i + n]
                 four_words(place + (2 * e + i) * (OPERAND // 2)).store(words.load())
-        return Stored(place, at_once)
+        return Stored(place)
 
     def __getitem__(self, e: int) -> "Fetched":
-        return Fetched(self.place + e * OPERAND, self.at_once)
+        return Fetched(self.place + e * OPERAND)
 
 
 class Fetched(dict):
     """The words of one channel of `Stored`, each four loaded where one of them is asked for first."""
 
-    def __init__(self, place: Int32, at_once: bool):
+    def __init__(self, place: Int32):
         super().__init__()
-        self.place, self.at_once = place, at_once
+        self.place = place
 
     def __missing__(self, i: int) -> Int32:
-        four = four_words(self.place + i // 4 * (OPERAND // 2))
-        words = load_four_words(four.iterator) if self.at_once else [four.load()[n] for n in range(4)]
-        self.update(zip(range(i // 4 * 4, i // 4 * 4 + 4), words, strict=True))
+        first = i // 4 * 4
+        words = load_four_words(four_words(self.place + first // 4 * (OPERAND // 2)).iterator)
+        self.update(zip(range(first, first + 4), words, strict=True))
         return self[i]
 
 
@@ -233,7 +229,9 @@ class Unbounded:
         if turn == 0:
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
-            p, lane = fresh(p), fresh(lane)
+            p = fresh(p)
+            if cutlass.const_expr(spec.scaled):  # else there are registers for what is made of it
+                lane = fresh(lane)
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
@@ -257,13 +255,17 @@ class Unbounded:
             q = None
             if cutlass.const_expr(spec.part.reads):
                 place = at.own(raw_g, mine.columns, mine.half) + lane * 16
-                q = Stored.of(self.token_pairs(raw_q, mine), place, spec.part.splits)
+                q = Stored.of(self.token_pairs(raw_q, mine), place)
             k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)  # which lies behind q
+            if cutlass.const_expr(spec.part.reads):  # before `within`, which needs the registers
+                self.keep_sums(at, log2, mine)
             cute.arch.mbarrier_wait(squared, phase)
             self.within(at, decays, k, q, mine)
-            self.operands_across(at, decays, log2, k, q, mine)
+            self.operands_across(at, decays, k, q, mine)
+            if cutlass.const_expr(not spec.part.reads):  # before `within` ptxas spills others
+                self.keep_sums(at, log2, mine)
             self.barrier(group)
-            self.across(at, decays, log2, k, q, mine)
+            self.across(at, decays, k, q, mine)
             here = self.now(shared, work, turn)
             self.await_inverse(shared, here.before + chunk)
             read = Barrier.READ + group
@@ -313,36 +315,43 @@ class Unbounded:
     def within(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
         """Products of tokens in a half of the chunk, for `relate`."""
         warp, lane, half = mine.warp, mine.lane, mine.half
+        order = (0, 1) if self.spec.scaled else (1, 0)  # the other way ptxas spills
         for n in cutlass.range_constexpr(2):
-            for i in cutlass.range_constexpr(2):
-                self.write_operands(at.operands(i, warp), SIZES[2 * n + i], decays, k, q, lane)
+            for e in cutlass.range_constexpr(2):
+                words = None if q is None else q[e]  # once for two sizes
+                for i in cutlass.range_constexpr(2):
+                    size = SIZES[2 * n + order[i]]
+                    self.write_operands(at.operands(i, warp), size, e, decays[e], k[e], words, lane)
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(2):
                 place = at.operands(i, warp)
                 products = self.product_of_tokens(place, place + 2 * OPERAND, lane)
-                self.keep_products(at.products(mine.columns, half), 2 * n + i, products, lane)
+                self.keep_products(at.products(mine.columns, half), 2 * n + order[i], products, lane)
             cute.arch.sync_warp()  # all have read what the next take the place of
 
     @cute.jit
-    def operands_across(self, at: Places, decays: list, log2: list, k: list, q: Any, mine: Mine):
-        """Operands of products of tokens of both halves; what this half leaves of a state."""
-        K, warp, lane, half = self.spec.K, mine.warp, mine.lane, mine.half
-        if half == 0:
+    def operands_across(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
+        """Operands of products of tokens of both halves."""
+        warp, lane = mine.warp, mine.lane
+        if mine.half == 0:
             self.write_left(at.operands(0, warp), decays, k, lane)
         else:
             self.write_right(at.operands(0, warp), decays, k, q, lane)
-        vector(at.decay, half * K + 2 * mine.pair).store(self.four(log2).load())
+
+    def keep_sums(self, at: Places, log2: list, mine: Mine) -> None:
+        """What this half leaves of a state, to where the other half's warps look for it."""
+        vector(at.decay, mine.half * self.spec.K + 2 * mine.pair).store(self.four(log2).load())
 
     @cute.jit
-    def across(self, at: Places, decays: list, log2: list, k: list, q: list | None, mine: Mine):
+    def across(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
         """Products of tokens of both halves, for `relate`; kI, kE, qE, and what the chunk leaves of a state.
 
         Args: what `decays_of_tokens` and `token_pairs` return.
         """
         K, lane, half = self.spec.K, mine.lane, mine.half
-        both = vector(at.decay, (half ^ 1) * K + 2 * mine.pair).load()
-        rest = [both[e] for e in range(2)]
-        others = [exp2_approx(x) for x in rest]
+        own, other = (vector(at.decay, n * K + 2 * mine.pair).load() for n in (half, half ^ 1))
+        others = [exp2_approx(other[e]) for e in range(2)]
+        log2 = [own[e] + other[e] for e in range(2)]
         # the second half's first or second 8 tokens
         rows = at.operands(0, mine.columns + 2) + half * (2 * OPERAND)
         products = [self.product_of_tokens(rows, at.operands(0, mine.columns) + j * OPERAND, lane) for j in range(2)]
@@ -353,7 +362,7 @@ class Unbounded:
         self.write_rows(at, decays, k, q, [select(half == 0, Float32(1.0), x) for x in others], mine)
         if half == 0:
             for e in cutlass.range_constexpr(2):
-                vector(at.decay, mine.channel(e), 1)[0] = exp2_approx(log2[e] + rest[e])
+                vector(at.decay, mine.channel(e), 1)[0] = exp2_approx(log2[e])
 
     def raw_gates(self, at: Places, mine: Mine) -> list:
         """Of each token both channels, fp32."""
@@ -395,7 +404,7 @@ class Unbounded:
                         y = log2_softplus(y * LOG2_E + bias[e])
                     log2.append(y * factor)
                 sums[e] = sums[e] + ((log2[0] + log2[1]) + (log2[2] + log2[3]))
-                decays[e].extend([fresh_float(exp2_approx(x)) for x in log2])
+                decays[e].extend([exp2_approx(x) for x in log2])
         return decays, sums
 
     def token_pairs(self, tile, mine: Mine, behind: int = 0) -> list:
@@ -415,23 +424,22 @@ class Unbounded:
                 out.append(pick_bytes(pairs[a // 2], pairs[b // 2], UPPER if a % 2 else LOWER))
         return out
 
-    def write_operands(self, place: Int32, size: int, decays: list, k: list, q: list | None, lane: Int32) -> None:
-        """For pairs of tokens that halves of this size part: k and q of the 8 tokens right of their border, decayed
-        since then, and k of the 8 left of theirs, until then. Their order is `relate`'s."""
+    def write_operands(self, place: Int32, size: int, e: int, decays: list, k: list, q: Any, lane: Int32) -> None:
+        """Of channel e, for pairs of tokens that halves of this size part: k and q of the 8 tokens right of their
+        border, decayed since then, and k of the 8 left of theirs, until then. Their order is `relate`'s."""
         right = [t for t in range(HALF) if t & size]
         left = [t for t in range(HALF) if not t & size]
         if size == 1:
             left = [t for i in range(4) for t in (2 * i, 2 * i + 8)]
-        for e in range(2):
-            factors = self.packed([x for t in right[::size] for x in since(decays[e], t, t + size - 1)])
-            self.write_operand(place, 0, e, self.times(self.words_of(k[e], right), factors), lane)
-            if q is not None:
-                self.write_operand(place, 1, e, self.times(self.words_of(q[e], right), factors), lane)
-            words = self.words_of(k[e], left)
-            if size > 1:
-                factors = self.packed([x for t in left[::size] for x in until(decays[e], t, t + size - 1)])
-                words = self.times(words, factors)
-            self.write_operand(place, 2, e, words, lane)
+        factors = self.packed([x for t in right[::size] for x in since(decays, t, t + size - 1)])
+        self.write_operand(place, 0, e, self.times(self.words_of(k, right), factors), lane)
+        if q is not None:
+            self.write_operand(place, 1, e, self.times(self.words_of(q, right), factors), lane)
+        words = self.words_of(k, left)
+        if size > 1:
+            factors = self.packed([x for t in left[::size] for x in until(decays, t, t + size - 1)])
+            words = self.times(words, factors)
+        self.write_operand(place, 2, e, words, lane)
 
     def write_left(self, place: Int32, decays: list, k: list, lane: Int32) -> None:
         """k of the chunk's first half, decayed until it ends."""
