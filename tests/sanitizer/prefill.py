@@ -2,14 +2,14 @@
 without a bound, bf16 and fp16, for compute-sanitizer on a Hopper GPU; with words only the runs whose names have them
 all:
 
-compute-sanitizer --tool memcheck python tests/sanitizer/prefill.py
+compute-sanitizer --tool memcheck --report-api-errors no python tests/sanitizer/prefill.py
 KDA_SANITIZE=1 compute-sanitizer --tool racecheck --print-limit 0 python tests/sanitizer/prefill.py softplus split
 
 racecheck does not see that a lane which arrives at an mbarrier, after its warp has met, does so for all of them
 (`arrival.cu`, a minimal program, has 125 errors of that kind), nor that no lane stores before an mma that all lanes of
-its warp take part in. With KDA_SANITIZE=1 each thread arrives by itself, and warps meet once more. What it
-does not see then is a meeting that ptxas leaves out, as the warp is whole: one warning with softplus gates and CTAs
-that stay, of the lane that tells of an item and its own warp.
+its warp take part in. With KDA_SANITIZE=1 each thread arrives by itself, and warps meet once more. What it does not see
+then is a meeting that ptxas leaves out, as the warp is whole: one warning where CTAs stay, of the lane that tells of an
+item and its own warp.
 """
 
 import sys
