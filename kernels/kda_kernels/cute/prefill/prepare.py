@@ -147,21 +147,27 @@ class Preparer:
         if cutlass.const_expr(self.spec.gate is Gate.SAFE):
             factor = parameters.lower_bound * LOG2_E
         G = cute.make_rmem_tensor((2, HALF + 1), Float32)
+        for e in cutlass.range_constexpr(2):  # beside the sums below, whose rounding is that of numbers over SHIFT
+            G[e, HALF] = self.sum([log2[e, i] for i in range(HALF)]) * factor
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
                 total = Float32(-SHIFT)
                 for i in cutlass.range_constexpr(HALF - 1, -1, -1):
                     G[e, i] = total
                     total = total - log2[e, i] * factor
-                G[e, HALF] = -SHIFT - total
         else:
             for e in cutlass.range_constexpr(2):
                 total = Float32(SHIFT)
                 for i in cutlass.range_constexpr(HALF):
                     total = total + log2[e, i] * factor
                     G[e, i] = total
-                G[e, HALF] = total - SHIFT
         return G
+
+    def sum(self, values: list) -> Float32:
+        """In pairs, and these in pairs."""
+        while len(values) > 1:
+            values = [x + y for x, y in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
 
     @cute.jit
     def decays(self, shared, G, patch: Patch):
