@@ -1,8 +1,9 @@
 """The fused prefill kernel: chunk-local work and the chain over chunks meet in one CTA, through shared memory.
 
 A CTA has one value head of one sequence, or of one segment (`plan.py`), or one head after another (`items.py`). Two
-warpgroups (`produce.py`) turn every other chunk of 32 tokens each into what the chain needs; two (`consume.py`) hold
-the state, 64 value channels each, and run the chain; states come and go by `states.py` and `checkpoints.py`.
+warpgroups (`produce.py`, for gates without a bound `unbounded.py`) turn every other chunk of 32 tokens each into what
+the chain needs; two (`consume.py`) hold the state, 64 value channels each, and run the chain; states come and go by
+`states.py` and `checkpoints.py`.
 
 With G the running sum of log2 decays in a chunk and m its middle (after token 15), for token i and channel c:
 
