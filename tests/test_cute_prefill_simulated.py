@@ -143,8 +143,11 @@ def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def check(call: Call) -> None:
-    """Results of whole sequences against the oracle."""
-    wanted = recurrence(dataclasses.replace(call.inputs, checkpoints=None))
+    """Results of whole sequences: as `kda verify` judges them, and by norms more closely."""
+    inputs = dataclasses.replace(call.inputs, checkpoints=None)
+    for verdict in judge(Reference(inputs, Op.PREFILL), Outputs(call.o, call.ht)):
+        assert verdict.passed, verdict
+    wanted = recurrence(inputs)
     ends = call.inputs.cu_seqlens.tolist()
     for n, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
         if first < end:
@@ -190,12 +193,10 @@ def test_what_gates_leave_of_a_state():
 @both_gates
 @pytest.mark.parametrize("rate", [1e-3, 0.45, 200.0])
 def test_gates_from_shut_to_open(options, rate):
-    """As `kda verify` judges `prefill-gate-range`: states only decay, so that every digit of a decay shows in them."""
+    """States only decay, so that every digit of a decay shows in them."""
     inputs = TRANSFORMS["gate-range"](inputs_of([2, 64], options))
     inputs.A_log.fill_(math.log(rate))
-    call = Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options)))
-    for verdict in judge(Reference(inputs, Op.PREFILL), Outputs(call.o, call.ht)):
-        assert verdict.passed, verdict
+    check(Call(inputs).run(Kernel(ptx_of(Part.WHOLE, options))))
 
 
 def test_what_bounded_gates_leave_of_a_state():
