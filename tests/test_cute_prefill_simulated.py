@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import struct
@@ -149,7 +150,7 @@ def check(call: Call) -> None:
         assert verdict.passed, verdict
     wanted = recurrence(inputs)
     ends = call.inputs.cu_seqlens.tolist()
-    for n, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for n, (first, end) in enumerate(itertools.pairwise(ends)):
         if first < end:
             assert error(call.o[0, first:end], wanted.o[0, first:end]) <= OUTPUT_ERROR, f"o of sequence {n}"
         assert error(call.ht[n], wanted.final_state[n]) <= STATE_ERROR, f"the state of sequence {n}"

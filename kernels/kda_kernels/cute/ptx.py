@@ -48,34 +48,19 @@ def load_transposed(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
 
     A lane gets, of each, column lane // 4 and rows 2 (lane % 4) and the next: as accumulators of a product lie.
     """
-    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    result = _asm(
-        results, [source.toint().ir_value(loc=loc, ip=ip)],
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
-    )  # fmt: skip
-    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
-
-
-@dsl_user_op
-def load_four_words(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
-    """From shared memory, by one load, though not all of them be needed: ptxas splits one that is not volatile."""
-    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    result = _asm(
-        results, [source.toint().ir_value(loc=loc, ip=ip)],
-        "ld.volatile.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
-    )  # fmt: skip
-    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+    return _four_words("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", source, loc, ip)
 
 
 @dsl_user_op
 def load_matrices(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
     """ldmatrix.x4: as `load_transposed`, but a lane gets row lane // 4 and columns 2 (lane % 4) and the next."""
-    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    result = _asm(
-        results, [source.toint().ir_value(loc=loc, ip=ip)],
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", loc, ip,
-    )  # fmt: skip
-    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
+    return _four_words("ldmatrix.sync.aligned.m8n8.x4.shared.b16", source, loc, ip)
+
+
+@dsl_user_op
+def load_four_words(source: cute.Pointer, *, loc=None, ip=None) -> tuple:
+    """From shared memory, by one load, though not all of them be needed: ptxas splits one that is not volatile."""
+    return _four_words("ld.volatile.shared.v4.b32", source, loc, ip)
 
 
 @dsl_user_op
@@ -281,6 +266,13 @@ def bulk_store_lasting(target: cute.Pointer, source: cute.Pointer, size: int, *,
         f"cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0], [$1], {size}, p; }}"
     )
     _asm(None, operands, text, "l,r", loc, ip)
+
+
+def _four_words(opcode, source, loc, ip):
+    results = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    text = f"{opcode} {{$0, $1, $2, $3}}, [$4];"
+    result = _asm(results, [source.toint().ir_value(loc=loc, ip=ip)], text, "=r,=r,=r,=r,r", loc, ip)
+    return tuple(Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4))
 
 
 def _asm(result, operands, text, constraints, loc, ip, effects=True):

@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, rate, reciprocal
+from kda_kernels.cute.math import LOG2_E, rate, reciprocal, sum_in_pairs
 from kda_kernels.cute.prefill.config import CHUNK, LEAST_LEFT, PARTS, SHIFT, STAGES, UNCUT, PrefillSpec
 from kda_kernels.cute.prefill.shared import arrive, swizzled, vector
 from kda_kernels.cute.prefill.work import Patch
@@ -148,7 +148,7 @@ class Preparer:
             factor = parameters.lower_bound * LOG2_E
         G = cute.make_rmem_tensor((2, HALF + 1), Float32)
         for e in cutlass.range_constexpr(2):  # beside the sums below, whose rounding is that of numbers over SHIFT
-            G[e, HALF] = self.sum([log2[e, i] for i in range(HALF)]) * factor
+            G[e, HALF] = sum_in_pairs([log2[e, i] for i in range(HALF)]) * factor
         if half == 0:  # backwards from the middle
             for e in cutlass.range_constexpr(2):
                 total = Float32(-SHIFT)
@@ -162,12 +162,6 @@ class Preparer:
                     total = total + log2[e, i] * factor
                     G[e, i] = total
         return G
-
-    def sum(self, values: list) -> Float32:
-        """In pairs, and these in pairs."""
-        while len(values) > 1:
-            values = [x + y for x, y in zip(values[::2], values[1::2], strict=True)]
-        return values[0]
 
     @cute.jit
     def decays(self, shared, G, patch: Patch):

@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt
+from kda_kernels.cute.math import L2_EPS, float_bits, float_of, rsqrt, sum_in_pairs
 from kda_kernels.cute.prefill.config import BLOCK, CHUNK, MOST_NORM, SHIFT, PrefillSpec
 from kda_kernels.cute.prefill.shared import L_HALF, L_PITCH, TILE, TILE_PITCH, arrive, piece, swizzled, vector
 from kda_kernels.cute.ptx import (
@@ -67,7 +67,7 @@ class Relater:
                 q, k = both[2 * n : 2 * n + 2]
                 one = i % 2 * 2 + n
                 sums[one] = multiply_16x8x8(sums[one], (q, k), q, self.element)
-        total = [(sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]) for i in range(4)]
+        total = [sum_in_pairs([four[i] for four in sums]) for i in range(4)]
         odd, token = lane >> 2 & 1 == 1, 8 * warp + (lane >> 2)
         square = select(odd, total[1], total[0])
         norm = rsqrt(square + L2_EPS, False) if self.spec.qk_l2norm else Float32(1.0)

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 
-from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal
+from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal, sum_in_pairs
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS, PrefillSpec
 from kda_kernels.cute.prefill.halves import LOADER, Halves, Mine, Places, Stored
 from kda_kernels.cute.prefill.prepare import HALF, Column
@@ -191,7 +191,7 @@ class Unbounded(Halves):
                     elif cutlass.const_expr(spec.gate is Gate.SOFTPLUS):
                         y = log2_softplus(y * LOG2_E + bias[e])
                     log2.append(y * factor)
-                sums[e] = sums[e] + ((log2[0] + log2[1]) + (log2[2] + log2[3]))
+                sums[e] = sums[e] + sum_in_pairs(log2)
                 decays[e].extend([exp2_approx(x) for x in log2])
         return decays, sums
 
