@@ -6,9 +6,9 @@ underflows, whatever the gate; and all that token i gets is made of decays up to
 what follows.
 
 A warp has 64 channels of half a chunk's tokens, a thread two channels. Halves of 1, 2, 4 and 8 tokens that part two
-tokens are the warp's own: their operands go through shared memory that nobody else touches. All 16 tokens of a warp
-make one product for each: 8 are right of their border, 8 left of theirs. What parts both halves of the chunk takes
-operands of two warps.
+tokens are the warp's own. Of 2, 4 and 8 tokens operands go through shared memory that nobody else touches, and all 16
+tokens of a warp make one product for each: 8 are right of their border, 8 left of theirs. Neighbours, halves of 1, are
+multiplied in registers. What parts both halves of the chunk takes operands of two warps.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32
 
 from kda_kernels.cute.prefill.config import BLOCK, CHUNK, UNCUT, PrefillSpec
-from kda_kernels.cute.prefill.prepare import HALF, Across
+from kda_kernels.cute.prefill.prepare import HALF, Across, Column
 from kda_kernels.cute.prefill.shared import vector
 from kda_kernels.cute.ptx import (
     LOWER,
@@ -32,6 +32,7 @@ from kda_kernels.cute.ptx import (
     fresh_float,
     load_four_words,
     load_transposed,
+    multiply_16x8x8,
     multiply_16x8x16,
     multiply_pairs,
     pick_bytes,
@@ -39,9 +40,10 @@ from kda_kernels.cute.ptx import (
 )
 
 SMEM = cute.AddressSpace.smem
-LOADER = 0  # the warp that has least to do
+LOADER = 3  # the warp that is done first
 WIDTH = 64  # channels of a warp
-SIZES = (1, 2, 4, 8)  # of halves inside a half of a chunk, in tokens
+SIZES = (2, 4, 8)  # of halves inside a half of a chunk, in tokens, that take operands in shared memory
+ONES = {BFloat16: 0x3F803F80, Float16: 0x3C003C00}  # a word of two
 # Bytes: of an operand, a warp's channels of 8 tokens; of all those of one size; of a warp's products of 8 x 8, k and q.
 OPERAND, OPERANDS, PRODUCTS = WIDTH * 16, 4 * WIDTH * 16, 32 * 16
 
@@ -95,12 +97,27 @@ def until(decays: list, first: int, last: int, after: Any = None) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
+class Operands:
+    """Where operands of a product of tokens lie: k and q of 8 tokens, and k of the 8 that both are multiplied with."""
+
+    k: Int32
+    q: Int32
+    left: Int32
+
+    @staticmethod
+    def beside(place: Int32) -> "Operands":
+        """One behind the other."""
+        return Operands(*(place + i * OPERAND for i in range(3)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Places:
     """What a warpgroup has of a chunk in shared memory.
 
     Attributes:
         raw_q, raw_k, raw_g: the inputs. In the place of its own gates a warp has `Stored`; in that of its own q
-            products of halves of `SIZES`; in that of its k those of both halves of the chunk.
+            products of neighbours and of halves of `SIZES`; in that of its k an operand, then products of both halves
+            of the chunk.
         rows: kE and qE; columns: kI, fp32. Before that, operands of each warp.
         mix: where tril(qE kI^T) goes.
         decay: what the chunk leaves of the state, fp32 [K]. Before that log2 of what each half leaves, [2, K], of two
@@ -115,12 +132,20 @@ class Places:
     mix: cute.Pointer
     decay: cute.Pointer
 
-    def operands(self, i: int, warp: Int32) -> Int32:
-        """The first or second place of a warp's operands."""
-        return (self.rows, self.columns)[i].toint().to(Int32) + warp * OPERANDS
+    def operands(self, warp: Int32) -> Int32:
+        """A warp's first place of operands."""
+        return self.rows.toint().to(Int32) + warp * OPERANDS
+
+    def within(self, i: int, mine: Mine) -> Operands:
+        """Where a warp's operands of the i-th of `SIZES` lie: the third has what the others leave, and one more."""
+        first = self.operands(mine.warp)
+        second = self.columns.toint().to(Int32) + mine.warp * OPERANDS
+        if i == 2:
+            return Operands(first + 3 * OPERAND, second + 3 * OPERAND, self.own(self.raw_k, mine.columns, mine.half))
+        return Operands.beside((first, second)[i])
 
     def products(self, columns, half: Int32) -> Int32:
-        """A warp's products of halves of `SIZES`, one behind the other."""
+        """A warp's products of neighbours and of halves of `SIZES`, one behind the other."""
         return self.own(self.raw_q, columns, half)
 
     def products_across(self, columns, block: Int32) -> Int32:
@@ -139,21 +164,13 @@ def four_words(place: Int32):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """q of a thread, as `token_pairs`, in shared memory, so that it takes no registers: from `place` on."""
+    """q of a thread, words of two neighbours, in shared memory, so that it takes no registers: from `place` on."""
 
     place: Int32
 
-    @staticmethod
-    def of(q: list, place: Int32) -> "Stored":
-        """A warp's gates have been read: q takes their place."""
-        cute.arch.sync_warp()
-        for e in range(2):
-            for i in range(2):
-                words = cute.make_rmem_tensor(4, Int32)
-                for n in range(4):
-                    words[n] = q[e][4 * i + n]
-                four_words(place + (2 * e + i) * (OPERAND // 2)).store(words.load())
-        return Stored(place)
+    def keep(self, e: int, first: int, words: cute.Tensor) -> None:
+        """Four words of a channel, from `first` on, a multiple of 4."""
+        four_words(self.place + e * OPERAND + first // 4 * (OPERAND // 2)).store(words.load())
 
     def __getitem__(self, e: int) -> "Fetched":
         return Fetched(self.place + e * OPERAND)
@@ -180,31 +197,83 @@ class Halves:
     element: type
 
     @cute.jit
+    def tokens(self, at: Places, decays: list, mine: Mine):
+        """k and q, of each channel words of two neighbouring tokens; and what `keep_neighbours` takes."""
+        cute.arch.sync_warp()  # its gates have been read: q takes their place
+        raw = Column.of(at.raw_q, CHUNK, mine.pair, mine.half)
+        picks = [mine.selector(e, LOWER, UPPER) for e in range(2)]
+        q = None
+        if cutlass.const_expr(self.spec.part.reads):
+            q = Stored(at.own(at.raw_g, mine.columns, mine.half) + mine.lane * 16)
+        k, sums = ([], []), []
+        for first in cutlass.range_constexpr(0, HALF, 8):
+            own, waiting = [None, None], ([], [])
+            for n in cutlass.range_constexpr(4):
+                t = first + 2 * n
+                two_k = [raw.word(t + i, 2 * CHUNK * self.spec.K)[0] for i in range(2)]  # k lies behind q
+                two_q = two_k if q is None else [raw.word(t + i)[0] for i in range(2)]
+                for e in cutlass.range_constexpr(2):
+                    k[e].append(pick_bytes(*two_k, picks[e]))
+                    waiting[e].append(pick_bytes(*two_q, picks[e]))
+                products = self.neighbours(two_k, two_q[1], [decays[e][t + 1] for e in range(2)], mine)
+                here = (mine.lane & 3) == n
+                own = [x if n == 0 else select(here, x, y) for x, y in zip(products, own, strict=True)]
+            if cutlass.const_expr(q is not None):
+                for e in cutlass.range_constexpr(2):
+                    q.keep(e, first // 2, self.four(waiting[e], Int32))
+            sums.append(self.exchange(*own, 16, mine.lane))
+        total = self.exchange(*sums, 8, mine.lane)
+        return k, q, total + cute.arch.shuffle_sync_bfly(total, 4)
+
+    def neighbours(self, k: list, q: Int32, decays: list, mine: Mine) -> list:
+        """Products of a token's k and q, decayed, with the k before it, summed over both channels of four lanes.
+
+        Args:
+            k: words of both channels of two tokens. q, decays: of the later one.
+        """
+        factors = self.packed(decays)[0]
+        before = multiply_pairs(k[0], pick_bytes(factors, factors, mine.selector(0, 0x3210, 0x1032)), self.element)
+        products = [multiply_pairs(x, before, self.element) for x in (k[1], q)]
+        return multiply_16x8x8((Float32(0.0),) * 4, tuple(products), Int32(ONES[self.element]), self.element)[::2]
+
+    def exchange(self, x: Float32, y: Float32, apart: int, lane: Int32) -> Float32:
+        """x of this lane and of the one so far from it, summed; where this is the upper one, y."""
+        upper = (lane & apart) != 0
+        return select(upper, y, x) + cute.arch.shuffle_sync_bfly(select(upper, x, y), apart)
+
+    def keep_neighbours(self, at: Places, total: Float32, mine: Mine) -> None:
+        """Of each two neighbours the product of the later one's k, twice, and of its q, twice, as `sum_of` reads them.
+
+        `total`: of neighbours lane % 4 + 4 (lane >> 3 & 1) of 8 that of k, or, from lane 16 on, that of q.
+        """
+        cute.arch.sync_warp()  # all have read the tokens that this takes the place of
+        lane = mine.lane
+        pair = (lane & 3) + (lane >> 1 & 4)
+        place = at.products(mine.columns, mine.half) + pair * 16 + (lane >> 4) * 8 + (lane & 4)
+        vector(cute.make_ptr(Float32, place, SMEM, assumed_align=4), 0, 1)[0] = total
+
+    @cute.jit
     def within(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
-        """Products of tokens in a half of the chunk, for `relate`."""
-        warp, lane, half = mine.warp, mine.lane, mine.half
-        order = (0, 1) if self.spec.scaled else (1, 0)  # the other way ptxas spills
-        for n in cutlass.range_constexpr(2):
-            for e in cutlass.range_constexpr(2):
-                words = None if q is None else q[e]  # once for two sizes
-                for i in cutlass.range_constexpr(2):
-                    size = SIZES[2 * n + order[i]]
-                    self.write_operands(at.operands(i, warp), size, e, decays[e], k[e], words, lane)
-            cute.arch.sync_warp()
-            for i in cutlass.range_constexpr(2):
-                place = at.operands(i, warp)
-                products = self.product_of_tokens(place, place + 2 * OPERAND, lane)
-                self.keep_products(at.products(mine.columns, half), 2 * n + order[i], products, lane)
-            cute.arch.sync_warp()  # all have read what the next take the place of
+        """Products of tokens in a half of the chunk that are no neighbours, for `relate`."""
+        for e in cutlass.range_constexpr(2):
+            words = None if q is None else q[e]  # once for all sizes
+            for i in cutlass.range_constexpr(len(SIZES)):
+                self.write_operands(at.within(i, mine), SIZES[i], e, decays[e], k[e], words, mine.lane)
+        cute.arch.sync_warp()
+        place = at.products(mine.columns, mine.half)
+        products = [self.product_of_tokens(at.within(i, mine), mine.lane) for i in range(len(SIZES))]
+        cute.arch.sync_warp()  # all have read what the next take the place of
+        for i, four in enumerate(products):
+            self.keep_products(place, 1 + i, four, mine.lane)
 
     @cute.jit
     def operands_across(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
         """Operands of products of tokens of both halves."""
-        warp, lane = mine.warp, mine.lane
+        place = at.operands(mine.warp)
         if mine.half == 0:
-            self.write_left(at.operands(0, warp), decays, k, lane)
+            self.write_left(place, decays, k, mine.lane)
         else:
-            self.write_right(at.operands(0, warp), decays, k, q, lane)
+            self.write_right(place, decays, k, q, mine.lane)
 
     def keep_sums(self, at: Places, log2: list, mine: Mine) -> None:
         """What this half leaves of a state, to where the other half's warps look for it."""
@@ -214,15 +283,15 @@ class Halves:
     def across(self, at: Places, decays: list, k: list, q: Any, mine: Mine):
         """Products of tokens of both halves, for `relate`; kI, kE, qE, and what the chunk leaves of a state.
 
-        Args: what `decays_of_tokens` and `token_pairs` return.
+        Args: what `decays_of_tokens` and `tokens` return.
         """
         K, lane, half = self.spec.K, mine.lane, mine.half
         own, other = (vector(at.decay, n * K + 2 * mine.pair).load() for n in (half, half ^ 1))
         others = [exp2_approx(other[e]) for e in range(2)]
         log2 = [own[e] + other[e] for e in range(2)]
         # the second half's first or second 8 tokens
-        rows = at.operands(0, mine.columns + 2) + half * (2 * OPERAND)
-        products = [self.product_of_tokens(rows, at.operands(0, mine.columns) + j * OPERAND, lane) for j in range(2)]
+        rows, left = at.operands(mine.columns + 2) + half * (2 * OPERAND), at.operands(mine.columns)
+        products = [self.product_of_tokens(Operands(rows, rows + OPERAND, left + j * OPERAND), lane) for j in range(2)]
         self.write_columns(at, decays, k, [UNCUT * select(half == 0, x, Float32(1.0)) for x in others], mine)
         for j in cutlass.range_constexpr(2):
             self.keep_products(at.products_across(mine.columns, half), j, products[j], lane)
@@ -233,38 +302,29 @@ class Halves:
                 vector(at.decay, mine.channel(e), 1)[0] = exp2_approx(log2[e])
 
     def words_of(self, pairs: Any, tokens: Sequence[int]) -> list:
-        """Of `token_pairs` of a channel words of these tokens."""
-        out = []
-        for a, b in zip(tokens[::2], tokens[1::2], strict=True):
-            if a // 2 == b // 2:
-                out.append(pairs[a // 2])
-            else:
-                out.append(pick_bytes(pairs[a // 2], pairs[b // 2], UPPER if a % 2 else LOWER))
-        return out
+        """Of a channel, of words of two neighbours, those of these tokens, which come in such pairs."""
+        return [pairs[t // 2] for t in tokens[::2]]
 
-    def write_operands(self, place: Int32, size: int, e: int, decays: list, k: list, q: Any, lane: Int32) -> None:
+    def write_operands(
+        self, to: Operands, size: int, e: int, decays: list, k: list, q: Any, lane: Int32
+    ) -> None:  # fmt: skip
         """Of channel e, for pairs of tokens that halves of this size part: k and q of the 8 tokens right of their
         border, decayed since then, and k of the 8 left of theirs, until then. Their order is `relate`'s."""
         right = [t for t in range(HALF) if t & size]
         left = [t for t in range(HALF) if not t & size]
-        if size == 1:
-            left = [t for i in range(4) for t in (2 * i, 2 * i + 8)]
         factors = self.packed([x for t in right[::size] for x in since(decays, t, t + size - 1)])
-        self.write_operand(place, 0, e, self.times(self.words_of(k, right), factors), lane)
+        self.write_operand(to.k, e, self.times(self.words_of(k, right), factors), lane)
         if q is not None:
-            self.write_operand(place, 1, e, self.times(self.words_of(q, right), factors), lane)
-        words = self.words_of(k, left)
-        if size > 1:
-            factors = self.packed([x for t in left[::size] for x in until(decays, t, t + size - 1)])
-            words = self.times(words, factors)
-        self.write_operand(place, 2, e, words, lane)
+            self.write_operand(to.q, e, self.times(self.words_of(q, right), factors), lane)
+        factors = self.packed([x for t in left[::size] for x in until(decays, t, t + size - 1)])
+        self.write_operand(to.left, e, self.times(self.words_of(k, left), factors), lane)
 
     def write_left(self, place: Int32, decays: list, k: list, lane: Int32) -> None:
         """k of the chunk's first half, decayed until it ends."""
         for e in range(2):
             words = self.times(k[e], self.packed(until(decays[e], 0, HALF - 1)))
             for i in range(2):
-                self.write_operand(place, i, e, words[4 * i : 4 * i + 4], lane)
+                self.write_operand(place + i * OPERAND, e, words[4 * i : 4 * i + 4], lane)
 
     def write_right(self, place: Int32, decays: list, k: list, q: list | None, lane: Int32) -> None:
         """k and q of the chunk's second half, decayed since it began."""
@@ -274,17 +334,17 @@ class Halves:
                 if pairs is not None:
                     words = self.times(self.words_of(pairs[e], range(HALF)), factors)
                     for i in range(2):
-                        self.write_operand(place, 2 * i + n, e, words[4 * i : 4 * i + 4], lane)
+                        self.write_operand(place + (2 * i + n) * OPERAND, e, words[4 * i : 4 * i + 4], lane)
 
-    def write_operand(self, place: Int32, kind: int, e: int, words: list, lane: Int32) -> None:
-        """8 tokens of channel e to one of a place's operands."""
-        four_words(place + kind * OPERAND + e * (OPERAND // 2) + lane * 16).store(self.four(words, Int32).load())
+    def write_operand(self, place: Int32, e: int, words: list, lane: Int32) -> None:
+        """8 tokens of channel e to an operand."""
+        four_words(place + e * (OPERAND // 2) + lane * 16).store(self.four(words, Int32).load())
 
-    def product_of_tokens(self, rows: Int32, left: Int32, lane: Int32):
-        """Products of 8 tokens' k, and of their q, which are the next operand, with the k of 8 others."""
-        behind = OPERAND if self.spec.part.reads else 0  # without q, k takes its place
-        rows = rows + (lane >> 3 & 1) * behind + ((lane >> 4) * 8 + (lane & 7)) * 16
-        left = left + lane * 16
+    def product_of_tokens(self, operands: Operands, lane: Int32):
+        """Products of 8 tokens' k, and of their q, with the k of 8 others."""
+        q = operands.q if self.spec.part.reads else operands.k  # without q, k takes its place
+        rows = Int32(cutlass.select_((lane >> 3 & 1) == 0, operands.k, q)) + ((lane >> 4) * 8 + (lane & 7)) * 16
+        left = operands.left + lane * 16
         acc = (Float32(0.0),) * 4
         for s in range(WIDTH // 16):
             if s % 2 == 0:
@@ -337,16 +397,17 @@ class Halves:
     def relate(self, at: Places, scratch, sums, read: Int32, warp: Int32, lane: Int32):
         """The rows of a block a warp, summed over all channels: L to `scratch`, Aqk to `at.mix`.
 
-        At the barrier `read` the warps say that they have read what the next inputs take the place of.
+        At the barrier `read` the warps say that they have read what the next inputs take the place of. Those of the
+        second half, which had more operands across, have the shorter rows here.
         """
         for w in cutlass.range_constexpr(CHUNK // BLOCK):
-            if warp == w:
+            if warp == CHUNK // BLOCK - 1 - w:
                 rows_k, rows_q = [], []
                 for j in cutlass.range_constexpr(w + 1):
                     total = self.sum_of(at, w, j, lane)
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
-                if cutlass.const_expr(w != LOADER):
+                if cutlass.const_expr(CHUNK // BLOCK - 1 - w != LOADER):
                     if cutlass.const_expr(self.spec.each_arrives):
                         cute.arch.barrier(barrier_id=read, number_of_threads=128)
                     else:
@@ -365,22 +426,18 @@ class Halves:
         row, pair = lane >> 2, lane & 3
         apart = (row >> 1) ^ pair  # 0, 1, else: halves of 1, 2, 4 tokens part a row from its columns
         if j == i:  # of tokens right and left of their borders, in the order of `write_operands`
-            one = 4 * (4 * odd + pair) + pair
+            one = 4 * odd + pair
             two = 4 * (4 * odd + 2 * (row >> 2) + (row & 1)) + 2 * odd + (row >> 2)
             four = lane + (18 * odd - 16)
             source = cutlass.select_(apart == 0, one, cutlass.select_(apart == 1, two, four)) & 31
             size = cutlass.min(apart, 2)
             places = [at.products(c, half) + size * PRODUCTS + source * 16 for c in range(2)]
         elif j // 2 == i // 2:
-            places = [at.products(c, half) + SIZES.index(8) * PRODUCTS + lane * 16 for c in range(2)]
+            places = [at.products(c, half) + len(SIZES) * PRODUCTS + lane * 16 for c in range(2)]
         else:
             places = [at.products_across(c, Int32(odd)) + j * PRODUCTS + lane * 16 for c in range(2)]
         x, y = (vector(cute.make_ptr(Float32, p, SMEM, assumed_align=16), 0, 4).load() for p in places)
-        total = [x[n] + y[n] for n in range(4)]
-        if j == i and odd:  # those of halves of 1 token lie in the second column
-            total[0] = select(apart == 0, total[1], total[0])
-            total[2] = select(apart == 0, total[3], total[2])
-        return total
+        return [x[n] + y[n] for n in range(4)]
 
     def times(self, a: list, b: list) -> list:
         """Products of words of two."""

@@ -14,11 +14,11 @@ from cutlass import BFloat16, Float32, Int32
 
 from kda_kernels.cute.math import LOG2_E, float_of, log2_softplus, rate, reciprocal, sum_in_pairs
 from kda_kernels.cute.prefill.config import CHUNK, PARTS, STAGES, THREADS, PrefillSpec
-from kda_kernels.cute.prefill.halves import LOADER, Halves, Mine, Places, Stored
+from kda_kernels.cute.prefill.halves import LOADER, Halves, Mine, Places
 from kda_kernels.cute.prefill.prepare import HALF, Column
 from kda_kernels.cute.prefill.shared import TILE, arrive, piece, swizzled, vector
 from kda_kernels.cute.prefill.work import Barrier, Batch, Vacancy, Work
-from kda_kernels.cute.ptx import LOWER, UPPER, exp2_approx, float_pair, fresh, pick_bytes, select
+from kda_kernels.cute.ptx import exp2_approx, float_pair, fresh, pick_bytes, select
 from kda_kernels.problem import Gate
 
 
@@ -71,8 +71,6 @@ class Unbounded(Halves):
             cute.arch.barrier_arrive(barrier_id=Barrier.ASKED, number_of_threads=THREADS)
         for chunk in cutlass.range(begin, n_chunks, 2, unroll=1):
             p = fresh(p)
-            if cutlass.const_expr(spec.scaled):  # else there are registers for what is made of it
-                lane = fresh(lane)
             here = self.now(shared, work, turn)
             number, tokens = here.before + chunk, here.n_tokens - chunk * CHUNK
             stage = cute.arch.make_warp_uniform(number % STAGES)
@@ -93,18 +91,12 @@ class Unbounded(Halves):
             if warp == 1:
                 self.write_beta(sums + 3 * CHUNK, raw_beta, lane, tokens)
             self.take(Vacancy(shared, atoms, sources, work, turn, stage, chunk), warp == LOADER)
-            q = None
-            if cutlass.const_expr(spec.part.reads):
-                place = at.own(raw_g, mine.columns, mine.half) + lane * 16
-                q = Stored.of(self.token_pairs(raw_q, mine), place)
-            k = self.token_pairs(raw_q, mine, 2 * CHUNK * spec.K)  # which lies behind q
-            if cutlass.const_expr(spec.part.reads):  # before `within`, which needs the registers
-                self.keep_sums(at, log2, mine)
+            k, q, neighbours = self.tokens(at, decays, mine)
             cute.arch.mbarrier_wait(squared, phase)
+            self.keep_neighbours(at, neighbours, mine)
+            self.keep_sums(at, log2, mine)  # elsewhere ptxas spills more
             self.within(at, decays, k, q, mine)
             self.operands_across(at, decays, k, q, mine)
-            if cutlass.const_expr(not spec.part.reads):  # before `within` ptxas spills others
-                self.keep_sums(at, log2, mine)
             self.barrier(group)
             self.across(at, decays, k, q, mine)
             here = self.now(shared, work, turn)
@@ -194,13 +186,6 @@ class Unbounded(Halves):
                 sums[e] = sums[e] + sum_in_pairs(log2)
                 decays[e].extend([exp2_approx(x) for x in log2])
         return decays, sums
-
-    def token_pairs(self, tile, mine: Mine, behind: int = 0) -> list:
-        """Of each channel words of two neighbouring tokens, of the tile so many bytes behind."""
-        column = Column.of(tile, CHUNK, mine.pair, mine.half)
-        words = [column.word(t, behind)[0] for t in range(HALF)]
-        picks = [mine.selector(e, LOWER, UPPER) for e in range(2)]
-        return [[pick_bytes(words[t], words[t + 1], pick) for t in range(0, HALF, 2)] for pick in picks]
 
     @cute.jit
     def fill_tail(self, at: Places, tokens: Int32, p: Int32):
