@@ -12,7 +12,7 @@ RECORDS = ROOT / "benchmarks"
 # Suites on the page "Speed": record, what it shows.
 SPEED = {
     "prefill-h100": "Prefill with a bounded gate, P1 to P7, by gate regime",
-    "prefill-h200": "The same on an H200, 19 of 21 cells",
+    "prefill-h200": "The same on an H200",
     "prefill-softplus-h200": "Prefill with the softplus gate, P1 to P7, on an H200",
     "prefill-softplus-peers-h200": "The same beside FLA and SGLang, not tuned, gates of a new layer",
     "prefill-nvidia-h200": "Prefill at the shapes of NVIDIA's benchmark, on an H200, bench gates",
