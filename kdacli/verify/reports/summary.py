@@ -6,7 +6,8 @@ from kda_kernels.errors import CheckFailedError, UnavailableError
 from kdacli.device import describe
 from kdacli.output import say, write_json
 from kdacli.provenance import collect, command_line
-from kdacli.verify.checks.check import Result
+from kdacli.verify.adapt import adapt
+from kdacli.verify.checks.check import Result, runner_of
 from kdacli.verify.failures.explanation import command_for
 from kdacli.verify.reports import tables
 from kdacli.verify.verification import Key, Outcome, kernel_of
@@ -32,11 +33,23 @@ def report(outcome: Outcome, json_dest: str | None, junit: str | None, verbose: 
             say(f"{kernel.name} declares that it carries states in {kernel.carried_state}: they are judged as such")
         if kernel.rounded_convolution and kernel.name in convolved:
             say(f"{kernel.name} declares that its convolution rounds what it gives: results are judged as such")
-    for line in outcome.searched:
+    for line in outcome.searched + _as_in_a_suite(outcome):
         say(line)
     why = {case.name: case.why for case in outcome.cases.values()}
     tables.print_failures(outcome.results, why, outcome.explained, again, outcome.saved)
     say(("\n" if again else "") + summary(outcome))
+
+
+def _as_in_a_suite(outcome: Outcome) -> list[str]:
+    """Of cases that were named and refused, what a suite would check in their place."""
+    kernels, lines = {kernel.name: kernel for kernel in outcome.kernels}, []
+    for result in outcome.results:
+        if outcome.wanted.case_names and result.status == "refused":
+            kernel, case = kernels[kernel_of(result)], outcome.cases[result.case]
+            fitting = adapt(kernel, case)
+            if fitting != case and runner_of(kernel, case.decode_steps).unsupported(fitting.problem) is None:
+                lines.append(f"{kernel.name} takes it with what a suite would change: --case {fitting.name}")
+    return lines
 
 
 def reproduce(outcome: Outcome, result: Result) -> str:
