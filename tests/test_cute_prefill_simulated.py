@@ -251,6 +251,24 @@ def test_gates_that_close_and_open():
 
 
 @both_gates
+def test_bits_of_later_tokens(options):
+    """No bit of o before a token depends on it or what follows, whichever of a chunk's it is: without a bound."""
+    kernel = Kernel(ptx_of(Part.WHOLE, options))
+    inputs, others = inputs_of([40], options), inputs_of([40], options)
+    o = Call(inputs).run(kernel).o
+    same = []
+    for first in (1, 6, 11, 16, 23, 31, 35):
+        changed = {
+            name: torch.cat([getattr(inputs, name)[:, :first], 3 * getattr(others, name)[:, first:].flip(1)], 1)
+            for name in ("q", "k", "v", "g", "beta")
+        }
+        later = Call(dataclasses.replace(inputs, **changed)).run(kernel).o
+        assert not later[:, first:].equal(o[:, first:])
+        same.append(later[:, :first].equal(o[:, :first]))
+    assert all(same) == (options is SOFTPLUS), same
+
+
+@both_gates
 def test_ctas_that_stay(options):
     kernel = Kernel(ptx_of(Part.STAYING, options))
     check(Call(inputs_of([40, 0, 33], options), Part.STAYING, workers=2).run(kernel))
