@@ -207,7 +207,7 @@ class Halves:
             q = Stored(at.own(at.raw_g, mine.columns, mine.half) + mine.lane * 16)
         k, sums = ([], []), []
         for first in cutlass.range_constexpr(0, HALF, 8):
-            own, waiting = [None, None], ([], [])
+            chosen, waiting = [None, None], ([], [])
             for n in cutlass.range_constexpr(4):
                 t = first + 2 * n
                 two_k = [raw.word(t + i, 2 * CHUNK * self.spec.K)[0] for i in range(2)]  # k lies behind q
@@ -217,11 +217,11 @@ class Halves:
                     waiting[e].append(pick_bytes(*two_q, picks[e]))
                 products = self.neighbours(two_k, two_q[1], [decays[e][t + 1] for e in range(2)], mine)
                 here = (mine.lane & 3) == n
-                own = [x if n == 0 else select(here, x, y) for x, y in zip(products, own, strict=True)]
+                chosen = [x if n == 0 else select(here, x, y) for x, y in zip(products, chosen, strict=True)]
             if cutlass.const_expr(q is not None):
                 for e in cutlass.range_constexpr(2):
                     q.keep(e, first // 2, self.four(waiting[e], Int32))
-            sums.append(self.exchange(*own, 16, mine.lane))
+            sums.append(self.exchange(*chosen, 16, mine.lane))
         total = self.exchange(*sums, 8, mine.lane)
         return k, q, total + cute.arch.shuffle_sync_bfly(total, 4)
 
@@ -401,13 +401,14 @@ class Halves:
         second half, which had more operands across, have the shorter rows here.
         """
         for w in cutlass.range_constexpr(CHUNK // BLOCK):
-            if warp == CHUNK // BLOCK - 1 - w:
+            mine = CHUNK // BLOCK - 1 - w
+            if warp == mine:
                 rows_k, rows_q = [], []
                 for j in cutlass.range_constexpr(w + 1):
                     total = self.sum_of(at, w, j, lane)
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
-                if cutlass.const_expr(CHUNK // BLOCK - 1 - w != LOADER):
+                if cutlass.const_expr(mine != LOADER):
                     if cutlass.const_expr(self.spec.each_arrives):
                         cute.arch.barrier(barrier_id=read, number_of_threads=128)
                     else:
