@@ -252,7 +252,7 @@ def test_gates_that_close_and_open():
 
 @both_gates
 def test_bits_of_later_tokens(options):
-    """No bit of o before a token depends on it or what follows, whichever of a chunk's it is: without a bound."""
+    """Without a bound no bit of o depends on later tokens; with one some do (`KDA_CAUSAL`)."""
     kernel = Kernel(ptx_of(Part.WHOLE, options))
     inputs, others = inputs_of([40], options), inputs_of([40], options)
     o = Call(inputs).run(kernel).o

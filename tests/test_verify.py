@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -318,8 +319,8 @@ def test_refused_cases_are_shown_and_are_no_failure(kernel):
     assert "2 checks: 1 passed, 1 refused" in result.stdout
     result = kda("--kernel", "mine", "--case", "decode-fp16")
     assert result.exit_code == 3 and "every kernel refused every case" in result.stderr
-    hint = re.search(r"mine takes it with what a suite would change: (--case \S+)\n", result.stdout)
-    assert hint and kda("--kernel", "mine", *hint[1].split()).exit_code == 0
+    hint = re.search(r"as a suite has it: kda verify (.*)\n", result.stdout)
+    assert hint and kda(*shlex.split(hint[1])).exit_code == 0
 
 
 def test_a_kernel_that_cannot_run_here_is_named_with_its_reason(kernel, monkeypatch):

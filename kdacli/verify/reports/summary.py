@@ -41,14 +41,15 @@ def report(outcome: Outcome, json_dest: str | None, junit: str | None, verbose: 
 
 
 def _as_in_a_suite(outcome: Outcome) -> list[str]:
-    """Of cases that were named and refused, what a suite would check in their place."""
-    kernels, lines = {kernel.name: kernel for kernel in outcome.kernels}, []
+    """Of cases that were named and refused, the commands that check what a suite has in their place."""
+    wanted, kernels, lines = outcome.wanted, {kernel.name: kernel for kernel in outcome.kernels}, []
     for result in outcome.results:
-        if outcome.wanted.case_names and result.status == "refused":
+        if wanted.case_names and result.status == "refused":
             kernel, case = kernels[kernel_of(result)], outcome.cases[result.case]
             fitting = adapt(kernel, case)
             if fitting != case and runner_of(kernel, case.decode_steps).unsupported(fitting.problem) is None:
-                lines.append(f"{kernel.name} takes it with what a suite would change: --case {fitting.name}")
+                again = command_for(fitting.name, kernel.name, wanted.seed, wanted.device, wanted.triton_config)
+                lines.append(f"as a suite has it: {again}")
     return lines
 
 

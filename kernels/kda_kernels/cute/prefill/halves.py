@@ -44,7 +44,7 @@ LOADER = 3  # the warp that is done first
 WIDTH = 64  # channels of a warp
 SIZES = (2, 4, 8)  # of halves inside a half of a chunk, in tokens, that take operands in shared memory
 ONES = {BFloat16: 0x3F803F80, Float16: 0x3C003C00}  # a word of two
-# Bytes: of an operand, a warp's channels of 8 tokens; of all those of one size; of a warp's products of 8 x 8, k and q.
+# Bytes: of an operand, a warp's channels of 8 tokens; of a warp's place for them; of its products of 8 x 8, k and q.
 OPERAND, OPERANDS, PRODUCTS = WIDTH * 16, 4 * WIDTH * 16, 32 * 16
 
 
@@ -225,7 +225,7 @@ class Halves:
         total = self.exchange(*sums, 8, mine.lane)
         return k, q, total + cute.arch.shuffle_sync_bfly(total, 4)
 
-    def neighbours(self, k: list, q: Int32, decays: list, mine: Mine) -> list:
+    def neighbours(self, k: list, q: Int32, decays: list, mine: Mine) -> tuple:
         """Products of a token's k and q, decayed, with the k before it, summed over both channels of four lanes.
 
         Args:
@@ -401,14 +401,14 @@ class Halves:
         second half, which had more operands across, have the shorter rows here.
         """
         for w in cutlass.range_constexpr(CHUNK // BLOCK):
-            mine = CHUNK // BLOCK - 1 - w
-            if warp == mine:
+            whose = CHUNK // BLOCK - 1 - w
+            if warp == whose:
                 rows_k, rows_q = [], []
                 for j in cutlass.range_constexpr(w + 1):
                     total = self.sum_of(at, w, j, lane)
                     rows_k.extend(2 * total[:2])
                     rows_q.extend(2 * total[2:])
-                if cutlass.const_expr(mine != LOADER):
+                if cutlass.const_expr(whose != LOADER):
                     if cutlass.const_expr(self.spec.each_arrives):
                         cute.arch.barrier(barrier_id=read, number_of_threads=128)
                     else:
@@ -426,7 +426,7 @@ class Halves:
         half, odd = Int32(i // 2), i % 2
         row, pair = lane >> 2, lane & 3
         apart = (row >> 1) ^ pair  # 0, 1, else: halves of 1, 2, 4 tokens part a row from its columns
-        if j == i:  # of tokens right and left of their borders, in the order of `write_operands`
+        if j == i:  # in the order of `keep_neighbours` and of `write_operands`
             one = 4 * odd + pair
             two = 4 * (4 * odd + 2 * (row >> 2) + (row & 1)) + 2 * odd + (row >> 2)
             four = lane + (18 * odd - 16)
